@@ -343,7 +343,6 @@ COVER = (
     "a head, windows, growing blocks, export, doctor",
     "windows, causal blocks, mixed layers, bench, export, generate",
     "convolutions, draft vocabulary, export",
-    "compare, growing blocks, hidden states on disk, soft labels",
     "turns, messages, every verb",
     "own answers, data, train",
     "from a GGUF file",
@@ -456,6 +455,7 @@ def test_every_verb_takes_a_quantized_target(files, tmp_path):
         run(command, values)
 
 
+@pytest.mark.wide
 def test_a_compiled_training_gives_the_same_weights(files, tmp_path, monkeypatch):
     """The loop and its options; what the compiler does is torch's."""
     make = dpace.train.loop.Accelerator

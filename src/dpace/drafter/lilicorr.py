@@ -193,6 +193,15 @@ class LatticeSelector(Selector):
         whole = torch.zeros(num_drawn, len(rows.target.head.weight), device=candidates.device)
         return candidates.gather(1, torch.cat(chosen))[:, 0], whole.scatter_(1, candidates, torch.cat(probs))
 
+    def chances(self, draft, tokens, rows, sampler):
+        """Score the candidates after each token before; after one that is no candidate, as after the first."""
+        lattice = draft.lattice
+        index = (lattice.candidates == tokens[..., None]).int().argmax(-1)
+        start, pairs = (values.expand(len(tokens), *values.shape[1:]) for values in (lattice.start, lattice.pairs))
+        probs = (rows_after(lattice._replace(start=start, pairs=pairs), index) / sampler.temperature).softmax(-1)
+        whole = probs.new_zeros(*tokens.shape, len(rows.target.head.weight))
+        return whole.scatter_(2, lattice.candidates.expand(len(tokens), -1, -1), probs)
+
     def match(self, found, rows):
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
         labels = found.blocks.labels[0, :, 1:]

@@ -165,7 +165,7 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
         **setup_of(target, config),
         drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
         target_weights_sha256=target.sha256,
-        drafter_configs={name: _hash_config(drafter) for name, drafter in drafters.items()},
+        drafter_configs={name: hash_config(drafter) for name, drafter in drafters.items()},
         engine="dpace.decode",
         dtype=dtype_name(target.model.dtype),
         hardware=find_hardware(target.device),
@@ -173,7 +173,7 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
     )
 
 
-def _hash_config(drafter: Drafter) -> str:
+def hash_config(drafter: Drafter) -> str:
     """Hash what the drafter's config says about decoding."""
     spec = {name: value for name, value in asdict(drafter.spec).items() if name not in ("record", "special_token_ids")}
     spec["confidence_temperature"] = drafter.confidence_temperature

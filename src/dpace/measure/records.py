@@ -93,6 +93,23 @@ class ServerSetup(Setup):
 
 
 @json_object
+class ExplainSetup(Setup):
+    """What made the numbers of `dpace explain`."""
+
+    target_weights_sha256: str
+    drafter_sha256: str
+    drafter_config: str
+    """Hash of it."""
+    dtype: str
+    temperature: float
+    verify_rule: str
+    num_samples: int
+    """Continuations of an anchor."""
+    num_blocks: int
+    """Most blocks of a response."""
+
+
+@json_object
 class ResponseRecord:
     """One response, decoded by a drafter or plainly; a line of bench.jsonl."""
 
@@ -147,6 +164,18 @@ class ServedRecord:
     temperature: float
     turns: list[dict[str, ServedAnswer]]
     """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
+
+
+@json_object
+class ExplainedRecord:
+    """A prompt whose blocks were measured by `dpace explain`; a line of explain.jsonl."""
+
+    set: str
+    id: str
+    """The prompt's."""
+    num_blocks: Count
+    losses: list[list[float]]
+    """What `dpace.measure.floor.score_block` returns, summed over the blocks."""
 
 
 def setup_of(chat: Target | ChatTokenizer, config: BenchConfig) -> dict[str, Any]:
@@ -209,7 +238,7 @@ def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Accep
     return Acceptance.of_prompts(list(map(Acceptance.pooled, prompts)))
 
 
-Record = TypeVar("Record", ResponseRecord, ServedRecord)
+Record = TypeVar("Record", ResponseRecord, ServedRecord, ExplainedRecord)
 
 
 class Records(Generic[Record]):
@@ -277,6 +306,12 @@ class ServedRecords(Records[ServedRecord]):
     """Prompts that servers answered."""
 
     kind = ServedRecord
+
+
+class ExplainedRecords(Records[ExplainedRecord]):
+    """Prompts whose blocks were measured."""
+
+    kind = ExplainedRecord
 
 
 class ResponseRecords(Records[ResponseRecord]):

@@ -1,4 +1,4 @@
-"""Read and write results.json, servers.json and heldout.json; no other module does.
+"""Read and write results.json, servers.json, explain.json and heldout.json; no other module does.
 
 The dataclasses are the files: a field is a key. Rows come from `dpace.measure.pooling` and `dpace.measure.servers`, and
 are read by the report, the model card and scripts. What is read is checked: keys and types by their annotations, and
@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dpace.config import Width
-from dpace.measure.records import Count, Provenance, ResponseRecord, ServerSetup, acceptance_of
+from dpace.measure.records import Count, ExplainSetup, Provenance, ResponseRecord, ServerSetup, acceptance_of
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, optional, to_json
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
 
 SCHEMA_VERSION = 1
-RESULT_FILES = ("results.json", "servers.json")
+RESULT_FILES = ("results.json", "servers.json", "explain.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
 MEASURE_AGAIN = "measure again with this version of dpace"
@@ -237,7 +237,43 @@ class ServerResults(ServerSetup):
     """One for each set and temperature."""
 
 
-Results = BenchResults | CompareResults | ServerResults
+@json_object
+class SlotLoss:
+    """What is rejected at a slot, or in whole blocks."""
+
+    reached: float
+    """Share of the blocks whose earlier draft tokens are all accepted; of whole blocks, the draft tokens read."""
+    rejected: float
+    """Share of the blocks in which the first rejected token is here."""
+    own_least: Estimate
+    """Least share of these rejections that a block drafter could avoid; below 0 where samples are too few."""
+    own_most: Estimate
+    """Most of them; below 0 where a head avoids what no block drafter without one could."""
+
+
+@json_object
+class ExplainRow:
+    """Where the tau of a drafter is lost, on one set."""
+
+    set: str
+    num_prompts: int
+    num_blocks: int
+    whole: SlotLoss
+    """All slots together."""
+    slots: list[SlotLoss]
+
+
+@json_object
+class ExplainResults(ExplainSetup):
+    """explain.json of `dpace explain`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    drafter: str
+    rows: Annotated[list[ExplainRow], NOT_EMPTY]
+    """One for each set; all sets together come last where there are several."""
+
+
+Results = BenchResults | CompareResults | ServerResults | ExplainResults
 
 
 def benchmark_of(results: Results) -> BenchResults | None:
@@ -259,7 +295,8 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
-    kind = CompareResults if "decode" in value else ServerResults if "servers" in value else BenchResults
+    keys = {"decode": CompareResults, "servers": ServerResults, "num_samples": ExplainResults}
+    kind = next((kind for key, kind in keys.items() if key in value), BenchResults)
     version = value.get("schema_version", "missing")
     if version != kind.schema_version:
         raise ValueError(f"{path}: schema_version is {version!r:.40}, expected {kind.schema_version}; {MEASURE_AGAIN}")

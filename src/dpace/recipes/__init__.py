@@ -12,6 +12,7 @@ VERBS = {
     "train": "train a drafter on the responses",
     "compare": "train with several objectives and seeds, and say which is best",
     "bench": "measure drafters against no drafter, on held-out prompts",
+    "explain": "say where tau is lost, and what of it no drafter could keep",
     "report": "write one HTML page from the folders that other verbs wrote",
     "check": "prove that a drafter does not change the text",
     "doctor": "say what would go wrong when a drafter is served",

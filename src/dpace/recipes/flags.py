@@ -25,7 +25,7 @@ from dpace.recipes.recipe_file import read_settings, without_passwords
 from dpace.recipes.validation import UsageError, explain
 
 DRY_RUN = "--dry-run"
-LONG_VERBS = ("respond", "train", "compare", "bench", "check", "demo")
+LONG_VERBS = ("respond", "train", "compare", "bench", "check", "explain", "demo")
 """Verbs that say with `--dry-run` what they would do, and stop there."""
 PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""

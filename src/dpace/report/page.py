@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dpace.measure.results import Results, ServerResults, benchmark_of, find_results, read_log
+from dpace.measure.results import ExplainResults, Results, ServerResults, benchmark_of, find_results, read_log
 from dpace.recipes.flags import command
 from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
 from dpace.report.sections import tables_of, whole_blocks
@@ -58,14 +58,14 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
 
 def heading(results: Results, folder: Path) -> str:
     """Name a folder, and say where answers were measured with thinking."""
-    measured = results if isinstance(results, ServerResults) else benchmark_of(results)
+    measured = results if isinstance(results, ServerResults | ExplainResults) else benchmark_of(results)
     return f"{folder}, with thinking" if measured and measured.thinking else str(folder)
 
 
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     """Yield all that results, and the training logs beside them, have to show."""
     yield from tables_of(results)
-    if isinstance(results, ServerResults):
+    if isinstance(results, ServerResults | ExplainResults):
         return
     if whole := whole_blocks(results):
         text = "The share of verifications that accepted slots 1 to k of a whole draft; shades are 95 % intervals."

@@ -14,11 +14,13 @@ from dpace.measure.results import (
     CompareResults,
     Comparison,
     Estimate,
+    ExplainResults,
     Interval,
     Results,
     Row,
     ServerResults,
     ServerRow,
+    SlotLoss,
     benchmark_of,
 )
 from dpace.report.tables import Section
@@ -90,6 +92,10 @@ def tables_of(results: Results) -> Iterator[Section]:
     """Yield all tables of results, in the order in which they are read."""
     if isinstance(results, ServerResults):
         yield servers(results)
+        return
+    if isinstance(results, ExplainResults):
+        yield losses_by_set(results)
+        yield losses_by_slot(results)
         return
     if isinstance(results, CompareResults):
         yield comparison(results)
@@ -221,6 +227,69 @@ def comparison(results: CompareResults) -> Section:
     seeds = ", ".join(map(str, results.seeds))
     title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
     return Section(title, text, rows, num_texts=3, note=no_tau_note(results.rows))
+
+
+def _own(loss: SlotLoss) -> str:
+    """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
+    least, most = loss.own_least, loss.own_most
+    if least[0] is None or most[0] is None:
+        return "-"
+    low, high, *ends = (None if end is None else 100 * max(0.0, end) for end in (least[0], most[0], least[1], most[2]))
+    if None in ends:
+        return f"{low:.0f} to {high:.0f} %"
+    return f"{low:.0f} to {high:.0f} % [{ends[0]:.0f}, {ends[1]:.0f}]"
+
+
+def losses_by_set(results: ExplainResults) -> Section:
+    """Make the table of what is rejected, and how much of it is the drafter's own, for each set."""
+    text = (
+        "A draft slot does not know the tokens before it in its block, which the target draws. So some rejections no "
+        f"block drafter avoids: estimated from {results.num_samples} continuations of the target behind each anchor. "
+        "The others are the drafter's own. The two numbers are the bounds of that share, and in brackets stands the "
+        "95 % interval over prompts around both."
+    )
+    rows = [
+        {
+            "set": row.set,
+            "prompts": f"{row.num_prompts}",
+            "blocks": f"{row.num_blocks}",
+            "with a rejection": f"{100 * row.whole.rejected:.0f} %",
+            "the drafter's own [95 %]": _own(row.whole),
+        }
+        for row in results.rows
+    ]
+    title = f"Where tau is lost: {Path(results.target).name}, T={results.temperature:g}, {results.verify_rule}"
+    return Section(title, text, rows, note=lever(results))
+
+
+def lever(results: ExplainResults) -> str:
+    """Tell what can bring tau up."""
+    whole = results.rows[-1].whole
+    if results.temperature == 0:
+        return "at temperature 0 the text before decides every token, so all rejections are the drafter's own"
+    if None in (whole.own_least[0], whole.own_most[0]):
+        return "nothing was rejected"
+    own = "train on more prompts, for more steps, or with another objective (docs/train.md)"
+    blind = "train with a head (--drafter.head lilicorr), which knows the tokens before, or serve shorter drafts"
+    if (whole.own_least[0] or 0) > 0.5:
+        return f"most rejections are the drafter's own: {own}"
+    if (whole.own_most[0] or 0) < 0.5:
+        return f"most rejections no block drafter avoids: {blind}"
+    return f"neither share is clearly larger: {own}; or {blind}; more --num-samples narrow the bounds"
+
+
+def losses_by_slot(results: ExplainResults) -> Section:
+    """Make one line for each slot, of all sets together."""
+    rows = [
+        {
+            "slot": f"{slot}",
+            "reached": f"{100 * loss.reached:.0f} %",
+            "rejected": f"{100 * loss.rejected:.1f} %",
+            "the drafter's own [95 %]": _own(loss),
+        }
+        for slot, loss in enumerate(results.rows[-1].slots, start=1)
+    ]
+    return Section("Slot by slot, in % of the blocks, and of what is rejected at the slot", "", rows)
 
 
 def servers(results: ServerResults) -> Section:

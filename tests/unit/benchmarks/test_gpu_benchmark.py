@@ -26,6 +26,7 @@ def test_parts_of_a_step_add_up():
     assert 0 < found["planned_memory_bytes"] < found["peak_memory_bytes"]  # which is the whole process on a CPU
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
 def test_a_report_has_all_tables(monkeypatch, language_folder):
     monkeypatch.setattr(gpu, "ROUNDS", 1)

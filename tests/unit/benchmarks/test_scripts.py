@@ -34,6 +34,7 @@ def test_decode(endless_folder, random_drafter_folder, monkeypatch, capsys):
     assert " ".join(table.split()).count(f"dpace, auto, over the best of {parts}: ") == 2
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_engines(language_folder, language_drafter_folder, target_gguf, monkeypatch, capsys):
     """All that are installed give one text and one tau."""
@@ -67,6 +68,7 @@ def test_loss(capsys):
     assert "frozen-head over checkpointed: time" in printed
 
 
+@pytest.mark.wide
 def test_overhead(language_folder, capsys):
     run_script("overhead.py", "1", language_folder)
     printed = capsys.readouterr().out
@@ -87,6 +89,7 @@ def test_respond_from_a_server(capsys):
     assert re.search(r"^ +1 +[\d.]+ +1\.00\n +2 +[\d.]+ +[\d.]+$", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.wide
 def test_paper(language_folder, tmp_path, monkeypatch, capsys):
     """At its small size, on tiny files of its sets; the same command again trains nothing."""
     monkeypatch.setenv("COLUMNS", "160")

@@ -60,6 +60,7 @@ def test_an_unknown_objective_is_refused(tmp_path):
         run_script("study.py", "--output", tmp_path, "--objectives", "no-such")
 
 
+@pytest.mark.wide
 def test_a_miniature_trains_and_the_same_command_only_reports(language_folder, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()

@@ -139,8 +139,9 @@ def test_compiled_steps_of_fixed_shapes(way, graphs, language_target, language_d
     assert outcomes([decoder.generate(rows[0], **options)]) == expected[:1]
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize("has_head", wide([False, True], False))
+@pytest.mark.parametrize("has_head", [False, True])
 def test_calls_with_other_prompts_compile_nothing_again(
     has_head, graphs, monkeypatch, language_target, language_drafter
 ):
@@ -169,6 +170,7 @@ def test_calls_with_other_prompts_compile_nothing_again(
     assert len(graphs) == num_graphs == 1 and set(steps) == {1} and len(steps) > 12
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
 def test_compiled_steps_on_a_cpu_multiply_with_the_packed_weights(graphs, language_folder):
     """A changed weight gets a new copy, and the step is compiled again."""

@@ -90,7 +90,7 @@ def chi_square(counts, probs):
         pytest.param("speculative", "auto", {"top_k": 3}, None, marks=pytest.mark.wide),
         pytest.param("equality", "full", {}, [1, 3], marks=pytest.mark.wide),
         pytest.param("speculative", "full", {}, [1, 3], marks=pytest.mark.wide),
-        ("speculative", "auto", {"top_p": 0.9}, [1, 3]),
+        pytest.param("speculative", "auto", {"top_p": 0.9}, [1, 3], marks=pytest.mark.wide),
     ],
 )
 @pytest.mark.parametrize("samples", [300, pytest.param(1500, marks=pytest.mark.slow)])

@@ -71,6 +71,7 @@ def test_no_leak_from_the_anchor_on_or_from_other_blocks(random_target):
     torch.testing.assert_close(alone[0], before[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.wide
 def test_compiled_training_makes_few_graphs(monkeypatch):
     """Batches of any length, the last and smaller one of an epoch among them: at most three graphs."""
     for kind in (DFlashDraftModel, DFlashLayer, DFlashAttention):  # without the checks of types

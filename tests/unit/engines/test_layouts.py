@@ -38,6 +38,7 @@ def test_what_is_scored_is_what_is_decoded(layout, folders, expected, language_t
         drafter.start_for(language_target)
 
 
+@pytest.mark.wide
 def test_doctor_names_slots_that_begin_at_the_anchor(folders, language_target, language_responses, tmp_path):
     responses = write_rows(tmp_path / "responses.jsonl", map(vars, language_responses[50:]))
 

@@ -273,6 +273,7 @@ def seconds_of(line: str, name: str = "time:") -> float:
     return float(number) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit]
 
 
+@pytest.mark.wide
 def test_the_announced_time_counts_what_is_left_and_the_disk_is_a_bound(
     language_folder, language_prompts, tmp_path, capsys, monkeypatch
 ):

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +67,7 @@ EVENTS = st.recursive(
 ODD = [{"choices": [{"token_ids": [1], "finish_reason": {"type": {}}}], "output_ids": [1]}]
 
 
+@pytest.mark.wide
 @settings(MANY, max_examples=40)
 @given(
     kind=st.sampled_from([VllmServer, SglangServer, LlamacppServer]),

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from dpace.cli import main
+from tests.support.cases import wide
 from tests.support.stub_server import StubServer
 
 ESC = "\x1b[31m"
@@ -69,6 +70,17 @@ REPLIES = {
     "another place": (send(b"", 307, Location=ELSEWHERE), "leads to http://127.0.0.2:9/x, which is not followed"),
 }
 
+DEFAULT = (
+    "no end",
+    "a token outside",
+    "more than asked",
+    "an error",
+    "a refusal",
+    "a line without end",
+    "another place",
+)
+"""Replies that the default tests send."""
+
 
 @pytest.fixture
 def start():
@@ -119,7 +131,7 @@ def refused(args: list[str], capsys, expected: str) -> None:
     assert "secret" not in err and "\x1b" not in out + err
 
 
-@pytest.mark.parametrize("fault", REPLIES)
+@pytest.mark.parametrize("fault", wide(REPLIES, *DEFAULT))
 def test_what_is_no_answer_is_an_error(fault, start, ask, tmp_path, capsys):
     reply, expected = REPLIES[fault]
     refused(ask(f"http://user:secret@{start(reply)}"), capsys, expected)

@@ -61,6 +61,7 @@ def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
     assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
 
 
+@pytest.mark.wide
 def test_fewer_steps_than_logging_steps_and_drawn_answers(one_cell, language_target, tmp_path):
     """The last step is logged too, so each row has its seconds; the temperature is that of the answers."""
     train, respond = replace(one_cell.train, logging_steps=100), replace(one_cell.respond, temperature=0.5)
@@ -94,6 +95,7 @@ def test_a_cell_of_another_run_is_refused_before_any_work(one_cell, language_tar
             compare(language_target, replace(one_cell, objectives=names))
 
 
+@pytest.mark.wide
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
     """All objectives see the same blocks from the same weights; a cell that was cut off goes on alone."""
     from dpace.train.loop import TrainingLoop

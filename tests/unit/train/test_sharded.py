@@ -13,7 +13,6 @@ from dpace.target.files import open_target
 from dpace.verbs import load_target
 from tests.conftest import make_recipe
 from tests.support import sharded
-from tests.support.cases import wide
 from tests.support.launch import on_ranks
 
 RECIPE = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, warmup_ratio=0.0, feature_cache_gib=0.0)
@@ -30,8 +29,9 @@ def on_one_rank(language_target, language_responses, tmp_path_factory):
     return folder
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", wide(["whole", "drafter", "resume", "target"], "drafter", "resume", "target"))
+@pytest.mark.parametrize("way", ["whole", "drafter", "resume", "target"])
 def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_folder, language_responses, tmp_path):
     """Every reduction, both optimizers, growing blocks, accumulation, checkpointing, SIGTERM; shares of the target."""
     folder = tmp_path / "ranks"

@@ -1,0 +1,269 @@
+"""Find how many rejected drafts no block drafter could have avoided, slot by slot, and how many are the drafter's own.
+
+A slot of a block drafter is blind: it does not know the tokens of the slots before it. Above temperature 0 the target
+draws those, and its next token depends on them. So the target continues the text behind real anchors several times, and
+for each slot the one distribution is sought that is rejected least in all continuations: its rejections are the floor.
+
+Source: the idea is that of arXiv 2608.27339.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dpace.blocks import build_blocks
+from dpace.config import ExplainConfig
+from dpace.decode import generate
+from dpace.decode.sampling import Sampler
+from dpace.drafter import Drafter
+from dpace.drafter.views import blocks_hidden
+from dpace.drafter.vocabulary import PackedRows
+from dpace.measure.benchmark import hash_config
+from dpace.measure.records import ExplainedRecord, ExplainedRecords, ExplainSetup, group_by
+from dpace.measure.results import ExplainResults, ExplainRow, SlotLoss, nullable, write_results
+from dpace.metrics import estimate
+from dpace.prompts.prompts import Prompt
+from dpace.respond.conversation import refuse_long_prompts
+from dpace.system.device import dtype_name
+from dpace.system.ledger import register_files
+from dpace.system.progress import progress_bar
+from dpace.system.provenance import fingerprint
+from dpace.target import Target
+from dpace.target.chat import encode_chat, tokenizer_hashes
+
+NUM_FOLDS = 4
+"""Parts of the samples of an anchor; the floor's upper end is fitted on all but one, and measured on that one."""
+LEAST_PROB = 1e-7
+"""Tokens to which no sample gives this probability are left out of a fit, which is never better by more than their sum.
+"""
+RESULTS_FILE = "explain.json"
+ALL_SETS = "all"
+"""Name of the row of all sets together."""
+
+
+def fit_blind(
+    probs: Float[Tensor, "sample vocab"], weights: Float[Tensor, " sample"], *, is_drawn: bool
+) -> Float[Tensor, " vocab"]:
+    """Find the distribution `q` of drafts that the target accepts most, where it cannot be told which sample is true.
+
+    It has the largest `sum over samples of weight * sum over tokens of min(p, q)`. One more bit of `q[x]` gains the
+    weights of the samples whose `p[x]` is larger, so `q` is filled where this gain is largest, until its sum is 1.
+
+    Args:
+        probs: the target's distributions.
+        weights: of the samples.
+        is_drawn: whether drafts are drawn from `q`; otherwise `q` is one token, the one that the target draws most.
+    """
+    if not is_drawn:
+        return nn.functional.one_hot((weights @ probs).argmax(), probs.shape[1]).to(probs.dtype)
+    tokens = (probs.amax(0) > LEAST_PROB).nonzero()[:, 0]
+    levels, order = probs[:, tokens].sort(dim=0)
+    gains = weights[order].flip(0).cumsum(0).flip(0)
+    heights = levels.diff(dim=0, prepend=torch.zeros_like(levels[:1]))
+    best = gains.flatten().argsort(descending=True, stable=True)
+    filled = heights.flatten()[best].cumsum(0).clamp_max(1).diff(prepend=heights.new_zeros(1))
+    parts = torch.zeros_like(filled).index_copy_(0, best, filled).view_as(heights)
+    return torch.zeros_like(probs[0]).index_copy_(0, tokens, parts.sum(0))
+
+
+def rejections(probs: Tensor, drafted: Tensor, weights: Tensor) -> float:
+    """Sum what weighted samples of the target, "sample vocab", reject of `drafted`, "sample vocab" or "vocab".
+
+    A draft from `q` is accepted with probability `sum of min(p, q)`, also where `q` is one token.
+    """
+    return float(weights @ (1 - torch.minimum(probs, drafted).sum(-1)).clamp_min(0))
+
+
+def score_block(
+    probs: Float[Tensor, "sample slot vocab"],
+    drafted: Float[Tensor, "sample slot vocab"],
+    tokens: Int[Tensor, "sample slot"],
+    is_end: Bool[Tensor, "sample slot"],
+    *,
+    is_drawn: bool,
+) -> Float[np.ndarray, "4 slot"]:
+    """Measure the rejections in a block, on continuations that the target has drawn behind its anchor.
+
+    A continuation counts for a slot as far as the drafter's own drafts reach it: each token before is accepted with
+    probability `min(1, q / p)`. So the rejections are those of decoding.
+
+    The floor has two ends. A distribution that is fitted to the same samples knows them too well, so it rejects too
+    little; one that is fitted to others does not know enough, so it rejects too much. In expectation the floor of a
+    drafter that knows the target's distribution lies between them, and they meet as samples are added.
+
+    Memory: a few times that of `probs` at one slot.
+
+    Args:
+        probs: the target's distributions.
+        drafted: the drafter's; of one token where drafts are not drawn. Equal in all samples, but with a head.
+        tokens: that the target drew.
+        is_end: tokens that end a text.
+        is_drawn: see `fit_blind`.
+
+    Returns:
+        For each slot: how often it is reached; how often it is reached and rejected; and the lower and the upper end of
+        the rejections that no blind slot avoids.
+    """
+    num_samples, num_slots = tokens.shape
+    folds = torch.arange(num_samples, device=probs.device) % min(NUM_FOLDS, num_samples)
+    weights = torch.full_like(probs[:, 0, 0], 1 / num_samples)
+    found = np.zeros((4, num_slots))
+    for slot in range(num_slots):
+        true, own = probs[:, slot], drafted[:, slot]
+        known = fit_blind(true, weights, is_drawn=is_drawn)
+        unknown = 0.0
+        for fold in folds.unique():
+            rest, part = folds != fold, folds == fold
+            fitted = fit_blind(true[rest], weights[rest], is_drawn=is_drawn)
+            unknown += rejections(true[part], fitted, weights[part])
+        low = rejections(true, known, weights)
+        found[:, slot] = float(weights.sum()), rejections(true, own, weights), low, max(low, unknown)
+        chosen = tokens[:, slot, None]
+        chances = (own.gather(1, chosen) / true.gather(1, chosen))[:, 0].clamp_max(1)
+        weights = torch.where(is_end[:, slot], 0.0, weights * chances)
+    return found
+
+
+def distributions(sampler: Sampler, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+    """Return the distributions that tokens are drawn from; at temperature 0, of one token each."""
+    scores = sampler.scores(logits, ())
+    if sampler.temperature == 0:
+        return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+    return sampler.probs(scores)
+
+
+def draw_continuations(
+    target: Target, prefix: Sequence[int], num_samples: int, num_slots: int, sampler: Sampler
+) -> tuple[Int[Tensor, "sample slot"], Float[Tensor, "sample slot vocab"]]:
+    """Let the target continue a text several times.
+
+    Memory: keys and values of the text for each sample, and the distributions that are returned.
+
+    Returns:
+        The tokens, and the distribution that each was drawn from.
+    """
+    inputs = torch.tensor([prefix], device=target.device)
+    cache: Any = DynamicCache(config=target.config)
+    if target.cache_ability == "append":  # its rows cannot be copied
+        inputs = inputs.expand(num_samples, -1)
+    hidden = target.hidden(inputs, cache)[:, -1].expand(num_samples, -1)
+    if len(inputs) == 1:
+        cache.reorder_cache(inputs.new_zeros(num_samples))  # row 0 for each
+    tokens = []
+    probs = []
+    while True:
+        probs.append(distributions(sampler, target.logits(hidden)))
+        tokens.append(torch.multinomial(probs[-1], 1, generator=sampler.generator))
+        if len(tokens) == num_slots:
+            return torch.cat(tokens, dim=1), torch.stack(probs, dim=1)
+        hidden = target.hidden(tokens[-1], cache)[:, -1]
+
+
+@torch.inference_mode()
+def explain_prompt(
+    target: Target, drafter: Drafter, token_ids: Sequence[int], config: ExplainConfig, seed: int
+) -> Float[np.ndarray, "block 4 slot"]:
+    """Decode a prompt with whole drafts, and measure the rejections in some of its blocks; see `score_block`."""
+    is_drawn = config.verify_rule == "speculative" and config.temperature > 0
+    options: Any = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
+    answer = generate(target, drafter, token_ids, width="full", verify_rule=config.verify_rule, **options)
+    text = torch.tensor([[*token_ids, *answer.token_ids]], device=target.device)
+    anchors = len(token_ids) + np.cumsum([0, *answer.emitted_lengths])[:-1]
+    chosen = np.linspace(0, len(anchors) - 1, min(config.num_blocks, len(anchors))).round().astype(int)
+    blocks = build_blocks(text, torch.ones_like(text).bool(), [torch.from_numpy(anchors[chosen])], drafter.block_size)
+    found = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": text, "features": None})
+    rows = PackedRows(target, drafter.vocabulary, token_ids)
+    sampler = Sampler(config.temperature, seed=seed, device=target.device)
+    stops = torch.tensor(target.stop_token_ids, device=target.device)
+    measured = []
+    for anchor, hidden, before in zip(anchors[chosen].tolist(), found.hidden[0], found.before[0], strict=True):
+        draft = drafter.selector.propose(rows, hidden[None], partial(before.__getitem__, None), drafter.block_size)
+        prefix = text[0, : anchor + 1].tolist()
+        tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)
+        if is_drawn:
+            drafted = drafter.selector.chances(draft, tokens, rows, sampler)
+        else:
+            drafted = nn.functional.one_hot(draft.tokens, probs.shape[-1]).to(probs.dtype).expand_as(probs)
+        measured.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops), is_drawn=is_drawn))
+    return np.array(measured).reshape(-1, 4, drafter.block_size - 1)
+
+
+def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: ExplainConfig) -> ExplainResults:
+    """Measure what is rejected of a drafter's drafts, and what of it no block drafter avoids; write `explain.json`.
+
+    Each finished prompt is kept in `explain-*.jsonl`, a file for each way to measure; an interrupted call goes on after
+    it. Only the first turn of a prompt is answered.
+
+    Cost: for each block, `num_samples` rows in as many passes of the target as a block has draft slots.
+
+    Raises:
+        ValueError: a drafter for another target, or an over-long prompt.
+    """
+    drafter.check_target(target)
+    folder = Path(config.output)
+    refuse_long_prompts(target, prompts, config.max_new_tokens)
+    register_files(folder, RESULTS_FILE)
+    setup = ExplainSetup(
+        target=target.name,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        thinking=target.thinking,
+        **tokenizer_hashes(target),
+        target_weights_sha256=target.sha256,
+        drafter_sha256=fingerprint(drafter),
+        drafter_config=hash_config(drafter),
+        dtype=dtype_name(target.model.dtype),
+        temperature=config.temperature,
+        verify_rule=config.verify_rule,
+        num_samples=config.num_samples,
+        num_blocks=config.num_blocks,
+    )
+    records = ExplainedRecords(folder / "explain.jsonl", setup, prompts)
+    done = {record.id for record in records.rows}
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=len(prompts), info="")
+        for prompt in prompts:
+            if prompt.id not in done:
+                token_ids = encode_chat(target, prompt.turns[0])
+                found = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
+                sums = found.sum(0).tolist()
+                records.add(ExplainedRecord(set=prompt.set, id=prompt.id, num_blocks=len(found), losses=sums))
+            bar.update(task, advance=1)
+    results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(records.rows))
+    write_results(folder / RESULTS_FILE, results)
+    return results
+
+
+def make_rows(records: Sequence[ExplainedRecord]) -> list[ExplainRow]:
+    """Pool prompts by set, and all of several sets together."""
+    groups = group_by(records, lambda record: record.set)
+    if len(groups) > 1:
+        groups[ALL_SETS] = list(records)
+    rows = []
+    for name, group in groups.items():
+        losses = np.array([record.losses for record in group]).transpose(1, 2, 0)  # "what slot prompt"
+        num_blocks = sum(record.num_blocks for record in group)
+        slots = [_slot_loss(losses[:, slot], num_blocks) for slot in range(losses.shape[1])]
+        whole = _slot_loss(losses.sum(1), num_blocks)
+        rows.append(ExplainRow(set=name, num_prompts=len(group), num_blocks=num_blocks, whole=whole, slots=slots))
+    return rows
+
+
+def _slot_loss(losses: Float[np.ndarray, "4 prompt"], num_blocks: int) -> SlotLoss:
+    """Make shares of blocks, and of the rejections, from sums by prompt."""
+    reached, rejected, low, high = losses
+    least, most = (
+        nullable(estimate(np.array([[[2 * rejected - floor]], [[rejected]]]), lambda ratios: ratios[0] - 1))
+        for floor in (high, low)
+    )
+    count = max(1, num_blocks)
+    return SlotLoss(
+        reached=float(reached.sum() / count), rejected=float(rejected.sum() / count), own_least=least, own_most=most
+    )

@@ -1,0 +1,170 @@
+"""The floor of the rejections is exact where it is known, and lies between its two ends where it is estimated."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import dpace.measure.floor as floor
+from dpace.cli import main
+from dpace.config import ExplainConfig
+from dpace.decode import generate
+from dpace.decode.sampling import Sampler
+from dpace.drafter.vocabulary import PackedRows
+from dpace.measure.floor import distributions, draw_continuations, explain, explain_prompt, fit_blind, score_block
+from dpace.measure.results import read_results
+from tests.conftest import make_drafter, make_with_head
+from tests.support.files import make_prompts, write_prompts
+
+CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_no_other_distribution_is_rejected_less(is_drawn):
+    probs = torch.rand(5, 3).softmax(-1)
+    weights = torch.rand(5)
+    best = fit_blind(probs, weights, is_drawn=is_drawn)
+    assert torch.allclose(best.sum(), torch.ones(()))
+    steps = 40 if is_drawn else 1
+    others = [torch.tensor([i, j, steps - i - j]) / steps for i in range(steps + 1) for j in range(steps + 1 - i)]
+    rejected = [floor.rejections(probs, other, weights) for other in others]
+    least = floor.rejections(probs, best, weights)
+    assert min(rejected) >= least - 1e-6 and min(rejected) <= least + 0.1 * is_drawn + 1e-6
+
+
+def markov(num_samples: int, start: torch.Tensor, then: torch.Tensor, num_slots: int, seed: int):
+    """Draw continuations of a chain; returns tokens and the distributions that they were drawn from."""
+    generator = torch.Generator().manual_seed(seed)
+    probs, tokens = [start.expand(num_samples, -1)], []
+    for _ in range(num_slots):
+        tokens.append(torch.multinomial(probs[-1], 1, generator=generator)[:, 0])
+        probs.append(then[tokens[-1]])
+    return torch.stack(tokens, 1), torch.stack(probs[:num_slots], 1)
+
+
+def test_a_token_that_repeats_the_one_before_cannot_be_drafted():
+    """Half of what a blind slot drafts is wrong, whatever it drafts."""
+    tokens = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])[:, None].expand(-1, 2)
+    probs = torch.zeros(8, 2, 3)
+    probs[:, 0, :2] = 0.5
+    probs[torch.arange(8), 1, tokens[:, 1]] = 1.0
+    is_end = torch.zeros(8, 2, dtype=torch.bool)
+    for second, rejected in (([0.5, 0.5, 0.0], 0.5), ([0.0, 0.0, 1.0], 1.0), ([1.0, 0.0, 0.0], 0.5)):
+        drafted = torch.tensor([[0.5, 0.5, 0.0], second]).expand(8, -1, -1)
+        found = score_block(probs, drafted, tokens, is_end, is_drawn=True)
+        assert np.allclose(found, [[1, 1], [0, rejected], [0, 0.5], [0, 0.5]], atol=1e-6)
+    is_end[:4, 0] = True  # half of the texts end
+    assert score_block(probs, drafted, tokens, is_end, is_drawn=True)[0].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
+    """All paths with their probabilities give the exact floor; few samples of them give bounds."""
+    num_tokens, num_slots = 5, 3
+    generator = torch.Generator().manual_seed(1)
+    start = torch.rand(num_tokens, generator=generator).softmax(-1)
+    then = (3 * torch.randn(num_tokens, num_tokens, generator=generator)).softmax(-1)
+    own = torch.randn(num_slots, num_tokens, generator=generator).softmax(-1)
+    if not is_drawn:
+        own = torch.nn.functional.one_hot(own.argmax(-1), num_tokens).float()
+    paths = torch.tensor(list(itertools.product(range(num_tokens), repeat=num_slots)))
+    probs = torch.stack([start.expand(len(paths), -1), then[paths[:, 0]], then[paths[:, 1]]], 1)
+    weights = torch.ones(len(paths))
+    exact = np.zeros((2, num_slots))
+    for slot in range(num_slots):
+        # The chance of a path up to here, accepted as it is drafted, spread over what comes behind it.
+        shares = weights / num_tokens ** (num_slots - slot)
+        fitted = fit_blind(probs[:, slot], shares, is_drawn=is_drawn)
+        exact[:, slot] = [floor.rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
+        true = probs[:, slot].gather(1, paths[:, slot, None])[:, 0]
+        weights = weights * torch.minimum(
+            true, own[slot][paths[:, slot]] if is_drawn else true * own[slot][paths[:, slot]]
+        )
+    found = []
+    for seed in range(100):
+        tokens, drawn = markov(8, start, then, num_slots, seed)
+        is_end = torch.zeros_like(tokens, dtype=torch.bool)
+        found.append(score_block(drawn, own.expand(8, -1, -1), tokens, is_end, is_drawn=is_drawn))
+    reached, rejected, low, high = np.mean(found, 0)
+    assert np.allclose(rejected, exact[0], atol=0.03) and reached[0] == 1
+    assert (low <= exact[1] + 0.01).all() and (high >= exact[1] - 0.01).all()
+    assert high[1] - low[1] > 0.01
+    tokens, drawn = markov(4000, start, then, num_slots, seed=0)
+    many = score_block(drawn, own.expand(4000, -1, -1), tokens, torch.zeros_like(tokens).bool(), is_drawn=is_drawn)
+    assert np.allclose(many[1:], [exact[0], exact[1], exact[1]], atol=0.03)
+
+
+def test_greedy_rejections_are_those_of_decoding(language_target, language_drafter, questions):
+    """At temperature 0 each block is rejected where decoding rejects it, and nothing of it is unavoidable."""
+    config = replace(CONFIG, temperature=0.0, num_blocks=99, num_samples=2, max_new_tokens=16)
+    for token_ids in questions[:3]:
+        found = explain_prompt(language_target, language_drafter, token_ids, config, seed=0)
+        answer = generate(language_target, language_drafter, token_ids, width="full", max_new_tokens=16)
+        assert len(found) == len(answer.accepted_lengths) > 1
+        assert not found[:, 2:].any()
+        for (reached, rejected, *_), accepted in list(zip(found, answer.accepted_lengths, strict=True))[:-1]:
+            assert reached.tolist() == [float(slot <= accepted) for slot in range(len(reached))]
+            assert rejected.tolist() == [float(slot == accepted) for slot in range(len(reached))]
+
+
+def test_continuations_have_the_distribution_of_their_text(language_target, questions):
+    sampler = Sampler(1.0, seed=0)
+    tokens, probs = draw_continuations(language_target, questions[0], 3, 4, sampler)
+    for row, own in zip(tokens.tolist(), probs, strict=True):
+        hidden = language_target.hidden(torch.tensor([[*questions[0], *row[:-1]]]))[0, -4:]
+        assert torch.allclose(own, distributions(sampler, language_target.logits(hidden)), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [make_drafter, make_with_head])
+def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions, make):
+    drafter = make(language_target, block_size=5)
+    rows = PackedRows(language_target, drafter.vocabulary, questions[0])
+    hidden = torch.randn(1, 5, language_target.hidden_size)
+    before = torch.randn(1, len(drafter.target_layer_ids) * language_target.hidden_size)
+    sampler = Sampler(0.7, seed=0)
+    with torch.no_grad():
+        draft = drafter.selector.propose(rows, hidden, lambda: before, 5)
+        drawn = [drafter.selector.draw(draft, 4, rows, questions[0], sampler) for _ in range(3)]
+        chances = drafter.selector.chances(draft, torch.stack([tokens for tokens, _ in drawn]), rows, sampler)
+    assert torch.allclose(chances, torch.stack([probs for _, probs in drawn]), atol=1e-6)
+
+
+def test_an_interrupted_explanation_goes_on(language_target, language_drafter, language_prompts, tmp_path, monkeypatch):
+    prompts = make_prompts(language_prompts[50:53])
+    config = replace(CONFIG, output=str(tmp_path))
+    whole = explain(language_target, language_drafter, prompts, replace(config, output=str(tmp_path / "whole")))
+    calls = []
+
+    def count(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return explain_prompt(*args)
+
+    monkeypatch.setattr(floor, "explain_prompt", count)
+    with pytest.raises(KeyboardInterrupt):
+        explain(language_target, language_drafter, prompts, config)
+    monkeypatch.setattr(floor, "explain_prompt", explain_prompt)
+    assert explain(language_target, language_drafter, prompts, config).rows == whole.rows
+    assert len(calls) == 2 and read_results(tmp_path / "explain.json").rows == whole.rows
+
+
+def test_the_command_says_where_tau_is_lost(
+    language_folder, random_drafter_folder, language_prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:57])
+    options = ["--prompts", "prompts.jsonl", "--num-prompts", "6", "--num-blocks", "2", "--num-samples", "4"]
+    ask = ["explain", "--target", str(language_folder), "--drafter", str(random_drafter_folder), *options]
+    assert main([*ask, "--dry-run"]) == 0 and "prompts: 6" in capsys.readouterr().out
+    assert main([*ask, "--max-new-tokens", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "most rejections are the drafter's own" in shown and "explain.json" in shown
+    assert main(["report", "dpace-explain"]) == 0
+    assert "Where tau is lost" in (tmp_path / "dpace-explain" / "report.html").read_text()
+    assert main([*ask, "--max-new-tokens", "8", "--temperature", "0", "--output", "greedy"]) == 0
+    assert "100 to 100 %" in capsys.readouterr().out
+    assert json.loads((tmp_path / "greedy" / "explain.json").read_text())["num_samples"] == 4
