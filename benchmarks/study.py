@@ -46,9 +46,10 @@ from dpace.train.identity import Run
 from dpace.train.run import choose_conversations
 from dpace.verbs import load_target
 
-HEAD = {"drafter.head": "lilicorr"}
+HEAD = {"drafter.head": "lilicorr", "drafter.head_candidates": 8}
 GROWING = {"train.grow_blocks": True}
 TAPS = {"drafter.conv_kernel_size": 2}
+BV = {"loss.alpha": 1.0, "loss.alpha_end": 0.0}
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", {}),
     "dpace": ("dpace", {}),
@@ -58,10 +59,12 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpace+kl+overlap": ("dpace+kl+overlap", {}),
     "spec-auf": ("spec-auf", {}),
     "vat": ("vat", {}),
+    "bv": ("bv", BV),
     "16-anchors": ("dpace", {"train.num_anchors": 16}),
     "growing-blocks": ("dpace", GROWING),
     "growing-blocks-0.3": ("dpace", GROWING | {"loss.alpha": 0.3}),
     "dflash-growing-blocks": ("dflash", GROWING),
+    "bv-growing-blocks": ("bv", BV | GROWING),
     "two-taps": ("dpace", TAPS),
     "two-taps-growing-blocks": ("dpace", TAPS | GROWING),
     "dflash-head": ("dflash", HEAD),

@@ -140,8 +140,9 @@ class DrafterConfig:
     head: Literal["lilicorr"] | None = None
     """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
     By default each slot takes its own best token, as in DFlash."""
-    head_candidates: Literal[2, 4, 8, 16] = 8
-    """Best tokens of each slot that the head chooses from (LiLiCorr: 8); engines take no other numbers."""
+    head_candidates: Literal[2, 4, 8, 16] | None = None
+    """Best tokens of each slot that the head chooses from; engines take no other numbers.
+    By default 8, as published, and 4 where the target's hidden size is below 1024."""
     head_width: Annotated[int, integer(8, 2**16)] | None = None
     """Width of the head, and length of the vectors whose products are its scores.
     By default a quarter of the target's, as published, and a sixth where that is narrower than 1024."""

@@ -271,7 +271,7 @@ class LiLiCorr(nn.Module):
             embeds: "block slot candidate hidden", target embeddings of the candidates of the first slots, best first.
             log_probs: "block slot candidate", in fp32, of the drafter's softmax over all tokens.
             hidden: "block slot hidden", of the slots, as the LM head reads them.
-            anchor: "block hidden", the feature row before the anchor, after `fc` and `hidden_norm`.
+            anchor: "block hidden", the row that attention reads of the token before the anchor.
             has_anchor: Bool, "block": whether there is such a row; by default there always is.
 
         Returns:
@@ -418,10 +418,6 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         if isinstance(module, DFlashConvolution):
             module.initialize()
 
-    def anchor_rows(self, features):
-        """Return the rows that the attention reads of some features, "block hidden": the head's view of the text."""
-        return self.hidden_norm(self.fc(features.to(self.dtype)))
-
     def forward(
         self,
         noise_embeds,
@@ -445,18 +441,19 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             block_size: slots of each block, where several are drafted; by default the config's.
 
         Returns:
-            `last_hidden_state`, "batch query hidden": the LM head's input.
+            `last_hidden_state`, "batch query hidden": the LM head's input. And one of `hidden_states`, "batch context
+            hidden": the rows that attention reads of the context.
         """
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None].bool()
-        context = self.anchor_rows(context_hidden_states)
+        context = self.hidden_norm(self.fc(context_hidden_states.to(self.dtype)))
         hidden = noise_embeds.to(self.dtype)
         rope = self.rotary_emb(hidden, position_ids)
         layers: Any = self.layers
         for layer in layers:
             mask = attention_mask[layer.self_attn.kind] if isinstance(attention_mask, Mapping) else attention_mask
             hidden = layer(hidden, context, rope, mask, cache, block_size)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden))
+        return BaseModelOutput(last_hidden_state=self.norm(hidden), hidden_states=(context,))
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def test_the_mask_of_tiles_trains_as_the_dense_one(block_size, head_dim, monkeyp
         drafter.zero_grad()
         places = torch.cat([context, blocks.position_ids.flatten(1)], dim=1)
         mask = make_mask(blocks, 301)
-        hidden = draft_block(drafter, target, slots, features, position_ids=places, attention_mask=mask)
+        hidden = draft_block(drafter, target, slots, features, position_ids=places, attention_mask=mask).hidden
         hidden = hidden.unflatten(1, blocks.labels.shape[1:])[blocks.is_block]
         hidden.square().sum().backward()
         found.append([hidden, *(parameter.grad for parameter in drafter.parameters())])

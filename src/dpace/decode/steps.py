@@ -66,7 +66,7 @@ def draft_step(
     # No layer sees what is before; in a batch, the features of rejected tokens stand behind those of accepted ones.
     read = slice(-max(drafter.num_context, drafter.block_size), None)
     features, positions = state.features[:, read], state.positions[:, read]
-    hidden = draft_block(
+    drafted = draft_block(
         drafter,
         rows.target,
         torch.cat([ends.last_ids, masks], dim=1),
@@ -78,11 +78,11 @@ def draft_step(
     cache.crop(-drafter.num_slots)
 
     def newest() -> Tensor:
-        """Find the features of the token before each anchor, which stand at different places in the rows of a batch."""
-        place = (state.positions == ends.starts - 1).int().argmax(-1)
-        return state.features[torch.arange(len(place), device=place.device), place]
+        """Find the row of the token before each anchor, which stands at different places in the rows of a batch."""
+        place = (positions == ends.starts - 1).int().argmax(-1)
+        return drafted.context[torch.arange(len(place), device=place.device), place]
 
-    draft = drafter.selector.propose(rows, to_predicted(hidden, drafter.first_slot), newest, width)
+    draft = drafter.selector.propose(rows, to_predicted(drafted.hidden, drafter.first_slot), newest, width)
     return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
 
 

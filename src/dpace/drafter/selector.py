@@ -73,7 +73,7 @@ class Selector:
         self,
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
-        before: Callable[[], Float[Tensor, "batch feature"]],
+        before: Callable[[], Float[Tensor, "batch hidden"]],
         width: int,
     ) -> Draft:
         """Propose the best tokens.
@@ -81,7 +81,7 @@ class Selector:
         Args:
             rows: of the tokens that may be drafted.
             hidden: of whole blocks.
-            before: returns the features of the token before each anchor.
+            before: returns what the drafter's attention reads of the token before each anchor.
             width: number of slots that may be verified, the anchor included.
         """
         logits = rows.logits(hidden[:, 1:width].flatten(0, 1))

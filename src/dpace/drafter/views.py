@@ -14,6 +14,15 @@ from dpace.target import Target
 from dpace.target.target import HEAD_INPUT
 
 
+class BlockRows(NamedTuple):
+    """What the drafter computes for blocks and the text before them."""
+
+    hidden: Float[Tensor, "batch slot hidden"]
+    """Hidden states of the blocks, which the target's head turns into drafts."""
+    context: Float[Tensor, "batch context hidden"]
+    """Rows that the attention reads of the tokens whose features were given."""
+
+
 def draft_block(
     drafter: Any,
     target: Target,
@@ -24,8 +33,8 @@ def draft_block(
     attention_mask: Any = None,
     cache: Any = None,
     block_size: int | None = None,
-) -> Float[Tensor, "batch slot hidden"]:
-    """Compute the hidden states of blocks, which the target's head turns into drafts.
+) -> BlockRows:
+    """Compute the hidden states of blocks.
 
     All drafting goes through this function.
 
@@ -45,14 +54,15 @@ def draft_block(
     embeds = target.embed(blocks)
     if isinstance(drafter, DFlashDraftModel) and drafter.embed_tokens is not None:
         embeds = drafter.embed_tokens(blocks) * target.embed_scale
-    return drafter(
+    out = drafter(
         noise_embeds=embeds,
         context_hidden_states=features,
         position_ids=position_ids,
         attention_mask=attention_mask,
         cache=cache,
         block_size=block_size,
-    ).last_hidden_state
+    )
+    return BlockRows(out.last_hidden_state, *out.hidden_states)
 
 
 def to_predicted(
@@ -68,8 +78,8 @@ class BlocksHidden(NamedTuple):
     hidden: Float[Tensor, "batch block slot hidden"]
     """Final hidden states."""
     blocks: Blocks
-    before: Float[Tensor, "batch block feature"]
-    """Features of the token before each anchor; those of the first token where there is none."""
+    before: Float[Tensor, "batch block hidden"]
+    """What the attention reads of the token before each anchor; of the first token where there is none."""
     target_hidden: Float[Tensor, "batch block slot hidden"] | None
     """Input of the target's head where it predicts each slot; None where it was not asked for."""
 
@@ -111,7 +121,7 @@ def blocks_hidden(
         read = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
     masks = {kind: make_mask(read, num_context, reach) for kind, reach in drafter.reaches.items()}
-    hidden = draft_block(
+    drafted = draft_block(
         drafter if model is None else model,
         target,
         read.input_ids(drafter.mask_token_id).flatten(1, 2),
@@ -119,9 +129,9 @@ def blocks_hidden(
         position_ids=torch.cat([context_ids, read.position_ids.flatten(1)], dim=1),
         attention_mask=masks,
         block_size=read.block_size,
-    ).unflatten(1, read.labels.shape[1:])
-    hidden = to_predicted(hidden, drafter.first_slot)
+    )
+    hidden = to_predicted(drafted.hidden.unflatten(1, read.labels.shape[1:]), drafter.first_slot)
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)
     rows = torch.arange(batch, device=token_ids.device)[:, None, None]
     target_hidden = features[..., num_features:][rows, before] if with_target_hidden else None
-    return BlocksHidden(hidden, blocks, features[..., :num_features][rows[..., 0], before[..., 0]], target_hidden)
+    return BlocksHidden(hidden, blocks, drafted.context[rows[..., 0], before[..., 0]], target_hidden)

@@ -60,7 +60,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
         features = target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids)
         blocks = inputs["token_ids"].new_full((1, drafter.num_slots), drafter.mask_token_id)
         blocks[0, 0] = inputs["token_ids"][0, anchor]
-        errors.append(_relative_error(draft_block(drafter, target, blocks, features)[0], hidden))
+        errors.append(_relative_error(draft_block(drafter, target, blocks, features).hidden[0], hidden))
     largest_leak = max(leaks, default=0.0)
     largest_error = max(errors, default=0.0)
     return [

@@ -8,7 +8,10 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode import generate, generate_batch
-from dpace.drafter.lilicorr import Lattice, LatticeSelector, take_walk, walk_losses
+from dpace.drafter import load_drafter
+from dpace.drafter.lilicorr import Lattice, LatticeSelector, sizes_for, take_walk, walk_losses
+from dpace.fast.lattice import FusedLattice
+from dpace.fast.packing import refresh_copies
 from dpace.measure.heldout import score_conversation
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
@@ -137,13 +140,43 @@ def test_the_formulas(shape, num_slots):
 
 def test_it_starts_with_gradients_everywhere_and_leaves_the_network_as_it_was():
     target = make_target("qwen3")
-    drafter, plain = make_drafter(target, head="lilicorr"), make_drafter(target)
+    drafter, plain = make_drafter(target, head="lilicorr", head_candidates=8), make_drafter(target)
     assert all(torch.equal(value, drafter.state_dict()[name]) for name, value in plain.state_dict().items())
     log_probs = torch.randn(2, 3, 8).log_softmax(-1)
     start, pairs = drafter.lilicorr(torch.randn(2, 3, 8, 48), log_probs, torch.randn(2, 3, 48), torch.randn(2, 48))
     assert torch.stack([start.std(), pairs.std()]).min() > 1e-3
     (start.log_softmax(-1)[:, 0].sum() + pairs.log_softmax(-1)[..., 0].sum()).backward()
     assert all(bool(parameter.grad.any()) for parameter in drafter.lilicorr.parameters())
+
+
+def test_a_small_target_gets_fewer_candidates():
+    assert [sizes_for(size).candidate_topk for size in (576, 1024)] == [4, 8]
+    assert sizes_for(576, 8).candidate_topk == 8
+
+
+@pytest.mark.parametrize(("num_blocks", "width"), [(1, None), (3, 48)])
+def test_the_fused_head_gives_the_same_scores(num_blocks, width, random_target, tmp_path):
+    """Of whole blocks, with and without an anchor, also after a change of the weights; others take the head's own."""
+    make_with_head(random_target, block_size=5, head_width=width).save_pretrained(tmp_path, dtype=torch.float32)
+    drafter = load_drafter(tmp_path, random_target)
+    hidden_size, k = random_target.hidden_size, 4
+    inputs = [torch.randn(num_blocks, 4, k, hidden_size), torch.randn(num_blocks, 4, k).log_softmax(-1)]
+    inputs += [torch.randn(num_blocks, 4, hidden_size), torch.randn(num_blocks, hidden_size)]
+    assert isinstance(drafter.lilicorr, FusedLattice)
+    for has_anchor in (None, torch.arange(num_blocks) > 0):
+        with torch.no_grad():
+            own = LiLiCorr.forward(drafter.lilicorr, *inputs, has_anchor)
+            for found, expected in zip(drafter.lilicorr(*inputs, has_anchor), own, strict=True):
+                torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+            assert drafter.lilicorr.fast is not None
+            drafter.lilicorr.in_head.weight.mul_(-1)
+        refresh_copies(drafter)
+        assert drafter.lilicorr.fast is None
+    with torch.no_grad():
+        drafter.lilicorr(*(part[:, :3] for part in inputs[:3]), inputs[3])
+    assert drafter.lilicorr.fast is None
+    drafter.lilicorr(*inputs)[1].sum().backward()
+    assert drafter.lilicorr.in_head.weight.grad.any()
 
 
 def random_lattice(num_blocks=5, num_slots=3, k=4):

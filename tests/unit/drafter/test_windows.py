@@ -68,13 +68,13 @@ def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, targe
     for expected, anchor in zip(trained, anchors, strict=True):
         block = torch.full((1, drafter.block_size), MASK)
         block[0, 0] = token_ids[0, anchor]
-        found = [draft_block(drafter, target, block, features[:, :anchor])[0]]
+        found = [draft_block(drafter, target, block, features[:, :anchor]).hidden[0]]
         positions = torch.arange(anchor + drafter.block_size)[None]
         found.append(theirs(positions, noise_embedding=target.embed(block), target_hidden=features[:, :anchor])[0])
         for cache in caches:
             options = {"position_ids": positions[:, seen:], "cache": cache}
             options["attention_mask"] = cache.place_block(positions[:, seen:anchor], torch.tensor([[anchor]]))
-            found.append(draft_block(drafter, target, block, features[:, seen:anchor], **options)[0])
+            found.append(draft_block(drafter, target, block, features[:, seen:anchor], **options).hidden[0])
             cache.crop(-drafter.block_size)
         seen = anchor
         for hidden in found:

@@ -123,7 +123,7 @@ def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions
     drafter = make(language_target, block_size=5)
     rows = PackedRows(language_target, drafter.vocabulary, questions[0])
     hidden = torch.randn(1, 5, language_target.hidden_size)
-    before = torch.randn(1, len(drafter.target_layer_ids) * language_target.hidden_size)
+    before = torch.randn(1, language_target.hidden_size)
     sampler = Sampler(0.7, seed=0)
     with torch.no_grad():
         draft = drafter.selector.propose(rows, hidden, lambda: before, 5)
