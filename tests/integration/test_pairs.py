@@ -394,6 +394,15 @@ def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_comm
     assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
 
 
+def test_training_says_how_many_given_tokens_are_the_targets_choice(files, tmp_path, capsys):
+    options = f"{{recipe}} --output {tmp_path}/new --prompts.path {{own}}"
+    run(f"respond {options} --respond.source own", files)
+    run(f"train {options} --train.max-steps 1", files)
+    assert re.search(
+        r"^\d{1,2}% of the tokens of the given answers, in a sample", capsys.readouterr().err, re.MULTILINE
+    )
+
+
 def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(files, out, tmp_path, capsys):
     train = f"train {{recipe}} --output {out} --drafter.init {{drafter}}"
     export = f"export {out}/drafter --target {{target}} --to vllm --output {tmp_path}/vllm"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
 from dpace.measure.parity import Finding
@@ -24,6 +25,10 @@ from dpace.target.chat import tokenizer_hashes
 
 NUM_REREAD = 8
 """Responses of a file that are read again."""
+NUM_SHARED = 32
+"""Conversations of a data set that `greedy_share` reads."""
+READ_ROWS = 128
+"""Tokens whose logits it has at once."""
 
 
 class Divergence(NamedTuple):
@@ -112,6 +117,25 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
     wrong = [found for answer in answers if (found := _reread(target, *answer, meta["max_new_tokens"]))]
     name, cases = "responses are the target's greedy text", count(len(chosen), "response")
     return [same, text_finding(target, name, cases, len(answers), wrong)]
+
+
+@torch.inference_mode()
+def greedy_share(target: Target, dataset: ResponseDataset) -> float:
+    """Return which share of the answers' tokens are the target's most likely ones, in a fixed random sample.
+
+    Memory: logits of `READ_ROWS` tokens.
+    """
+    equal = []
+    for index in random.Random(0).sample(range(len(dataset)), min(NUM_SHARED, len(dataset))):
+        token_ids = dataset.token_ids(index)[None].to(target.device)
+        is_answer = dataset.is_response(index)[1:].to(target.device)
+        for rows, labels in zip(
+            target.hidden(token_ids)[0, :-1][is_answer].split(READ_ROWS),
+            token_ids[0, 1:][is_answer].split(READ_ROWS),
+            strict=True,
+        ):
+            equal.append(target.head.logits(rows).argmax(-1) == labels)
+    return float(torch.cat(equal).float().mean())
 
 
 @torch.inference_mode()

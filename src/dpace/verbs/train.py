@@ -5,6 +5,7 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.recipes.flags import given_options, next_command, parse
 from dpace.system import ranks
+from dpace.system.progress import note
 from dpace.verbs import announce, load_target
 
 
@@ -13,6 +14,7 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.batches.corpus import Answers
     from dpace.engines.initial import start_from
+    from dpace.measure.own_text import greedy_share
     from dpace.plan.lines import train_lines
     from dpace.plan.training import known_lengths, plan_recipe
     from dpace.train.identity import Run, data_facts, target_facts
@@ -37,6 +39,12 @@ def run(args: list[str]) -> None:
     answers.refuse_others(of_target)
     run.facts |= of_target
     run.is_in(folder)
+    if answers.meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
+        note(
+            f"{greedy_share(target, datasets[0]):.0%} of the tokens of the given answers, in a sample, are the "
+            "target's greedy choice, and only such tokens are accepted; for a drafter that accepts more, let the "
+            "target answer: `dpace respond` without --respond.source own, into another folder"
+        )
     train(target, *datasets, run.recipe, folder, init=run.init, run=run)
     if ranks.end():
         print(f"drafter in {folder}")

@@ -8,13 +8,14 @@ import torch
 
 import dpace.decode.loop
 import dpace.measure.check
+from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
 from dpace.config import CheckConfig, RespondConfig
 from dpace.decode import Generation, generate_batch, generate_plain
 from dpace.decode.sampling import verify_draft
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
-from dpace.measure.own_text import check_responses, read_greedy
+from dpace.measure.own_text import check_responses, greedy_share, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
@@ -59,6 +60,19 @@ def test_a_drafter_with_a_head_passes(language_target, prompts):
     """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
     config = replace(CONFIG, num_prompts=3, max_new_tokens=20)
     assert not failed(check(language_target, make_with_head(language_target, block_size=5), prompts, config))
+
+
+def test_the_share_of_greedy_tokens(language_target, language_responses):
+    """The target's own answers are all greedy; of answers to other prompts, few tokens are."""
+    own = language_responses[:20]
+    asked = [response.token_ids[: response.response_spans[0][0]] for response in own]
+    others = [
+        replace(response, token_ids=text + response.token_ids[response.response_spans[0][0] :])
+        for response, text in zip(own, asked[1:] + asked[:1], strict=True)
+    ]
+    sets = [ResponseDataset(rows, max_length=64, num_anchors=None, seed=0) for rows in (own, others)]
+    shares = [greedy_share(language_target, dataset) for dataset in sets]
+    assert shares[0] > 0.99 and shares[1] < 0.9
 
 
 def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):
