@@ -176,14 +176,17 @@ def explain_prompt(
     answer = generate(target, drafter, token_ids, width="full", verify_rule=config.verify_rule, **options)
     text = torch.tensor([[*token_ids, *answer.token_ids]], device=target.device)
     anchors = len(token_ids) + np.cumsum([0, *answer.emitted_lengths])[:-1]
+    if not len(anchors):  # the answer is one token
+        return np.zeros((0, 4, drafter.block_size - 1))
     chosen = np.linspace(0, len(anchors) - 1, min(config.num_blocks, len(anchors))).round().astype(int)
-    blocks = build_blocks(text, torch.ones_like(text).bool(), [torch.from_numpy(anchors[chosen])], drafter.block_size)
+    anchors = anchors[chosen]
+    blocks = build_blocks(text, torch.ones_like(text).bool(), [torch.from_numpy(anchors)], drafter.block_size)
     found = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": text, "features": None})
     rows = PackedRows(target, drafter.vocabulary, token_ids)
     sampler = Sampler(config.temperature, seed=seed, device=target.device)
     stops = torch.tensor(target.stop_token_ids, device=target.device)
     measured = []
-    for anchor, hidden, before in zip(anchors[chosen].tolist(), found.hidden[0], found.before[0], strict=True):
+    for anchor, hidden, before in zip(anchors.tolist(), found.hidden[0], found.before[0], strict=True):
         draft = drafter.selector.propose(rows, hidden[None], partial(before.__getitem__, None), drafter.block_size)
         prefix = text[0, : anchor + 1].tolist()
         tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)
@@ -192,7 +195,7 @@ def explain_prompt(
         else:
             drafted = nn.functional.one_hot(draft.tokens, probs.shape[-1]).to(probs.dtype).expand_as(probs)
         measured.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops), is_drawn=is_drawn))
-    return np.array(measured).reshape(-1, 4, drafter.block_size - 1)
+    return np.array(measured)
 
 
 def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: ExplainConfig) -> ExplainResults:

@@ -167,4 +167,6 @@ def test_the_command_says_where_tau_is_lost(
     assert "Where tau is lost" in (tmp_path / "dpace-explain" / "report.html").read_text()
     assert main([*ask, "--max-new-tokens", "8", "--temperature", "0", "--output", "greedy"]) == 0
     assert "100 to 100 %" in capsys.readouterr().out
+    assert main([*ask, "--max-new-tokens", "1", "--output", "short"]) == 0
+    assert "nothing was rejected" in capsys.readouterr().out
     assert json.loads((tmp_path / "greedy" / "explain.json").read_text())["num_samples"] == 4
