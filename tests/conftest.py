@@ -135,7 +135,8 @@ class Oracle:
         def forward(*, position_ids, **rest):
             self.position = int(position_ids[0, -1]) - drafter.block_size + 1
             out = drafter_forward(position_ids=position_ids, **rest)
-            return type(out)(last_hidden_state=torch.full_like(out.last_hidden_state, float("nan")))
+            out.last_hidden_state = torch.full_like(out.last_hidden_state, float("nan"))
+            return out
 
         drafter_forward = drafter.forward
         monkeypatch.setattr(drafter, "forward", forward)

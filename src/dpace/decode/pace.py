@@ -20,6 +20,9 @@ from dpace.target import Target
 
 EXPLORATION = 0.015
 """Share of the time that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
+MARGIN = 0.05
+"""Share of its seconds that a draft has to save: where it is about as fast as what it replaces, noise would choose it
+too often, since a draft that seems faster than it is gets chosen more than one that seems slower."""
 SPAN = 40
 """Number of last values that a running mean is of."""
 COST_RATE = 0.1
@@ -100,8 +103,8 @@ class Pace:
     Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
     means have, for each kind of match before a step, how often a first and a further copied token are right, and what
     a draft gives: its tokens, its seconds, and the seconds that copies and plain steps would have taken for the same
-    tokens. One rule decides: a draft is made where its tokens would take longer otherwise, both at the rate of the best
-    copy that is at hand and by these seconds.
+    tokens. One rule decides: a draft is made where its tokens would take `MARGIN` longer otherwise, both at the rate of
+    the best copy that is at hand and by these seconds.
 
     Other drafts are still made for a share `EXPLORATION` of the time, and less often where the drafter would have to
     read a prompt first. So a bad drafter costs little, and one that improves is used again. Everything learned is kept
@@ -142,9 +145,9 @@ class Pace:
         copy_seconds = self.pass_seconds[width - 1]
         tokens, otherwise, seconds = self.drafts_at[copy.match].after(self.drafts).tolist()
         loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, otherwise)
-        if loss <= 0:
+        if loss <= -MARGIN * seconds:
             return plan._replace(is_drafted=True)
-        price = loss + num_unread * self.reading
+        price = max(0.0, loss) + num_unread * self.reading
         self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
         if self.credit < price:
             return plan
