@@ -27,6 +27,8 @@ from dpace.report.tables import Section
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
+LEAST_REJECTED = 0.001
+"""Share of the blocks below which nothing is said of what is rejected at a slot."""
 UNKNOWN: Estimate = (None, None, None)
 
 
@@ -232,9 +234,10 @@ def comparison(results: CompareResults) -> Section:
 def _own(loss: SlotLoss) -> str:
     """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
     least, most = loss.own_least, loss.own_most
-    if least[0] is None or most[0] is None:
+    if least[0] is None or most[0] is None or loss.rejected < LEAST_REJECTED:
         return "-"
-    low, high, *ends = (None if end is None else 100 * max(0.0, end) for end in (least[0], most[0], least[1], most[2]))
+    shares = (least[0], most[0], least[1], most[2])
+    low, high, *ends = (None if share is None else 100 * min(max(0.0, share), 1.0) for share in shares)
     if None in ends:
         return f"{low:.0f} to {high:.0f} %"
     return f"{low:.0f} to {high:.0f} % [{ends[0]:.0f}, {ends[1]:.0f}]"

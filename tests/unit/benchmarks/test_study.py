@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,21 @@ import study_report
 
 from dpace.measure.results import write_heldout
 from dpace.metrics import Acceptance
+from dpace.report.sections import percent
 from tests.support.files import write_rows
 from tests.support.rows import make_response, make_row
 from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[3]
+RECORDED = {
+    "dflash": "the decay",
+    "bv": "BV",
+    "dpace": "D-PACE",
+    "dflash-growing-blocks": "the decay, growing",
+    "bv-growing-blocks": "BV, growing",
+    "growing-blocks": "D-PACE, growing",
+}
+"""Objectives of the kept records, as the page names them."""
 LENGTHS = {25: 4, 100: 6, 400: 8}
 """Tokens a verification emits with each budget: a line over the logarithm of the steps."""
 
@@ -118,6 +129,18 @@ def test_the_report_has_every_objective_and_the_figure(output):
     text = study_report.write_report(output, list(study.CANDIDATES)).read_text()
     assert text.count("| spec-auf |") == 3 + 3 * 2
     assert "](study-tau.svg)" in text and "spec-auf" in (output / "study-tau.svg").read_text()
+
+
+def test_the_pages_numbers_follow_from_the_records(tmp_path):
+    """The table of growing blocks and of BV's loss in docs/results.md, cell by cell."""
+    with tarfile.open(ROOT / "benchmarks" / "records" / "study-blocks-16.tar.gz") as records:
+        records.extractall(tmp_path, filter="data")
+    kept = study_report.Study(tmp_path)
+    page = (ROOT / "docs" / "results.md").read_text()
+    for name, shown in RECORDED.items():
+        tau = f"{kept.tau(name, 16, 100)[0]:.2f}"
+        gains = [percent(kept.gain(name, over, 16, 100)).replace(" %", "") for over in ("dflash", "dpace")]
+        assert f"| {shown} | {' | '.join([tau, *gains])} |".replace("| - |", "| |") in page
 
 
 def test_the_papers_matrix_draws_prompts_with_their_turns():
