@@ -18,7 +18,7 @@ from dpace.decode.costs import FILLER_TOKENS, StepCosts, measure_costs
 from dpace.drafter import Drafter
 from dpace.target import Target
 
-EXPLORATION = 0.015
+EXPLORATION = 0.01
 """Share of the time that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
 MARGIN = 0.05
 """Share of its seconds that a draft has to save: where it is about as fast as what it replaces, noise would choose it
