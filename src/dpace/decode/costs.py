@@ -66,9 +66,9 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
             cache.crop(-width)
             return
         read = features if width == FIRST_DRAFT else features[:, :4]
-        hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read).hidden
-        hidden = to_predicted(hidden, drafter.first_slot)
-        draft = drafter.selector.propose(rows, hidden, lambda: read[:, -1], size)
+        drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
+        hidden = to_predicted(drafted.hidden, drafter.first_slot)
+        draft = drafter.selector.propose(rows, hidden, lambda: drafted.context[:, -1], size)
         drafter.confidences(draft.scores[0]).tolist()  # waits for the device, as drawing does
 
     seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}

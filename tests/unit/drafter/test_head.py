@@ -248,6 +248,7 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
         one = generate(target, drafter, prompt, max_new_tokens=9, stop_token_ids=[], width="full")
         assert (one.token_ids, one.accepted_lengths) == (out.token_ids, out.accepted_lengths)
         alone.append(found[:])
+        assert generate(target, drafter, prompt, max_new_tokens=9, stop_token_ids=[]).token_ids == out.token_ids
     for row in (0, 1):
         for together, single in zip(batched, alone[row], strict=False):
             if len(together.start) == 2:

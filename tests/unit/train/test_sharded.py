@@ -29,8 +29,9 @@ def on_one_rank(language_target, language_responses, tmp_path_factory):
     return folder
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(2, marks=pytest.mark.wide), pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("way", ["whole", "drafter", "resume", "target"])
 def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_folder, language_responses, tmp_path):
     """Every reduction, both optimizers, growing blocks, accumulation, checkpointing, SIGTERM; shares of the target."""
