@@ -256,7 +256,7 @@ def losses_by_set(results: ExplainResults) -> Section:
             "set": row.set,
             "prompts": f"{row.num_prompts}",
             "blocks": f"{row.num_blocks}",
-            "with a rejection": f"{100 * row.whole.rejected:.0f} %",
+            "with a rejection": f"{100 * min(row.whole.rejected, 1.0):.0f} %",
             "the drafter's own [95 %]": _own(row.whole),
         }
         for row in results.rows
