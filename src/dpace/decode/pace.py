@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     copies: Sequence[Copy] = ()
     """All copies that were found."""
     is_trial: bool = False
-    """Whether the draft is expected to take longer than what it replaces."""
+    """Whether the draft is not expected to save `MARGIN`, and is made to learn what drafts give now."""
     promised: float = 0.0
     """Number of draft tokens that the drafter's confidences promise."""
 

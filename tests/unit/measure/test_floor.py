@@ -110,6 +110,14 @@ def test_greedy_rejections_are_those_of_decoding(language_target, language_draft
             assert rejected.tolist() == [float(slot == accepted) for slot in range(len(reached))]
 
 
+def test_a_head_is_explained_too(language_target, questions):
+    """Its drafts are drawn one after the other, and its first slot is reached always."""
+    drafter = make_with_head(language_target, block_size=5)
+    found = explain_prompt(language_target, drafter, questions[0], CONFIG, seed=0)
+    assert found.shape[1:] == (4, 4) and np.allclose(found[:, 0, 0], 1)
+    assert (found[:, 1] <= found[:, 0] + 1e-6).all() and (found[:, 2] <= found[:, 3]).all()
+
+
 def test_continuations_have_the_distribution_of_their_text(language_target, questions):
     sampler = Sampler(1.0, seed=0)
     tokens, probs = draw_continuations(language_target, questions[0], 3, 4, sampler)
