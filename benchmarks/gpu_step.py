@@ -153,10 +153,10 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     counted = run.marks.steps[min(WARM_UP, steps // 2) :]
     seconds = statistics.median(sum(step.values()) for step in counted)
     uncached = replace(recipe, train=replace(config, feature_cache_gib=0.0))
-    lengths = map(known_lengths, (dataset, nothing))
-    plan = TrainingPlan(target, find_machine(recipe), uncached, drafter, *lengths)
-    flops = sum(plan.flops(plan.shape()).values())
-    parts = plan.memory(plan.shape())
+    lengths = known_lengths(dataset)
+    plan = TrainingPlan(target, find_machine(recipe), uncached, drafter, lengths)
+    flops = sum(plan.flops(plan.batch()).values())
+    parts = plan.memory(plan.batch())
     del parts["CUDA's context"]  # which torch's allocator does not count
     tokens = per_step * config.max_length
     return drafter.eval(), {

@@ -65,7 +65,7 @@ class Machine(NamedTuple):
     """Speed of the products in which a drafter is trained."""
 
 
-def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
+def find_machine(recipe: Recipe, memory: int | None = None) -> Machine:
     """Find out where a recipe would compute, and how fast.
 
     Args:

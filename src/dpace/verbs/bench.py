@@ -69,7 +69,7 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
-    from dpace.plan.lines import decoding_lines, num_decoded, num_decodings
+    from dpace.plan.lines import decoding_lines, num_decodings
     from dpace.report.sections import tables_of
     from dpace.report.tables import console, section_table
     from dpace.target.locate import find_drafter
@@ -85,8 +85,7 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
         raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
     refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
     num_answers = num_decodings(recipe, prompts, len(folders))
-    done = num_decoded(output, config, prompts)
-    if announce(decoding_lines(recipe, num_answers, config.max_new_tokens, done=done), args):
+    if announce(decoding_lines(recipe, num_answers, config.max_new_tokens), args):
         return
     target = load_target(recipe)
     if ranks.is_first():

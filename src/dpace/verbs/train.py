@@ -23,27 +23,25 @@ def run(args: list[str]) -> None:
 
     run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
     check_recipe(run.recipe)
+    check_trackers(recipe.train.report_to)
     answers = Answers(recipe, next_command("respond", "train", args))
     datasets = choose_conversations(*answers.load(), run.recipe)
     run.facts |= data_facts(*datasets)
     folder = Path(recipe.output) / "drafter"
-    is_finished = run.is_finished_in(folder)
-    check_trackers(recipe.train.report_to)
     lines = [f"{folder} is finished"]
-    if not is_finished:
-        lines = train_lines(plan_recipe(run.recipe, *map(known_lengths, datasets)), folder)
+    if not run.is_finished_in(folder):
+        lines = train_lines(plan_recipe(run.recipe, known_lengths(datasets[0])), folder)
     if announce(lines, args):
         return
     target = load_target(recipe, shard=recipe.train.target_shard)
     of_target = target_facts(target)
     answers.refuse_others(of_target)
     run.facts |= of_target
-    run.is_in(folder)
     if answers.meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
         note(
             f"{greedy_share(target, datasets[0]):.0%} of the tokens of the given answers, in a sample, are the "
-            "target's greedy choice, and only such tokens are accepted; for a drafter that accepts more, let the "
-            "target answer: `dpace respond` without --respond.source own, into another folder"
+            "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "
+            "--respond.source own let the target answer"
         )
     train(target, *datasets, run.recipe, folder, init=run.init, run=run)
     if ranks.end():
