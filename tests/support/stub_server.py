@@ -51,7 +51,7 @@ class StubServer(ThreadingHTTPServer):
         self.requests: list[Handler] = []
         self.running = 0
         self.most_running = 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     @property
     def url(self) -> str:

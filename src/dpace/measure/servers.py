@@ -196,7 +196,7 @@ def _ask_server(
     counts = answer.counts
     if counts is None and before and after and after.num_verifications > before.num_verifications:
         counts = after - before
-    return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.seconds - answer.first_seconds, counts=counts)
+    return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.decode_seconds, counts=counts)
 
 
 def make_rows(records: Sequence[ServedRecord], here: Mapping[tuple[float, str], Row]) -> list[ServerRow]:

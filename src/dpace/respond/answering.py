@@ -31,8 +31,6 @@ from dpace.system.ledger import (
     cut_unfinished_line,
     lock_folder,
     naming_file,
-    refuse_foreign_files,
-    register_files,
     writing,
 )
 from dpace.system.progress import progress_bar
@@ -94,7 +92,8 @@ def answer_prompts(
             ranks.from_first(lambda: write_meta(path, meta, prompts, is_complete=False))
             mine = [by_id[name] for name in ranks.share(waiting)]
             rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
-            _append_rows(rows, _rank_paths(path)[ranks.rank()], len(mine))
+            own = path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
+            _append_rows(rows, own, len(mine))
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, left_out))
@@ -123,7 +122,6 @@ def _find_waiting(
     Those that begin alike are neighbours, and the short ones come first otherwise.
     """
     register_answers(path)
-    register_files(path.parent, *(part.name for part in _rank_paths(path)))
     cut_unfinished_line(path)
     _append_rank_files(path)
     check_meta(path, meta)
@@ -136,15 +134,15 @@ def _find_waiting(
                 "--output, or delete the file"
             )
         done.add(response.id)
-    waiting = {name: Conversation(target, prompt, config).check() for name, prompt in by_id.items() if name not in done}
+    texts = {name: Conversation(target, prompt, config).check() for name, prompt in by_id.items() if name not in done}
     old = read_meta(path)
-    if done and not waiting and old.get("complete") and old.get("responses_sha256") != hash_file(path):
+    if done and not texts and old.get("complete") and old.get("responses_sha256") != hash_file(path):
         raise ValueError(
             f"{path} was changed after dpace wrote it; put the file back as it was, or delete it and run the command "
             "again"
         )
-    names = list(waiting)
-    return [names[number] for number in find_shared(list(waiting.values()))[0]]
+    names = list(texts)
+    return [names[number] for number in find_shared(list(texts.values()))[0]]
 
 
 def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int]) -> None:
@@ -152,14 +150,14 @@ def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_
     _append_rank_files(path)
     if left_out and sum(left_out.values()) == len(prompts):
         raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
-    if prompts:
-        if path.exists() and not read_meta(path).get("complete"):
-            places = {prompt.id: place for place, prompt in enumerate(prompts)}
-            lines = path.read_bytes().splitlines(keepends=True)
-            lines.sort(key=lambda line: places.get(json.loads(line)["id"], -1))  # behind those of other prompts
-            with writing(path) as unfinished:
-                unfinished.write_bytes(b"".join(lines))
-        write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
+    if not prompts or read_meta(path).get("complete"):
+        return
+    places = {prompt.id: place for place, prompt in enumerate(prompts)}
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines.sort(key=lambda line: places.get(json.loads(line)["id"], -1))  # behind those of other prompts
+    with writing(path) as unfinished:
+        unfinished.write_bytes(b"".join(lines))
+    write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
 
 
 def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> None:
@@ -182,22 +180,13 @@ def _append(path: Path, lines: Sequence[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _rank_paths(path: Path) -> list[Path]:
-    """Return the file that each rank writes its answers to."""
-    count = ranks.num_ranks()
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}.rank-{number}") for number in range(count)]
-
-
 def _append_rank_files(path: Path) -> None:
     """Append what the ranks of this call, or of one that was killed, have written, and remove their files.
 
     An id that the file has already is left out: its part was appended before the kill.
     """
-    parts = sorted(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"), key=lambda part: (len(part.name), part.name))
-    refuse_foreign_files(path.parent, *(part.name for part in parts))
-    if not parts:
-        return
-    done = {response.id for response in iterate_responses(path)} if path.exists() else set()
+    parts = list(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"))
+    done = {response.id for response in iterate_responses(path)} if parts and path.exists() else set()
     for part in parts:
         cut_unfinished_line(part)
         with part.open(encoding="utf-8", newline="\n") as lines:

@@ -2,15 +2,17 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import Response
+from dpace.system.progress import count
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_answer, encode_chat
+
+Tokens = TypeVar("Tokens")
 
 
 class Conversation:
@@ -50,19 +52,14 @@ class Conversation:
             ValueError: names the prompt, its tokens and the limit.
         """
         turns = self.prompt.turns
-        with self._named():
-            first = encode_chat(self.target, turns[0])
-        num_tokens = len(first)
-        if len(turns) > 1:
-            messages = list(turns[0])
-            for turn in turns[1:]:
-                messages += [{"role": "assistant", "content": "."}, *turn]
-            with self._named():
-                num_tokens = len(encode_chat(self.target, messages))
-        if self.config.source == "target":
-            self._check_length(num_tokens, len(turns))
-        else:
+        first = self._encode(encode_chat, turns[0])
+        if self.config.source == "own":
             own_messages(self.prompt)
+            return array("i", first)
+        messages = list(turns[0])
+        for turn in turns[1:]:
+            messages += [{"role": "assistant", "content": "."}, *turn]
+        self._check_length(self._encode(encode_chat, messages) if len(turns) > 1 else first, len(turns))
         return array("i", first)
 
     def ask(self) -> list[int]:
@@ -71,27 +68,26 @@ class Conversation:
         Raises:
             ValueError: read again through the template, the text has grown past the target's context.
         """
-        with self._named():
-            token_ids = encode_chat(self.target, [*self.messages, *self.prompt.turns[self.num_answers]])
-        self._check_length(len(token_ids), 1)
+        token_ids = self._encode(encode_chat, [*self.messages, *self.prompt.turns[self.num_answers]])
+        self._check_length(token_ids, 1)
         return token_ids
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let a refusal inside the `with` block name the prompt."""
+    def _encode(self, encode: Callable[..., Tokens], *messages: Any) -> Tokens:
+        """Call a function that encodes messages; its refusal names the prompt."""
         try:
-            yield
+            return encode(self.target, *messages)
         except ValueError as error:
             raise ValueError(f"prompt {self.prompt.id}: {error}") from error
 
-    def _check_length(self, num_tokens: int, num_answers: int) -> None:
+    def _check_length(self, token_ids: list[int], num_answers: int) -> None:
         """Refuse a text that leaves no room for answers."""
-        limit, length = self.target.context, self.config.max_new_tokens
-        if limit and num_tokens + num_answers * length > limit:
-            answers = f"{num_answers} answers of up to " if num_answers > 1 else ""
+        limit = self.target.context
+        length = self.config.max_new_tokens
+        if limit and len(token_ids) + num_answers * length > limit:
             raise ValueError(
-                f"prompt {self.prompt.id} has {num_tokens} tokens; with {answers}{length} new tokens it passes the "
-                f"target's limit of {limit}; shorten the prompt, remove a turn or lower max-new-tokens"
+                f"prompt {self.prompt.id} has {len(token_ids)} tokens; with {count(num_answers, 'answer')} of up to "
+                f"{length} new tokens it passes the target's limit of {limit}; shorten the prompt, remove a turn or "
+                "lower max-new-tokens"
             )
 
     def add(self, token_ids: list[int], answer: list[int]) -> None:
@@ -110,9 +106,7 @@ class Conversation:
         """
         for message in own_messages(self.prompt):
             if message["role"] == "assistant" and self.messages:
-                with self._named():
-                    tokens = encode_answer(self.target, self.messages, message)
-                self._append(*tokens)
+                self._append(*self._encode(encode_answer, self.messages, message))
             self.messages.append(message)
 
     def _append(self, before: list[int], answer: list[int]) -> None:

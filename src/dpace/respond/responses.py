@@ -9,14 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from pydantic import TypeAdapter, ValidationError
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json
 from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
-from dpace.system.progress import quoted
 from dpace.system.provenance import find_versions, hash_file, hash_json, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
@@ -115,26 +113,8 @@ def _check_numbers(response: Response, num_tokens: int) -> None:
         end = span[1]
 
 
-@with_config(ConfigDict(strict=True, extra="allow"))
-class Meta(TypedDict, total=False):
-    """Keys of `responses.meta.json` that are read; others are for people."""
-
-    source: str
-    target: str
-    dtype: str
-    target_sha256: str
-    tokenizer_sha256: str
-    chat_template_sha256: str
-    max_new_tokens: int
-    temperature: float
-    thinking: bool
-    seed: int
-    complete: bool
-    num_prompts: int
-    prompts_sha256: str
-    responses_sha256: str | None
-
-
+INFORMATIVE = ("target", "servers", "revision", "versions")
+"""Facts in `responses.meta.json` for people: responses with others are continued."""
 WAYS_OUT = {
     "thinking": "set --thinking as it was",
     "dtype": "set --dtype as it was",
@@ -155,23 +135,15 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     """Read what made a file of responses, `responses.jsonl`.
 
     Returns:
-        The keys of `Meta` among others; empty where there is no such file. `complete` says whether all `num_prompts`
-        prompts were answered; only then `responses_sha256` is the hash of the responses.
+        The facts of `find_meta`, and those of `write_meta`; empty where there is no such file. `complete` says whether
+        all `num_prompts` prompts were answered; only then `responses_sha256` is the hash of the responses.
 
     Raises:
-        ValueError: the file cannot be read, or a key has a value of another type.
+        ValueError: the file cannot be read.
     """
     path = meta_path(path)
-    if not path.exists():
-        return {}
     fix = "delete it and the responses beside it, and write them again with `dpace respond`"
-    meta = read_object(path, fix)
-    try:
-        TypeAdapter(Meta).validate_python(meta)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {first['loc'][0]} is {quoted(first['input'])}, {first['msg']}; {fix}") from error
-    return meta
+    return read_object(path, fix) if path.exists() else {}
 
 
 def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
@@ -193,7 +165,7 @@ def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
 
 
 def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> dict[str, Any]:
-    """Return what the responses depend on: weights, tokenizer, template and settings; and the versions.
+    """Return what the responses depend on: weights, tokenizer, template and settings; and `INFORMATIVE` facts.
 
     Args:
         target: its weights and their precision are not known where servers answer.
@@ -227,7 +199,7 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     other = "name another folder with --output, or delete the file"
     if not old:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
-    now = {key: meta[key] for key in Meta.__annotations__ if key in meta and key != "target"}
+    now = {key: value for key, value in meta.items() if key not in INFORMATIVE}
     same_run({"source": "target"} | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
 
 
@@ -247,17 +219,11 @@ def register_answers(path: Path) -> None:
 
 
 def write_meta(path: Path, meta: dict[str, Any], prompts: Sequence[Prompt], *, is_complete: bool) -> None:
-    """Write what made the responses, all or nothing, and only where it changed."""
-    old = read_meta(path)
-    if is_complete and old.get("complete") and old.get("num_prompts", 0) > len(prompts):
-        return  # the file has more answers than this run asks for
+    """Write what made the responses, all or nothing."""
     state = {
         "complete": is_complete,
         "num_prompts": len(prompts),
         "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
         "responses_sha256": hash_file(path) if is_complete else None,
     }
-    decisive = state | {key: meta[key] for key in meta if key in Meta.__annotations__}
-    if decisive.items() <= old.items():
-        return  # written by other versions of the same
     write_json(meta_path(path), meta | state, indent=2)

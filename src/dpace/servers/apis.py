@@ -12,30 +12,29 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
-from pathlib import PurePath
+from itertools import zip_longest
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+import pydantic
+from pydantic import BaseModel, NonNegativeInt
 
+from dpace.config import STRICT
 from dpace.servers.transport import Address, Refused, Unavailable
 
-UNREADABLE = (KeyError, TypeError, AttributeError, IndexError, OverflowError, ValueError, RecursionError)
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What reading a reply raises that is not what the engine sends."""
 MAX_TOKENS = 2**31
 """Tokens of a tokenizer that is not known."""
-UNNAMED = "gpt-3.5-turbo"
-"""How llama.cpp calls a model that has no name."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Counts:
     """Verifications that a server reports."""
 
-    num_verifications: int
-    num_accepted: int
+    num_verifications: NonNegativeInt
+    num_accepted: NonNegativeInt
     """Draft tokens."""
-    histogram: list[int] | None = None
+    histogram: list[NonNegativeInt] | None = None
     """Verifications by accepted length, where the server tells more than the sum."""
 
     @property
@@ -43,10 +42,9 @@ class Counts:
         """Tokens, one more than was accepted for each verification."""
         return self.num_accepted + self.num_verifications
 
-    def __sub__(self, before: "Counts") -> "Counts | None":
+    def __sub__(self, before: "Counts") -> "Counts":
         """What came after an earlier reading of the same counters."""
-        histogram = [-count for count in before.histogram or [0]]
-        return Counts.pooled([self, Counts(-before.num_verifications, -before.num_accepted, histogram)])
+        return Counts(self.num_verifications - before.num_verifications, self.num_accepted - before.num_accepted)
 
     @staticmethod
     def pooled(parts: Sequence["Counts"]) -> "Counts | None":
@@ -65,28 +63,19 @@ class Counts:
 class Reply(BaseModel):
     """What one event of a server says, or its answer in one piece; None is what it does not say."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = STRICT
 
     tokens: list[int] | None = None
     is_all: bool = False
     """Whether `tokens` are all so far, and not those after the last event."""
     end: str | None = None
-    """Why the answer ends with this event; None where it goes on."""
+    """Why the answer ends with this event: `stop` or `eos` for a stop token; None where it goes on."""
     text: str | None = None
     num_tokens: NonNegativeInt | None = None
     """Tokens that the server has written."""
     stop_token: int | None = None
     """Token that ended the text."""
-    num_verifications: NonNegativeInt | None = None
-    num_accepted: NonNegativeInt = 0
-    histogram: list[NonNegativeInt] | None = None
-
-    @property
-    def counts(self) -> Counts | None:
-        """Verifications, where the event has them."""
-        if self.num_verifications is None:
-            return None
-        return Counts(self.num_verifications, self.num_accepted, self.histogram)
+    counts: Counts | None = None
 
 
 @dataclass(frozen=True)
@@ -94,26 +83,14 @@ class Answer:
     """One response of a server."""
 
     token_ids: list[int]
-    first_seconds: float
-    """From the request to its first token."""
-    seconds: float
-    """From the request to its last token."""
-    counts: Counts | None = None
+    decode_seconds: float
+    """From its first token to its last one."""
+    counts: Counts | None
     """Where the response itself has them."""
-    reason: str = "done"
-    """Why it ended, in the server's word: `stop`, `length`, `eos` or `limit`; `done` where it does not say."""
-    last: Reply = Reply()
+    is_stopped: bool
+    """Whether a stop token ended the text, and not its length."""
+    last: Reply
     """The last event: it has the text of a server that gives no tokens, and the stop token where one is named."""
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop token ended the text, and not its length."""
-        return self.reason in ("stop", "eos")
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens after the first."""
-        return max(0, len(self.token_ids) - 1)
 
 
 class Server(ABC):
@@ -182,13 +159,12 @@ class Server(ABC):
         Raises:
             Refused: the server refuses the request.
             Unavailable: it does not answer, or breaks off.
-            ValueError: it sends no token, more than asked or one outside the vocabulary, or answers with another model.
+            ValueError: it sends no token, more than asked or one outside the vocabulary.
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
-        started = time.perf_counter()
         body = body | {"stream": stream} | (more or {})
         with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
-            answer = self._collect(events, max_new_tokens, started)
+            answer = self._collect(events, max_new_tokens)
         if not answer.token_ids and (stream or not (answer.last.text or answer.last.num_tokens)):
             raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
         for token in answer.token_ids:
@@ -199,10 +175,10 @@ class Server(ABC):
                 )
         return answer
 
-    def _collect(self, events: Iterable[dict | None], max_new_tokens: int, started: float) -> Answer:
+    def _collect(self, events: Iterable[dict | None], max_new_tokens: int) -> Answer:
         """Put an answer together from its events; None is the mark of the end."""
         tokens: list[int] = []
-        first_seconds = seconds = 0.0
+        first = last = 0.0
         counts = end = None
         reply = Reply()
         for event in events:
@@ -218,35 +194,25 @@ class Server(ABC):
                     f"{self.url} sent {count} tokens, expected at most {max_new_tokens}, as it was asked for; see "
                     "which version runs"
                 )
-            seconds = time.perf_counter() - started
-            first_seconds = first_seconds or (seconds if tokens else 0.0)
+            last = time.perf_counter()
+            first = first or (last if tokens else 0.0)
             counts = reply.counts or counts
             end = reply.end or end
-        if end is None:
+        if end in (None, "abort", "error"):
             raise Unavailable(
-                f"{self.url} broke off after {len(tokens)} tokens, without the mark of the end; is the server still "
+                f"{self.url} broke off after {len(tokens)} tokens ({end or 'no mark of the end'}); is the server still "
                 "running?"
             )
-        if end in ("abort", "error"):
-            raise Unavailable(f"{self.url} ended its answer with {end!r}; see the server's log")
-        return Answer(tokens, first_seconds, seconds, counts, end, reply)
+        return Answer(tokens, last - first, counts, end in ("stop", "eos"), reply)
 
     def _read(self, event: dict) -> Reply:
-        """Refuse an event of another model than was found, or answered first, and what is no event of this engine."""
+        """Refuse what is no event of this engine."""
         try:
-            if (name := event.get("model")) not in (None, UNNAMED):
-                self.model = self.model or str(name)
-                if name not in (self.model, PurePath(self.model).name):
-                    raise ValueError(f"the answer is of the model {name!r}, expected {self.model!r}")
             return self.read(event)
         except UNREADABLE as error:
-            reason = str(error)
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ValueError(
                 f"{self.url} sent {self.address.short(json.dumps(event))}, which {self.engine} does not send "
-                f"({self.address.short(reason)}); see the server's log, and which version runs"
+                f"({self.address.short(error)}); see the server's log, and which version runs"
             ) from error
 
 
@@ -267,7 +233,7 @@ class VllmServer(Server):
         super().__init__(url, vocab_size)
         page = self.address.get("/v1/models")
         try:
-            self.model = json.loads(page)["data"][0]["id"].strip()
+            self.model = json.loads(page)["data"][0]["id"]
         except UNREADABLE as error:
             raise ValueError(
                 f"{self.url}/v1/models answers {self.address.short(page)}, expected a list of models; is it vLLM's "
@@ -296,17 +262,16 @@ class VllmServer(Server):
         """See `Server`."""
         choice = (event.get("choices") or [{}])[0]
         usage = event.get("usage") or {}
-        stop = choice.get("stop_reason")  # a token's number, or a text to stop at; None for the end of the sequence
-        spec = (event.get("metrics") or {}).get("speculative_decoding") or {}
+        counts = None
+        if spec := (event.get("metrics") or {}).get("speculative_decoding"):
+            counts = Counts(spec["num_spec_steps"], spec["num_accepted_draft_tokens"], spec.get("acceptance_histogram"))
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
             text=choice.get("text"),
             num_tokens=usage.get("completion_tokens"),
-            stop_token=stop,
-            num_verifications=spec.get("num_spec_steps"),
-            num_accepted=spec.get("num_accepted_draft_tokens", 0),
-            histogram=spec.get("acceptance_histogram"),
+            stop_token=choice.get("stop_reason"),  # None for the end of the sequence
+            counts=counts,
         )
 
     def measured(self, salt):
@@ -319,21 +284,11 @@ class VllmServer(Server):
             page = self.address.get("/metrics")
         except Refused:  # by a proxy
             return None
-        line = r'^vllm:spec_decode_num_(\w+)_total(?:\{(?:[^}]*position="(\d+)")?[^}]*\})? ([0-9.e+]+)$'
-        totals: Counter[tuple[str, int]] = Counter()
-        try:
-            for name, position, value in re.findall(line, page, re.MULTILINE):
-                totals[name, int(position or 0)] += round(float(value))
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{self.url}/metrics has counters that cannot be read ({self.address.short(error)}); see which version "
-                "runs"
-            ) from error
-        if ("drafts", 0) not in totals:
-            return None
-        reached = [totals[key] for key in sorted(totals) if key[0] == "accepted_tokens_per_pos"]
-        histogram = [a - b for a, b in pairwise([totals["drafts", 0], *reached, 0])] if reached else None
-        return Counts(totals["drafts", 0], totals["accepted_tokens", 0], histogram)
+        totals: Counter[str] = Counter()
+        line = r"^vllm:spec_decode_num_(drafts|accepted_tokens)_total(?:\{.*\})? ([0-9.e+]+)$"
+        for name, value in re.findall(line, page, re.MULTILINE):
+            totals[name] += round(float(value))
+        return Counts(totals["drafts"], totals["accepted_tokens"]) if "drafts" in totals else None
 
 
 class SglangServer(Server):
@@ -363,10 +318,13 @@ class SglangServer(Server):
         meta = event.get("meta_info") or {}
         tokens = event.get("output_ids") or []
         reason = meta.get("finish_reason") or {}
-        verified = meta.get("spec_verify_ct") or None
-        accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
-        if verified and accepted is None:
-            accepted = max(0, meta["completion_tokens"] - 1 - verified)
+        counts = None
+        if verified := meta.get("spec_verify_ct"):
+            accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
+            if accepted is None:
+                accepted = max(0, meta["completion_tokens"] - 1 - verified)
+            histogram = meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram")
+            counts = Counts(verified, accepted, histogram)
         return Reply(
             tokens=tokens,
             is_all=len(tokens) == meta.get("completion_tokens"),  # unless it was told to send the rest only
@@ -374,9 +332,7 @@ class SglangServer(Server):
             text=event.get("text"),
             num_tokens=meta.get("completion_tokens"),
             stop_token=reason.get("matched"),
-            num_verifications=verified,
-            num_accepted=accepted or 0,
-            histogram=meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram") or None,
+            counts=counts,
         )
 
     def measured(self, salt):
@@ -412,36 +368,27 @@ class LlamacppServer(Server):
         """See `Server`."""
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")
-        counts: dict[str, Any] = {}
+        counts = None
         timings = event.get("timings") or {}
-        if event.get("stop") and timings.get("draft_n") is not None:
-            counts = _Timings(**timings).count(is_eos=event.get("stop_type") == "eos")
+        if event.get("stop") and "draft_n" in timings:
+            counts = _count_drafts(**timings, is_eos=event.get("stop_type") == "eos")
         return Reply(
             tokens=event.get("tokens"),
             end=(event.get("stop_type") or "done") if event.get("stop") else None,
             text=event.get("content"),
             num_tokens=event.get("tokens_predicted"),
-            **counts,
+            counts=counts,
         )
 
 
-class _Timings(BaseModel):
-    """What llama.cpp's server says at the end of an answer."""
-
-    model_config = ConfigDict(strict=True)
-
-    predicted_n: NonNegativeInt
-    draft_n: NonNegativeInt
-    draft_n_accepted: NonNegativeInt
-
-    def count(self, *, is_eos: bool) -> dict[str, int]:
-        """Compute the number of verifications, of which each emits what it accepts and one more token."""
-        emitted = self.predicted_n - 1  # the first token is the prompt's
-        verifications = max(1, emitted - self.draft_n_accepted)
-        if is_eos and self.draft_n % verifications:
-            # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
-            verifications += self.draft_n % (verifications + 1) == 0
-        return {"num_verifications": verifications, "num_accepted": max(0, emitted - verifications)}
+def _count_drafts(predicted_n: int, draft_n: int, draft_n_accepted: int, *, is_eos: bool, **_: object) -> Counts:
+    """Compute the verifications from llama.cpp's timings: each emits what it accepts and one more token."""
+    emitted = predicted_n - 1  # the first token is the prompt's
+    verifications = max(1, emitted - draft_n_accepted)
+    if is_eos and draft_n % verifications:
+        # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
+        verifications += draft_n % (verifications + 1) == 0
+    return Counts(verifications, max(0, emitted - verifications))
 
 
 PROBES = (
@@ -471,12 +418,11 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
             if error.status == 401:
                 raise
             continue
-        except (json.JSONDecodeError, RecursionError):
+        except json.JSONDecodeError:
             continue  # a server, but not this one
         if isinstance(answer, dict) and (not key or key in answer):
             server = kind(url, vocab_size)
-            texts = {key: value for key, value in answer.items() if isinstance(value, str) and value}
-            server.model = server.model or next((texts[key] for key in MODEL_KEYS if key in texts), None)
-            server.version = texts.get("version") or texts.get("build_info")
+            server.model = server.model or next((answer[key] for key in MODEL_KEYS if answer.get(key)), None)
+            server.version = answer.get("version") or answer.get("build_info")
             return server
     raise ValueError(f"{address.url} is neither vLLM nor SGLang nor llama.cpp's server; give the address before /v1")

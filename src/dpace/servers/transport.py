@@ -1,22 +1,17 @@
-"""Requests to servers that may be slow, endless, broken or elsewhere: bounded in time and size.
+"""Requests to servers that may be slow, broken or elsewhere: bounded in time and size.
 
 An address and a request come in; a page, an answer or its events go out, or one line that tells what went wrong.
 """
 
-import base64
 import contextlib
-import email.utils
 import json
 import os
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Generator, Iterator
-from typing import Any, NoReturn
-from urllib.parse import unquote
 
 import httpx
+from pydantic import HttpUrl, ValidationError
 
 from dpace.system.progress import one_line
 
@@ -28,14 +23,10 @@ PAGE_SECONDS = 30.0
 """Until a page such as `/metrics` must be complete; servers write them from memory."""
 MAX_RESPONSE_BYTES = 2**30
 """Most bytes of an answer. SGLang repeats in each event all that came before, which is half of that at 8192 tokens."""
-MAX_PAGE_BYTES = 2**24
-"""Most bytes of a page and of one line; the pages of servers have some hundred thousand."""
 MAX_SHOWN = 300
 """Most characters of a server's text that a message repeats."""
 API_KEY = "DPACE_API_KEY"
 """Environment variable with the key that servers ask for; it is sent, and is neither shown nor kept."""
-RETRYABLE = (408, 425, 429, 500, 502, 503, 504, 529)
-"""HTTP statuses of a server that may answer the same request later."""
 
 
 class Refused(ValueError):
@@ -65,40 +56,42 @@ class Address:
     """
 
     def __init__(self, url: str):
-        url = url.strip()
         try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL:  # whose message may show a password
-            parsed = httpx.URL("")
-        is_clean = url.isascii() and not set(" \\?#") & set(url)
-        has_port = parsed.port is None or 0 < parsed.port < 2**16
-        if parsed.scheme not in ("http", "https") or not parsed.host or not has_port or not is_clean:
+            parsed = HttpUrl(url.strip())
+        except ValidationError:  # whose message may show a password
+            parsed = None
+        if parsed is None or parsed.query or parsed.fragment:
             raise ValueError(
                 "the server's address is none with a scheme, a host and a port alone; give http://host:port, without "
                 "? and #"
             )
-        self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/")
+        address = httpx.URL(str(parsed))
+        self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
+        key = os.environ.get(API_KEY, "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise ValueError(f"{API_KEY} has characters that no key has; set it to the key alone")
         headers = {"Accept-Encoding": "identity"}
-        self._secrets: list[str] = []
-        if parsed.userinfo:
-            login = base64.b64encode(unquote(parsed.userinfo.decode()).encode()).decode()
-            self._secrets = [login, parsed.password, parsed.userinfo.decode().partition(":")[2]]
-            headers["Authorization"] = f"Basic {login}"
-        elif key := os.environ.get(API_KEY, "").strip():
-            if not key.isascii() or not key.isprintable() or set(key) & set(" \"'\\"):
-                raise ValueError(f"{API_KEY} has characters that no key has; set it to the key alone, without quotes")
-            self._secrets = [key]
+        login = None
+        if address.userinfo:
+            login = (address.username, address.password)
+        elif key:
             headers["Authorization"] = f"Bearer {key}"
-        # Each request has a connection of its own, whose socket the watchdog knows.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        own = ssl.create_default_context()  # this machine's certificates, not those that come with httpx
-        self._client = httpx.Client(headers=headers, trust_env=False, verify=own, limits=limits)
+        self._secret = address.password or key
+        self._client = httpx.Client(
+            auth=login,
+            headers=headers,
+            trust_env=False,
+            verify=ssl.create_default_context(),  # this machine's certificates, not those that come with httpx
+            limits=httpx.Limits(
+                max_keepalive_connections=0
+            ),  # else a connection that the server closed fails a request
+        )
 
     def short(self, value: object) -> str:
-        """Return what the server said: short, in one line, without control characters, passwords and keys."""
+        """Return what the server said: short, in one line, without control characters, password and key."""
         text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-        for secret in filter(None, self._secrets):
-            text = text.replace(secret, "***")
+        if self._secret:
+            text = text.replace(self._secret, "***")
         return one_line(text[: 2 * MAX_SHOWN])[:MAX_SHOWN]
 
     def get(self, path: str) -> str:
@@ -109,7 +102,7 @@ class Address:
             Unavailable: nothing answers, or not in time.
             ValueError: an answer without end.
         """
-        with self._open(path, PAGE_SECONDS, MAX_PAGE_BYTES, silence=min(10.0, PAGE_SECONDS)) as chunks:
+        with self._open(path, PAGE_SECONDS) as chunks:
             return b"".join(chunks).decode(errors="replace")
 
     def events(self, path: str, body: dict, max_new_tokens: int) -> Generator[dict | None, None, None]:
@@ -122,14 +115,11 @@ class Address:
             Unavailable: it does not answer, or breaks off.
             ValueError: it sends what is no event, or sends without end.
         """
-        most = min(MAX_RESPONSE_BYTES, 2**20 + 4096 * max_new_tokens + 24 * max_new_tokens**2)
-        seconds = TIMEOUT_SECONDS + SECONDS_PER_TOKEN * max_new_tokens
-        is_stream = body.get("stream", False)
-        with self._open(path, seconds, most, silence=TIMEOUT_SECONDS if is_stream else seconds, body=body) as chunks:
-            if not is_stream:
+        with self._open(path, TIMEOUT_SECONDS + SECONDS_PER_TOKEN * max_new_tokens, body) as chunks:
+            if not body.get("stream"):
                 yield self._event(path, b"".join(chunks))
                 return
-            for line in self._lines(path, chunks):
+            for line in _lines(chunks):
                 if not line.startswith(b"data:"):
                     continue
                 data = line.removeprefix(b"data:").strip()
@@ -149,119 +139,58 @@ class Address:
             raise ValueError(f"{self.url}{path} answers with the error {self.short(event['error'])}")
         return event
 
-    def _lines(self, path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Cut bytes into lines, of which none is longer than a page."""
-        rest = b""
-        for chunk in chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-            self._check_size(path, len(rest), MAX_PAGE_BYTES)
-        yield rest
-
-    def _check_size(self, path: str, size: int, most: int) -> None:
-        if size > most:
-            raise ValueError(
-                f"{self.url}{path} sent {size:,} bytes and goes on, expected at most {most:,}; see the server's log, "
-                "and whether it is the right server"
-            )
-
     @contextlib.contextmanager
-    def _open(
-        self, path: str, seconds: float, most: int, *, silence: float, body: dict | None = None
-    ) -> Iterator[Iterator[bytes]]:
+    def _open(self, path: str, seconds: float, body: dict | None = None) -> Iterator[Iterator[bytes]]:
         """Send a request, give the bytes of its answer, and turn all that can go wrong into one line.
 
         Args:
             path: of the page.
-            seconds: from now to the end of the answer.
-            most: bytes of the answer.
-            silence: seconds between two bytes.
+            seconds: to the end of the answer.
             body: is posted, where there is one.
         """
         url = f"{self.url}{path}"
-        with _Watchdog(seconds) as watchdog:
-            try:
-                options: Any = {"timeout": silence, "extensions": {"trace": watchdog.trace}}
-                request = self._client.build_request("POST" if body else "GET", url, json=body, **options)
-                with contextlib.closing(self._client.send(request, stream=True)) as response:
-                    if not response.is_success:
-                        self._refuse(url, response)
-                    yield self._chunks(path, response, most)
-            except httpx.HTTPError as error:
-                reason = self.short(str(error) or type(error).__name__)
-                message = f"{url} broke off ({reason}); is the server still running?"
-                if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                    message = f"nothing answers at {url} ({reason}); start the server, or correct the address"
-                if not watchdog.is_over:
-                    raise Unavailable(message) from error
-            if watchdog.is_over:
-                raise Unavailable(f"{url} was not done after {seconds:,.0f} seconds; see the server's log")
+        end = time.monotonic() + seconds
+        try:
+            with self._client.stream("POST" if body else "GET", url, json=body, timeout=seconds) as response:
+                if not response.is_success:
+                    self._refuse(url, response)
+                yield self._chunks(url, response, end)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise Unavailable(
+                f"nothing answers at {url} ({self.short(error)}); start the server, or correct the address"
+            ) from error
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{url} broke off ({self.short(error)}); is the server still running?") from error
 
-    def _chunks(self, path: str, response: httpx.Response, most: int) -> Iterator[bytes]:
+    def _chunks(self, url: str, response: httpx.Response, end: float) -> Iterator[bytes]:
         """Yield the bytes of an answer as they come."""
-        size = 0
         for chunk in response.iter_raw():
-            size += len(chunk)
-            self._check_size(path, size, most)
+            if response.num_bytes_downloaded > MAX_RESPONSE_BYTES:
+                raise ValueError(f"{url} sent over {MAX_RESPONSE_BYTES:,} bytes; see whether it is the right server")
+            if time.monotonic() > end:
+                raise Unavailable(f"{url} was not done in time; see the server's log")
             yield chunk
 
-    def _refuse(self, url: str, response: httpx.Response) -> NoReturn:
+    def _refuse(self, url: str, response: httpx.Response) -> None:
         """Raise what a server said when it refused.
 
         A redirect is a refusal too: another host would get the prompts.
         """
-        if follow := response.next_request:
-            raise ValueError(
-                f"{url} leads to {self.short(follow.url.copy_with(userinfo=b''))}, which is not followed; give that "
-                "address if it is the server"
-            )
-        text = b""
-        with contextlib.suppress(httpx.HTTPError):
-            text = next(response.iter_raw(), text)
         status = response.status_code
+        text = next(response.iter_raw(), b"")
         message = f"{url} refuses ({status}): {self.short(text) or self.short(response.reason_phrase)}"
-        if status in RETRYABLE:
-            raise Unavailable(message, _retry_after(response.headers.get("Retry-After", "")))
+        if status in (408, 429) or status >= 500:
+            wait = response.headers.get("Retry-After", "")
+            raise Unavailable(message, float(wait) if wait.isdecimal() else 0.0)
         if status in (401, 403):
             message += f"; set {API_KEY} to the key that it wants"
         raise Refused(message, status)
 
 
-class _Watchdog:
-    """Ends a request when its time is over: httpx's limits are between two bytes, which may be many."""
-
-    def __init__(self, seconds: float):
-        self.is_over = False
-        self._socket: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Note the socket of a connection; httpx calls this at every step of a request."""
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
-        if self.is_over:
-            self._end()
-
-    def _end(self) -> None:
-        self.is_over = True
-        if self._socket:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> "_Watchdog":
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-
-def _retry_after(value: str) -> float:
-    """Read seconds to wait, or a date to wait for (RFC 9110, 10.2.3); 0 where it is neither."""
-    try:
-        if value.isdigit():
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Cut bytes into lines."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    yield rest

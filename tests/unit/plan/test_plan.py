@@ -176,7 +176,7 @@ def test_a_dry_run_refuses_prompts_that_the_target_would_refuse(verb, answered, 
     output = ["--output", str(tmp_path / "other")] if verb != "bench" else []
     group = "bench" if verb == "bench" else "respond"
     assert main([verb, *answered, *output, "--dry-run", f"--{group}.max-new-tokens", "40000"]) == 1
-    assert "with 40000 new tokens it passes the target's limit of 32768" in capsys.readouterr().err
+    assert "of up to 40000 new tokens it passes the target's limit of 32768" in capsys.readouterr().err
 
 
 def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsys):

@@ -88,17 +88,3 @@ def test_events_of_servers(kind, is_stream, events, monkeypatch):
         assert all(type(t) is int and 0 <= t < 64 for t in answer.token_ids)
         counts = answer.counts
         assert counts is None or min(counts.num_verifications, counts.num_accepted) >= 0
-
-
-@MANY
-@given(number=st.text(alphabet="0123456789e.+-na", max_size=12), labels=st.text(max_size=12))
-def test_counters_of_vllm(number, labels, monkeypatch):
-    text = "".join(
-        f"vllm:spec_decode_{name}_total{{{labels}}} {number}\n"
-        for name in ("num_drafts", "num_accepted_tokens", "num_accepted_tokens_per_pos")
-    )
-    monkeypatch.setattr(Address, "get", lambda _, path: '{"data": [{"id": "m"}]}' if path.endswith("models") else text)
-    try:
-        VllmServer("http://x", 64).counters()
-    except ValueError as error:
-        assert "/metrics" in str(error)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpace.config import PromptsConfig, Recipe
 from dpace.prompts.prompts import canonical, read_prompts, split_prompts
 from dpace.recipes.recipe_file import read_recipe, write_recipe
-from dpace.respond.responses import Meta, Response, read_meta, read_responses
+from dpace.respond.responses import Response, read_responses
 from dpace.system.progress import printable
 from tests.support.files import write_rows
 
@@ -102,19 +102,6 @@ def test_other_responses_are_refused_with_their_line(path, key, value):
         assert str(error).startswith(f"{path}:1: ") and ";" in str(error)
     else:
         assert all(start <= end <= len(response.token_ids) for start, end in response.response_spans)
-
-
-@SETTINGS
-@given(value=JSON | st.dictionaries(st.sampled_from(list(Meta.__annotations__)), JSON))
-def test_meta_is_read_or_refused(path, value):
-    path.with_suffix(".meta.json").write_text(json.dumps(value))
-    try:
-        assert read_meta(path) == value or value != value or "NaN" in json.dumps(value)
-    except ValueError as error:
-        assert "x.meta.json" in str(error) and ";" in str(error)
-    finally:
-        path.with_suffix(".meta.json").unlink()
-    assert read_meta(path) == {}
 
 
 @SETTINGS

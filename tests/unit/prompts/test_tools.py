@@ -115,14 +115,12 @@ def test_what_is_no_tool_is_refused_with_its_line(row, words, tmp_path):
     assert "x.jsonl:1: " in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["target", "own"])
-def test_a_refusal_of_the_chat_template_names_the_prompt(source, target, tmp_path):
+def test_a_refusal_of_the_chat_template_names_the_prompt(target):
     """Also where only the template of all turns refuses."""
     target.tokenizer.chat_template = "{% if messages[1:] %}{{ raise_exception('too many') }}{% endif %}w1"
     turns = [[{"role": "user", "content": "w1"}]] * 2
-    conversation = Conversation(target, Prompt("p7", "s", turns, "w2"), RespondConfig(source=source))
     with pytest.raises(ValueError, match=r"^prompt p7: the chat template of  refuses the messages \(too many\)"):
-        conversation.check()
+        Conversation(target, Prompt("p7", "s", turns), RespondConfig()).check()
     own = Conversation(target, Prompt("p8", "s", turns[:1], "w2"), RespondConfig(source="own"))
     with pytest.raises(ValueError, match=r"^prompt p8: the chat template"):
         own.add_own_answers()

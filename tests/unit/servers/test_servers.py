@@ -1,6 +1,7 @@
+"""`dpace bench --server`: what servers report becomes rows, beside what was measured here and in training."""
+
 import json
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,32 @@ from tests.support.stub_server import PAGES, StubServer, pages
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
 NUM_TOKENS = 1 + sum(ACCEPTED) + len(ACCEPTED)
+COUNTERS = """# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{{engine="0"}} {:.1f}
+vllm:spec_decode_num_drafts_total{{engine="1"}} 2.0e+00
+vllm:spec_decode_num_drafts_created{{engine="0"}} 1.7e+09
+vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {:.1f}
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} 5.0
+"""
+SALTS = {"vllm": "cache_salt", "sglang": "extra_key"}
+GREEDY = BenchConfig(temperatures=(0.0,), max_new_tokens=9, seed=7)
+
+
+def events(engine: str, tokens: list[int], drafts: bool):
+    """A response in an engine's words."""
+    if engine == "vllm":
+        for part in (tokens[:1], tokens[1:4], tokens[4:]):
+            yield {"choices": [{"text": "x", "token_ids": part}]}
+        yield {"choices": [], "usage": {"completion_tokens": len(tokens)}}
+    elif engine == "sglang":
+        spec = {"spec_verify_ct": len(ACCEPTED), "spec_accept_histogram": [1, 1, 1]} if drafts else {}
+        for end in (1, 4, len(tokens)):
+            yield {"text": "x", "output_ids": tokens[:end], "meta_info": {"completion_tokens": end, **spec}}
+    else:
+        for token in tokens:
+            yield {"content": "x", "tokens": [token], "stop": False}
+        spec = {"draft_n": 9, "draft_n_accepted": sum(ACCEPTED)} if drafts else {}
+        yield {"content": "", "tokens": [], "stop": True, "timings": {"predicted_n": len(tokens), **spec}}
 
 
 class Fake(StubServer):
@@ -39,65 +66,20 @@ class Fake(StubServer):
         return [request.body for request in self.requests]
 
     def page(self, request):
-        if request.path == "/metrics":
-            return request.send(self.metrics().encode())
-        pages(PAGES.get(self.engine, {}))(request)
-
-    def metrics(self) -> str:
-        if not self.drafts:
-            return "vllm:prompt_tokens_total 5.0"
-        n = 7 + len(self.requests)
-        counters = [("drafts", "", len(ACCEPTED)), ("accepted_tokens", "", sum(ACCEPTED))]
-        for position in range(3):
-            count = sum(accepted > position for accepted in ACCEPTED)
-            counters.append(("accepted_tokens_per_pos", f',position="{position}"', count))
-        lines = ["# TYPE vllm:spec_decode_num_drafts_total counter"]
-        for name, label, count in counters:
-            for end, value in (("total", float(n * count)), ("created", 1.7e9)):
-                lines += [f'vllm:spec_decode_num_{name}_{end}{{engine="0"{label}}} {value}']
-        return "\n".join(lines) + "\n"
+        if request.path != "/metrics":
+            return pages(PAGES[self.engine])(request)
+        count = 3 * len(self.requests)
+        request.send(COUNTERS.format(count, count).encode() if self.drafts else b"vllm:prompt_tokens_total 5.0")
 
     def answer(self, request):
         prompt = request.body.get("prompt") or request.body["input_ids"]
         shift = self.shift if self.repeats else len(self.requests)
-        tokens = [(sum(prompt) + i + shift) % 50 for i in range(NUM_TOKENS)]
-        threading.Event().wait(0.02)
-        events = list(EVENTS[self.engine](tokens, self.drafts))
+        said = list(events(self.engine, [(sum(prompt) + i + shift) % 50 for i in range(NUM_TOKENS)], self.drafts))
         if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
-            shorter = sum(prompt) % 2  # requests differ in what is accepted
-            accepted = [max(0, count - shorter) for count in ACCEPTED]
-            histogram = [accepted.count(n) for n in range(4)]
-            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": histogram}
-            events[-1]["metrics"] = {"speculative_decoding": spec}
-        events = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
-        request.send(f"{events}data: [DONE]\n\n".encode())
-
-
-def vllm_events(tokens, drafts):
-    for part in (tokens[:1], tokens[1:4], tokens[4:]):
-        yield {"choices": [{"text": "x", "token_ids": part}]}
-    yield {"choices": [], "usage": {"completion_tokens": len(tokens)}}
-
-
-def sglang_events(tokens, drafts):
-    for end in (1, 4, len(tokens)):
-        meta = {"completion_tokens": end}
-        if drafts:
-            meta |= {"spec_verify_ct": len(ACCEPTED), "spec_accept_histogram": [1, 1, 1]}
-        yield {"text": "x", "output_ids": tokens[:end], "meta_info": meta}
-
-
-def llamacpp_events(tokens, drafts):
-    for token in tokens:
-        yield {"content": "x", "tokens": [token], "stop": False}
-    timings = {"predicted_n": len(tokens)}
-    if drafts:
-        timings |= {"draft_n": 9, "draft_n_accepted": sum(ACCEPTED)}
-    yield {"content": "", "tokens": [], "stop": True, "timings": timings}
-
-
-EVENTS = {"vllm": vllm_events, "sglang": sglang_events, "llama.cpp": llamacpp_events}
-GREEDY = BenchConfig(temperatures=(0.0,), max_new_tokens=9)
+            accepted = [max(0, count - sum(prompt) % 2) for count in ACCEPTED]  # requests differ in it
+            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": [3]}
+            said[-1]["metrics"] = {"speculative_decoding": spec}
+        request.send("".join(f"data: {json.dumps(event)}\n\n" for event in said).encode() + b"data: [DONE]\n\n")
 
 
 @pytest.fixture
@@ -113,12 +95,29 @@ def start():
         server.close()
 
 
-def test_a_dry_run_counts_the_prompts_that_would_be_sent(recipe, capsys):
-    assert main(["bench", str(recipe), "--server", "http://127.0.0.1:9", "--num-prompts", "1", "--dry-run"]) == 0
-    assert "prompts: 1, sent to the server" in capsys.readouterr().out
+@pytest.fixture
+def pair(start):
+    """A server with a drafter and one without."""
+    return lambda engine="vllm": (start(engine, drafts=True), start(engine))
 
 
-def prompts(count=3, turns=1):
+@pytest.fixture
+def measure(language_target, tmp_path):
+    """The rows of servers."""
+    chat = ChatTokenizer("target", language_target.tokenizer)
+
+    def rows(drafter: Fake, plain: Fake | None, prompts, config=GREEDY):
+        return bench_servers(chat, drafter.url, plain and plain.url, prompts, config, tmp_path).rows
+
+    return rows
+
+
+@pytest.fixture
+def encode(language_target):
+    return lambda prompt: encode_chat(language_target, prompt.turns[0])
+
+
+def make_prompts(count=3, turns=1):
     words = "one two three four".split()
     return [
         Prompt(f"p{i}", "s", [[{"role": "user", "content": f"{words[i % 4]} {t}"}] for t in range(turns)])
@@ -126,122 +125,85 @@ def prompts(count=3, turns=1):
     ]
 
 
-@pytest.fixture
-def recipe(language_folder, language_prompts, tmp_path):
-    """Of eight held-out prompts."""
-    write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4])
-    write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58])
-    path = tmp_path / "recipe.yaml"
-    files = {"path": str(tmp_path / "prompts.jsonl"), "heldout_path": str(tmp_path / "heldout.jsonl")}
-    bench = {"max_new_tokens": 200}
-    path.write_text(yaml.safe_dump({"target": str(language_folder), "prompts": files, "bench": bench}))
-    return path
-
-
-@pytest.fixture
-def chat(language_target):
-    return ChatTokenizer("target", language_target.tokenizer)
-
-
-SALTS = {"vllm": "cache_salt", "sglang": "extra_key"}
-
-
-@pytest.mark.parametrize("engine", EVENTS)
-def test_every_dialect_gives_the_same_numbers(engine, start, chat, tmp_path):
-    """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however."""
-    drafter, plain = start(engine, drafts=True), start(engine)
-    results = bench_servers(chat, drafter.url, plain.url, prompts(), GREEDY, tmp_path)
-    (row,) = results.rows
+@pytest.mark.parametrize("engine", PAGES)
+def test_every_dialect_gives_the_same_numbers(engine, pair, measure, encode, tmp_path):
+    """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however. Each prompt has a seed of its own."""
+    drafter, plain = pair(engine)
+    prompts = make_prompts()
+    (row,) = measure(drafter, plain, prompts)
     assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
     assert row.num_same_text == row.control_same_text == row.num_responses == 3
-    if engine != "llama.cpp":
-        assert row.histogram[:3] == [3, 3, 3]
-    assert drafter.most_running == plain.most_running == 1
+    assert row.histogram == ([3, 3, 3] if engine == "sglang" else None)
     for server, num_passes in ((drafter, 1), (plain, 2)):
         sent = server.bodies[1:]  # the first is a warm-up
-        asked = [body.get("prompt") or body["input_ids"] for body in sent]
-        assert sorted(asked) == sorted(num_passes * [encode_chat(chat, prompt.turns[0]) for prompt in prompts()])
+        seeds = [body.get("seed") or body["sampling_params"]["sampling_seed"] for body in sent]
+        asked = [(body.get("prompt") or body["input_ids"], seed) for body, seed in zip(sent, seeds, strict=True)]
+        assert sorted(asked) == sorted(num_passes * [(encode(prompt), 7 + i) for i, prompt in enumerate(prompts)])
         if engine in SALTS:  # no prompt is in a server's cache, also not the second time
             assert len({body[SALTS[engine]] for body in sent}) == len(sent)
         else:
             assert not any(body["cache_prompt"] for body in sent)
-    assert read_results(tmp_path / "servers.json") == results
-    shown, tau = shown_row(tmp_path), with_interval(row.tau, *row.tau_interval)
+    results = read_results(tmp_path / "servers.json")
+    assert results.rows == [row] and results.seed == 7
+    shown, tau = servers(results).rows[0], with_interval(row.tau, *row.tau_interval)
     found = [shown[name] for name in ("set", "T", "tau [95 %]", "same text (control)")]
     assert found == ["s", "0", tau, "3/3 (3)"]
 
 
-def shown_row(folder):
-    """The first row of the page's table, by heading."""
-    return servers(read_results(folder / "servers.json")).rows[0]
-
-
-def test_later_turns_see_the_plain_servers_answers(start, chat, tmp_path):
-    drafter, plain = start("vllm", drafts=True), start("vllm")
+def test_later_turns_see_the_plain_servers_answers(pair, measure, encode):
+    drafter, plain = pair()
     drafter.shift = 1
-    (row,) = bench_servers(chat, drafter.url, plain.url, prompts(1, turns=2), GREEDY, tmp_path).rows
+    (row,) = measure(drafter, plain, make_prompts(1, turns=2))
     assert row.num_same_text == 0 and row.control_same_text == row.num_responses == 2
     (_, *ours), (_, *theirs) = ([body["prompt"] for body in server.bodies] for server in (drafter, plain))
-    first = encode_chat(chat, prompts(1)[0].turns[0])
+    first = encode(make_prompts(1)[0])
     assert theirs == [ours[0], ours[0], ours[1], ours[1]] and len(ours[1]) > len(first) + NUM_TOKENS
 
 
 @pytest.mark.parametrize("count", [4, 6])
-def test_turns_are_drawn_with_their_prompt(count, start, chat, tmp_path):
+def test_turns_are_drawn_with_their_prompt(count, pair, measure):
     """Of four prompts, six requests are no six prompts; with six prompts there is an interval."""
-    some = [replace(prompt, turns=prompt.turns[: 1 + number % 2]) for number, prompt in enumerate(prompts(count, 2))]
-    (row,) = bench_servers(chat, start("vllm", drafts=True).url, start("vllm").url, some, GREEDY, tmp_path).rows
+    prompts = make_prompts(count, 2)
+    some = [replace(prompt, turns=prompt.turns[: 1 + number % 2]) for number, prompt in enumerate(prompts)]
+    (row,) = measure(*pair(), some)
     assert row.num_responses == count * 3 // 2 and row.tau == 2.0
     assert (None in row.tau_interval) is (None in row.same_text_gain) is (count < MIN_PROMPTS)
 
 
-def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothing(start, chat, tmp_path, capsys):
-    drafter, plain = start("llama.cpp", drafts=True), start("llama.cpp")
+def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothing(pair, measure, tmp_path, capsys):
+    drafter, plain = pair("llama.cpp")
     config = replace(GREEDY, temperatures=(0.0, 1.0))
-    whole = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
+    whole = measure(drafter, plain, make_prompts(), config)
     (path,) = tmp_path.glob("servers-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]) + lines[-2][:20])  # killed while it wrote
     count = len(drafter.bodies)
-    again = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
+    again = measure(drafter, plain, make_prompts(), config)
     assert len(drafter.bodies) == count + 3  # a warm-up and the two that were lost
-    assert [row.num_verifications for row in again.rows] == [row.num_verifications for row in whole.rows]
-    assert [row.num_responses for row in again.rows] == [3, 3]
+    assert [row.num_verifications for row in again] == [row.num_verifications for row in whole]
+    assert [row.num_responses for row in again] == [3, 3]
     assert "nothing is asked" not in capsys.readouterr().err
-    bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
+    measure(drafter, plain, make_prompts(), config)
     assert f"nothing is asked: {path} has all answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("drafts", "tau", "verdict"), [(True, 2.0, "no tau here"), (False, None, "not known")])
-def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, tau, verdict, start, chat, tmp_path):
-    results = bench_servers(chat, start("vllm", drafts=drafts).url, None, prompts(), GREEDY, tmp_path)
-    (row,) = results.rows
+def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, tau, verdict, start, measure, tmp_path):
+    (row,) = measure(start("vllm", drafts=drafts), None, make_prompts())
     assert row.tau == tau and row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
-    assert row.tokens_per_second > 0 and not texts_note(results.rows)
-    shown = shown_row(tmp_path)
+    assert row.tokens_per_second > 0 and not texts_note([row])
+    (shown,) = servers(read_results(tmp_path / "servers.json")).rows
     assert shown["verdict"] == verdict and shown["same text (control)"] == "-"
     assert shown["tok/s (plain)"].endswith(" (-)")
 
 
-def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
-    """And the same one on both sides."""
-    sides = [start("vllm", drafts=True), start("vllm")]
-    config = replace(GREEDY, temperatures=(1.0,), seed=7)
-    results = bench_servers(chat, *(side.url for side in sides), prompts(), config, tmp_path)
-    for side, num_passes in zip(sides, (1, 2), strict=True):
-        seeds = [body["seed"] for body in side.bodies[1:]]  # the first is a warm-up
-        assert sorted(seeds) == sorted(num_passes * [7, 8, 9])
-    assert results.prompt_seeds and results.seed == 7
-
-
-@pytest.mark.parametrize("tells", [True, False])
-def test_vllm_tells_the_acceptance_of_each_request_or_counts_all(tells, start, chat, tmp_path):
-    """By `--per-request-spec-decode-metrics`, or by what its counters rise by while one prompt is answered."""
-    drafter = start("vllm", drafts=True, tells=tells)
-    (row,) = bench_servers(chat, drafter.url, None, prompts(8), GREEDY, tmp_path).rows
-    shorter = [tells * (sum(encode_chat(chat, prompt.turns[0])) % 2) for prompt in prompts(8)]
-    assert row.num_verifications == sum(row.histogram) == 24 and None not in row.tau_interval
-    assert row.tau == pytest.approx(sum(3 + sum(ACCEPTED) - 2 * less for less in shorter) / 24)
+def test_vllm_tells_the_acceptance_of_each_request(start, measure, encode):
+    """With `--per-request-spec-decode-metrics`; else its counters tell what one prompt has added."""
+    prompts = make_prompts(8)
+    (row,) = measure(start("vllm", drafts=True, tells=True), None, prompts)
+    assert row.num_verifications == sum(row.histogram) == 24
+    num_shorter = sum(sum(encode(prompt)) % 2 for prompt in prompts)
+    assert row.tau == pytest.approx((8 * (3 + sum(ACCEPTED)) - 2 * num_shorter) / 24)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +211,13 @@ def test_vllm_tells_the_acceptance_of_each_request_or_counts_all(tells, start, c
     [
         (True, 0, (6, 6), "not clear"),
         (True, 1, (0, 6), "less often equal"),
-        (False, 0, (0, 0), "not clear"),  # not even the plain server writes its own text again
+        (False, -1, (0, 0), "not clear"),  # not even the plain server writes its own text again
     ],
 )
-def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts, verdict, start, chat, tmp_path):
-    drafter, plain = start("vllm", drafts=True), start("vllm", repeats=repeats)
-    drafter.shift = shift if repeats else -1
-    (row,) = bench_servers(chat, drafter.url, plain.url, prompts(6), GREEDY, tmp_path).rows
+def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts, verdict, start, measure):
+    drafter = start("vllm", drafts=True)
+    drafter.shift = shift
+    (row,) = measure(drafter, start("vllm", repeats=repeats), make_prompts(6))
     assert (row.num_same_text, row.control_same_text) == texts
     assert row.same_text_gain[0] == pytest.approx((texts[0] - texts[1]) / 6)
     assert texts_note([row]).endswith(f": s {verdict}")
@@ -264,10 +226,11 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts
 
 def served(name: str, accepted: list[int], seconds: float) -> ServedRecord:
     """A prompt with these accepted lengths, whose texts are equal."""
-    counts = Counts(len(accepted), sum(accepted), None)
     answer = ServedAnswer(token_ids=[1, 2, 3], decode_seconds=seconds, counts=None)
-    sides = {"drafter": replace(answer, counts=counts), "plain": answer, CONTROL: answer}
-    return ServedRecord(set="s", id=name, temperature=0.0, turns=[sides])
+    drafted = replace(answer, counts=Counts(len(accepted), sum(accepted)))
+    return ServedRecord(
+        set="s", id=name, temperature=0.0, turns=[{"drafter": drafted, "plain": answer, CONTROL: answer}]
+    )
 
 
 def measured(*names: str) -> dict[tuple[float, str], Row]:
@@ -283,7 +246,7 @@ def test_tau_here_is_that_of_the_prompts_that_both_have():
     assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
     (row,) = make_rows(records, measured("1", "2"))
     assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
-    for here in (measured("other"), {(1.0, "s"): measured("1")[0.0, "s"]}, {}):
+    for here in (measured("other"), {(1.0, "s"): measured("1")[0.0, "s"]}):
         (row,) = make_rows(records, here)
         assert row.tau_here == row.tau_over_here == (None, None, None) and served_verdict(row) == "no tau here"
 
@@ -298,7 +261,7 @@ def test_a_prompt_without_verifications_or_times_leaves_out_what_follows_from_th
 def test_an_answer_without_drafts_counts_a_token_a_pass():
     """llama.cpp says nothing of drafts where there were none."""
     drafted = served("0", [2, 0], 1.0)
-    (sides,) = served("1", [], 1.0).turns
+    (sides,) = drafted.turns
     plain = replace(drafted, id="1", turns=[{**sides, "drafter": sides["plain"]}])  # three tokens
     (row,) = make_rows([drafted, plain], {})
     assert (row.tau, row.num_verifications) == ((4 + 2) / 4, 4)
@@ -306,13 +269,30 @@ def test_an_answer_without_drafts_counts_a_token_a_pass():
     assert row.tau is row.num_verifications is None, "nothing says that it drafts"
 
 
-def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_drafter_folder, tmp_path, capsys):
+@pytest.fixture
+def recipe(language_folder, language_prompts, tmp_path):
+    """Of eight held-out prompts."""
+    files = {
+        "path": write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4]),
+        "heldout_path": write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58]),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"target": str(language_folder), "prompts": files}))
+    return path
+
+
+def test_the_verb_shows_tau_served_here_and_in_training(
+    pair, recipe, language_drafter_folder, tmp_path, monkeypatch, capsys
+):
+    """No proxy is asked, and the server's password is sent and not kept."""
     out = tmp_path / "out"
     drafter = Path(shutil.copytree(language_drafter_folder, out / "drafter"))
     (drafter / "trainer_state.json").unlink()
-    server, plain = start("vllm", drafts=True), start("vllm")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server, plain = pair()
     common = f"bench {recipe} --output {out} --temperatures 0 --bench.max-new-tokens 12"
-    asked = f"{common} --server {server.url} --plain-server {plain.url}".split()
+    address = server.url.replace("//", "//user:secret@")
+    asked = f"{common} --server {address} --plain-server {plain.url}".split()
 
     def said(*args: str) -> str:
         assert main(list(args)) == 0
@@ -322,9 +302,12 @@ def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_
         write_results(out / "results.json", results)
         return said(*asked)
 
+    assert "prompts: 1, sent to the server" in said(*asked, "--num-prompts", "1", "--dry-run") and not server.requests
     first = said(*asked)
     assert f"tau here is not known: there is no {out}/results.json; run" in first and "no tau here" in first
     assert f"tau in training is not known: there is no {drafter}/trainer_state.json; name" in first
+    assert {request.headers["Authorization"] for request in server.requests} == {"Basic dXNlcjpzZWNyZXQ="}
+    assert not any("secret" in text for text in (first, *(path.read_text() for path in out.glob("servers*"))))
     log = [{"step": 1, "eval_tau": 1.25}, {"step": 2, "eval_tau": 1.5}, {"step": 3, "eval_tau": 1.4}]
     (drafter / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     assert main([*common.split(), "--widths", "full"]) == 0
@@ -339,36 +322,29 @@ def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_
     assert main(["report", str(out)]) == 0
     assert f">{percent(row.tau_over_here)}</td>" in (out / "report.html").read_text()
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
-    assert "other chat template (sha256" in reason(replace(here, chat_template_sha256="0" * 64))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))
     assert "is not from `dpace bench`" in reason(make_compare())
 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--plain-server http://127.0.0.1:9",
-        "--server http://127.0.0.1:9 --verify-rules speculative",
-        "--server http://127.0.0.1:9 --drafters folder",
-        "--server http://127.0.0.1:9 --widths auto",
-        "--server http://127.0.0.1:9 --compiled always",
-    ],
+    ["--plain-server URL", *(f"--server URL --{flag}" for flag in ("drafters x", "widths auto", "compiled always"))],
 )
 def test_the_verb_wants_the_server_for_its_flags_and_those_only(flags, recipe, capsys):
-    assert main(["bench", str(recipe), *flags.split()]) == 1
+    assert main(["bench", str(recipe), *flags.replace("URL", "http://127.0.0.1:9").split()]) == 1
     assert "--bench.server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("stop", "predicted", "drafted", "accepted", "expected"),
+    ("stop", "drafted", "expected"),
     [
-        ("eos", 25, 30, 18, (6, 18)),  # the last draft went on after the end
-        ("eos", 25, 35, 18, (7, 17)),  # its last token was the end: no bonus token
-        ("limit", 25, 35, 18, (6, 18)),
-        ("eos", 25, 33, 18, (6, 18)),  # drafts of different lengths tell nothing
+        ("eos", 30, (6, 18)),  # the last draft went on after the end
+        ("eos", 35, (7, 17)),  # its last token was the end: no bonus token
+        ("limit", 35, (6, 18)),
+        ("eos", 33, (6, 18)),  # drafts of different lengths tell nothing
     ],
 )
-def test_llamacpp_verifications_without_a_bonus_token_are_counted(stop, predicted, drafted, accepted, expected):
-    timings = {"predicted_n": predicted, "draft_n": drafted, "draft_n_accepted": accepted}
+def test_llamacpp_verifications_without_a_bonus_token_are_counted(stop, drafted, expected):
+    timings = {"predicted_n": 25, "draft_n": drafted, "draft_n_accepted": 18}
     counts = LlamacppServer("http://x").read({"stop": True, "stop_type": stop, "timings": timings}).counts
-    assert counts is not None and (counts.num_verifications, counts.num_accepted) == expected
+    assert counts == Counts(*expected)
