@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
@@ -23,20 +24,21 @@ from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.records import (
     COMPILED,
     PLAIN,
+    SEED_RULE,
     Provenance,
+    Records,
     ResponseRecord,
-    ResponseRecords,
     ask_in_turn,
     setup_of,
 )
-from dpace.measure.results import BenchResults, Row, read_results, write_results
+from dpace.measure.results import BenchResults, read_results, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.recipes.validation import to_json
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import register_files
-from dpace.system.progress import one_line, progress_bar
+from dpace.system.progress import one_line, track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat
@@ -46,6 +48,8 @@ WARM_UP_TOKENS = 8
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
 
+SPECULATIVE = ", speculative"
+"""How the name of a drafter ends whose drafts that rule verified."""
 OF_DRAFTERS = ("drafters", "drafter_configs")
 """Fields of `Provenance` that have an entry a drafter."""
 WAY = attrgetter("set", "temperature", "drafter", "width")
@@ -82,36 +86,37 @@ def bench(
     named: dict[str, Drafter] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
     for rule, (name, drafter) in product(config.verify_rules, drafters.items()):
-        way = name if rule == "equality" else f"{name}, {rule}"
+        way = name if rule == "equality" else name + SPECULATIVE
         named[way] = drafter
         for width in config.widths:
             ways[way, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
     setup = _bench_setup(target, named, config)
-    records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
+    records = Records(folder / "bench.jsonl", ResponseRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode
+
+    def is_done(temperature: float, prompt: Prompt) -> bool:
+        turns = range(len(prompt.turns))
+        return all((temperature, prompt.id, turn, *way) in records.rows for turn, way in product(turns, ways))
+
     mine = ranks.share(list(enumerate(product(config.temperatures, prompts))))
-    missing = [job for _, job in mine if not records.has(ways, *job)]
+    missing = [(number, job) for number, job in mine if not is_done(*job)]
     if missing:
-        _warm_up(target, ways, compiled, missing[0], config.max_new_tokens)
-    with progress_bar() as bar:
-        task = bar.add_task("decoding", total=len(mine), info="")
-        for number, (temperature, prompt) in mine:
-            if not records.has(ways, temperature, prompt):
-                options = {
-                    "max_new_tokens": config.max_new_tokens,
-                    "temperature": temperature,
-                    "seed": records.seeds[prompt.id],
-                }
-                for record in _decode_prompt(target, ways, prompt, options, rotation=number):
-                    records.add(record)
-            bar.update(task, advance=1)
-    records.collect()
+        _warm_up(target, ways, compiled, missing[0][1], config.max_new_tokens)
+    for number, (temperature, prompt) in track(missing, "decoding", done=len(mine) - len(missing)):
+        options = {
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": temperature,
+            "seed": records.seeds[prompt.id],
+        }
+        for record in _decode_prompt(target, ways, prompt, rotation=number, **options):
+            records.add(record)
+    records.read()
     block_sizes = {name: drafter.block_size for name, drafter in named.items()}
-    rows = make_rows(records.of(config.temperatures, prompts), block_sizes, config.widths)
+    rows = make_rows(records.rows, prompts, config, block_sizes)
     results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
     return ranks.from_first(lambda: _write_with_earlier(folder / "results.json", results))
 
@@ -140,22 +145,19 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
 
 def _join(earlier: BenchResults, results: BenchResults) -> BenchResults:
     """Put the rows of earlier results before those that were measured now, without those of drafters that changed."""
-
-    def without_rule(name: str) -> str:
-        return name.removesuffix(", speculative")
-
-    def is_kept(row: Row) -> bool:
-        sha256 = earlier.drafters[row.drafter]
-        return WAY(row) not in measured and weights.get(without_rule(row.drafter), sha256) == sha256
-
-    weights = {without_rule(name): sha256 for name, sha256 in results.drafters.items()}
-
+    weights = {name.removesuffix(SPECULATIVE): sha256 for name, sha256 in results.drafters.items()}
+    changed = {
+        name
+        for name, sha256 in earlier.drafters.items()
+        if weights.get(name.removesuffix(SPECULATIVE), sha256) != sha256
+    }
     measured = {WAY(row) for row in results.rows}
-    rows = [*filter(is_kept, earlier.rows), *results.rows]
+    kept = [row for row in earlier.rows if WAY(row) not in measured and row.drafter not in changed]
+    rows = [*kept, *results.rows]
     of_drafters = {}
-    for name in OF_DRAFTERS:
-        both = {**(getattr(earlier, name) or {}), **(getattr(results, name) or {})}
-        of_drafters[name] = {row.drafter: both[row.drafter] for row in rows if row.drafter in both}
+    for field in OF_DRAFTERS:
+        both = {**(getattr(earlier, field) or {}), **getattr(results, field)}
+        of_drafters[field] = {row.drafter: both[row.drafter] for row in rows if row.drafter in both}
     return replace(results, **of_drafters, rows=rows, comparisons=list(compare_drafters(rows)))
 
 
@@ -163,6 +165,7 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
     """Return all that the responses depend on, apart from the prompts."""
     return Provenance(
         **setup_of(target, config),
+        prompt_seeds=SEED_RULE,
         drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
         target_weights_sha256=target.sha256,
         drafter_configs={name: hash_config(drafter) for name, drafter in drafters.items()},
@@ -190,8 +193,6 @@ def _warm_up(
     max_new_tokens: int,
 ) -> None:
     """Decode some tokens in every way, and compile steps; leave those out where they cannot be had."""
-    from torch._dynamo.exc import TorchDynamoException
-
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
     for (name, _), decode in ways.items():
@@ -206,12 +207,9 @@ def _warm_up(
         del ways[COMPILED, None]
 
 
-def _decode_prompt(
-    target: Target, ways: Ways, prompt: Prompt, options: dict[str, Any], *, rotation: int
-) -> Iterator[ResponseRecord]:
-    """Decode one prompt in every way, and yield a record for each turn and way."""
-    plain = PLAIN, None
-    for turn, (token_ids, done) in enumerate(ask_in_turn(target, prompt, ways, plain, rotation, **options)):
+def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
+    """Decode one prompt in every way, and yield a record for each turn and way; options are those of `ask_in_turn`."""
+    for turn, (token_ids, done) in enumerate(ask_in_turn(target, prompt, ways, **options)):
         for (name, width), generation in done.items():
             yield ResponseRecord(
                 drafter=name,
@@ -226,11 +224,11 @@ def _decode_prompt(
                 widths=generation.widths,
                 num_copied=generation.num_copied,
                 histogram=[] if width is None else generation.acceptance.counts.tolist(),
-                num_without_bonus=0 if width is None else generation.acceptance.total_without_bonus,
+                num_without_bonus=generation.acceptance.total_without_bonus,
                 decode_tokens=generation.num_decode_tokens,
                 decode_seconds=generation.decode_seconds,
                 prefill_seconds=generation.prefill_seconds,
-                same_text=generation.token_ids == done[plain].token_ids,
+                same_text=generation.token_ids == done[PLAIN, None].token_ids,
             )
 
 
@@ -261,8 +259,6 @@ class CompiledPlain:
             self._ready.add(shape)
 
     def _decode(self, token_ids: Sequence[int], **options: Any) -> Generation:
-        import torch._dynamo
-
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return self.decoder.generate(token_ids, **options)
 

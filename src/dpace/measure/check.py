@@ -6,7 +6,8 @@ to measure what decoding does.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import CheckConfig, RespondConfig, VerifyRule
+from dpace.config import CheckConfig, RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.decoder import generate_batch
 from dpace.decode.generation import Generation
@@ -28,11 +29,13 @@ from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
-from dpace.system.progress import count, progress_bar
+from dpace.system.progress import count, track
 from dpace.target import Target
 
 SIGNIFICANCE = 0.01
 """Probability that a correct implementation fails one or more of the chi-square tests."""
+RULES: dict[VerifyRule, Width] = {"equality": "auto", "speculative": "full"}
+"""Verification lengths with which the distribution of each verify rule is tested."""
 
 
 def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: CheckConfig) -> list[Finding]:
@@ -56,25 +59,17 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
     """
     drafter.check_target(target)
     prompts = first_of_each_set(prompts, config.num_prompts)
-    is_exact = target.model.dtype == torch.float32
     limits = RespondConfig(max_new_tokens=config.max_new_tokens)
     encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
-    with progress_bar() as bar:
-        task = bar.add_task("checking", total=len(prompts) * (3 if is_exact else 2) + 1, info="")
-
-        def advance(info: str) -> None:
-            bar.update(task, advance=1, info=info)
-
-        findings, whole = check_texts(target, drafter, prompts, encoded, config, advance)
-        if is_exact:
-            findings += check_distribution(target, drafter, encoded, config, advance)
-            responses = [
-                Response(p.id, p.set, [], ids + out.token_ids, [[len(ids), len(ids) + len(out.token_ids)]])
-                for p, ids, out in zip(prompts, encoded, whole, strict=True)
-            ]
-            findings += check_views(target, drafter, responses)
-            findings.append(check_lengths(target, drafter, responses, whole))
-            advance("leaks and parity")
+    findings, whole = check_texts(target, drafter, prompts, encoded, config)
+    if target.model.dtype == torch.float32:
+        findings += check_distribution(target, drafter, encoded, config)
+        responses = [
+            Response(p.id, p.set, [], ids + out.token_ids, [[len(ids), len(ids) + len(out.token_ids)]])
+            for p, ids, out in zip(prompts, encoded, whole, strict=True)
+        ]
+        findings += check_views(target, drafter, responses)
+        findings.append(check_lengths(target, drafter, responses, whole))
     return findings
 
 
@@ -84,7 +79,6 @@ def check_texts(
     prompts: Sequence[Prompt],
     encoded: Sequence[list[int]],
     config: CheckConfig,
-    advance: Callable[[str], None],
 ) -> tuple[list[Finding], list[Generation]]:
     """Compare the text of every way of decoding with the baseline, and that with `generate` of transformers.
 
@@ -94,63 +88,54 @@ def check_texts(
         prompts: of which the first turns are decoded.
         encoded: their token ids.
         config: lengths and seed.
-        advance: told after each prompt what was done.
 
     Returns:
         The findings, and the greedy generations that verified whole blocks.
     """
+    cases = count(len(prompts), "prompt")
+    findings = []
+
+    def compare(
+        name: str, temperature: float, texts: Mapping[str, Sequence[list[int]]], expected: Sequence[list[int]]
+    ) -> None:
+        """Add the finding about texts of each way of decoding, one a prompt."""
+        divergences = []
+        for how, number in product(texts, range(len(prompts))):
+            found = texts[how][number]
+            if found != expected[number]:
+                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
+                where = f"{prompts[number].id}, {how}"
+                divergences.append(find_divergence(target, sampler, where, encoded[number], found, expected[number]))
+        findings.append(text_finding(name, f"{cases} x {', '.join(texts)}", len(texts) * len(prompts), divergences))
+
+    def decode(decoder: Any, *models: Any, **options: Any) -> list[Generation]:
+        return [decoder(*models, ids, seed=config.seed + number, **options) for number, ids in enumerate(encoded)]
+
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
     ways["width auto"] = {"width": "auto", "paces": Paces()}
-    ways["rule speculative"] = {"width": "full", "verify_rule": "speculative"}
-    findings = []
+    speculative = {"rule speculative": {"width": "full", "verify_rule": "speculative"}}
     whole = []
-
-    def compare(
-        name: str, cases: str, texts: Sequence[tuple[int, str, list[int]]], expected: Sequence[list[int]]
-    ) -> None:
-        """Add the finding about texts of this temperature, each with its prompt's number and its way of decoding."""
-        divergences = []
-        for number, how, text in texts:
-            if text != expected[number]:
-                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
-                where = prompts[number].id, how
-                divergences.append(find_divergence(target, sampler, where, encoded[number], text, expected[number]))
-        findings.append(text_finding(target, name, cases, len(texts), divergences))
-
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
         options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
-        plain = []
-        texts = []
-        for number, token_ids in enumerate(encoded):
-            seed = config.seed + number
-            plain.append(generate_plain(target, token_ids, seed=seed, **options).token_ids)
-            for how, arguments in ways.items():
-                if temperature and "verify_rule" in arguments:
-                    continue  # its text is another draw from the same distribution
-                out = generate(target, drafter, token_ids, seed=seed, **options, **arguments)
-                texts.append((number, how, out.token_ids))
-                if not temperature and how == f"width {drafter.block_size}":
-                    whole.append(out)
-            advance(f"texts, T={temperature:g}")
+        tried = ways if temperature else ways | speculative  # which draws another text above temperature 0
+        outs = {
+            how: decode(generate, target, drafter, **options, **arguments)
+            for how, arguments in track(list(tried.items()), f"texts, T={temperature:g}")
+        }
+        whole = whole or outs[f"width {drafter.block_size}"]
         with contextlib.suppress(ValueError):  # layers or attention without batches, which then cannot be wrong
-            batch = generate_batch(target, drafter, encoded, seed=config.seed, **options)
-            texts += [(number, "batch", out.token_ids) for number, out in enumerate(batch)]
-        if not temperature:
+            outs["batch"] = generate_batch(target, drafter, encoded, seed=config.seed, **options)
+        plain = [out.token_ids for out in decode(generate_plain, target, **options)]
+        if temperature == 0:
             own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
-            baseline = [(number, "plain decoding", text) for number, text in enumerate(plain)]
-            compare("plain decoding is generate of transformers", count(len(prompts), "prompt"), baseline, own)
-        tried = dict.fromkeys(how for _, how, _ in texts)
-        compare(name, f"{count(len(prompts), 'prompt')} x {', '.join(tried)}", texts, plain)
+            compare("plain decoding is generate of transformers", temperature, {"plain decoding": plain}, own)
+        compare(name, temperature, {how: [out.token_ids for out in found] for how, found in outs.items()}, plain)
     return findings, whole
 
 
 def check_distribution(
-    target: Target,
-    drafter: Drafter,
-    encoded: Sequence[list[int]],
-    config: CheckConfig,
-    advance: Callable[[str], None],
+    target: Target, drafter: Drafter, encoded: Sequence[list[int]], config: CheckConfig
 ) -> list[Finding]:
     """Test sampled tokens and pairs of tokens by chi-square, for each verify rule.
 
@@ -159,32 +144,21 @@ def check_distribution(
     target's distribution, whatever the prompts are.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    paces = Paces()
-    values: dict[VerifyRule, list[Tensor]] = {"equality": [], "speculative": []}
-    for number, token_ids in enumerate(encoded):
-        for rule in values:
-            out = generate(
-                target,
-                drafter,
-                token_ids,
-                max_new_tokens=config.max_new_tokens,
-                temperature=1.0,
-                seed=config.seed + number,
-                width="auto" if rule == "equality" else "full",
-                verify_rule=rule,
-                paces=paces,
-            )
-            of_text = distribution_values(target, token_ids, out.token_ids, generator)
-            values[rule].append(of_text[1:])  # 0 is from the prefill
-        advance("distribution")
     findings = []
-    for rule, of_texts in values.items():
+    for rule, width in RULES.items():
+        options: dict[str, Any] = {"width": width, "verify_rule": rule, "paces": Paces()}
+        of_texts = []
+        for number, token_ids in enumerate(track(encoded, f"distribution, rule {rule}")):
+            limits = {"max_new_tokens": config.max_new_tokens, "temperature": 1.0, "seed": config.seed + number}
+            out = generate(target, drafter, token_ids, **limits, **options)
+            values = distribution_values(target, token_ids, out.token_ids, generator)
+            of_texts.append(values[1:])  # 0 is from the prefill
         singles = torch.cat(of_texts)[:, None]
         pairs = torch.cat([of_text[: len(of_text) // 2 * 2].unflatten(0, (-1, 2)) for of_text in of_texts])
         p_values = uniformity(singles, 10), uniformity(pairs, 4)
         detail = f"chi-square: p = {p_values[0]:.3f} for single tokens, {p_values[1]:.3f} for pairs"
         cases = f"{len(singles)} sampled tokens, {len(pairs)} pairs"
-        is_passed = min(p_values) > SIGNIFICANCE / (2 * len(values))
+        is_passed = min(p_values) > SIGNIFICANCE / (2 * len(RULES))
         findings.append(Finding(f"distribution, rule {rule}", cases, is_passed, detail))
     return findings
 
@@ -220,31 +194,33 @@ def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
     The cube has `num_bins` bins along each side.
     """
     dim = values.shape[1]
-    bins = (values * num_bins).long().clamp_max(num_bins - 1)
-    index = (bins * num_bins ** torch.arange(dim)).sum(-1)
-    counts = torch.bincount(index, minlength=num_bins**dim).double()
-    expected = len(values) / num_bins**dim
+    counts = torch.histogramdd(values, [num_bins] * dim, range=[0.0, 1.0] * dim).hist.double()
+    expected = len(values) / counts.numel()
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((num_bins**dim - 1) / 2).double(), statistic / 2))
+    degrees = torch.tensor(counts.numel() - 1).double()
+    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
 def check_lengths(
     target: Target, drafter: Drafter, responses: Sequence[Response], whole: Sequence[Generation]
 ) -> Finding:
     """Compare accepted lengths as training measures them with those of decoding."""
-    name = "accepted lengths in training are those of decoding"
     pairs = [(response, out) for response, out in zip(responses, whole, strict=True) if len(out.token_ids) > 1]
-    cases = f"every verification of {count(len(pairs), 'response')}"
-    if not pairs:
-        return Finding(name, cases, False, "no response has two tokens")
     trained = []
     for response, _ in pairs:
         dataset = ResponseDataset([response], max_length=10**9, num_anchors=None, seed=0)
         prompt = response.token_ids[: response.response_spans[0][0]]
         drafted = PackedRows(target, drafter.vocabulary, prompt).token_ids
         trained.append(heldout_acceptance(drafter, target, dataset, token_ids=drafted))
-    in_training = Acceptance.of_prompts(trained)
-    decoded = Acceptance.of_prompts([out.acceptance for _, out in pairs])
-    num_equal = int((in_training.rows == decoded.rows).all(-1).sum())
-    detail = f"{num_equal} of {len(pairs)} histograms equal, tau {in_training.tau:.3f} and {decoded.tau:.3f}"
-    return Finding(name, cases, num_equal == len(pairs), detail)
+    decoded = [out.acceptance for _, out in pairs]
+    num_equal = sum(bool((a.rows == b.rows).all()) for a, b in zip(trained, decoded, strict=True))
+    detail = f"{num_equal} of {len(pairs)} histograms equal"
+    if pairs:
+        taus = [Acceptance.of_prompts(found).tau for found in (trained, decoded)]
+        detail += f", tau {taus[0]:.3f} and {taus[1]:.3f}"
+    return Finding(
+        "accepted lengths in training are those of decoding",
+        f"every verification of {count(len(pairs), 'response')}",
+        0 < num_equal == len(pairs),
+        detail,
+    )

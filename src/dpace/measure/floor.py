@@ -26,17 +26,17 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.benchmark import hash_config
-from dpace.measure.records import ExplainedRecord, ExplainedRecords, ExplainSetup, group_by
+from dpace.measure.records import ExplainedRecord, ExplainSetup, Records, group_by, setup_of
 from dpace.measure.results import ExplainResults, ExplainRow, SlotLoss, nullable, write_results
 from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system.device import dtype_name
 from dpace.system.ledger import register_files
-from dpace.system.progress import progress_bar
+from dpace.system.progress import track
 from dpace.system.provenance import fingerprint
 from dpace.target import Target
-from dpace.target.chat import encode_chat, tokenizer_hashes
+from dpace.target.chat import encode_chat
 
 NUM_FOLDS = 4
 """Parts of the samples of an anchor; the floor's upper end is fitted on all but one, and measured on that one."""
@@ -214,11 +214,7 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
     refuse_long_prompts(target, prompts, config.max_new_tokens)
     register_files(folder, RESULTS_FILE)
     setup = ExplainSetup(
-        target=target.name,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        thinking=target.thinking,
-        **tokenizer_hashes(target),
+        **setup_of(target, config),
         target_weights_sha256=target.sha256,
         drafter_sha256=fingerprint(drafter),
         drafter_config=hash_config(drafter),
@@ -228,18 +224,14 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
         num_samples=config.num_samples,
         num_blocks=config.num_blocks,
     )
-    records = ExplainedRecords(folder / "explain.jsonl", setup, prompts)
-    done = {record.id for record in records.rows}
-    with progress_bar() as bar:
-        task = bar.add_task("sampling", total=len(prompts), info="")
-        for prompt in prompts:
-            if prompt.id not in done:
-                token_ids = encode_chat(target, prompt.turns[0])
-                found = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
-                sums = found.sum(0).tolist()
-                records.add(ExplainedRecord(set=prompt.set, id=prompt.id, num_blocks=len(found), losses=sums))
-            bar.update(task, advance=1)
-    results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(records.rows))
+    records = Records(folder / "explain.jsonl", ExplainedRecord, setup, prompts)
+    missing = [prompt for prompt in prompts if prompt.id not in records.rows]
+    for prompt in track(missing, "sampling", done=len(prompts) - len(missing)):
+        token_ids = encode_chat(target, prompt.turns[0])
+        found = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
+        losses = found.sum(0).tolist()
+        records.add(ExplainedRecord(set=prompt.set, id=prompt.id, num_blocks=len(found), losses=losses))
+    results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(list(records.rows.values())))
     write_results(folder / RESULTS_FILE, results)
     return results
 
@@ -251,10 +243,9 @@ def make_rows(records: Sequence[ExplainedRecord]) -> list[ExplainRow]:
         groups[ALL_SETS] = list(records)
     rows = []
     for name, group in groups.items():
-        losses = np.array([record.losses for record in group]).transpose(1, 2, 0)  # "what slot prompt"
+        losses = np.array([record.losses for record in group]).transpose(2, 1, 0)  # "slot what prompt"
         num_blocks = sum(record.num_blocks for record in group)
-        slots = [_slot_loss(losses[:, slot], num_blocks) for slot in range(losses.shape[1])]
-        whole = _slot_loss(losses.sum(1), num_blocks)
+        whole, *slots = (_slot_loss(of_slot, num_blocks) for of_slot in [losses.sum(0), *losses])
         rows.append(ExplainRow(set=name, num_prompts=len(group), num_blocks=num_blocks, whole=whole, slots=slots))
     return rows
 

@@ -6,7 +6,6 @@ through them; out comes an `Acceptance` with one row a conversation.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.packing import refresh_copies
 from dpace.metrics import Acceptance
 from dpace.system import ranks
-from dpace.system.progress import progress_bar
+from dpace.system.progress import track
 from dpace.target import Target
 
 SCORED_BLOCKS = 128
@@ -87,16 +86,13 @@ def measure_vocabularies(
     results: dict[int, list[list[Acceptance]]] = {}
     indices = range(len(dataset))
     mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
-    with progress_bar(is_shown=bool(title)) as bar:
-        task = bar.add_task(title, total=len(mine), info="")
-        for i in mine:
-            if i is not None:
-                results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
-            elif dataset.features is None:
-                target.join_features(drafter.target_layer_ids)
-            bar.update(task, advance=1)
-            if is_ended():
-                break
+    for i in track(mine, title):
+        if i is not None:
+            results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
+        elif dataset.features is None:
+            target.join_features(drafter.target_layer_ids)
+        if is_ended():
+            break
     drafter.train(was_training)
     if over_ranks:
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
@@ -123,14 +119,14 @@ def walk_conversation(
     Returns:
         For each vocabulary, the accepted lengths in each way of `Selector.match`.
     """
-    accepted_from: list[list[dict[int, int]]] = [[] for _ in vocabularies]
+    anchors: list[int] = []
+    lengths: list[list[Tensor]] = [[] for _ in vocabularies]
     reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in vocabularies]
     slots = torch.arange(drafter.block_size, device=target.device)
     for blocks, matches in score_conversation(drafter, target, dataset, index, vocabularies):
+        anchors += blocks.anchors[0].tolist()
         for number, (states, is_accepted) in enumerate(matches):
-            accepted_from[number] = accepted_from[number] or [{} for _ in is_accepted]
-            for known, lengths in zip(accepted_from[number], is_accepted.sum(-1).tolist(), strict=True):
-                known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
+            lengths[number].append(is_accepted.sum(-1))  # "way block"
             if visit is not None:
                 drafted = is_accepted[:1]
                 is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
@@ -140,9 +136,10 @@ def walk_conversation(
             visit(index, number, *map(torch.cat, zip(*parts, strict=True)))
     cut = dataset.corpus.spans(int(dataset.chosen[index])).clip(max=dataset.max_length).tolist()
     spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
+    of_ways = [[dict(zip(anchors, way, strict=True)) for way in torch.cat(parts, -1).tolist()] for parts in lengths]
     return [
-        [Acceptance.pooled([walk(known, span, drafter.block_size) for span in spans]) for known in ways]
-        for ways in accepted_from
+        [Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]) for accepted_from in ways]
+        for ways in of_ways
     ]
 
 
@@ -167,15 +164,15 @@ def score_conversation(
     own = drafter.vocabulary
     if own is not None and own.head is not None:
         rows = [DraftRows(target, own.token_ids, own.head.weight)] * len(rows)
-    inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
-    inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-    tokens, features = inputs["token_ids"], inputs["features"]
-    if features is None:
-        features = target.features(tokens, drafter.target_layer_ids)
+    row = dataset[index]
+    if row["features"] is None:
+        row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]
+    inputs = collate([row], drafter.block_size)
+    inputs = {name: value.to(target.device) for name, value in inputs.items()}
     for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
         chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
-        text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
+        text = {name: inputs[name][:, seen] for name in ("token_ids", "features")}
         with torch.no_grad():
             found = blocks_hidden(drafter, target, {**chosen, **text})
             matches = [drafter.selector.match(found, part) for part in rows]

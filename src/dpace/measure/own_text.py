@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
@@ -28,30 +30,16 @@ NUM_REREAD = 8
 NUM_SHARED = 32
 """Conversations of a data set that `greedy_share` reads."""
 READ_ROWS = 128
-"""Tokens whose logits it has at once."""
+"""Tokens whose logits exist at once where answers are read."""
 
 
 class Divergence(NamedTuple):
     """The first place where a text differs from the target's own."""
 
-    prompt_id: str
-    how: str
-    """Way of decoding, in words."""
-    position: int
-    """Number of the token in the response, from 0."""
-    token_ids: tuple[int | None, int | None]
-    """Token found and token expected; None where the text had ended."""
-    margin: float
-    """How much the target prefers the expected token, as a difference of logits.
-
-    Above temperature 0, the logits include the noise of sampling."""
-    noise: float
-    """Size of rounding here: the largest difference between logits of this text read at once and token by token."""
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether rounding alone can have caused it: both logits may be off by the noise."""
-        return self.margin <= 2 * self.noise
+    is_tie: bool
+    """Whether rounding alone can have caused it."""
+    line: str
+    """Where it is, the token found and the one expected, and how much the target prefers that."""
 
 
 @torch.inference_mode()
@@ -67,7 +55,7 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
     """Read a file of responses that can be read again, and what made it.
 
     Raises:
-        ValueError: it cannot be read, is empty, or its answers were sampled.
+        ValueError: it cannot be read, is empty, or has other answers than greedy ones of the target.
     """
     responses, meta = read_responses(path), read_meta(path)
     if not responses:
@@ -78,12 +66,10 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
             f"the meta file beside {path} does not tell {', '.join(missing)} of its answers; write them again with "
             "`dpace respond`"
         )
-    if meta.get("source") == "own":
-        raise ValueError(f"{path} has replies that the prompts came with, not the target's; leave --responses out")
-    if meta["temperature"]:
+    if meta["temperature"] or meta.get("source") == "own":
         raise ValueError(
-            f"{path} was sampled at temperature {meta['temperature']:g}, and only greedy answers can be read again; "
-            "leave --responses out"
+            f"{path} has source {meta.get('source')} and temperature {meta['temperature']:g}, and only the target's "
+            "greedy answers can be read again; leave --responses out"
         )
     return responses, meta
 
@@ -100,23 +86,25 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
         meta: what made them, see `dpace.respond.responses.read_meta`.
 
     Returns:
-        Whether the target is the one that answered, and whether the text is its own.
+        Whether the target is the one that answered, and if so, whether the text is its own.
     """
     now = {"target_sha256": target.sha256, **tokenizer_hashes(target)}
     if meta.get("source") == "servers":
         del now["target_sha256"]
-    other = ", ".join(key.removesuffix("_sha256") for key in now if meta.get(key) != now[key])
-    detail = f"another {other} than {meta.get('target')} had" if other else ", ".join(now).replace("_sha256", "")
+    other = [key for key in now if meta.get(key) != now[key]]
+    detail = f"other {', '.join(other)} than {meta.get('target')} had" if other else ", ".join(now)
     same = Finding("responses are of this target", "hashes", not other, detail)
+    if other:
+        return [same]
     chosen = random.Random(0).sample(list(responses), min(NUM_REREAD, len(responses)))
     answers = [
-        (response, span, f"answer {number}")
+        (response, span, f"{response.id}, answer {number}")
         for response in chosen
         for number, span in enumerate(response.response_spans, start=1)
     ]
     wrong = [found for answer in answers if (found := _reread(target, *answer, meta["max_new_tokens"]))]
-    name, cases = "responses are the target's greedy text", count(len(chosen), "response")
-    return [same, text_finding(target, name, cases, len(answers), wrong)]
+    name = "responses are the target's greedy text"
+    return [same, text_finding(name, count(len(chosen), "response"), len(answers), wrong)]
 
 
 @torch.inference_mode()
@@ -127,29 +115,26 @@ def greedy_share(target: Target, dataset: ResponseDataset) -> float:
     """
     equal = []
     for index in random.Random(0).sample(range(len(dataset)), min(NUM_SHARED, len(dataset))):
-        token_ids = dataset.token_ids(index)[None].to(target.device)
+        token_ids = dataset.token_ids(index).to(target.device)
         is_answer = dataset.is_response(index)[1:].to(target.device)
-        for rows, labels in zip(
-            target.hidden(token_ids)[0, :-1][is_answer].split(READ_ROWS),
-            token_ids[0, 1:][is_answer].split(READ_ROWS),
-            strict=True,
-        ):
-            equal.append(target.head.logits(rows).argmax(-1) == labels)
+        hidden = target.hidden(token_ids[None])[0, :-1]
+        equal.append(_best_tokens(target, hidden[is_answer]) == token_ids[1:][is_answer])
     return float(torch.cat(equal).float().mean())
+
+
+def _best_tokens(target: Target, hidden: Float[Tensor, "row hidden"]) -> Int[Tensor, " row"]:
+    """Find the target's most likely tokens."""
+    return torch.cat([target.head.logits(rows).float().argmax(-1) for rows in hidden.split(READ_ROWS)])
 
 
 @torch.inference_mode()
 def _reread(
-    target: Target, response: Response, span: Sequence[int], how: str, max_new_tokens: int
+    target: Target, response: Response, span: Sequence[int], where: str, max_new_tokens: int
 ) -> Divergence | None:
     """Return the first token of an answer that the target would not have written; without one, the last tie."""
-    where = response.id, how
     prompt, answer = response.token_ids[: span[0]], response.token_ids[slice(*span)]
-    largest = max(prompt + answer, default=0)
-    if not prompt or largest >= len(target.head.weight):  # it needs a text before it, and tokens of this target
-        return Divergence(*where, 0, (largest, None), math.inf, 0.0)
     text = torch.tensor([prompt + answer], device=target.device)
-    best = target.head.logits(target.hidden(text)[0, len(prompt) - 1 :]).float().argmax(-1).tolist()
+    best = _best_tokens(target, target.hidden(text)[0, len(prompt) - 1 :]).tolist()
     own = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
     divergence = None
     for place, (found, expected) in enumerate(itertools.zip_longest(answer, own)):
@@ -162,52 +147,48 @@ def _reread(
 
 
 @torch.inference_mode()
-def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], prompt, found, expected) -> Divergence:
+def find_divergence(target: Target, sampler: Sampler, where: str, prompt, found, expected) -> Divergence:
     """Find where a text leaves the target's own, and measure how close the target was to choosing the other token.
 
+    The margin is a difference of logits; above temperature 0, they include the noise of sampling. The size of rounding
+    is the largest difference between logits of this text that is read at once and token by token. So both logits may be
+    off by it.
+
     Args:
-        target: reads the text before that place at once, and token by token.
+        target: reads the text before that place.
         sampler: a new one, with the temperature and the seed of both texts.
-        where: the prompt's id, and the way of decoding in words.
+        where: the prompt and the way of decoding, in words.
         prompt: token ids before both texts.
         found: token ids of the text.
         expected: those of the target's own, which differ.
     """
-    pairs = itertools.zip_longest(found, expected)
-    position, tokens = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    num_prompt = len(prompt)
-    text = torch.tensor([[*prompt, *expected]], device=target.device)[:, : num_prompt + position]
-    at_once = target.head.logits(target.hidden(text)[0, num_prompt - 1 :]).float()
-    cache, one_by_one = TextCache(target.config, text.shape[1]), []
-    for start, end in itertools.pairwise([0, *range(num_prompt, text.shape[1] + 1)]):
+    pairs = enumerate(itertools.zip_longest(found, expected))
+    position, tokens = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+    text = torch.tensor([[*prompt, *expected[:position]]], device=target.device)
+    at_once = target.head.logits(target.hidden(text)[0, len(prompt) - 1 :]).float()
+    cache = TextCache(target.config, text.shape[1])
+    one_by_one = []
+    for start, end in itertools.pairwise([0, *range(len(prompt), text.shape[1] + 1)]):
         hidden = target.hidden(text[:, start:end], cache=cache)
         one_by_one.append(target.head.logits(hidden[0, -1:]).float())
-    noise = float((at_once - torch.cat(one_by_one)).abs().max())
-    if None in tokens:
-        return Divergence(*where, position, tokens, math.inf, noise)
-    scores = at_once
-    if sampler.temperature:
-        scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
-    return Divergence(*where, position, tokens, float(scores[-1, tokens[1]] - scores[-1, tokens[0]]), noise)
+    rounding = float((at_once - torch.cat(one_by_one)).abs().max())
+    margin = math.inf  # one of the texts has ended
+    if None not in tokens:
+        scores = at_once
+        if sampler.temperature:
+            scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
+        margin = float(scores[-1, tokens[1]] - scores[-1, tokens[0]])
+    is_tie = margin <= 2 * rounding
+    decode = target.tokenizer.decode if target.tokenizer else str
+    words = ["the end" if token is None else repr(decode([token])) for token in tokens]
+    line = (
+        f"{where}, token {position}: {words[0]}, expected {words[1]}, margin {margin:.2g}, rounding {rounding:.2g}: "
+        f"{'tie' if is_tie else 'NOT A TIE'}"
+    )
+    return Divergence(is_tie, line)
 
 
-def text_finding(
-    target: Target,
-    name: str,
-    cases: str,
-    total: int,
-    divergences: Sequence[Divergence],
-) -> Finding:
+def text_finding(name: str, cases: str, total: int, divergences: Sequence[Divergence]) -> Finding:
     """Make the finding of a check of texts, which passes where every difference is a tie."""
-    lines = [f"{total - len(divergences)} of {total} texts equal"]
-    for divergence in divergences:
-        found, expected = (
-            "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
-            for token in divergence.token_ids
-        )
-        lines.append(
-            f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {found}, expected {expected}, "
-            f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: "
-            f"{'tie' if divergence.is_tie else 'NOT A TIE'}"
-        )
-    return Finding(name, cases, all(divergence.is_tie for divergence in divergences), "\n".join(lines))
+    lines = [f"{total - len(divergences)} of {total} texts equal", *(found.line for found in divergences)]
+    return Finding(name, cases, all(found.is_tie for found in divergences), "\n".join(lines))

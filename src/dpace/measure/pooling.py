@@ -5,13 +5,12 @@ their intervals, and comparisons of drafters.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from operator import attrgetter
 
 import numpy as np
 
-from dpace.config import Width
+from dpace.config import BenchConfig
 from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of, group_by
 from dpace.measure.results import (
     ComparedRow,
@@ -24,49 +23,50 @@ from dpace.measure.results import (
     nullable,
 )
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
+from dpace.prompts.prompts import Prompt
 
 TIMES = attrgetter("decode_tokens", "decode_seconds")
 """What the speed of a response follows from."""
 
 
-def make_rows(records: Sequence[ResponseRecord], block_sizes: Mapping[str, int], widths: Sequence[Width]) -> list[Row]:
-    """Pool records into one row for each set, temperature, drafter and width.
+def make_rows(
+    records: Mapping[tuple, ResponseRecord],
+    prompts: Sequence[Prompt],
+    config: BenchConfig,
+    block_sizes: Mapping[str, int],
+) -> list[Row]:
+    """Pool records into one row for each temperature, set, drafter and width.
 
     Args:
-        records: of the same prompts for `PLAIN` and every drafter, and maybe for `COMPILED`.
+        records: by `ResponseRecord.key`, of `PLAIN` and every drafter, and maybe of `COMPILED`.
+        prompts: of the rows.
+        config: temperatures and widths.
         block_sizes: by the drafter's name.
-        widths: that each drafter was measured with.
     """
-    by_way: dict[tuple, dict[tuple[str, int], ResponseRecord]] = {}
-    for r in records:
-        by_way.setdefault((r.temperature, r.set, r.drafter, r.width), {})[r.id, r.turn] = r
     rows = []
-    for group in sorted({(r.temperature, r.set) for r in records}):
-        plain = by_way[*group, PLAIN, None]
-        compiled = by_way.get((*group, COMPILED, None), {})
-        for name, width in product(block_sizes, widths):
-            ours = [by_way[*group, name, width][key] for key in plain]
-            row = _pool_responses(ours, list(plain.values()), block_sizes[name])
-            if compiled.keys() >= plain.keys():
-                theirs = [compiled[key] for key in plain]
-                speedup = _speedup_over(ours, theirs)
-                baseline = CompiledBaseline(
-                    tokens_per_second=_tokens_per_second(theirs),
-                    decode_speedup=speedup[0],
-                    decode_speedup_interval=speedup[1:],
-                    num_same_text=sum(r.same_text for r in theirs),
-                )
-                row = replace(row, compiled=baseline)
-            rows.append(row)
+    groups = group_by(prompts, attrgetter("set"))
+    for temperature, set_name in sorted(product(config.temperatures, groups)):
+        places = [(temperature, prompt.id, turn) for prompt in groups[set_name] for turn in range(len(prompt.turns))]
+        plain = [records[*place, PLAIN, None] for place in places]
+        compiled = [records[*place, COMPILED, None] for place in places if (*place, COMPILED, None) in records]
+        for name, width in product(block_sizes, config.widths):
+            ours = [records[*place, name, width] for place in places]
+            rows.append(_pool_responses(ours, plain, compiled, block_sizes[name]))
     return rows
 
 
-def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
+def _pool_responses(
+    ours: list[ResponseRecord], plain: list[ResponseRecord], compiled: list[ResponseRecord], block_size: int
+) -> Row:
+    """Make the row of a drafter; steps of plain decoding may have been compiled for all responses, or not."""
     acceptance = acceptance_of(ours, block_size)
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
-    published = published_speedup(map(TIMES, ours), map(TIMES, plain))
+    published = Published(
+        tau=defined(published_tau([r.accepted_lengths for r in ours])),
+        decode_speedup=defined(published_speedup(map(TIMES, ours), map(TIMES, plain))),
+    )
     return Row(
         drafter=first.drafter,
         width=first.width,
@@ -84,12 +84,21 @@ def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], blo
         plain_tokens_per_second=_tokens_per_second(plain),
         decode_speedup=speedup[0],
         decode_speedup_interval=speedup[1:],
-        published=Published(
-            tau=defined(published_tau([r.accepted_lengths for r in ours])), decode_speedup=defined(published)
-        ),
+        published=published,
         num_same_text=sum(r.same_text for r in ours),
         responses=ours,
         plain_responses=plain,
+        compiled=_compiled_baseline(ours, compiled) if len(compiled) == len(plain) else None,
+    )
+
+
+def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord]) -> CompiledBaseline:
+    speedup = _speedup_over(ours, compiled)
+    return CompiledBaseline(
+        tokens_per_second=_tokens_per_second(compiled),
+        decode_speedup=speedup[0],
+        decode_speedup_interval=speedup[1:],
+        num_same_text=sum(r.same_text for r in compiled),
     )
 
 

@@ -1,12 +1,12 @@
 """Finished responses of a measurement, kept on disk at once, so that an interrupted one goes on after them.
 
-`Records` takes what is measured and how, and gives back what a file holds of it: responses of `dpace bench`, or prompts
-that running servers answered. The rows of results are pooled from these records.
+`Records` takes what is measured and how, and gives back what a file holds of it: responses of `dpace bench`, prompts
+that running servers answered, or prompts of `dpace explain`. The rows of results are pooled from these records.
 """
 
 import json
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
-from dpace.config import BenchConfig, RespondConfig, Width
+from dpace.config import BenchConfig, ExplainConfig, RespondConfig, Width
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, json_object, optional, to_json
@@ -34,8 +34,6 @@ SEED_RULE = "seed + i for prompt i, counted from 0"
 """How each prompt's seed is made, in results."""
 MAX_COUNT = 2**53
 """Largest count that every reader of JSON keeps exactly."""
-PROMPT = attrgetter("set", "id")
-"""What the turns of one prompt have in common."""
 Item = TypeVar("Item")
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT, description="a count")]
 Seconds = Annotated[float, Field(ge=0, le=MAX_COUNT, description="a time in seconds")]
@@ -142,6 +140,11 @@ class ResponseRecord:
     same_text: bool
     """It has the tokens of plain decoding."""
 
+    @property
+    def key(self) -> tuple:
+        """What tells it from the others of a file."""
+        return self.temperature, self.id, self.turn, self.drafter, self.width
+
 
 @json_object
 class ServedAnswer:
@@ -152,6 +155,11 @@ class ServedAnswer:
     """After the first token."""
     counts: Counts | None
     """Verifications; None where the server reports none."""
+
+    @property
+    def decode_tokens(self) -> int:
+        """Number of tokens after the first."""
+        return len(self.token_ids) - 1
 
 
 @json_object
@@ -165,6 +173,11 @@ class ServedRecord:
     turns: list[dict[str, ServedAnswer]]
     """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
 
+    @property
+    def key(self) -> tuple:
+        """What tells it from the others of a file."""
+        return self.temperature, self.id
+
 
 @json_object
 class ExplainedRecord:
@@ -177,14 +190,18 @@ class ExplainedRecord:
     losses: list[list[float]]
     """What `dpace.measure.floor.score_block` returns, summed over the blocks."""
 
+    @property
+    def key(self) -> str:
+        """What tells it from the others of a file."""
+        return self.id
 
-def setup_of(chat: Target | ChatTokenizer, config: BenchConfig) -> dict[str, Any]:
+
+def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> dict[str, Any]:
     """Return the values of a `Setup`."""
     return {
         "target": chat.name,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "prompt_seeds": SEED_RULE,
         "thinking": chat.thinking,
         **tokenizer_hashes(chat),
     }
@@ -193,32 +210,33 @@ def setup_of(chat: Target | ChatTokenizer, config: BenchConfig) -> dict[str, Any
 def ask_in_turn(
     chat: Target | ChatTokenizer,
     prompt: Prompt,
-    ways: Mapping[Any, Callable[..., Any]],
-    baseline: Any,
+    ways: Mapping[Item, Callable[..., Any]],
+    *,
     rotation: int,
+    max_new_tokens: int,
     **options: Any,
-) -> Iterator[tuple[list[int], dict[Any, Any]]]:
-    """Let all ways answer the turns of a prompt; answers to earlier turns are those of `baseline`.
+) -> Iterator[tuple[list[int], dict[Item, Any]]]:
+    """Let all ways answer the turns of a prompt; answers to earlier turns are those of the first way.
 
     Args:
         chat: tokenizer and template.
         prompt: has one turn or more.
         ways: what answers in each way; they get token ids and the options, and their answers have `token_ids`.
-        baseline: one of the ways.
         rotation: turns their order, which differs from prompt to prompt, so that a drift of the speed favours none.
-        options: `max_new_tokens` and others, for the ways.
+        max_new_tokens: an option for the ways.
+        options: others.
 
     Yields:
         For each turn, its token ids and the answers by way.
     """
     order = deque(ways)
     order.rotate(-rotation)
-    conversation = Conversation(chat, prompt, RespondConfig(max_new_tokens=options["max_new_tokens"]))
+    conversation = Conversation(chat, prompt, RespondConfig(max_new_tokens=max_new_tokens))
     while not conversation.is_answered:
         token_ids = conversation.ask()
-        answers = {way: ways[way](token_ids, **options) for way in order}
+        answers = {way: ways[way](token_ids, max_new_tokens=max_new_tokens, **options) for way in order}
         yield token_ids, answers
-        conversation.add(token_ids, answers[baseline].token_ids)
+        conversation.add(token_ids, answers[next(iter(ways))].token_ids)
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
@@ -232,101 +250,66 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, lis
 def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Acceptance:
     """Put the verifications of responses together, one histogram a prompt."""
     prompts = [
-        [Acceptance(response.histogram, block_size, response.num_without_bonus) for response in turns]
-        for turns in group_by(responses, PROMPT).values()
+        Acceptance.pooled([Acceptance(turn.histogram, block_size, turn.num_without_bonus) for turn in turns])
+        for turns in group_by(responses, attrgetter("id")).values()
     ]
-    return Acceptance.of_prompts(list(map(Acceptance.pooled, prompts)))
+    return Acceptance.of_prompts(prompts)
 
 
 Record = TypeVar("Record", ResponseRecord, ServedRecord, ExplainedRecord)
 
 
 class Records(Generic[Record]):
-    """Finished responses or prompts, kept in a file whose first line says all that changes them.
+    """Finished responses or prompts by their keys, kept in a file whose first line says all that changes them.
 
     Each way to measure has a file of its own, which its name tells by a hash of that line. So records of other weights,
-    servers or settings are neither taken for new ones nor lost. Each rank of a command adds to a file of its own until
-    `collect`.
+    servers or settings are neither taken for new ones nor lost. Of two records with the same key, the last one counts.
+    Each rank of a command adds to a file of its own until `read`.
+
+    Args:
+        path: its stem begins the name.
+        kind: of the records.
+        setup: what they have in common.
+        prompts: all of the measurement.
 
     Raises:
         ValueError: a line that holds no record; names it.
     """
 
-    kind: type[Record]
-    rows: list[Record]
-
-    def __init__(self, path: Path, setup: Setup, prompts: Sequence[Prompt]):
+    def __init__(self, path: Path, kind: type[Record], setup: Setup, prompts: Sequence[Prompt]):
+        self.kind = kind
         self.seeds = {prompt.id: setup.seed + number for number, prompt in enumerate(prompts)}
-        first = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
-        self.path = path.with_stem(f"{path.stem}-{hash_json(first)[:8]}")
+        self.first_line = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
+        self.path = path.with_stem(f"{path.stem}-{hash_json(self.first_line)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
-        ranks.from_first(lambda: self._open_file(first))
-        self.rows = self._read_records()
+        self.read()
 
     def add(self, record: Record) -> None:
         """Keep one, on disk at once."""
-        self.rows.append(record)
+        self.rows[record.key] = record
         with naming_file(self.own), self.own.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
 
-    def collect(self) -> None:
-        """Let all ranks have the records of all of them, in one file."""
-        if ranks.num_ranks() > 1:
-            ranks.barrier()
-            ranks.from_first(self._collect_parts)
-            self.rows = self._read_records()
+    def read(self) -> None:
+        """Put what all ranks have measured into one file, and let each of them have it."""
+        ranks.barrier()
+        ranks.from_first(self._collect)
+        self.rows: dict[Any, Record] = {}
+        for number, line in list(read_jsonl(self.path))[1:]:
+            try:
+                record = from_json(self.kind, line)
+            except ValueError as error:
+                raise ValueError(f"{self.path}:{number}: {error}; remove the line, and it is measured again") from error
+            self.rows[record.key] = record
 
-    def _open_file(self, first: dict[str, Any]) -> None:
-        """Begin the file, or take it up with what several ranks have left."""
+    def _collect(self) -> None:
+        """Begin the file, or append what ranks have left; a kill in between leaves lines twice."""
         register_files(self.path.parent, self.path.name)
         cut_unfinished_line(self.path)
         if not self.path.exists() or not self.path.stat().st_size:
-            write_text(self.path, json.dumps(first) + "\n")
-        self._collect_parts()
-
-    def _collect_parts(self) -> None:
-        """Append what ranks have measured; a kill in between leaves lines twice, of which the last count."""
+            write_text(self.path, json.dumps(self.first_line) + "\n")
         for part in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
             cut_unfinished_line(part)
             with naming_file(self.path), self.path.open("ab") as file:
                 file.write(part.read_bytes())
             part.unlink()
-
-    def _read_records(self) -> list[Record]:
-        rows = []
-        for number, line in list(read_jsonl(self.path))[1:]:
-            try:
-                rows.append(from_json(self.kind, line))
-            except ValueError as error:
-                raise ValueError(f"{self.path}:{number}: {error}; remove the line, and it is measured again") from error
-        return rows
-
-
-class ServedRecords(Records[ServedRecord]):
-    """Prompts that servers answered."""
-
-    kind = ServedRecord
-
-
-class ExplainedRecords(Records[ExplainedRecord]):
-    """Prompts whose blocks were measured."""
-
-    kind = ExplainedRecord
-
-
-class ResponseRecords(Records[ResponseRecord]):
-    """Responses of a benchmark; of one that was measured twice, after an interruption, the last counts."""
-
-    kind = ResponseRecord
-
-    def of(self, temperatures: Collection[float], prompts: Sequence[Prompt]) -> list[ResponseRecord]:
-        """Return those of these temperatures and prompts, in the order of the prompts, whoever measured them."""
-        order = {prompt.id: number for number, prompt in enumerate(prompts)}
-        chosen = (r for r in self.rows if r.temperature in temperatures and r.id in order)
-        last = {(r.drafter, r.width, r.temperature, r.id, r.turn): r for r in chosen}
-        return sorted(last.values(), key=lambda r: order[r.id])
-
-    def has(self, ways: Iterable[tuple[str, Width | None]], temperature: float, prompt: Prompt) -> bool:
-        """Whether a prompt is done in all ways, by the drafter's name and the width."""
-        done = {(r.drafter, r.width, r.turn) for r in self.of([temperature], [prompt])}
-        return all((*way, turn) in done for way in ways for turn in range(len(prompt.turns)))

@@ -20,9 +20,10 @@ import numpy as np
 from dpace.config import BenchConfig
 from dpace.measure.records import (
     PLAIN,
+    SEED_RULE,
+    Records,
     ServedAnswer,
     ServedRecord,
-    ServedRecords,
     ServerAddress,
     ServerSetup,
     Setup,
@@ -46,7 +47,7 @@ from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
 from dpace.system.ledger import register_files
-from dpace.system.progress import progress_bar
+from dpace.system.progress import track
 from dpace.system.provenance import same_run
 from dpace.target.chat import ChatTokenizer, encode_chat
 
@@ -93,40 +94,36 @@ def bench_servers(
     addresses = {
         side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version) for side, s in sides.items()
     }
-    setup = ServerSetup(**setup_of(chat, config), servers=addresses)
+    setup = ServerSetup(**setup_of(chat, config), prompt_seeds=SEED_RULE, servers=addresses)
     register_files(folder, SERVERS_FILE)
-    records = ServedRecords(folder / "servers.jsonl", setup, prompts)
+    records = Records(folder / "servers.jsonl", ServedRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(chat, prompts, config.max_new_tokens)
     here = _unless_missing("here", partial(rows_here, folder / "results.json", setup)) or {}
     tau_in_training = _unless_missing("in training", partial(find_tau_in_training, folder / "drafter"))
     jobs = list(product(config.temperatures, prompts))
-    done = {(record.temperature, record.id): record for record in records.rows}
-    missing = [(temperature, prompt) for temperature, prompt in jobs if (temperature, prompt.id) not in done]
+    missing = [(temperature, prompt) for temperature, prompt in jobs if (temperature, prompt.id) not in records.rows]
     if missing:  # a warm-up, which is not counted
         first_turn = encode_chat(chat, missing[0][1].turns[0])
         for server in sides.values():
             server.answer(first_turn, 16, missing[0][0], config.seed)
     else:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
-    passes = sides | ({CONTROL: sides[PLAIN]} if plain_url else {})
-    ways = {side: partial(_ask_server, server) for side, server in passes.items()}
-    baseline = PLAIN if plain_url else DRAFTER
-    with progress_bar() as bar:
-        kept = len(jobs) - len(missing)
-        task = bar.add_task("asking servers", total=len(jobs), completed=kept, first=kept, info="")
-        for number, (temperature, prompt) in enumerate(missing):
-            options = {
-                "max_new_tokens": config.max_new_tokens,
-                "temperature": temperature,
-                "seed": records.seeds[prompt.id],
-            }
-            turns = [answers for _, answers in ask_in_turn(chat, prompt, ways, baseline, number, **options)]
-            record = ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=turns)
-            records.add(record)
-            done[temperature, prompt.id] = record
-            bar.update(task, advance=1)
-    rows = make_rows([done[temperature, prompt.id] for temperature, prompt in jobs], here)
+    passes = {PLAIN: sides[PLAIN], CONTROL: sides[PLAIN]} if plain_url else {}
+    ways = {side: partial(_ask_server, server) for side, server in (passes | sides).items()}
+    for number, (temperature, prompt) in enumerate(track(missing, "asking servers", done=len(jobs) - len(missing))):
+        turns = ask_in_turn(
+            chat,
+            prompt,
+            ways,
+            rotation=number,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            seed=records.seeds[prompt.id],
+        )
+        answers = [of_turn for _, of_turn in turns]
+        records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers))
+    rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs], here)
     results = ServerResults(**vars(setup), tau_in_training=tau_in_training, rows=rows)
     write_results(folder / SERVERS_FILE, results)
     return results
@@ -152,11 +149,9 @@ def rows_here(path: Path, setup: Setup) -> dict[tuple[float, str], Row]:
         ValueError: there is no such file, or its rows cannot stand beside those of the servers.
         OSError: a file that cannot be read.
     """
-    if not path.exists():
-        raise ValueError(f"there is no {path}; run the command without --bench.server too")
-    results = read_results(path)
+    results = read_results(path) if path.exists() else None
     if not isinstance(results, BenchResults):
-        raise ValueError(f"{path} is not from `dpace bench`; name a folder with one by --output")
+        raise ValueError(f"{path} has no results of `dpace bench`; run the command without --bench.server too")
     now = {field.name: getattr(setup, field.name) for field in fields(Setup)}
     same_run(vars(results), now, f"{path} was measured", "give both commands the same options", {})
     rows = [row for row in results.rows if row.width == "full" and row.verify_rule == "equality"]
@@ -173,15 +168,14 @@ def find_tau_in_training(folder: Path) -> float:
     """Find the tau of a drafter's validation responses that chose its checkpoint.
 
     Raises:
-        ValueError: there is no log, it has no tau, or training did not write it.
+        ValueError: there is no log, or it has no tau.
         OSError: a file that cannot be read.
     """
     path = folder / "trainer_state.json"
-    if not path.exists():
-        raise ValueError(f"there is no {path}; name the folder of the training by --output")
-    taus = [entry["eval_tau"] for entry in read_log(folder) if "eval_tau" in entry]
+    log = read_log(folder) if path.exists() else []
+    taus = [entry["eval_tau"] for entry in log if "eval_tau" in entry]
     if not taus:
-        raise ValueError(f"{path} has no eval_tau, since the drafter was trained without validation responses")
+        raise ValueError(f"{path} has no eval_tau; name the folder of a training with validation responses by --output")
     return max(taus)
 
 
@@ -212,7 +206,7 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports. Where it reports some, an
     answer without any had no drafts: each pass of the target then emitted one token.
     """
-    counts = {record.id: _turn_counts(record) for record in records} if drafts else {}
+    counts = {record.id: _verifications(record) for record in records} if drafts else {}
     total = Counts.pooled([of_turn for turns in counts.values() for of_turn in turns])
     served = {
         name: (sum(of_turn.num_emitted for of_turn in turns), sum(of_turn.num_verifications for of_turn in turns))
@@ -221,13 +215,13 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
     ours = {}
     if here:
         names = dict.fromkeys(response.id for response in here.responses)
-        totals = np.stack([here.acceptance.emitted_tokens, here.acceptance.rows.sum(-1)], 1).tolist()
-        ours = dict(zip(names, totals, strict=True))
+        totals = np.stack([here.acceptance.emitted_tokens, here.acceptance.rows.sum(-1)], 1)
+        ours = dict(zip(names, totals.tolist(), strict=True))
     common = [name for name in served if name in ours]
     paired = [[served[name] for name in common], [ours[name] for name in common]]
-    tau = _estimate_tau([list(served.values())])
+    tau = _estimate([list(served.values())])
     drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
-    same, control = (_same_texts(records, side) if plain else [] for side in (DRAFTER, CONTROL))
+    num_same, num_control, gain = _same_texts(records) if plain else (None, None, (None, None, None))
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
@@ -236,13 +230,13 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
         tau_interval=tau[1:],
         num_verifications=total and total.num_verifications,
         histogram=total and total.histogram,
-        tau_here=_estimate_tau(paired[1:]),
-        tau_over_here=_estimate_tau(paired, lambda taus: taus[0] / taus[1] - 1),
+        tau_here=_estimate(paired[1:]),
+        tau_over_here=_estimate(paired, lambda taus: taus[0] / taus[1] - 1),
         tokens_per_second=_tokens_per_second(drafted),
         plain_tokens_per_second=_tokens_per_second(plain),
-        num_same_text=sum(same) if plain else None,
-        control_same_text=sum(control) if plain else None,
-        same_text_gain=_share_gain(same, control, [len(record.turns) for record in records] if plain else []),
+        num_same_text=num_same,
+        control_same_text=num_control,
+        same_text_gain=gain,
     )
 
 
@@ -251,37 +245,40 @@ def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
     return [turn[side] for record in records for turn in record.turns if side in turn]
 
 
-def _turn_counts(record: ServedRecord) -> list[Counts]:
+def _verifications(record: ServedRecord) -> list[Counts]:
     """Return the verifications of each turn; without drafts, they are the tokens after the first."""
-    turns = _answers([record], DRAFTER)
-    passes = [len(answer.token_ids) - 1 for answer in turns]
-    return [answer.counts or Counts(n, 0, [n]) for answer, n in zip(turns, passes, strict=True)]
-
-
-def _estimate_tau(sides: Sequence[Sequence[Sequence[int]]], statistic: Statistic = FIRST) -> Estimate:
-    """Compute a number from the taus of sides, by default the first one's tau; see `estimate`.
-
-    Args:
-        sides: tokens and verifications of each prompt; all sides have the same prompts.
-        statistic: of the taus, "side ...".
-    """
-    totals = np.array(sides, float).reshape(len(sides), -1, 2)
-    return nullable(estimate(totals.transpose(2, 0, 1)[:, :, None], statistic))
+    answers = _answers([record], DRAFTER)
+    return [answer.counts or Counts(answer.decode_tokens, 0, [answer.decode_tokens]) for answer in answers]
 
 
 def _tokens_per_second(answers: Sequence[ServedAnswer]) -> float | None:
     """Return the rate after the first token; None where all tokens came at once, and without answers."""
     seconds = sum(answer.decode_seconds for answer in answers)
-    return sum(len(answer.token_ids) - 1 for answer in answers) / seconds if seconds else None
+    return sum(answer.decode_tokens for answer in answers) / seconds if seconds else None
 
 
-def _same_texts(records: Iterable[ServedRecord], side: str) -> list[int]:
-    """Count for each prompt the turns in which a side's text is that of the plain server's first pass."""
-    return [sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns) for record in records]
+def _same_texts(records: Iterable[ServedRecord]) -> tuple[int, int, Estimate]:
+    """Count the turns with the text of the plain server's first pass.
+
+    Returns:
+        The numbers of the server with the drafter and of the plain server's second pass, the control; and the
+        difference of their shares.
+    """
+    sides = []
+    for side in (DRAFTER, CONTROL):
+        turns_of = [[turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns] for record in records]
+        sides.append([(sum(is_same), len(is_same)) for is_same in turns_of])
+    num_same, num_control = (sum(same for same, _ in side) for side in sides)
+    more = [[(same + turns, turns) for same, turns in side] for side in sides]  # `estimate` has no ratio of 0
+    return num_same, num_control, _estimate(more, lambda shares: shares[0] - shares[1])
 
 
-def _share_gain(same: Sequence[int], control: Sequence[int], turns: Sequence[int]) -> Estimate:
-    """Subtract the control's share of equal texts from the drafter's; each list has one number a prompt."""
-    counts = np.array([same, control], float) + turns  # one is added to both shares: `estimate` has no ratio of 0
-    totals = np.array([counts, np.broadcast_to(turns, counts.shape)])
-    return nullable(estimate(totals[:, :, None], lambda shares: shares[0] - shares[1]))
+def _estimate(sides: Sequence[Sequence[Sequence[int]]], statistic: Statistic = FIRST) -> Estimate:
+    """Compute a number from the ratios of sides, by default the first one's ratio; see `dpace.metrics.estimate`.
+
+    Args:
+        sides: top and bottom of the ratio for each prompt; all sides have the same prompts.
+        statistic: of the ratios, "side ...".
+    """
+    totals = np.array(sides, float).reshape(len(sides), -1, 2)
+    return nullable(estimate(totals.transpose(2, 0, 1)[:, :, None], statistic))

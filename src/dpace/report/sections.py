@@ -135,10 +135,12 @@ def speeds(results: BenchResults) -> Section:
         for row in results.rows
     ]
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    same = f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text"
+    kept = [row for row in results.rows if row.keeps_text]
+    num_same, num_kept = (sum(getattr(row, name) for row in kept) for name in ("num_same_text", "num_responses"))
+    same = f"{num_same} of {num_kept} responses are exactly the target's own text"
     notes = (
         advice(results),
-        same if results.num_responses else "",
+        same if kept else "",
         compiled_note(results.rows),
         no_tau_note(results.rows),
     )

@@ -4,9 +4,10 @@ import math
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,7 @@ from rich.table import Column
 
 from dpace.system import ranks
 
+Item = TypeVar("Item")
 LINE_SECONDS = 30.0
 """Most seconds between two lines of progress where there is no terminal, as long as steps are shorter."""
 
@@ -81,6 +83,18 @@ def progress_bar(is_shown: bool = True) -> Progress:
         disable=not is_terminal,
         get_time=time.monotonic,
     )
+
+
+def track(items: Sequence[Item], title: str, *, done: int = 0) -> Iterator[Item]:
+    """Yield items, and show how many are done; nothing is shown without a title.
+
+    `done` were done before, and do not count for the ETA.
+    """
+    with progress_bar(is_shown=bool(title)) as bar:
+        task = bar.add_task(title, total=done + len(items), completed=done, first=done, info="")
+        for item in items:
+            yield item
+            bar.update(task, advance=1)
 
 
 def count(number: int, noun: str) -> str:

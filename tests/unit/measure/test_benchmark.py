@@ -10,6 +10,7 @@ from dpace.measure.benchmark import bench
 from dpace.measure.pooling import make_rows, pool_seeds
 from dpace.measure.results import read_results
 from dpace.metrics import MIN_PROMPTS, Acceptance
+from dpace.prompts.prompts import Prompt
 from dpace.report.sections import comparison
 from tests.conftest import make_drafter
 from tests.support.files import make_prompts
@@ -82,7 +83,9 @@ def test_turns_are_drawn_with_their_prompt(num_prompts):
             make_response(**place, **counts, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns / speed)
             for place, speed in zip(places, np.repeat(speeds[:num_prompts], num_turns).tolist(), strict=True)
         ]
-        (row,) = make_rows([*plain, *ours], {"dpace": 3}, ["full"])
+        prompts = [Prompt(str(i), "s", [[]] * num_turns) for i in range(num_prompts)]
+        records = {record.key: record for record in [*plain, *ours]}
+        (row,) = make_rows(records, prompts, BenchConfig(temperatures=(0.0,), widths=("full",)), {"dpace": 3})
         return row
 
     two, one = measure(2), measure(1, histogram=[2, 0, 2])

@@ -304,8 +304,9 @@ def test_the_verb_shows_tau_served_here_and_in_training(
 
     assert "prompts: 1, sent to the server" in said(*asked, "--num-prompts", "1", "--dry-run") and not server.requests
     first = said(*asked)
-    assert f"tau here is not known: there is no {out}/results.json; run" in first and "no tau here" in first
-    assert f"tau in training is not known: there is no {drafter}/trainer_state.json; name" in first
+    assert f"tau here is not known: {out}/results.json has no results of `dpace bench`; run" in first
+    assert "no tau here" in first
+    assert f"tau in training is not known: {drafter}/trainer_state.json has no eval_tau; name" in first
     assert {request.headers["Authorization"] for request in server.requests} == {"Basic dXNlcjpzZWNyZXQ="}
     assert not any("secret" in text for text in (first, *(path.read_text() for path in out.glob("servers*"))))
     log = [{"step": 1, "eval_tau": 1.25}, {"step": 2, "eval_tau": 1.5}, {"step": 3, "eval_tau": 1.4}]
@@ -323,7 +324,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert f">{percent(row.tau_over_here)}</td>" in (out / "report.html").read_text()
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))
-    assert "is not from `dpace bench`" in reason(make_compare())
+    assert "has no results of `dpace bench`" in reason(make_compare())
 
 
 @pytest.mark.parametrize(
