@@ -139,10 +139,10 @@ ROWS = {
     '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n': ":2: the id '1' occurs twice",
     '{"prompt": "a"}\n': "at least 10",
     '{"text": "a"}\n': "found text",
-    '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n': "`content` of a message",
+    '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n': "expected texts in `role` and `content`",
     '{"messages": [{"role": "assistant", "content": "a"}]}\n': "without a text of the user",
     '{"prompt": "a", "id": {"\x1b[2J": 1}}\n': "p.jsonl:1: ",
-    '{"prompt": "a\\ud800"}\n': "half a character",
+    '{"prompt": "a\\ud800"}\n': "surrogates not allowed",
 }
 
 
@@ -194,7 +194,6 @@ RESPONSES = {
     None: "has no response",
     "{": "r.meta.json.*delete it",
     "[]": "r.meta.json holds list",
-    '{"temperature": "0"}': "temperature is",
     ("response_spans", ((0, 9),)): r"response_spans has \[0, 9\]",
     ("token_ids", "abc"): "token_ids is 'abc'",
 }

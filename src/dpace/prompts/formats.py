@@ -1,6 +1,5 @@
 """Read prompts and conversations from JSONL, JSON, parquet and datasets on the Hub."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,6 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_JSON_BYTES = 2**32
 """Bytes of the largest JSON file with one list; JSONL and parquet files may be larger."""
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
-
-Rows = Iterable[tuple[int, dict[str, Any]]]
-"""Rows of a file or a dataset with their numbers, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -103,40 +99,34 @@ def parse_hub_id(path: str | Path) -> dict[str, Any] | None:
     return match.groupdict()
 
 
-def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Rows]:
-    """Return the rows of a dataset on the Hub or of a file, and how a message names one, up to its number.
+def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Iterable[tuple[int, Any]]]:
+    """Return how a message names a row, up to its number, and the rows with their numbers, from 1.
 
     The ending of a file tells what it is: parquet, JSON, else JSONL.
     """
+    name = str(path)
     if hub:
         split = hub["split"] or "train"
+        name = f"{hub['path']} ({split})"
         rows = load_from_hub(hub["path"], hub["config"], split, "name a file of prompts")
-        return f"{hub['path']} ({split}), row ", enumerate(rows, start=1)
-    if path.suffix == ".parquet":
-        return f"{path}, row ", enumerate(_parquet_rows(path), start=1)
-    if path.suffix == ".json" and _is_list(path):
-        return f"{path}, entry ", enumerate(_read_list(path), start=1)
-    return f"{path}:", read_jsonl(path)
+    elif path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    elif path.suffix == ".json":
+        rows = _read_list(path)
+    else:
+        return f"{path}:", read_jsonl(path)
+    return f"{name}, row ", enumerate(rows, start=1)
 
 
-def _is_list(path: Path) -> bool:
-    """Return whether a file begins as a list of JSON does."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-
-
-def _read_list(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON file that holds one list of objects."""
+def _read_list(path: Path) -> list[Any]:
+    """Read a JSON file that holds one list."""
     text = read_text(path, "a JSON file", max_bytes=MAX_JSON_BYTES)
     try:
         rows = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fix it, or write a JSONL file") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, entry {number}: expected a JSON object, found {type(row).__name__}; fix it")
+        raise ValueError(f"{path} is not JSON ({error}); fix it, or call a file of JSON lines .jsonl") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds no list; write one list of prompts, or call a file of JSON lines .jsonl")
     return rows
 
 
@@ -169,33 +159,34 @@ def _without_null(value: Any) -> Any:
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
+def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
     """Turn a row into a prompt."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     kinds = [key for key in KINDS if key in row]
     if len(kinds) != 1:
         keys = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, row)) or "nothing"
         raise ValueError(f"expected {WANTED}, found {keys}")
-    kind = kinds[0]
+    (kind,) = kinds
     answer = None
-    turns: list[list[dict[str, Any]]]
     if kind in ("messages", "conversations"):
-        messages = [_parse_message(message, kind) for message in _check_list(row, kind)]
+        messages = [_parse_message(message) for message in _check_list(row[kind], kind)]
         if messages[-1]["role"] == "assistant":
             last = messages.pop()
             answer = last["content"] if last.keys() == {"role", "content"} else last
         turns = [messages]
     elif kind == "turns":
-        turns = [
-            [_parse_message(turn if isinstance(turn, dict) else {"role": "user", "content": turn}, kind)]
-            for turn in _check_list(row, kind)
-        ]
+        given = _check_list(row[kind], kind)
+        turns = [[_parse_message(turn if isinstance(turn, dict) else _ask(turn))] for turn in given]
+    elif kind == "instruction":
+        message = _parse_message(_ask(row[kind]))
+        if extra := row.get("input"):
+            message["content"] += f"\n\nInput:\n{extra}"
+        turns = [[message]]
+        if output := row.get("output"):
+            answer = _parse_message({"role": "assistant", "content": output})["content"]
     else:
-        text = _check_text(row[kind], f"`{kind}`")
-        if kind == "instruction":
-            extra = _check_text(row.get("input") or "", "`input`")
-            text += f"\n\nInput:\n{extra}" if extra else ""
-            answer = _check_text(row.get("output") or "", "`output`")
-        turns = [[{"role": "user", "content": text}]]
+        turns = [[_parse_message(_ask(row[kind]))]]
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
@@ -205,6 +196,29 @@ def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
         turns[0][0]["tools"] = tools
         name += " (tools)"
     return Prompt(_check_name(row, "id", default_id), name, turns, answer or None)
+
+
+def _ask(text: Any) -> dict[str, Any]:
+    """Return the user's message of a text."""
+    return {"role": "user", "content": text}
+
+
+def _parse_message(message: Any) -> dict[str, Any]:
+    """Read a message: a role and a text in either spelling; it may have calls of tools, and other keys."""
+    message = dict(message) if isinstance(message, dict) else {}
+    if "from" in message and "value" in message:
+        message = {"role": message["from"], "content": message["value"]}
+    if message.get("role") == "function_call":
+        calls = _from_json(message.get("content"), "a `function_call`")
+        message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    if calls := _from_json(message.pop("tool_calls", None) or [], "`tool_calls`"):
+        message["content"] = message.get("content") or ""
+        message["tool_calls"] = [_parse_call(call) for call in _check_list(calls, "tool_calls")]
+    role = message.get("role")
+    if not role or not isinstance(role, str) or not isinstance(message.get("content"), str):
+        raise ValueError(f"a message is {quoted(message)}, expected texts in `role` and `content`")
+    message["content"].encode()  # raises a ValueError where it has half a character
+    return message | {"role": ROLES.get(role, role)}
 
 
 def _parse_tools(tools: Any) -> list[dict[str, Any]]:
@@ -236,54 +250,16 @@ def _from_json(value: Any, name: str) -> Any:
         raise ValueError(f"{name} is {quoted(value)}, expected JSON ({error})") from error
 
 
-def _check_list(row: dict[str, Any], kind: str) -> list:
+def _check_list(value: Any, name: str) -> list:
     """Return a value that has to be a list with an entry."""
-    value = row[kind]
-    if not isinstance(value, list):
-        raise ValueError(f"`{kind}` is {quoted(value)}, expected a list")
-    if not value:
-        raise ValueError(f"`{kind}` is empty, expected one or more texts")
-    return value
-
-
-def _parse_message(message: Any, kind: str) -> dict[str, Any]:
-    """Read a message: a role and a text in either spelling; it may have calls of tools, and other texts too."""
-    message = message if isinstance(message, dict) else {}
-    if "from" in message and "value" in message:
-        message = {"role": message["from"], "content": message["value"]}
-    if message.get("role") == "function_call":
-        calls = _from_json(message.get("content"), "a `function_call`")
-        message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    calls = _from_json(message.get("tool_calls") or [], "`tool_calls`")
-    if calls and message.get("content") is None:
-        message = {**message, "content": ""}
-    if not message.get("role") or "content" not in message:
-        raise ValueError("a message has no `role` or no text in `content`")
-    texts: dict[str, Any] = {
-        key: _check_text(value, f"`{key}` of a message in `{kind}`")
-        for key, value in message.items()
-        if key not in ("tool_calls", "tools")
-    }
-    texts["role"] = ROLES.get(texts["role"], texts["role"])
-    if calls:
-        texts["tool_calls"] = [_parse_call(call) for call in _check_list({"tool_calls": calls}, "tool_calls")]
-    return texts | ({"tools": message["tools"]} if message.get("tools") else {})
-
-
-def _check_text(value: Any, name: str) -> str:
-    """Return a value that has to be a text that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {quoted(value)}, expected a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} has half a character, {value[error.start]!a}") from error
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`{name}` is {quoted(value)}, expected a list of one or more")
     return value
 
 
 def _check_name(row: dict[str, Any], key: str, default: str) -> str:
     """Return an id or the name of a set: a text or a number."""
     value = row.get(key, default)
-    if not isinstance(value, str | int | float) or isinstance(value, bool) or value == "":
+    if not isinstance(value, str | int | float) or value == "":
         raise ValueError(f"`{key}` is {quoted(value)}, expected a text or a number")
-    return _check_text(str(value), f"`{key}`")
+    return str(value)

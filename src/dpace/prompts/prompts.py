@@ -105,49 +105,55 @@ def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
 def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: PromptsConfig) -> Split:
     """Split prompts; see `split_prompts`."""
     public = PublicTexts(config.decontaminate) if config.decontaminate else None
-    rest: dict[str, bytes] = {}
+    texts: dict[str, bytes] = {}
     num_answers = 0
     of_public: dict[str, str] = {}
     for prompt in prompts:
-        rest[prompt.id] = _hash_text(prompt)
+        texts[prompt.id] = hash_text(prompt)
         num_answers += prompt.answer is not None
         if public and (like := public.find(prompt)):
             of_public[prompt.id] = like
-    copies: dict[str, str] = {}
+    groups = _group(texts)
     names: dict[str, str] = {}
-    if heldout is not None:
-        taken = _without_copies({prompt.id: _hash_text(prompt) for prompt in heldout}, copies)
-        texts = {key: name for name, key in rest.items()}
-        if shared := next((name for name, key in taken.items() if key in texts), None):
-            path, heldout_path = sources_of(config)
+    if heldout is None:
+        measured = _take_out(groups, config.num_heldout, seed=0)
+        if not measured:
             raise ValueError(
-                f"the held-out prompt {shared!r} of {heldout_path} is also a training prompt, {texts[taken[shared]]!r} "
-                f"of {path}; remove it from one of the files"
-            )
-        names = _rename(taken.keys(), rest.keys())
-    else:
-        num_prompts = len(rest)
-        taken, rest = _take_out(rest, config.num_heldout, copies, seed=0)
-        if not taken:
-            raise ValueError(
-                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {num_prompts} prompts give no "
+                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {len(texts)} prompts give no "
                 "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
                 "held-out prompts with --prompts.heldout-path"
             )
-    validation, rest = _take_out(rest, config.num_validation, copies, seed=1)
-    train, chosen = ([name for name in part if name not in of_public] for part in (rest, validation))
-    of_public = {name: like for name, like in of_public.items() if name in validation or name in rest}
-    dropped = {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
-    return Split(train[: config.limit], chosen, list(taken), names, dropped, num_answers)
+    else:
+        others = _group({prompt.id: hash_text(prompt) for prompt in heldout})
+        if shared := [key for key in others if key in groups]:
+            path, heldout_path = sources_of(config)
+            raise ValueError(
+                f"the held-out prompt {others[shared[0]][0]!r} of {heldout_path} is also a training prompt, "
+                f"{groups[shared[0]][0]!r} of {path}; remove it from one of the files"
+            )
+        measured = list(others.values())
+        names = _rename({same[0] for same in measured}, texts.keys())
+    validation = _take_out(groups, config.num_validation, seed=1)
+    chosen = [first for first, *_ in validation]
+    rest = [name for name, key in texts.items() if key in groups]
+    of_public = {name: of_public[name] for name in (*chosen, *rest) if name in of_public}
+    return Split(
+        [name for name in rest if name not in of_public][: config.limit],
+        [name for name in chosen if name not in of_public],
+        [first for first, *_ in measured],
+        names,
+        {
+            "copies of held-out or validation prompts": {
+                copy: first for first, *copies in (*measured, *validation) for copy in copies
+            },
+            "in the public sets": of_public,
+        },
+        num_answers,
+    )
 
 
-def _hash_text(prompt: Prompt) -> bytes:
-    """Hash what a prompt says; no more is kept while prompts are split, so that a million of them fit in memory."""
-    return hashlib.blake2b(canonical(prompt).encode(), digest_size=16).digest()
-
-
-def canonical(prompt: Prompt) -> str:
-    """Return the same text for prompts whose first turn says the same.
+def hash_text(prompt: Prompt) -> bytes:
+    """Hash what a prompt's first turn says; no more is kept while prompts are split, so that a million fit in memory.
 
     The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
     """
@@ -156,41 +162,31 @@ def canonical(prompt: Prompt) -> str:
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         return unicodedata.normalize("NFC", text).strip()
 
-    return json.dumps([{key: clean(message[key]) for key in message} for message in prompt.turns[0]], sort_keys=True)
+    said = [{key: clean(message[key]) for key in message} for message in prompt.turns[0]]
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def _take_out(
-    prompts: dict[str, bytes], limit: int, copies: dict[str, str], *, seed: int
-) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Split off a random tenth of the different prompts, at most `limit`.
-
-    Returns:
-        The chosen prompts, whose copies are added to `copies`, and the rest.
-    """
-    keys = list(dict.fromkeys(prompts.values()))
-    chosen = {keys[i] for i in random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))}
-    taken = _without_copies({name: key for name, key in prompts.items() if key in chosen}, copies)
-    return taken, {name: key for name, key in prompts.items() if key not in chosen}
+def _group(texts: dict[str, bytes]) -> dict[bytes, list[str]]:
+    """Put the ids of prompts that say the same together, in their order."""
+    groups: dict[bytes, list[str]] = {}
+    for name, key in texts.items():
+        groups.setdefault(key, []).append(name)
+    return groups
 
 
-def _without_copies(prompts: dict[str, bytes], copies: dict[str, str]) -> dict[str, bytes]:
-    """Keep the first of prompts that say the same; add the others to `copies`."""
-    first: dict[bytes, str] = {}
-    for name, key in prompts.items():
-        if first.setdefault(key, name) != name:
-            copies[name] = first[key]
-    return {name: key for key, name in first.items()}
+def _take_out(groups: dict[bytes, list[str]], limit: int, *, seed: int) -> list[list[str]]:
+    """Take a random tenth of the groups out, at most `limit`, and return them in their order."""
+    keys = list(groups)
+    chosen = random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))
+    return [groups.pop(keys[number]) for number in sorted(chosen)]
 
 
 def _rename(heldout: Set[str], taken: Set[str]) -> dict[str, str]:
-    """Return held-out prompts with ids that no training prompt has."""
-    names = {name: name for name in heldout}
-    others = {*taken, *heldout}
-    for name in taken & heldout:
-        while names[name] in others:
-            names[name] = f"heldout/{names[name]}"
-        others.add(names[name])
-    return names
+    """Return new ids of the held-out prompts whose own ones training prompts have."""
+    prefix = "heldout/"
+    while any(prefix + name in taken | heldout for name in taken & heldout):
+        prefix += "heldout/"
+    return {name: prefix + name for name in taken & heldout}
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

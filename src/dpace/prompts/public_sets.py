@@ -29,10 +29,10 @@ class PublicSet(NamedTuple):
     """Turns a row into the user's texts."""
     num_prompts: int | None
     """Number of prompts that published tables use; all for None."""
-    category: Callable[[dict[str, Any]], str] | None = None
-    """Finds a row's category; results are then listed by `NAME/CATEGORY`."""
+    has_categories: bool = False
+    """Rows have a `category`; results are then listed by `NAME/CATEGORY`."""
     files: tuple[str, ...] = ()
-    """Files of the repository, where it has no configurations; a file's name is the category of its rows."""
+    """Files of the rows as their authors write them, by category where the rows have none."""
 
 
 def _speed_bench(name: str) -> PublicSet:
@@ -43,7 +43,8 @@ def _speed_bench(name: str) -> PublicSet:
         "test",
         lambda row: list(row["turns"]) if "turns" in row else [message["content"] for message in row["messages"]],
         None,
-        category=lambda row: row["category"],
+        has_categories=True,
+        files=(f"{name}.jsonl",),
     )
 
 
@@ -78,7 +79,7 @@ SETS = {
         "train",
         lambda row: [row["prompt"]] if isinstance(row["prompt"], str) else list(row["prompt"]),
         None,
-        category=lambda row: row["category"],
+        has_categories=True,
         files=tuple(f"{name}.jsonl" for name in REDHAT_SUBSETS),
     ),
 }
@@ -109,29 +110,27 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
                 f"there is no public dataset {name!r}; choose from {', '.join(SETS)}, or name a folder with "
                 "--bench.sets-dir"
             )
-        files = _published_files(name, known, Path(folder)) if folder is not None and known else []
-        if folder is not None and not files:
-            begin = f"{name}/"  # ids are unique in a file only
-            named = read_prompts(Path(folder) / f"{name}.jsonl")
-            rows = [
-                replace(p, set=name + " (tools)" * ("tools" in p.turns[0][0]), id=begin + p.id.removeprefix(begin))
-                for p in named
-            ]
+        own = Path(folder or "") / f"{name}.jsonl"
+        rows = []
+        if known and (folder is None or not own.exists()):
+            rows = _download(known) if folder is None else _read_files(known, Path(folder))
+        if rows:
+            found = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(rows)])
         else:
-            assert known is not None
-            own = [{"category": path.stem, **row} for path in files for _, row in read_jsonl(path)]
-            published = own if files else _download(known)
-            rows = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(published)])
-        random.Random(SHUFFLE_SEED).shuffle(rows)
-        prompts += rows[: known.num_prompts if known and not is_whole else None]
+            begin = f"{name}/"  # ids are unique in a file only
+            found = [
+                replace(p, set=name + " (tools)" * ("tools" in p.turns[0][0]), id=begin + p.id.removeprefix(begin))
+                for p in read_prompts(own)
+            ]
+        random.Random(SHUFFLE_SEED).shuffle(found)
+        prompts += found[: known.num_prompts if known and not is_whole else None]
     return prompts
 
 
-def _published_files(name: str, known: PublicSet, folder: Path) -> list[Path]:
-    """Find a set's files in a folder as their authors name them; none for sets without categories."""
-    if known.category is None or (folder / f"{name}.jsonl").exists():
-        return []
-    return [folder / file for file in known.files or (f"{known.name}.jsonl",) if (folder / file).exists()]
+def _read_files(known: PublicSet, folder: Path) -> list[dict[str, Any]]:
+    """Read the files of a set in a folder as their authors name them; none for sets without categories."""
+    paths = [folder / file for file in known.files if (folder / file).exists()]
+    return [{"category": path.stem, **row} for path in paths for _, row in read_jsonl(path)]
 
 
 def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -153,7 +152,7 @@ def _read_row(name: str, number: int, row: Any) -> Prompt:
         turns = [[{"role": "user", "content": text}] for text in known.turns(row) if text.strip()]
         if not turns:
             raise ValueError("the text is empty")
-        return Prompt(f"{name}/{number}", f"{name}/{known.category(row)}" if known.category else name, turns)
+        return Prompt(f"{name}/{number}", f"{name}/{row['category']}" if known.has_categories else name, turns)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"row {number} of {known.path} has no text where {name} has its prompts ({type(error).__name__}: {error}); "
@@ -162,8 +161,8 @@ def _read_row(name: str, number: int, row: Any) -> Prompt:
 
 
 def _download(source: PublicSet) -> Any:
-    """Download the rows of a dataset from the Hub."""
-    if not source.files:
+    """Download the rows of a dataset from the Hub, file by file where it has no configurations but files."""
+    if source.name or not source.files:
         return load_from_hub(source.path, source.name, source.split, WAY_OUT)
     by_file = {file: load_from_hub(source.path, None, source.split, WAY_OUT, file) for file in source.files}
     return [{"category": Path(file).stem, **row} for file, rows in by_file.items() for row in rows]

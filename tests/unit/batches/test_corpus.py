@@ -1,6 +1,5 @@
-"""What was written comes back from every format, and what is trained on is what the files say."""
+"""What is trained on is what the files say."""
 
-import sys
 import weakref
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,81 +13,13 @@ from dpace.batches.corpus import Corpus, load_corpus, read_corpora
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, RespondConfig
-from dpace.prompts.overlap import PublicTexts
-from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
+from dpace.prompts.prompts import Prompt, split_ids
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, answer_lengths, read_responses
 from tests.conftest import EOS, make_target, make_tokenizer
-from tests.support.files import make_prompts, write_prompts, write_rows
-
-EVERYTHING = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
-TEXTS = ["".join(EVERYTHING[i : i + 50_000]) for i in range(0, len(EVERYTHING), 50_000)]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
-def test_every_character_of_unicode_comes_back(ending, tmp_path):
-    name = write_prompts(tmp_path / f"p.{ending}", (f"?{text}" for text in TEXTS))
-    assert [prompt.turns[0][0]["content"] for prompt in read_prompts(name)] == [f"?{text}" for text in TEXTS]
-
-
-ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-SPELLINGS = [
-    {"messages": [*ASKED, {"role": "assistant", "content": "a"}]},
-    {"conversations": [*ASKED, {"role": "assistant", "content": "a"}]},
-    {
-        "conversations": [
-            {"from": "system", "value": "s"},
-            {"from": "human", "value": "q", "weight": None},
-            {"from": "gpt", "value": "a"},
-        ]
-    },
-]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
-def test_spellings_say_the_same(ending, tmp_path):
-    for row in SPELLINGS:
-        (prompt,) = read_prompts(write_rows(tmp_path / f"p.{ending}", [row]))
-        assert (prompt.id, prompt.turns, prompt.answer) == ("1", [ASKED], "a")
-    row = {"instruction": "Sort.", "input": "2, 1", "output": "1, 2"}
-    (prompt,) = read_prompts(write_rows(tmp_path / f"p.{ending}", [row]))
-    assert (prompt.turns[0][0]["content"], prompt.answer) == ("Sort.\n\nInput:\n2, 1", "1, 2")
-
-
-def test_tables_are_taken_as_they_are(tmp_path):
-    """Several kinds, ids twice, and keys that only some messages have."""
-    messages = [{"role": "user", "content": "q"}, {"role": "user", "content": "q2", "name": "n"}]
-    rows = [{"id": "x", "prompt": "other", "messages": messages}, {"id": "x", "prompt": "p", "messages": None}]
-    first, second = read_prompts(write_rows(tmp_path / "p.parquet", rows))
-    assert (first.id, second.id) == ("x", "x#2") and first.turns == [messages]
-    assert second.turns == [[{"role": "user", "content": "p"}]]
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "words"),
-    [
-        ("p.parquet", b"PAR1", "p.parquet: .*; name a parquet file"),
-        ("p.json", b"[1]", "p.json, entry 1: expected a JSON object, found int; "),
-        ("p.json", b'[{"prompt": "a"}', r"p.json is not JSON .*; fix it"),
-        ("p.json", b'[{"prompt": "a", "prompt": "b"}]', "'prompt' is given twice.*; "),
-        (
-            "p.jsonl",
-            b'{"conversations": [{"from": "gpt", "value": 3}]}',
-            "p.jsonl:1: `content` of a message in .* is 3",
-        ),
-        ("p.jsonl", b'{"instruction": "a", "output": []}', "."),
-    ],
-)
-def test_other_files_are_refused_in_one_line(name, data, words, tmp_path):
-    (tmp_path / name).write_bytes(data)
-    if words == ".":
-        assert read_prompts(tmp_path / name)[0].answer is None
-        return
-    with pytest.raises(ValueError, match=words) as error:
-        read_prompts(tmp_path / name)
-    assert "\n" not in str(error.value)
+from tests.support.files import write_rows
 
 
 @pytest.fixture
@@ -115,7 +46,6 @@ def test_the_corpus_is_what_the_files_say_and_is_made_again_when_they_change(fil
     parts = [as_rows(corpus) for corpus in load_corpus(path, config)]
     for rows, ids in zip(parts, split[:2], strict=True):
         assert rows == [(i, by_id[i].token_ids, by_id[i].response_spans) for i in ids if i in by_id]
-    assert [[prompt.id for prompt in part] for part in split_prompts(config)] == list(map(list, split[:3]))
     made = path.with_name("corpus.arrow")
     first, written = made.read_bytes(), made.stat().st_mtime_ns
     load_corpus(path, config)
@@ -196,45 +126,6 @@ def test_few_answers_are_in_memory_together(tmp_path, monkeypatch):
     assert [first.id(i) for i in range(len(first))] == ["30", "7"] and second.lengths.tolist() == [3]
     assert len(read_corpora(path, [[one.id for one in rows]])[0]) == 40
     assert max(most) <= 3 + 3 + 1, "two batches and the next row"
-
-
-PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silver hammers all day long"
-
-
-def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
-    """Where 13 words in a row are the same; a phrase of many public prompts does not count."""
-    phrase = "please think about it step by step and then put your answer into a box"
-    public = [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?"]
-    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?"]
-    config = PromptsConfig(
-        path=write_prompts(tmp_path / "p.jsonl", rows),
-        decontaminate=(write_prompts(tmp_path / "public.jsonl", public),),
-        num_heldout=1,
-        num_validation=0,
-    )
-    split = split_ids(config)
-    assert split.dropped["in the public sets"] == {"41": "1", "42": "3"} and "43" in split.train + split.heldout
-    assert not {"41", "42"} & set(split.train)
-    split_prompts(config)
-    assert "2 prompts left out: in the public sets" in capsys.readouterr().err
-
-
-def test_a_prompt_of_two_public_sets_is_found(tmp_path):
-    """Word for word, and in other words around it."""
-    both = [write_prompts(tmp_path / name, [PUBLIC]) for name in ("a.jsonl", "b.jsonl")]
-    more = write_prompts(tmp_path / "c.jsonl", [f"Please answer. {PUBLIC}"])
-    (prompt,) = make_prompts([f"A note says: {PUBLIC}."])
-    assert all(PublicTexts(names).find(prompt) == "1" for names in (both[:1], both, [*both, more]))
-
-
-def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
-    public = PublicTexts([write_prompts(tmp_path / "a.jsonl", [PUBLIC])])
-    user, reply = ({"role": role, "content": "Go on."} for role in ("user", "assistant"))
-    chat = [{"role": "user", "content": PUBLIC}, reply, user]
-    assert public.find(Prompt("a", "s", [chat], "Well.")) == "1", "a reply to it is trained on"
-    assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
-    result = {"role": "tool", "content": PUBLIC}
-    assert public.find(Prompt("a", "s", [[user, reply, result]])) is None, "which the user did not say"
 
 
 def test_one_page_says_what_is_there(files, capsys):

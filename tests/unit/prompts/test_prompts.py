@@ -1,3 +1,5 @@
+"""Prompts of every format say the same, and no prompt is in two parts."""
+
 import re
 
 import make_prompts
@@ -5,44 +7,86 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import PromptsConfig
-from dpace.prompts.overlap import _split_words
-from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_ids, split_prompts
+from dpace.prompts.overlap import PublicTexts, _split_words
+from dpace.prompts.prompts import (
+    Prompt,
+    demo_path,
+    find_prompt,
+    hash_text,
+    read_prompts,
+    split_ids,
+    split_prompts,
+)
+from tests.support import files
 from tests.support.files import write_prompts, write_rows
 
 
-def test_three_forms_of_a_line(tmp_path):
-    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "c"}]
-    path = tmp_path / "p.jsonl"
-    write_rows(path, [{"prompt": "a"}, {"turns": ["b", "b2"], "id": "x"}, {"messages": messages, "set": "s"}])
-    path.write_text(path.read_text().replace("\n", "\n\n"))
-    first, second, third = read_prompts(path)
-    assert (first.id, first.set, first.turns) == ("1", "p", [[{"role": "user", "content": "a"}]])
-    assert second.id == "x" and [t[0]["content"] for t in second.turns] == ["b", "b2"]
-    assert third.set == "s" and third.turns == [messages]
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
 
 
-def test_all_that_a_reply_says_is_kept(tmp_path):
-    reply = {"role": "assistant", "content": "b", "reasoning_content": "c"}
-    rows = [{"messages": [{"role": "user", "content": "a"}, answer]} for answer in (reply, {**reply, "content": "d"})]
-    del rows[1]["messages"][1]["reasoning_content"]
-    assert [prompt.answer for prompt in read_prompts(write_rows(tmp_path / "p.jsonl", rows))] == [reply, "d"]
+SYSTEM = {"role": "system", "content": "s"}
+REPLY = {"role": "assistant", "content": "a"}
+SHAREGPT = [("system", "s"), ("human", "q"), ("gpt", "a")]
+FORMS = [
+    ({"prompt": "q"}, [[user("q")]], None),
+    ({"turns": ["q", "and?"]}, [[user("q")], [user("and?")]], None),
+    ({"messages": [SYSTEM, user("q"), REPLY]}, [[SYSTEM, user("q")]], "a"),
+    ({"messages": [user("q"), {**REPLY, "reason": "r"}]}, [[user("q")]], {**REPLY, "reason": "r"}),
+    ({"conversations": [SYSTEM, user("q"), REPLY]}, [[SYSTEM, user("q")]], "a"),
+    ({"conversations": [{"from": a, "value": b, "weight": None} for a, b in SHAREGPT]}, [[SYSTEM, user("q")]], "a"),
+    ({"instruction": "Sort.", "input": "2", "output": "1"}, [[user("Sort.\n\nInput:\n2")]], "1"),
+    ({"instruction": "Sort.", "input": "", "output": ""}, [[user("Sort.")]], None),
+]
 
 
-def test_held_out_prompts_of_a_public_set_stay_and_are_not_counted_as_left_out(tmp_path):
-    texts = [" ".join(f"word{i}of{number}" for i in range(15)) for number in range(40)]
-    path = write_prompts(tmp_path / "p.jsonl", texts)
-    public = write_prompts(tmp_path / "public.jsonl", texts[:30])
-    split = split_ids(PromptsConfig(path=path, decontaminate=(public,)))
-    left_out = split.dropped["in the public sets"]
-    kept = {*split.train, *split.validation, *split.heldout}
-    assert left_out and not kept & left_out.keys() and len(kept) + len(left_out) == 40
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize(("row", "turns", "answer"), FORMS)
+def test_forms_of_a_row(ending, row, turns, answer, tmp_path):
+    path = write_rows(tmp_path / f"p.{ending}", [{"id": "x", "set": "other", **row}, row])
+    first, second = read_prompts(path)
+    assert first == Prompt("x", "other", turns, answer) and second == Prompt("2", "p", turns, answer)
+
+
+def test_tables_are_taken_as_they_are(tmp_path):
+    """Several kinds, ids twice, and keys that only some messages have."""
+    messages = [user("q"), {**user("q2"), "name": "n"}]
+    rows = [{"id": "x", "prompt": "other", "messages": messages}, {"id": "x", "prompt": "p", "messages": None}]
+    first, second = read_prompts(write_rows(tmp_path / "p.parquet", rows))
+    assert (first.id, second.id) == ("x", "x#2") and first.turns == [messages]
+    assert second.turns == [[user("p")]]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.parquet", "PAR1", "p.parquet: .*; name a parquet file"),
+        ("p.json", "[1]", "p.json, row 1: expected a JSON object, found int"),
+        ("p.json", '[{"prompt": "a"}', "p.json is not JSON"),
+        ("p.json", '{"prompt": "a"}', "p.json holds no list"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' is given twice"),
+        ("p.jsonl", '\n{"prompt": "a", "turns": ["b"]}', "p.jsonl:2: expected .*, found `turns` and `prompt`"),
+        ("p.jsonl", '{"conversations": [{"from": "gpt", "value": 3}]}', "p.jsonl:1: a message is .* 3}, expected"),
+        ("p.jsonl", '{"turns": []}', "`turns` is .*, expected a list of one or more"),
+        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "without a text of the user"),
+        ("p.jsonl", '{"prompt": " "}', "without a text of the user"),
+        ("p.jsonl", '{"prompt": "a", "id": []}', "`id` is .*, expected a text or a number"),
+        ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "p.jsonl:2: the id '1' occurs twice"),
+        ("p.jsonl", "", "holds no prompt"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(name, data, words, tmp_path):
+    (tmp_path / name).write_text(data)
+    with pytest.raises(ValueError, match=words) as error:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(error.value) and ";" in str(error.value)
 
 
 def test_one_prompt_of_a_file(tmp_path):
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"}])
-    assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]
-    assert find_prompt("what is 3 # 4?") == [{"role": "user", "content": "what is 3 # 4?"}]
-    assert find_prompt("explain a.jsonl") == [{"role": "user", "content": "explain a.jsonl"}]
+    assert find_prompt(f"{path}#y") == [user("b")]
+    for text in ("what is 3 # 4?", "explain a.jsonl"):
+        assert find_prompt(text) == [user(text)]
     assert len(find_prompt("demo#notes/heldout/1")) == 5
     with pytest.raises(ValueError, match="id 'z'; name one that it has, such as 'x'"):
         find_prompt(f"{path}#z")
@@ -63,22 +107,45 @@ def test_a_fixed_share_is_held_out(tmp_path):
     assert [len(part) for part in parts] == [33, 3, 4]
     assert len({prompt.id for part in parts for prompt in part}) == 40
     assert split_prompts(PromptsConfig(path=path)) == parts
-    assert [len(part) for part in split_prompts(PromptsConfig(path=path, num_validation=0))] == [36, 0, 4]
+    assert [[prompt.id for prompt in part] for part in parts] == list(split_ids(PromptsConfig(path=path))[:3])
+    few = split_prompts(PromptsConfig(path=path, num_validation=0, num_heldout=2, limit=5))
+    assert [len(part) for part in few] == [5, 0, 2]
     with pytest.raises(ValueError, match="at least 10"):
         split_prompts(PromptsConfig(path=write_prompts(tmp_path / "few.jsonl", "a")))
 
 
-def test_demo_parts_share_no_text_and_no_value():
+def test_copies_stay_in_one_part(tmp_path, capsys):
+    """Under other ids, with keys in another order, and with white space around."""
+    rows = []
+    for i in range(40):
+        rows.append({"id": f"a{i}", "messages": [user(f"q\u00e9{i}")]})
+        rows.append({"id": f"b{i}", "messages": [{"content": f" qe\u0301{i}\n", "role": "user"}]})
+        rows.append({"id": f"c{i}", "turns": [f"q\u00e9{i}", "and then?"]})
+    parts = split_prompts(PromptsConfig(path=write_rows(tmp_path / "p.jsonl", rows)))
+    texts = [{hash_text(prompt) for prompt in part} for part in parts]
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    assert [len(part) for part in parts] == [3 * 33, 3, 4], (
+        "a copy is measured once and trained on as often as it is there"
+    )
+    assert "14 prompts left out: copies of held-out or validation prompts" in capsys.readouterr().err
+
+
+def test_held_out_prompts_of_a_file_are_no_training_prompts_by_id_or_text(tmp_path):
+    train = write_rows(tmp_path / "p.jsonl", [{"id": i, "prompt": f"q{i}"} for i in ("x", "heldout/x", *range(9))])
+    heldout = [{"id": "x", "prompt": "h1"}, {"id": "heldout/heldout/x", "prompt": "h2"}, {"id": "y", "prompt": "h1"}]
+    config = PromptsConfig(path=train, heldout_path=write_rows(tmp_path / "h.jsonl", heldout))
+    parts = split_prompts(config)
+    ids = [prompt.id for part in parts for prompt in part]
+    assert len(set(ids)) == len(ids) == 13 and [p.turns[0][0]["content"] for p in parts.heldout] == ["h1", "h2"]
+    write_prompts(tmp_path / "h.jsonl", ["h1", "qx"])
+    with pytest.raises(ValueError, match="'2' of .*h.jsonl is also a training prompt, 'x' of .*p.jsonl; remove it"):
+        split_prompts(config)
+
+
+def test_demo_parts_are_what_the_script_writes_and_share_no_text_and_no_value(tmp_path):
     for pools in (make_prompts.NOTES, make_prompts.PROBLEMS):
         for name, values in pools["train"].items():
             assert not set(values.split("|")) & set(pools["heldout"][name].split("|")), name
-    parts = [{p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))} for part in ("train", "heldout")]
-    assert not parts[0] & parts[1]
-    numbers = [{n for text in part for n in re.findall(r"\d+", text)} for part in parts]
-    assert not numbers[0] & numbers[1]
-
-
-def test_demo_files_are_what_the_script_writes(tmp_path):
     make_prompts.main([str(tmp_path), "train", "heldout", "tuning"])
     texts = {}
     for part in ("train", "heldout", "tuning"):
@@ -86,6 +153,8 @@ def test_demo_files_are_what_the_script_writes(tmp_path):
         if part != "tuning":
             assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
     assert len(texts["heldout"]) == 100 and not texts["heldout"] & (texts["train"] | texts["tuning"])
+    numbers = [{n for text in texts[part] for n in re.findall(r"\d+", text)} for part in ("train", "heldout")]
+    assert not numbers[0] & numbers[1]
 
 
 @pytest.mark.parametrize(
@@ -94,3 +163,47 @@ def test_demo_files_are_what_the_script_writes(tmp_path):
 )
 def test_words_of_all_scripts(text, count):
     assert len(_split_words(text)) == count
+
+
+PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silver hammers all day long"
+
+
+def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
+    """Where 13 words in a row are the same; a phrase of many public prompts does not count."""
+    phrase = "please think about it step by step and then put your answer into a box"
+    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?"])
+    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?"]
+    path = write_prompts(tmp_path / "p.jsonl", rows)
+    config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)
+    split = split_ids(config)
+    assert split.dropped["in the public sets"] == {"41": "1", "42": "3"} and "43" in split.train + split.heldout
+    assert not {"41", "42"} & set(split.train)
+    split_prompts(config)
+    assert "2 prompts left out: in the public sets" in capsys.readouterr().err
+
+
+def test_held_out_prompts_of_a_public_set_stay_and_are_not_counted_as_left_out(tmp_path):
+    texts = [" ".join(f"word{i}of{number}" for i in range(15)) for number in range(40)]
+    path = write_prompts(tmp_path / "p.jsonl", texts)
+    public = write_prompts(tmp_path / "public.jsonl", texts[:30])
+    split = split_ids(PromptsConfig(path=path, decontaminate=(public,)))
+    left_out = split.dropped["in the public sets"]
+    kept = {*split.train, *split.validation, *split.heldout}
+    assert left_out and not kept & left_out.keys() and len(kept) + len(left_out) == 40
+
+
+def test_a_prompt_of_two_public_sets_is_found(tmp_path):
+    """Word for word, and in other words around it."""
+    both = [write_prompts(tmp_path / name, [PUBLIC]) for name in ("a.jsonl", "b.jsonl")]
+    more = write_prompts(tmp_path / "c.jsonl", [f"Please answer. {PUBLIC}"])
+    (prompt,) = files.make_prompts([f"A note says: {PUBLIC}."])
+    assert all(PublicTexts(names).find(prompt) == "1" for names in (both[:1], both, [*both, more]))
+
+
+def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
+    public = PublicTexts([write_prompts(tmp_path / "a.jsonl", [PUBLIC])])
+    chat = [user(PUBLIC), REPLY, user("Go on.")]
+    assert public.find(Prompt("a", "s", [chat], "Well.")) == "1", "a reply to it is trained on"
+    assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
+    result = {"role": "tool", "content": PUBLIC}
+    assert public.find(Prompt("a", "s", [[user("Go on."), REPLY, result]])) is None, "which the user did not say"

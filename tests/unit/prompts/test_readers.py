@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpace.config import PromptsConfig, Recipe
-from dpace.prompts.prompts import canonical, read_prompts, split_prompts
+from dpace.config import Recipe
+from dpace.prompts.prompts import read_prompts
 from dpace.recipes.recipe_file import read_recipe, write_recipe
 from dpace.respond.responses import Response, read_responses
 from dpace.system.progress import printable
-from tests.support.files import write_rows
 
 SETTINGS = settings(deadline=None, max_examples=60)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -135,28 +134,3 @@ def test_nothing_steers_a_terminal(text):
     assert "\u202e" not in shown and shown == shown.encode().decode()
     if text.isprintable():
         assert shown == text
-
-
-def test_copies_stay_in_one_part(path, capsys):
-    """Under other ids, with keys in another order, and with white space around."""
-    rows = []
-    for i in range(40):
-        rows.append({"id": f"a{i}", "messages": [{"role": "user", "content": f"q{i}"}]})
-        rows.append({"id": f"b{i}", "messages": [{"content": f" q{i}\n", "role": "user"}]})
-        rows.append({"id": f"c{i}", "turns": [f"q{i}", "and then?"]})
-    parts = split_prompts(PromptsConfig(path=write_rows(path, rows)))
-    texts = [{canonical(prompt) for prompt in part} for part in parts]
-    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
-    assert [len(part) for part in parts] == [3 * 33, 3, 4], (
-        "a copy is measured once and trained on as often as it is there"
-    )
-    assert "14 prompts left out: copies of held-out or validation prompts" in capsys.readouterr().err
-
-
-def test_held_out_ids_are_never_those_of_training(path):
-    train = write_rows(path, [{"id": i, "prompt": f"q{n}"} for n, i in enumerate(["x", "heldout/x", *range(9)])])
-    heldout = [{"id": "x", "prompt": "h1"}, {"id": "heldout/heldout/x", "prompt": "h2"}]
-    other = write_rows(path.with_name("h.jsonl"), heldout)
-    parts = split_prompts(PromptsConfig(path=train, heldout_path=other))
-    ids = [prompt.id for part in parts for prompt in part]
-    assert len(set(ids)) == len(ids) == 13

@@ -7,7 +7,7 @@ import pytest
 from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.prompts.formats import Prompt, read_prompts
-from dpace.prompts.prompts import canonical
+from dpace.prompts.prompts import hash_text
 from dpace.respond.answering import write_responses
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import read_responses
@@ -97,7 +97,7 @@ def test_tools_of_a_later_message_are_those_of_the_prompt(tmp_path):
         prompts.append(read_one(tmp_path / "x.jsonl", {"messages": messages, "tools": "[]"}))
     first, second = prompts[0].turns[0]
     assert first["tools"] == [TOOL] and "tools" not in second
-    assert canonical(prompts[0]) == canonical(prompts[1])
+    assert hash_text(prompts[0]) == hash_text(prompts[1])
 
 
 @pytest.mark.parametrize(
