@@ -205,7 +205,7 @@ def make_sets(plan: Plan, target: Target) -> tuple[tuple[ResponseDataset, Respon
     train, validation, heldout = ([by_id[prompt.id] for prompt in part] for part in parts)
     datasets = choose_conversations(train, validation, recipe)
     test_set = heldout_set(heldout, recipe)
-    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    layer_ids = Drafter.layer_ids(target, recipe.drafter)
     config = replace(recipe.train, feature_files=str(plan.output / "features"), feature_files_gib=LIMIT_GIB)
     for dataset in (*datasets, test_set):
         is_trained_on = dataset is datasets[0]  # by some with soft labels

@@ -105,6 +105,8 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
+Head = Literal["lilicorr"]
+"""Selectors, each a file of `dpace.drafter`."""
 
 
 def is_custom(objective: str) -> bool:
@@ -137,7 +139,7 @@ class DrafterConfig:
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
-    head: Literal["lilicorr"] | None = None
+    head: Head | None = None
     """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
     By default each slot takes its own best token, as in DFlash."""
     head_candidates: Literal[2, 4, 8, 16] | None = None

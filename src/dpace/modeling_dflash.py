@@ -173,8 +173,19 @@ class DFlashLayer(GradientCheckpointingLayer):
         def attend(rows):
             return self.self_attn(rows, context, rope, mask, cache)
 
-        hidden = hidden + around(self.attention_conv, self.input_layernorm(hidden), attend, block_size)
-        return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp, block_size)
+        norms = self.input_layernorm, self.post_attention_layernorm
+        return self.add_parts(hidden, norms, attend, self.mlp, block_size)
+
+    def add_parts(self, hidden, norms, attend, feed_forward, block_size):
+        """Add two parts to `hidden`, each of its normalized rows and between its convolutions, if there are any.
+
+        The parts and their norms are functions of rows: the layer's own, or faster ones.
+        """
+        parts = (self.attention_conv, norms[0], attend), (self.mlp_conv, norms[1], feed_forward)
+        for convolution, norm, part in parts:
+            rows = norm(hidden)
+            hidden = hidden + (part(rows) if convolution is None else convolution(rows, part, block_size))
+        return hidden
 
 
 class LiLiCorrAttention(nn.MultiheadAttention):
@@ -300,10 +311,9 @@ class LiLiCorr(nn.Module):
         both = [rows, context[:, None].expand_as(rows), rows * context[:, None]]
         rows = nn.functional.silu(self.factor_input_proj(torch.cat(both, dim=-1)))
         rows = rows.unflatten(1, (num_slots, k))
-        before, after = self._unit(self.out_head(rows[:, :-1])), self._unit(self.in_head(rows))
+        before = self._unit(self.out_head(rows[:, :-1]))
+        after = self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
-        if not torch.is_autocast_enabled(rows.device.type):
-            return self._scores(before, after, first)
         with torch.autocast(rows.device.type, enabled=False):
             return self._scores(before, after, first)
 
@@ -315,19 +325,13 @@ class LiLiCorr(nn.Module):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
+SELECTORS: dict[str, type[nn.Module]] = {"lilicorr": LiLiCorr}
+"""Networks of selectors. A drafter has one as an attribute of this name where its config says `NAME_enabled`."""
+
+
 def published(config: Any) -> dict[str, Any]:
     """Return the part of a drafter's config that most engines read."""
     return getattr(config, "dflash_config", None) or {}
-
-
-def around(
-    convolution: DFlashConvolution | None,
-    rows: Tensor,
-    part: Callable[[Tensor], Tensor],
-    block_size: int | None = None,
-) -> Tensor:
-    """Compute a part of a layer, between its convolutions where the drafter has them."""
-    return part(rows) if convolution is None else convolution(rows, part, block_size)
 
 
 def refuse_variants(config: Mapping[str, Any]) -> None:
@@ -355,9 +359,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
 
     It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's, or its own where
     the config says so. An own head may have fewer rows: row `i` is token `i + d2t[i]`. With
-    `conv_kernel_size` in the config it is DFlash2's network without a selector, and with `lilicorr_enabled` it has a
-    head for proposals. The arguments of `forward` are named as
-    in transformers' DFlash generation, which takes this class as `assistant_model`.
+    `conv_kernel_size` in the config it is DFlash2's network without a selector; one of `SELECTORS` is used by who runs
+    it, not by `forward`. The arguments of `forward` are named as in transformers' DFlash generation, which takes this
+    class as `assistant_model`.
 
     Raises:
         ValueError: a config without block size, mask token or layer ids, or of a variant that this network does not
@@ -393,9 +397,11 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, num_drafted or num_tokens, bias=False) if is_own else None
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
+        enabled = [name for name in SELECTORS if nested.get(f"{name}_enabled")]
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a head
-            self.lilicorr = LiLiCorr(config) if nested.get("lilicorr_enabled") else None
-        if nested.get("conv_kernel_size") and self.lilicorr is None:
+            for name, network in SELECTORS.items():
+                setattr(self, name, network(config) if name in enabled else None)
+        if nested.get("conv_kernel_size") and not enabled:
             self.candidate_selector = NeutralSelector(config)
         self.post_init()
 

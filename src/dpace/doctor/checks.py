@@ -155,14 +155,14 @@ def replace_trained(spec: DrafterSpec, files: DrafterFolder, target: Target) -> 
     """
     if "drafter" not in files.recipe:
         return spec
-    options = vars(from_json(DrafterConfig, files.recipe["drafter"]))
+    config = from_json(DrafterConfig, files.recipe["drafter"])
     return replace(
         spec,
-        num_layers=options["num_layers"],
-        block_size=options["block_size"],
-        target_layer_ids=tuple(Drafter.layer_ids(target, **options)),
+        num_layers=config.num_layers,
+        block_size=config.block_size,
+        target_layer_ids=tuple(Drafter.layer_ids(target, config)),
         sample_from_anchor=False,
-        **attention_of(**options),
+        **attention_of(config),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DrafterConfig
-from dpace.drafter.kinds import KINDS
-from dpace.drafter.lilicorr import sizes_for
+from dpace.drafter.kinds import SELECTORS, make_selector
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
-from dpace.drafter.selector import Selector
-from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
-from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_token_ids
+from dpace.drafter.spec import SAME_AS_OPTIONS, SPECIAL_TOKENS, DrafterSpec, own_tables
+from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_tokens
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
@@ -30,6 +28,8 @@ from dpace.system.loading import quiet_library, read_config, refuse_infinite, re
 from dpace.target import Target
 from dpace.target.probe import rope_of
 
+CONV_GROUP_SIZE = 16
+"""Channels that share what a convolution adds to its taps, as published."""
 ANSWERS_FILE = "answers.json"
 """Tokens of the answers that the drafter was trained on; engines that do not know it load the drafter unchanged."""
 TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
@@ -49,44 +49,40 @@ def facts_of(target: Target) -> dict[str, Any]:
     }
 
 
-def spec_for(target: Target, *, conv_kernel_size: int = 0, **own: Any) -> DrafterSpec:
-    """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`.
+def sizes_of(config: Any) -> dict[str, Any]:
+    """Return the values of a spec that are as in a target's config, or the usual ones where it lacks them."""
 
-    `own` are the values of the spec that do not follow from the target.
-    """
-    config = target.config
-    heads = getattr(config, "num_attention_heads", None) or max(1, config.hidden_size // 64)
-    return DrafterSpec(
-        **facts_of(target),
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        num_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 32768,
-        conv_kernel_size=conv_kernel_size,
-        conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
-        special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
-        **own,
-    )
+    def read(name: str, usual: Any) -> Any:
+        return getattr(config, name, None) or usual
+
+    width = config.hidden_size
+    num_heads = read("num_attention_heads", max(1, width // 64))
+    return {
+        "intermediate_size": read("intermediate_size", 4 * width),
+        "num_heads": num_heads,
+        "num_key_value_heads": read("num_key_value_heads", num_heads),
+        "head_dim": read("head_dim", width // num_heads),
+        "rms_norm_eps": read("rms_norm_eps", 1e-6),
+        "max_position_embeddings": read("max_position_embeddings", 32768),
+        "special_token_ids": {name: getattr(config, name, None) for name in SPECIAL_TOKENS},
+    }
 
 
-def attention_of(
-    num_layers: int, sliding_window: int | None = None, full_layers: Collection[int] = (), causal: bool = False, **_
-) -> dict[str, Any]:
-    """Return `sliding_window`, `layer_types` and `is_causal` of a spec, for the same options as `from_target`.
+def attention_of(config: DrafterConfig) -> dict[str, Any]:
+    """Return `sliding_window`, `layer_types` and `is_causal` of a spec.
 
     Raises:
         ValueError: `full_layers` that are no layers, all layers, or set without a window.
     """
-    windowed = set(range(num_layers)) - set(full_layers)
-    if full_layers and (sliding_window is None or not windowed or max(full_layers) >= num_layers):
+    layers, window = range(config.num_layers), config.sliding_window
+    windowed = set(layers) - set(config.full_layers)
+    if config.full_layers and (window is None or not windowed or max(config.full_layers) not in layers):
         raise ValueError(
-            f"full_layers is {list(full_layers)}; name some, not all, of the layers 0 .. {num_layers - 1}, together "
+            f"full_layers is {list(config.full_layers)}; name some, not all, of the layers 0 .. {layers[-1]}, together "
             "with sliding_window"
         )
-    kinds = tuple("sliding_attention" if layer in windowed else "full_attention" for layer in range(num_layers))
-    return {"sliding_window": sliding_window, "layer_types": kinds if sliding_window else (), "is_causal": causal}
+    kinds = tuple("sliding_attention" if layer in windowed else "full_attention" for layer in layers)
+    return {"sliding_window": window, "layer_types": kinds if window else (), "is_causal": config.causal}
 
 
 class Drafter(DFlashDraftModel):
@@ -99,23 +95,17 @@ class Drafter(DFlashDraftModel):
     """Offset from each row of an own head to its token, where that has rows for some tokens only."""
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
-    _selector: Any = None
-    """What `selector` has made."""
     answers: list[int] = []
     """Tokens of the answers that it was trained on, one answer after the other; decoding can copy from them."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.selector = make_selector(self)
 
     @property
     def spec(self) -> DrafterSpec:
         """All that an engine must know about it, apart from its weights."""
         return DrafterSpec.from_config(self.config.to_dict())
-
-    @property
-    def selector(self) -> Selector:
-        """How its drafts are chosen; made once for its kind, since compiled steps cannot make it."""
-        kind = KINDS["dflash" if self.lilicorr is None else "lilicorr"].selector
-        if type(self._selector) is not kind:
-            self._selector = kind(self)
-        return self._selector
 
     @property
     def num_slots(self) -> int:
@@ -191,24 +181,22 @@ class Drafter(DFlashDraftModel):
             ValueError: an option outside its range, or a layer id or mask token that cannot work with this target.
         """
         config = DrafterConfig(**options)
-        mask_token_id = config.mask_token_id
-        spec = spec_for(
-            target,
-            num_layers=config.num_layers,
-            block_size=config.block_size,
-            mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
-            target_layer_ids=tuple(cls.layer_ids(target, **vars(config))),
-            conv_kernel_size=config.conv_kernel_size,
-            selector=sizes_for(target.hidden_size, config.head_candidates, config.head_width) if config.head else None,
-            **attention_of(**vars(config)),
-        )
+        own = {name: getattr(config, name) for name in SAME_AS_OPTIONS} | attention_of(config)
+        own["target_layer_ids"] = tuple(cls.layer_ids(target, config))
+        if config.mask_token_id is None:
+            own["mask_token_id"] = choose_mask_token(target)
+        if config.conv_kernel_size:
+            own["conv_group_size"] = math.gcd(CONV_GROUP_SIZE, target.hidden_size)
+        if config.head:
+            own["selector"] = SELECTORS[config.head].chosen(config, target.hidden_size)
+        spec = DrafterSpec(**facts_of(target), **sizes_of(target.config), **own)
         spec.check()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             drafter: Any = cls(spec.config())
         nn.init.constant_(drafter.norm.weight, config.norm_scale)
         drafter.check_target(target)
-        return drafter if drafter.device == target.device else drafter.to(target.device)
+        return drafter.to(target.device)
 
     def start_for(self, target: Target) -> "Drafter":
         """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
@@ -249,16 +237,12 @@ class Drafter(DFlashDraftModel):
         return drafter.to(target.device)
 
     @staticmethod
-    def layer_ids(
-        target: Target,
-        *,
-        num_layers: int,
-        num_features: int | None = None,
-        target_layer_ids: Sequence[int] | None = None,
-        **_,
-    ) -> list[int]:
-        """Return the layers whose outputs are the features, for the same options as `from_target`."""
-        return list(target_layer_ids or build_target_layer_ids(target.num_layers, num_features or num_layers))
+    def layer_ids(target: Target, config: DrafterConfig) -> list[int]:
+        """Return the layers whose outputs are the features."""
+        return list(
+            config.target_layer_ids
+            or build_target_layer_ids(target.num_layers, config.num_features or config.num_layers)
+        )
 
     def check_target(self, target: Target) -> None:
         """Refuse a target that this drafter cannot draft for.
@@ -266,13 +250,9 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: names the value found, the value expected and what to do.
         """
-        spec = self.spec
-        facts = [
-            ("hidden_size", spec.hidden_size, target.hidden_size),
-            ("vocab_size", spec.vocab_size, len(target.head.weight)),
-            ("num_target_layers", spec.num_target_layers, target.num_layers),
-        ]
-        for name, found, expected in facts:
+        spec, facts = self.spec, facts_of(target)
+        for name in ("hidden_size", "vocab_size", "num_target_layers"):
+            found, expected = getattr(spec, name), facts[name]
             if found != expected:
                 raise ValueError(
                     f"the drafter's {name} is {found} and the target {target.name} has {expected}: "
@@ -287,7 +267,7 @@ class Drafter(DFlashDraftModel):
         check_mask_token(self.mask_token_id, target)
 
     @classmethod
-    def from_pretrained(cls, folder, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, folder, *args, **kwargs):
         """Read a drafter's folder: every tensor, in its shape and finite, from safetensors.
 
         Raises:
@@ -298,7 +278,7 @@ class Drafter(DFlashDraftModel):
         what = f"the drafter {folder}"
         fix = "train it, copy it again, or `dpace import` it where another program wrote it"
         # Not as the config says: it may name an attention that has to be downloaded, or a pickle.
-        options = {**kwargs, "attn_implementation": "sdpa", "use_safetensors": True, "ignore_mismatched_sizes": True}
+        options = kwargs | {"attn_implementation": "sdpa", "use_safetensors": True, "ignore_mismatched_sizes": True}
         if Path(folder).is_dir():
             options["config"] = read_spec(folder).config()
         with translate_library_errors(what, fix):
@@ -307,7 +287,7 @@ class Drafter(DFlashDraftModel):
         refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
         refuse_infinite(what, drafter, fix)
         drafter.refuse_trained_selector()
-        return loaded if output_loading_info else drafter
+        return drafter
 
     def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
@@ -404,6 +384,7 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():
-        drafter.answers, _ = read_token_ids(answers, num_tokens)
+        drafter.answers = read_tokens(answers, num_tokens)["token_ids"]
     speed_up(drafter)
+    drafter.selector.speed_up()
     return drafter

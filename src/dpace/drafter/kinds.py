@@ -1,28 +1,41 @@
-"""The kinds of drafters; what each adds to DFlash's network is in a file of its own.
+"""The selectors that there are, a file each; `dpace.modeling_dflash` has their networks."""
 
-The networks are in `dpace.modeling_dflash`, which is copied beside the weights.
-"""
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, get_args
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dpace.config import Head
+from dpace.drafter.selector import Selector, SelectorSizes
+from dpace.drafter.values import read_values
 
-from dpace.drafter import dflash, lilicorr
-from dpace.drafter.selector import Selector
-
-
-class Kind(NamedTuple):
-    """What is known of a kind of drafters."""
-
-    architecture: str
-    """Name of its network in published configs."""
-    config_keys: Callable[[Any], dict[str, Any]] = dflash.config_keys
-    """Returns what it adds to `dflash_config`, for a `DrafterSpec`."""
-    selector: type[Selector] = Selector
-    """How its drafts are chosen."""
-
-
-KINDS = {
-    "dflash": Kind("DFlashDraftModel"),
-    "dflash2": Kind("DFlash2DraftModel"),
-    "lilicorr": Kind("LiLiCorrDraftModel", lilicorr.config_keys, lilicorr.LatticeSelector),
+SELECTORS: dict[str, type[SelectorSizes]] = {
+    name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(Head)
 }
+
+
+def make_selector(drafter: Any) -> Selector:
+    """Make what chooses the tokens of a drafter's drafts."""
+    for name, sizes in SELECTORS.items():
+        if getattr(drafter, name) is not None:
+            return sizes.selector(drafter)
+    return Selector(drafter)
+
+
+def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> SelectorSizes | None:
+    """Read the sizes of a selector from a config and its `dflash_config`; None where they have none.
+
+    Raises:
+        ValueError: see `read_values`.
+    """
+    for name, sizes in SELECTORS.items():
+        prefix = f"{name}_"
+        values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
+        if values.pop("enabled", False) or sizes.architecture in str(config.get("architectures")):
+            return read_values(sizes, values, prefix)
+    return None
+
+
+def published_name(name: str) -> str:
+    """Return the name that this project writes for a tensor, which older files may call otherwise."""
+    sizes = SELECTORS.get(name.partition(".")[0])
+    return sizes.published_name(name) if sizes else name

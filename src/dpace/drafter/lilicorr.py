@@ -5,18 +5,17 @@ Here are its sizes, tensors and config keys, its drafts and its loss. Its networ
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, Strict
 from torch import Tensor, nn
 
-from dpace.drafter import dflash
-from dpace.drafter.selector import SCORED_ROWS, Draft, Selector
+from dpace.drafter.selector import SCORED_ROWS, Draft, Selector, SelectorSizes
+from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
 from dpace.drafter.vocabulary import DraftRows
+from dpace.fast.lattice import fuse_lattice
 from dpace.loss import Slots, candidate_logits
 
 CE_WEIGHT = 0.25
@@ -30,94 +29,6 @@ OLDER_NAMES = {
 }
 """Names of parts of the head in older checkpoints, and the newer ones, without which vLLM 0.32 refuses a head."""
 
-Positive = Annotated[int, Strict(), Field(ge=1, le=2**20)]
-Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
-
-
-@dataclass(frozen=True)
-class SelectorSizes:
-    """Sizes and constants of a LiLiCorr selector; published config keys are these names after `lilicorr_`."""
-
-    candidate_topk: Annotated[int, Strict(), Field(ge=1, le=1024)]
-    """Best tokens of each slot that it chooses from."""
-    hidden_size: Annotated[int, Strict(), Field(ge=0, le=2**20)]
-    """Its width; 0 for the drafter's."""
-    num_heads: Positive
-    factor_dim: Positive
-    """Length of the vectors whose products are the scores."""
-    num_layers: Annotated[int, Strict(), Field(ge=1, le=100)]
-    mlp_ratio: Scale
-    vector_eps: Scale
-    logit_scale: Scale
-
-    def check(self, spec: Any) -> None:
-        """Refuse what does not go together with the rest of a `DrafterSpec`.
-
-        Raises:
-            ValueError: names the value.
-        """
-        if spec.selector_width % self.num_heads:
-            raise ValueError(
-                f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the head's width, which is "
-                f"{spec.selector_width}; copy the config again from where the drafter was trained"
-            )
-        for key in ("sample_from_anchor", "draft_vocab_size"):
-            if getattr(spec, key):
-                raise ValueError(
-                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
-                    "with the project that trained it"
-                )
-        if self.candidate_topk > spec.vocab_size:
-            raise ValueError(
-                f"the head chooses from {self.candidate_topk} tokens of each slot, and the target has "
-                f"{spec.vocab_size}; train with fewer --drafter.head-candidates"
-            )
-
-
-def sizes_for(hidden_size: int, num_candidates: int | None = None, width: int | None = None) -> SelectorSizes:
-    """Choose the sizes of a selector.
-
-    Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a small
-    target on a CPU it would be more than 10 %, so below 1024 a sixth is taken, 96 at 576, which is about 5 %. There 4
-    candidates take half of the extra time of 8, and gain about as much (docs/results.md).
-    """
-    is_small = hidden_size < 1024
-    narrow = max(8, hidden_size // 48 * 8)
-    width = width or (narrow if is_small else hidden_size // 4)
-    num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
-    return SelectorSizes(
-        candidate_topk=num_candidates or (4 if is_small else 8),
-        hidden_size=0 if width == hidden_size else width,
-        num_heads=num_heads,
-        factor_dim=width,
-        num_layers=2,
-        mlp_ratio=2.0,
-        vector_eps=1e-4,
-        logit_scale=8.0,
-    )
-
-
-def published_name(name: str) -> str:
-    """Return the newer name of a tensor of the head, which this project writes; other names stay as they are."""
-    if not name.startswith("lilicorr."):
-        return name
-    for older, newer in OLDER_NAMES.items():
-        name = name.replace(f".{older}.", f".{newer}.")
-    return name
-
-
-def config_keys(spec: Any) -> dict[str, Any]:
-    """Return what head and convolutions add to `dflash_config`."""
-    sizes = {f"lilicorr_{name}": value for name, value in vars(spec.selector).items()}
-    return {"projector_type": "lilicorr", "lilicorr_enabled": True, **sizes, **dflash.config_keys(spec)}
-
-
-def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the values of `SelectorSizes` in a config and its `dflash_config`, not checked yet; None without them."""
-    keys = {name.removeprefix("lilicorr_"): value for name, value in nested.items() if name.startswith("lilicorr_")}
-    has_head = keys.pop("enabled", False) or "LiLiCorr" in str(config.get("architectures"))
-    return keys if has_head else None
-
 
 class Lattice(NamedTuple):
     """A head's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft.
@@ -127,10 +38,9 @@ class Lattice(NamedTuple):
 
     candidates: Int[Tensor, "batch draft choice"]
     """Tokens, the drafter's best first."""
-    start: Float[Tensor, "batch choice"]
-    """Scores of the first slot's candidates."""
-    pairs: Float[Tensor, "batch pair choice choice"]
-    """Scores of a slot's candidates after each of the slot's before."""
+    scores: Float[Tensor, "batch draft choice choice"]
+    """Scores of a slot's candidates after each candidate of the slot before; in the first slot all are after the
+    anchor."""
     log_odds: Float[Tensor, "batch draft"]
     """Logarithm of the odds that a slot's token is a candidate, in the drafter's softmax."""
 
@@ -138,9 +48,15 @@ class Lattice(NamedTuple):
 class LatticeSelector(Selector):
     """Walks through the lattice of a block's candidates; shapes and arguments are those of `Selector`."""
 
+    name = "lilicorr"
+
     def __init__(self, drafter: Any):
         super().__init__(drafter)
         self.num_candidates = drafter.lilicorr.num_candidates
+
+    def speed_up(self):
+        """See `Selector`."""
+        fuse_lattice(self.drafter.lilicorr)
 
     def make_lattice(
         self,
@@ -163,7 +79,9 @@ class LatticeSelector(Selector):
         """
         candidates = rows.tokens(index)
         start, pairs = self.drafter.lilicorr(rows.target.embed(candidates), log_probs, hidden, anchor, has_anchor)
-        return Lattice(candidates, start, pairs, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
+        first = start[:, None, None].expand(-1, 1, start.shape[1], -1)
+        log_odds = log_probs.detach().exp().sum(-1).logit(eps=1e-6)
+        return Lattice(candidates, torch.cat([first, pairs], dim=1), log_odds)
 
     def propose(self, rows, hidden, before, width, has_anchor=None):
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
@@ -182,38 +100,35 @@ class LatticeSelector(Selector):
         Filters and processors of the target do not matter: any distribution keeps the target's text, if it is the one
         drawn from.
         """
-        scores = draft.lattice.start
-        probs = []
+        lattice = draft.lattice
+        index = 0
         chosen = []
-        for slot in range(num_drawn):
-            probs.append((scores / sampler.temperature).softmax(-1))
-            chosen.append(torch.multinomial(probs[-1], 1, generator=sampler.generator))
-            if slot + 1 < num_drawn:
-                scores = draft.lattice.pairs[0, slot, chosen[-1][0]]
-        candidates = draft.lattice.candidates[0, :num_drawn]
-        whole = torch.zeros(num_drawn, len(rows.target.head.weight), device=candidates.device)
-        return candidates.gather(1, torch.cat(chosen))[:, 0], whole.scatter_(1, candidates, torch.cat(probs))
+        for scores in lattice.scores[0, :num_drawn]:
+            probs = (scores[index] / sampler.temperature).softmax(-1)
+            index = torch.multinomial(probs, 1, generator=sampler.generator)[0]
+            chosen.append(index)
+        tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(chosen)[:, None])[:, 0]
+        return tokens, self.chances(draft, tokens[None], rows, sampler)[0]
 
     def chances(self, draft, tokens, rows, sampler):
         """Score the candidates after each token before; after one that is no candidate, as after the first."""
-        lattice = draft.lattice
-        index = (lattice.candidates == tokens[..., None]).int().argmax(-1)
-        start, pairs = (values.expand(len(tokens), *values.shape[1:]) for values in (lattice.start, lattice.pairs))
-        probs = (rows_after(lattice._replace(start=start, pairs=pairs), index) / sampler.temperature).softmax(-1)
-        whole = probs.new_zeros(*tokens.shape, len(rows.target.head.weight))
-        return whole.scatter_(2, lattice.candidates.expand(len(tokens), -1, -1), probs)
+        lattice = Lattice(*(values.expand(len(tokens), *values.shape[1:]) for values in draft.lattice))
+        candidates = lattice.candidates[:, : tokens.shape[1]]
+        index = (candidates == tokens[..., None]).int().argmax(-1)
+        probs = (rows_after(lattice, index) / sampler.temperature).softmax(-1)
+        return probs.new_zeros(*tokens.shape, len(rows.target.head.weight)).scatter_(2, candidates, probs)
 
     def match(self, found, rows):
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
         labels = found.blocks.labels[0, :, 1:]
-        num_slots = labels.shape[1]
+        num_blocks, num_slots = labels.shape
         has_anchor = found.blocks.anchors[0] > 0
 
         def draft(part: Tensor) -> Draft:
             hidden = found.hidden[0, part]
             return self.propose(rows, hidden, lambda: found.before[0, part], num_slots + 1, has_anchor[part])
 
-        parts = torch.arange(len(labels), device=labels.device).split(max(1, SCORED_ROWS // num_slots))
+        parts = torch.arange(num_blocks, device=labels.device).split(max(1, SCORED_ROWS // num_slots))
         tokens, scores, lattices = zip(*map(draft, parts), strict=True)
         is_true = torch.cat([lattice.candidates for lattice in lattices]) == labels[..., None]
         is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
@@ -269,10 +184,10 @@ def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tenso
         The tokens; and the scores that each was the best of, with a last one for all tokens that are no candidates: in
         the softmax it has the share that the drafter gives them.
     """
-    best = lattice.pairs.argmax(-1)
-    taken = [lattice.start.argmax(-1, keepdim=True)]
-    for pair in best.unbind(1):
-        taken.append(pair.gather(1, taken[-1]))
+    best = lattice.scores.argmax(-1)
+    taken = [best[:, 0, :1]]
+    for of_slot in best[:, 1:].unbind(1):
+        taken.append(of_slot.gather(1, taken[-1]))
     index = torch.cat(taken, dim=1)
     scores = rows_after(lattice, index)
     rest = scores.logsumexp(-1) - lattice.log_odds
@@ -280,10 +195,10 @@ def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tenso
 
 
 def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:
-    """Return the scores of each slot's candidates after the candidates `index` of the slots before."""
-    pairs = lattice.pairs
-    chosen = index[:, : pairs.shape[1], None, None].expand(-1, -1, 1, pairs.shape[-1])
-    return torch.cat([lattice.start[:, None], pairs.gather(2, chosen)[:, :, 0]], dim=1)
+    """Return the scores of the first slots' candidates, each after the candidate `index` of the slot before."""
+    scores = lattice.scores[:, : index.shape[1]]
+    before = nn.functional.pad(index[:, :-1], (1, 0))[..., None, None]
+    return scores.gather(2, before.expand(-1, -1, 1, scores.shape[-1]))[:, :, 0]
 
 
 class WalkLosses(NamedTuple):
@@ -332,3 +247,85 @@ def walk_losses(
     can_take = is_candidate & nn.functional.pad(is_candidate[:, :-1], (1, 0), value=True)
     is_match = can_take & (log_probs.argmax(-1) == index)
     return WalkLosses(losses * can_take, own.detach().exp() * can_take, is_candidate, is_match)
+
+
+@dataclass(frozen=True)
+class LiLiCorrSizes(SelectorSizes):
+    """Sizes and constants of a LiLiCorr selector."""
+
+    name = "lilicorr"
+    architecture = "LiLiCorrDraftModel"
+    selector = LatticeSelector
+
+    candidate_topk: Count
+    """Best tokens of each slot that it chooses from."""
+    hidden_size: Index
+    """Its width; 0 for the drafter's."""
+    num_heads: Count
+    factor_dim: Count
+    """Length of the vectors whose products are the scores."""
+    num_layers: LayerCount
+    mlp_ratio: Scale
+    vector_eps: Scale
+    logit_scale: Scale
+
+    @classmethod
+    def chosen(cls, config, hidden_size):
+        """Choose the sizes of a selector.
+
+        Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a
+        small target on a CPU it would be more than 10 %, so below 1024 a sixth is taken, 96 at 576, which is about 5 %.
+        There 4 candidates take half of the extra time of 8, and gain about as much (docs/results.md).
+        """
+        is_small = hidden_size < 1024
+        width = config.head_width or (max(8, hidden_size // 48 * 8) if is_small else hidden_size // 4)
+        num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
+        return cls(
+            candidate_topk=config.head_candidates or (4 if is_small else 8),
+            hidden_size=0 if width == hidden_size else width,
+            num_heads=num_heads,
+            factor_dim=width,
+            num_layers=2,
+            mlp_ratio=2.0,
+            vector_eps=1e-4,
+            logit_scale=8.0,
+        )
+
+    def width(self, spec: Any) -> int:
+        """Return its width, for a `DrafterSpec`."""
+        return self.hidden_size or spec.hidden_size
+
+    def options(self, spec):
+        """See `SelectorSizes`; no option has the other sizes."""
+        return {"head": self.name, "head_candidates": self.candidate_topk, "head_width": self.width(spec)}
+
+    def check(self, spec):
+        """See `SelectorSizes`."""
+        if self.width(spec) % self.num_heads:
+            raise ValueError(
+                f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the head's width, which is "
+                f"{self.width(spec)}; {COPY_AGAIN}"
+            )
+        for key in ("sample_from_anchor", "draft_vocab_size"):
+            if getattr(spec, key):
+                raise ValueError(
+                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
+                    "with the project that trained it"
+                )
+
+    def describe(self, spec):
+        """See `SelectorSizes`."""
+        return (
+            f"LiLiCorr, over the {self.candidate_topk} best tokens of each slot, {self.num_layers} layers of width "
+            f"{self.width(spec)}"
+        )
+
+    @staticmethod
+    def published_name(name):
+        """See `SelectorSizes`."""
+        for older, newer in OLDER_NAMES.items():
+            name = name.replace(f".{older}.", f".{newer}.")
+        return name
+
+
+SIZES = LiLiCorrSizes

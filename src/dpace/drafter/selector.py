@@ -1,17 +1,18 @@
 """How the tokens of a draft are chosen from what the network computes for each slot; here, each slot's own best one.
 
-A drafter with a selector of its own has a subclass of `Selector`. Training, measuring and decoding call its methods,
-and know no more of it.
+Another selector is a file with a subclass of `Selector` and one of `SelectorSizes`. Training, measuring and decoding
+call the methods of the first, and files and options those of the second. They know no more of it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpace.config import LossConfig
+from dpace.config import DrafterConfig, LossConfig
 from dpace.drafter.views import BlocksHidden
 from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import SlotScores, Weigh
@@ -38,11 +39,16 @@ class Selector:
         drafter: whose network computes the hidden states.
     """
 
+    name = ""
+    """Name of its network in the drafter, with which the names of its tensors begin."""
     num_candidates = 1
     """Number of best tokens of each slot that it chooses from; 1 where it has no choice."""
 
     def __init__(self, drafter: Any):
         self.drafter = drafter
+
+    def speed_up(self) -> None:
+        """Make its network faster, in place, with the same results; the layers' products are already."""
 
     def add_loss(
         self,
@@ -132,6 +138,55 @@ class Selector:
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Turn states of `match` into scores of a `Draft`."""
         return rows.logits(states)
+
+
+@dataclass(frozen=True)
+class SelectorSizes:
+    """Sizes of a selector's network, as a config and the options of training have them.
+
+    A subclass has a field for each; published config keys are their names behind `name` and an underscore.
+    """
+
+    name: ClassVar[str]
+    """Its choice of `--drafter.head`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
+    architecture: ClassVar[str]
+    """Name of its networks in published configs."""
+    selector: ClassVar[type[Selector]]
+
+    @classmethod
+    def chosen(cls, config: DrafterConfig, hidden_size: int) -> "SelectorSizes":
+        """Return the sizes that options of training ask for; by default there are none to choose.
+
+        Args:
+            config: the options.
+            hidden_size: of the target.
+        """
+        return cls()
+
+    def options(self, spec: Any) -> dict[str, Any]:
+        """Return the options of `DrafterConfig` that ask for these sizes; the inverse of `chosen`."""
+        return {"head": self.name}
+
+    def check(self, spec: Any) -> None:
+        """Refuse what does not go together with the rest of a `DrafterSpec`.
+
+        Raises:
+            ValueError: names the value.
+        """
+
+    def config_keys(self) -> dict[str, Any]:
+        """Return what it adds to `dflash_config`."""
+        sizes = {f"{self.name}_{key}": value for key, value in vars(self).items()}
+        return {"projector_type": self.name, f"{self.name}_enabled": True, **sizes}
+
+    def describe(self, spec: Any) -> str:
+        """Say what it is, for the model card."""
+        return self.name
+
+    @staticmethod
+    def published_name(name: str) -> str:
+        """Return the name that this project writes for one of its tensors; files may have another one."""
+        return name
 
 
 def draw_draft(

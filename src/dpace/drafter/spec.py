@@ -11,43 +11,50 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, Strict
 from transformers import Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.dflash import CONVOLUTION_KEYS
-from dpace.drafter.kinds import KINDS, Kind
-from dpace.drafter.lilicorr import Scale, SelectorSizes, read_sizes
+from dpace.config import DrafterConfig
+from dpace.drafter.kinds import read_sizes
+from dpace.drafter.selector import SelectorSizes
+from dpace.drafter.values import (
+    COPY_AGAIN,
+    Count,
+    Flag,
+    Index,
+    LayerCount,
+    Scale,
+    adapter,
+    read_either,
+    read_object,
+    read_values,
+)
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
 from dpace.system.loading import translate_library_errors
 
-MAX_LAYERS = 1000
-"""Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
 WHAT = "the drafter of this config"
-COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
 """Names under which published configs say that slot 0 predicts the first draft token."""
-CONV_GROUP_SIZE = 16
-"""Channels that share what a convolution adds to its taps, as published."""
+LAYER_SIZES = ("conv_kernel_size", "conv_group_size")
+"""Sizes in `dflash_config` of what a layer has beside DFlash's; 0 or missing in a layer without it."""
 
 
-def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int) -> list[str]:
-    """Find why some engine cannot serve a drafter that reads these layers.
+def find_layer_id_fault(target_layer_ids: Sequence[int], num_target_layers: int) -> str:
+    """Find why some engine cannot serve a drafter that reads these layers; empty where each can.
 
     The ids must ascend, lie in the target, and leave out its last layer.
     """
     ids, last = list(target_layer_ids), num_target_layers - 1
-    faults = []
     if not ids or ids != sorted(set(ids)):
-        faults.append("they do not ascend (vLLM sorts them, and features and weights would no longer match)")
-    if not all(0 <= i <= last for i in ids):
-        faults.append(f"the target has layers 0 .. {last} only")
-    if last in ids:
-        faults.append(f"the output of layer {last} is normalized in some engines and missing in others")
-    return faults
+        return "they do not ascend (vLLM sorts them, and features and weights would no longer match)"
+    if ids[0] < 0 or ids[-1] > last:
+        return f"the target has layers 0 .. {last} only"
+    if ids[-1] == last:
+        return f"the output of layer {last} is normalized in some engines and missing in others"
+    return ""
 
 
 def as_float32(value: float) -> float:
@@ -58,36 +65,22 @@ def as_float32(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # pyright: ignore
+def _check_scale(name: str, value: object) -> None:
+    """Refuse a value of an object that is no number above 0."""
+    if type(value) not in (int, float) or not 0 < value < 1e30:  # pyright: ignore
+        raise ValueError(f"{name} is {value!r:.100}, expected a number above 0")
 
 
 def _check_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a rotary embedding that transformers does not have; return it with `rope_theta` as in fp32.
-
-    `DrafterSpec.config` tries out the rest.
-    """
-    kinds = ("default", *ROPE_INIT_FUNCTIONS)
-    theta = rope["rope_theta"]
-    if rope["rope_type"] not in kinds:
-        raise ValueError(f"rope_type is {rope['rope_type']!r:.100}, expected one of {', '.join(kinds)}")
-    if not _is_number(theta) or theta <= 0:
-        raise ValueError(f"rope_theta is {theta!r:.100}, expected a number above 0")
-    return {**rope, "rope_theta": as_float32(theta)}
+    """Return a rotary embedding with `rope_theta` as in fp32; `DrafterSpec.config` tries out the rest."""
+    _check_scale("rope_theta", rope["rope_theta"])
+    return {**rope, "rope_theta": as_float32(rope["rope_theta"])}
 
 
 def _check_record(record: dict[str, Any]) -> dict[str, Any]:
     """Refuse a confidence temperature that is none; all else is only compared."""
-    temperature = record.get("confidence_temperature", 1.0)
-    if not _is_number(temperature) or temperature <= 0:
-        raise ValueError(f"confidence_temperature is {temperature!r:.100}, expected a number above 0")
+    _check_scale("confidence_temperature", record.get("confidence_temperature", 1.0))
     return record
-
-
-Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
-Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
-LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
-Flag = Annotated[bool, Strict()]
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,8 @@ class DrafterSpec:
     sample_from_anchor: Flag = False
     """Whether each slot predicts the token behind its own position, as in DeepSpec: `block_size` slots give as many
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
-    selector: SelectorSizes | None = None
-    """Sizes of a LiLiCorr selector; None without one."""
+    selector: InstanceOf[SelectorSizes] | None = None
+    """Sizes of a selector with a network of its own; None without one."""
     sliding_window: Count | None = None
     """Window of sliding layers, in tokens, see `dpace.modeling_dflash.DFlashAttention`; None without such layers."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
@@ -155,14 +148,24 @@ class DrafterSpec:
         return [layer + 1 for layer in self.target_layer_ids]
 
     @property
-    def selector_width(self) -> int:
-        """Width of the selector; that of the drafter without one."""
-        return self.selector and self.selector.hidden_size or self.hidden_size
+    def architecture(self) -> str:
+        """Name of its network in published configs."""
+        if self.selector:
+            return self.selector.architecture
+        return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
 
     @property
-    def kind(self) -> Kind:
-        """What is known of drafters like it."""
-        return KINDS["lilicorr" if self.selector else "dflash2" if self.conv_kernel_size else "dflash"]
+    def layer_keys(self) -> dict[str, int]:
+        """What its layers add to `dflash_config`.
+
+        Beside convolutions, engines want a selector; one of zeros changes nothing. llama.cpp wants its
+        k (k + 1) <= hidden size.
+        """
+        keys = {name: getattr(self, name) for name in LAYER_SIZES if getattr(self, name)}
+        if not self.conv_kernel_size or self.selector:
+            return keys
+        top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
+        return {**keys, "selector_rank": 1, "selector_top_k": top_k}
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -183,21 +186,7 @@ class DrafterSpec:
         Raises:
             ValueError: a value that no drafter has, or none where one is needed; names it.
         """
-        values = {name: value for name, value in values.items() if value is not None}
-        try:
-            spec = _SPEC.validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            if name == "selector":
-                values = {f"lilicorr_{key}": value for key, value in values["selector"].items()}
-                name = f"lilicorr_{first['loc'][1]}"
-            if first["type"] == "missing":
-                raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
-            fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-            fault = fault.replace("a valid tuple", "a list").replace("a valid dictionary", "an object")
-            text = "the text " if isinstance(values[name], str) else ""
-            raise ValueError(f"{name} is {text}{values[name]!r:.100}: {fault}; {COPY_AGAIN}") from error
+        spec = read_values(cls, values)
         if spec.num_heads % spec.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
@@ -205,13 +194,6 @@ class DrafterSpec:
             )
         if spec.selector:
             spec.selector.check(spec)
-        eos = spec.special_token_ids.get("eos_token_id")
-        for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
-            if type(token) is not int or not 0 <= token < spec.vocab_size:
-                raise ValueError(
-                    f"eos_token_id is {eos!r:.100}, expected numbers of tokens, 0 to {spec.vocab_size - 1}; correct "
-                    "it, or leave it out"
-                )
         if "sliding_attention" not in spec.layer_types:
             spec = replace(spec, layer_types=(), sliding_window=None)
         elif spec.sliding_window is None:
@@ -229,36 +211,33 @@ class DrafterSpec:
             ValueError: a value without a safe default is missing, a value is given twice and differently, a value that
                 no drafter has, or a variant of the network that dpace does not support.
         """
-        nested = _read_object(config, "dflash_config")
+        nested = read_object(config, "dflash_config")
         if nested.get("selector_rank") not in (None, 1):
             raise ValueError(
                 f"this is a DFlash2 drafter with a candidate selector of rank {nested['selector_rank']}; dpace runs "
                 "DFlash2's convolutions but no selector: serve it with the project that trained it"
             )
         refuse_variants(config)
-        if quantized := _read_object(config, "quantization_config"):
+        if quantized := read_object(config, "quantization_config"):
             raise ValueError(
                 f"quantization_config has the method {quantized.get('quant_method')!r:.50}, and drafters run in "
                 "float32, bfloat16 or float16; `dpace import FOLDER --output PLAIN` writes the weights so"
             )
-        convolutions = {name: nested.get(name) for name in CONVOLUTION_KEYS}
-        is_second = "DFlash2" in str(config.get("architectures"))
-        for name, size in convolutions.items():
-            if is_second and not size:
-                raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}")
-        block_size = _either(config, nested, "block_size")
-        layer_ids = _either(config, nested, "target_layer_ids")
-        from_anchor = [_either(config, nested, name) for name in FROM_ANCHOR]
+        if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
+            raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
+        block_size = read_either(config, nested, "block_size")
+        layer_ids = read_either(config, nested, "target_layer_ids")
+        from_anchor = [read_either(config, nested, name) for name in FROM_ANCHOR]
         is_small = config.get("draft_vocab_size") not in (None, config.get("vocab_size"))
         spec = cls.from_values(
             {
                 **config,
+                **{name: nested.get(name) for name in LAYER_SIZES},
                 "draft_vocab_size": config["draft_vocab_size"] if is_small else 0,
                 "has_own_lm_head": not is_small and config.get("has_own_lm_head"),
-                **convolutions,
                 "selector": read_sizes(config, nested),
                 "block_size": 16 if block_size is None else block_size,
-                "mask_token_id": _either(config, nested, "mask_token_id"),
+                "mask_token_id": read_either(config, nested, "mask_token_id"),
                 "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
                 "target_layer_ids": () if layer_ids is None else layer_ids,
                 "rope_parameters": read_rope(config),
@@ -276,36 +255,35 @@ class DrafterSpec:
         Raises:
             ValueError: values that transformers refuses, or that give no rotation.
         """
-        elsewhere = {*CONVOLUTION_KEYS, "selector", "special_token_ids"}
-        values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
+        elsewhere = {*LAYER_SIZES, "selector", "special_token_ids"}
+        values = adapter(DrafterSpec).dump_python(
+            self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
+        )
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
-        named = {name: values[name] for name in nested if name in values}
+        dflash = {name: values[name] for name in nested if name in values} | self.layer_keys
+        dflash |= self.selector.config_keys() if self.selector else {}
         attention = {
             "layer_types": list(self.layer_types) or ["full_attention"] * self.num_layers,
             "use_sliding_window": self.sliding_window is not None,
             "is_causal": None if self.is_causal == "sliding" else self.is_causal,
         }
-        with translate_library_errors(WHAT, COPY_AGAIN):
+        with translate_library_errors(WHAT, COPY_AGAIN), torch.device("cpu"):  # also on paper
             config = Qwen3Config(
                 **self.special_token_ids,
                 **values | attention,
                 tie_word_embeddings=False,
-                dflash_config=named | self.kind.config_keys(self),  # pyright: ignore[reportCallIssue]
+                dflash_config=dflash,  # pyright: ignore[reportCallIssue]
             )
-        rope = f"rope_parameters is {self.rope!r:.300}"
-        with translate_library_errors(f"the drafter ({rope})", COPY_AGAIN), torch.device("cpu"):  # also on paper
-            rotary = Qwen3RotaryEmbedding(config)
-            cosines, _ = rotary(torch.zeros(1), torch.tensor([[self.max_position_embeddings]]))
-            is_right = cosines.shape[-1] == self.head_dim and bool(cosines.isfinite().all())
-            if not is_right or (rotary.inv_freq < 0).any():
-                raise ValueError(f"it gives no rotation of heads of {self.head_dim} numbers")
+            cosines, _ = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([[self.max_position_embeddings]]))
+            if cosines.shape[-1] != self.head_dim or not cosines.isfinite().all():
+                raise ValueError(f"rope_parameters {self.rope!r:.200} give no rotation of {self.head_dim} numbers")
         return config
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the `config.json` that transformers wrote with the values that engines read."""
         config = {
             **written,
-            "architectures": [self.kind.architecture],
+            "architectures": [self.architecture],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
             "rope_theta": self.rope["rope_theta"],
             "head_dim": self.head_dim,
@@ -323,7 +301,7 @@ class DrafterSpec:
         Raises:
             ValueError: names the value, why it cannot be served and what to do.
         """
-        for fault in find_layer_id_faults(self.target_layer_ids, self.num_target_layers):
+        if fault := find_layer_id_fault(self.target_layer_ids, self.num_target_layers):
             raise ValueError(
                 f"target_layer_ids is {list(self.target_layer_ids)} for a target of {self.num_target_layers} layers: "
                 f"{fault}; train with ascending ids in 0 .. {self.num_target_layers - 2}"
@@ -332,8 +310,6 @@ class DrafterSpec:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be 2 or more: an anchor and at least one draft slot"
             )
-        if self.selector:
-            self.selector.check(self)
         if self.sliding_window is not None and self.sliding_window <= self.block_size:
             raise ValueError(
                 f"sliding_window is {self.sliding_window} and block_size {self.block_size}; a window must be longer "
@@ -351,20 +327,9 @@ def own_tables(names: Iterable[str]) -> dict[str, bool]:
     return {f"has_own_{name}": f"{name}.weight" in names for name in ("embed_tokens", "lm_head")}
 
 
-def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> Any:
-    """Read a value from `dflash_config` or the top level; None where it is in neither."""
-    inner, outer = nested.get(key), config.get(key)
-    if inner is not None and outer is not None and inner != outer:
-        raise ValueError(
-            f"{key} is {inner!r} in dflash_config and {outer!r} at the top level; engines read one or the other: "
-            "make them equal"
-        )
-    return outer if inner is None else inner
-
-
 def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
     """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
-    found = _either({"causal": config.get("is_causal")}, nested, "causal")
+    found = read_either({"causal": config.get("is_causal")}, nested, "causal")
     kinds = config.get("layer_types")
     if kinds is None and config.get("use_sliding_window"):
         raise ValueError(f"the drafter's config has use_sliding_window and no layer_types; {COPY_AGAIN}")
@@ -373,26 +338,13 @@ def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any
     return "sliding" if "full_attention" in kinds else True
 
 
-def _read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Read an object; an empty one where the config has none."""
-    value = config.get(name)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r:.100}, expected an object; {COPY_AGAIN}")
-    return dict(value or {})
-
-
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    rope = _read_object(config, "rope_parameters")
+    rope = read_object(config, "rope_parameters")
     if not rope:
-        rope = _read_object(config, "rope_scaling")
-        rope.setdefault("rope_type", rope.get("type", "default"))
-        rope.pop("type", None)
-    theta = rope.get("rope_theta")
-    outer = config.get("rope_theta")
-    if theta is not None and outer is not None and theta != outer:
-        raise ValueError(f"rope_theta is {theta!r} in rope_parameters and {outer!r} at the top level; make them equal")
-    theta = outer if theta is None else theta
+        rope = read_object(config, "rope_scaling")
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+    theta = read_either(config, rope, "rope_theta", "rope_parameters")
     if theta is None:
         raise ValueError(
             "the drafter's config has no rope_theta; engines would silently take 10000: add the target's value"
@@ -400,4 +352,5 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default", **rope, "rope_theta": theta}
 
 
-_SPEC = TypeAdapter(DrafterSpec)
+SAME_AS_OPTIONS = [name for name in DrafterSpec.__dataclass_fields__ if name in DrafterConfig.__dataclass_fields__]
+"""Options of training that a spec has under the same names."""

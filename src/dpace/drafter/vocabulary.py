@@ -48,7 +48,8 @@ class DraftVocabulary:
         self.confidence_temperature = confidence_temperature
         self.head = head
         self.token_ids = torch.tensor(sorted(self.known) if head is None else ordered)
-        self._state: list[tuple[int, int, int]] = []
+        self._product: Any = None
+        self._state: Any = None
 
     def __reduce__(self):
         return DraftVocabulary, (self.token_ids.tolist(), self.confidence_temperature, self.head)
@@ -61,7 +62,7 @@ class DraftVocabulary:
         state = weights_state([weight])
         if self._state != state:
             part = weight.detach()[self.token_ids.to(weight.device)].contiguous()
-            self._product: Product = pack(part) or (lambda rows: rows @ part.T)
+            self._product = pack(part) or (lambda rows: rows @ part.T)
             self._state = state
         return self._product
 
@@ -91,28 +92,25 @@ def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | No
     path = Path(folder) / VOCABULARY_FILE
     if not path.exists():
         return None
-    token_ids, values = read_token_ids(path, num_tokens)
+    values = read_tokens(path, num_tokens)
     temperature = values.get("confidence_temperature")
     if type(temperature) is not float or not 0 < temperature < math.inf:
         raise ValueError(f"{path} has the confidence_temperature {temperature!r:.50}, expected one above 0; {FIX}")
-    return DraftVocabulary(token_ids, temperature)
+    return DraftVocabulary(values["token_ids"], temperature)
 
 
-def read_token_ids(path: Path, num_tokens: int) -> tuple[list[int], dict[str, Any]]:
+def read_tokens(path: Path, num_tokens: int) -> dict[str, Any]:
     """Read a JSON file with a list of `token_ids`.
-
-    Returns:
-        The tokens, and all values of the file.
 
     Raises:
         ValueError: it has no list of one or more token ids from 0 to `num_tokens - 1`.
     """
     values = read_object(path, FIX)
-    token_ids = values.get("token_ids", [])
-    is_list = isinstance(token_ids, list) and bool(token_ids)
-    if not is_list or not all(type(token) is int and 0 <= token < num_tokens for token in token_ids):
+    token_ids: Any = values.get("token_ids")
+    is_list = isinstance(token_ids, list) and set(map(type, token_ids)) == {int}
+    if not is_list or min(token_ids) < 0 or max(token_ids) >= num_tokens:
         raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {FIX}")
-    return token_ids, values
+    return values
 
 
 def drafted_tokens(d2t: Tensor, num_tokens: int) -> Int[Tensor, " choice"]:

@@ -90,7 +90,7 @@ class Engine:
 
     def fault(self, spec: DrafterSpec) -> str:
         """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""
-        for trait in [spec.kind.architecture, *(key for key in PROPERTIES if getattr(spec, key))]:
+        for trait in [spec.architecture, *(key for key in PROPERTIES if getattr(spec, key))]:
             if trait not in self.reads:
                 others = " or ".join(f"--to {engine.name}" for engine in all_engines() if trait in engine.reads)
                 plain = ", or without its head, with --plain" if spec.selector else ""

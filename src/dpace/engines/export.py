@@ -14,7 +14,7 @@ import torch
 
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import read_spec
-from dpace.drafter.spec import MAX_LAYERS
+from dpace.drafter.values import MAX_LAYERS
 from dpace.engines import all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Contents, Engine, Request

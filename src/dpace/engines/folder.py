@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpace.drafter import lilicorr
+from dpace.drafter.kinds import published_name
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.loading import LIBRARY_ERRORS
@@ -50,7 +50,7 @@ class DrafterFolder:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their published names."""
         stored = {name.removeprefix("model."): tensor for name, tensor in self.stored.items()}
-        return {OTHER_NAMES.get(name, lilicorr.published_name(name)): tensor for name, tensor in stored.items()}
+        return {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in stored.items()}
 
 
 def read_files(path: str | Path) -> DrafterFolder:

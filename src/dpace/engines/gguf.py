@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.drafter.dflash import CONVOLUTION_KEYS
-from dpace.drafter.spec import SPECIAL_TOKENS, DrafterSpec
+from dpace.drafter.spec import LAYER_SIZES, SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Contents, Engine
 from dpace.engines.folder import mapping, to_layer_ids
@@ -295,7 +294,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     values = {
         **{name: getattr(config, ours) for ours, name in SIZES.items()},
         "attention.value_length": spec.head_dim,
-        **spec.kind.config_keys(spec),
+        **spec.layer_keys,
         "attention.sliding_window": spec.sliding_window,
         **{name: getattr(config, ours, None) for ours, name in SCALES.items()},
         "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
@@ -350,7 +349,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     values = {
         **{published: get(name) for published, name in SIZES.items()},
         **{published: get(name) or None for published, name in SCALES.items()},
-        **{name: get(name) for name in (*CONVOLUTION_KEYS, "sample_from_anchor")},
+        **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
         "mask_token_id": _read_value(reader, "tokenizer.ggml.mask_token_id"),
         "dpace": kept.get("dpace"),
         "special_token_ids": {name: kept[name] for name in SPECIAL_TOKENS if name in kept},

@@ -8,11 +8,10 @@ from pydantic import ValidationError
 
 from dpace.config import Recipe
 from dpace.drafter import Drafter
+from dpace.drafter.spec import SAME_AS_OPTIONS
 from dpace.engines.export import count_layers, read_drafter
 from dpace.target.locate import find_drafter, find_target
 
-SAME = ("num_layers", "block_size", "target_layer_ids", "mask_token_id", "conv_kernel_size", "sliding_window")
-"""Options that a `DrafterSpec` has under the same names."""
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
@@ -36,17 +35,15 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
     spec = init.spec
-    own = {name: getattr(spec, name) for name in SAME}
+    own = {name: getattr(spec, name) for name in SAME_AS_OPTIONS}
     own |= {
         "num_features": len(spec.target_layer_ids),
-        "head": "lilicorr" if spec.selector else None,
-        **({"head_candidates": spec.selector.candidate_topk} if spec.selector else {}),
+        **(spec.selector.options(spec) if spec.selector else {"head": None}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": spec.is_causal is True,  # of all layers
         "norm_scale": 1.0,  # it has a final norm
     }
-    facts = {**own, "head_width": spec.selector and spec.selector_width}
-    for option, value in facts.items():
+    for option, value in own.items():
         asked = getattr(recipe.drafter, option)
         if asked not in (None, value) and f"drafter.{option}" in given:
             flag = f"--drafter.{option.replace('_', '-')}"

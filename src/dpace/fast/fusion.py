@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
 from dpace.fast.cache import RaggedLayer, is_full_attention
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, pack
-from dpace.modeling_dflash import DFlashLayer, around
+from dpace.modeling_dflash import DFlashLayer
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
@@ -234,8 +234,8 @@ class FusedDraftLayer(FastModule, DFlashLayer):
                 attended = sdpa(query, heads.key, heads.value, attn_mask=seen, enable_gqa=True).transpose(1, 2)
             return fused.out(attended.flatten(2))
 
-        hidden = hidden + around(self.attention_conv, fused.norm(hidden, 0), attend, block_size)
-        return hidden + around(self.mlp_conv, fused.norm(hidden, 1), fused.feed_forward, block_size)
+        norms = [functools.partial(fused.norm, index=index) for index in (0, 1)]
+        return self.add_parts(hidden, norms, attend, fused.feed_forward, block_size)
 
 
 @functools.cache

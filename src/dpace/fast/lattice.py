@@ -10,23 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from dpace.fast.packing import FastForm, FastModule
-from dpace.modeling_dflash import DFlashDraftModel, LiLiCorr
+from dpace.modeling_dflash import LiLiCorr
 
 
-def fuse_lattice(model: nn.Module) -> bool:
-    """Fuse the LiLiCorr head of a drafter on a CPU, in place; return whether it has one that can be fused.
+def fuse_lattice(head: LiLiCorr) -> None:
+    """Fuse a head on a CPU, in place; elsewhere it stays as it is.
 
     Memory: a copy of the head's weights, in place of packed copies.
     """
-    head: Any = model.lilicorr if isinstance(model, DFlashDraftModel) else None
-    if head is None or head.factor_input_proj.weight.device.type != "cpu":
-        return False
+    if head.factor_input_proj.weight.device.type != "cpu":
+        return
     for linear in head.modules():
         if isinstance(linear, nn.Linear):
             vars(linear).pop("fast", None)  # its packed copy
             linear.__class__ = nn.Linear
     head.__class__ = FusedLattice
-    return True
 
 
 class FusedLattice(FastModule, LiLiCorr):

@@ -4,7 +4,6 @@ from transformers import PreTrainedModel
 
 from dpace.fast.attention import group_heads
 from dpace.fast.fusion import fuse_layers
-from dpace.fast.lattice import fuse_lattice
 from dpace.fast.packing import pack_linears
 from dpace.modeling_dflash import DFlashDraftModel
 
@@ -25,6 +24,5 @@ def speed_up(model: PreTrainedModel) -> list[str]:
         "packed weights": pack_linears(model.eval()),
         "grouped heads": not isinstance(model, DFlashDraftModel) and group_heads(model),
         "fused layers": fuse_layers(model),
-        "fused head": fuse_lattice(model),
     }
     return [name for name, is_done in done.items() if is_done]

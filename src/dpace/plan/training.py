@@ -197,10 +197,11 @@ class TrainingPlan(TargetPlan):
     def matrices(self, batch: Batch) -> list[tuple[Number, int, int]]:
         """List the sizes of each matrix of the drafter, behind the rows that a micro-batch multiplies with it."""
         found = []
+        selector = self.drafter.selector
         for name, weight in self.drafter.named_parameters():
             rows = batch.num_slots
-            if name.startswith("lilicorr"):
-                rows *= self.drafter.selector.num_candidates
+            if name.startswith(f"{selector.name}."):
+                rows *= selector.num_candidates
             elif name == "fc.weight":
                 rows = batch.num_tokens
             elif "k_proj" in name or "v_proj" in name:

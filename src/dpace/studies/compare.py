@@ -234,7 +234,7 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
     if not unmeasured:
         return
     if test_set.features is None:
-        layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+        layer_ids = Drafter.layer_ids(target, recipe.drafter)
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         title = f"tau, {folder.parent.name}, {folder.name}"

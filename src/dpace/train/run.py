@@ -115,7 +115,7 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
                 f"the answers have the token {last}, and the target's embedding has {num_rows} rows; train on what "
                 "this target answered"
             )
-    measured_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    measured_ids = Drafter.layer_ids(target, recipe.drafter)
     trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
     if config.feature_files and dataset.lacks(trained_ids):
         keep_on_disk(target, dataset, trained_ids, config)

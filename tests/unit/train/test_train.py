@@ -190,7 +190,7 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     assert datasets[0].features is kept, "what these layers' features have more does not count"
     for asked in (other, recipe):
         keep_features(language_target, *datasets, asked)
-        ids = Drafter.layer_ids(language_target, **vars(asked.drafter))
+        ids = Drafter.layer_ids(language_target, asked.drafter)
         for data, is_trained_on in zip(datasets, (True, False), strict=True):
             text = data.token_ids(0)[None]
             expected = language_target.features(text, ids + [HEAD_INPUT] * is_trained_on)[0]
@@ -200,7 +200,7 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     assert [data.features for data in datasets] == [None, None]
     keep_features(language_target, *datasets, recipe)
     train(language_target, *datasets, replace(other, train=replace(other.train, max_steps=1)), tmp_path)
-    ids = Drafter.layer_ids(language_target, **vars(other.drafter))
+    ids = Drafter.layer_ids(language_target, other.drafter)
     assert not any(data.lacks(ids) for data in datasets)
 
 

@@ -1,0 +1,78 @@
+"""Values of a drafter's config: their types, and how they are read.
+
+Each is checked by pydantic, and refused in a line that names it.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+
+COPY_AGAIN = "copy the config again from where the drafter was trained"
+MAX_LAYERS = 1000
+"""Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
+
+Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
+Flag = Annotated[bool, Strict()]
+Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
+Made = TypeVar("Made")
+
+adapter = functools.cache(TypeAdapter)
+"""Makes what checks and writes the values of a class."""
+
+
+def read_values(kind: type[Made], values: Mapping[str, Any], prefix: str = "") -> Made:
+    """Make a dataclass from values under their published names; others are ignored, and None is a missing value.
+
+    Args:
+        kind: the dataclass.
+        values: without the prefix.
+        prefix: of their names in the config.
+
+    Raises:
+        ValueError: a value that no drafter has, or none where one is needed; names it.
+    """
+    values = {name: value for name, value in values.items() if value is not None}
+    try:
+        return adapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        name = f"{prefix}{key}"
+        if first["type"] == "missing":
+            raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
+        fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+        text = "the text " if isinstance(values[key], str) else ""
+        raise ValueError(f"{name} is {text}{values[key]!r:.100}: {fault}; {COPY_AGAIN}") from error
+
+
+def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read an object; an empty one where the config has none."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r:.100}, expected an object; {COPY_AGAIN}")
+    return dict(value or {})
+
+
+def read_either(config: Mapping[str, Any], group: Mapping[str, Any], key: str, name: str = "dflash_config") -> Any:
+    """Read a value from an object of the config or from its top level; None where it is in neither.
+
+    Args:
+        config: the top level.
+        group: the object.
+        key: of the value.
+        name: of the object.
+
+    Raises:
+        ValueError: it is in both, and differs.
+    """
+    inner, outer = group.get(key), config.get(key)
+    if inner is not None and outer is not None and inner != outer:
+        raise ValueError(
+            f"{key} is {inner!r} in {name} and {outer!r} at the top level; engines read one or the other: make them "
+            "equal"
+        )
+    return outer if inner is None else inner
