@@ -167,7 +167,7 @@ FULL = Reach()
 
 def visibility(
     blocks: Blocks, num_context: int, reach: Reach = FULL
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """Make the rule of which keys each slot sees, in the form that `flex_attention` takes.
 
     Queries are the slots of all blocks, flattened. Keys are the `num_context` tokens of the text, then the same slots.
@@ -200,7 +200,7 @@ def dense_mask(blocks: Blocks, num_context: int, reach: Reach = FULL) -> Bool[Te
     device = blocks.anchors.device
     return visibility(blocks, num_context, reach)(
         torch.arange(batch, device=device)[:, None, None, None],
-        torch.zeros((), dtype=torch.long, device=device),
+        None,
         torch.arange(num_queries, device=device)[:, None],
         torch.arange(num_context + num_queries, device=device),
     )

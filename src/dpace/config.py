@@ -6,6 +6,7 @@ The classes are pydantic's: a value of another type, outside its range, or of an
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
@@ -81,19 +82,9 @@ _HINT = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or
 Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice), _HINT]
 OneOrMore = Annotated[Entries[Entry], AfterValidator(_refuse_empty)]
 
-Objective = Literal[
-    "dpace",
-    "dpace-confidence-only",
-    "dpace-continuation-only",
-    "dpace-exact",
-    "bv",
-    "chain-reward",
-    "vat",
-    "spec-auf",
-    "dflash",
-    "uniform",
-    "medusa",
-]
+_WEIGHTS = re.findall(r"^def ([a-z]\w*)_weights\(", Path(__file__).with_name("weights.py").read_text("utf-8"), re.M)
+Objective: Any = Literal[tuple(name.replace("_", "-") for name in _WEIGHTS)]
+"""A function of `weights.py`; the names are read from its text, since importing it takes torch."""
 CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
 ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
 """An objective of dpace, or `package.module:function` for a custom one."""

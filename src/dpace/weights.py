@@ -1,6 +1,8 @@
 """Weights of the slots of a block in the loss, from token probabilities or a fixed schedule.
 
-Every function is pure. It returns detached fp32 weights of the shape of its inputs, 0 at slots that are not scored.
+Each function `NAME_weights` is an objective, `--loss.objective NAME` with hyphens. Its arguments are named as what they
+hold: fields of `dpace.loss.Slots` and options of `LossConfig`. It is pure, and returns detached fp32 weights of the
+shape of its inputs, 0 at slots that are not scored.
 Slot 0 of every `block slot` tensor is the anchor, which is never scored. `q[k]` below is the probability that the
 drafter gives to the target's own token at slot `k`. The functions of the D-PACE family also accept any other estimate
 of how likely slot `k` is accepted, such as the overlap of the two distributions.
@@ -48,8 +50,8 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
 
     Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
     """
-    products = smoothed(token_probs, is_scored, alpha).cumprod(-1)
-    return (products * is_scored).flip(-1).cumsum(-1).flip(-1) * is_scored
+    products = dpace_confidence_only_weights(token_probs, is_scored, alpha)
+    return products.flip(-1).cumsum(-1).flip(-1) * is_scored
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def bv_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5)
 
     Source: BV (arXiv 2609.34832), with greedy verification; the relation to D-PACE is ours.
     """
-    total = (smoothed(token_probs, is_scored, alpha).cumprod(-1) * is_scored).sum(-1, keepdim=True)
+    total = dpace_confidence_only_weights(token_probs, is_scored, alpha).sum(-1, keepdim=True)
     return dpace_weights(token_probs, is_scored, alpha) / total.clamp_min(_TINY)
 
 
@@ -231,13 +233,3 @@ def medusa_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
     return base ** _slots(is_scored) * is_scored
-
-
-OF_CONFIDENCE = {
-    "dpace": dpace_weights,
-    "dpace-confidence-only": dpace_confidence_only_weights,
-    "dpace-continuation-only": dpace_continuation_only_weights,
-    "dpace-exact": dpace_exact_weights,
-    "bv": bv_weights,
-}
-"""Weights of the objectives that smooth confidences with alpha, by name."""

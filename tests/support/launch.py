@@ -16,7 +16,7 @@ import torch.multiprocessing
 
 SECONDS = 300
 """After which a rank is taken to hang."""
-multiprocessing.set_forkserver_preload(["tests.support.ranks", "tests.support.sharded"])
+multiprocessing.set_forkserver_preload(["tests.support.ranks"])
 
 
 def on_ranks(num_ranks: int, function: Callable[..., None], *args) -> None:

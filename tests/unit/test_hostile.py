@@ -87,7 +87,7 @@ OBJECTIVES = {
     "1 / 0": "cannot be imported, ZeroDivisionError",
     "def weigh(): pass": "fails on a batch.*TypeError",
     "def weigh(slots): return slots.is_scored.float()[0]": r"gives the shape \(3, 16\), .* a tensor \(2, 3, 16\)",
-    "def weigh(slots): return -slots.is_scored.float()": "gives the weight -1",
+    "def weigh(slots): return -slots.is_scored.float()": "gives weights that are negative",
 }
 
 

@@ -1,7 +1,6 @@
 """What training minimizes: the frozen-head loss, its scores by tile, and the objectives."""
 
 from dpace.loss.loss import (
-    REDUCTIONS,
     Slots,
     SlotScores,
     Weigh,
@@ -13,7 +12,6 @@ from dpace.loss.loss import (
 )
 
 __all__ = [
-    "REDUCTIONS",
     "SlotScores",
     "Slots",
     "Weigh",

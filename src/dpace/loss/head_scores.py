@@ -28,8 +28,6 @@ class _Scores(NamedTuple):
     overlap: Tensor | None
     top_tokens: Tensor
     """The best tokens, "rows candidate"."""
-    top_log_probs: Tensor | None
-    """Their log-probabilities; None for soft losses."""
     grad: Tensor | None
     """Gradient of `losses` with respect to the rows, "rows hidden"; None where none is needed."""
 
@@ -58,13 +56,13 @@ def _hard_scores(
     peak = sums.top_logits[:, :1]
     total = sums.others + (sums.label_logits - peak).exp()
     nll = peak + total.log() - sums.label_logits
-    top_log_probs = sums.top_logits - peak - total.log()
     grad = None
     if needs_grad:
+        other_prob = sums.others / total
         slope = head.slope(sums.label_logits)
-        other_prob = sums.others / total if slope is None else sums.others / total * slope
+        other_prob = other_prob if slope is None else other_prob * slope
         grad = sums.grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
-    return _Scores(nll, nll, None, sums.top_tokens, top_log_probs, grad)
+    return _Scores(nll, nll, None, sums.top_tokens, grad)
 
 
 class _Sums(NamedTuple):
@@ -117,21 +115,32 @@ def _compiled_add_tile():
     return torch.compile(_add_tile, dynamic=True)
 
 
+def soft_losses(log_probs: Tensor, log_target: Tensor, token_loss: TokenLoss) -> Tensor:
+    """Compute the token loss against the target's distribution, "rows vocab" of both, in plain PyTorch."""
+    if token_loss == "kl":
+        return (log_target.exp() * (log_target - log_probs)).sum(-1)
+    return -torch.minimum(log_probs.exp(), log_target.exp()).sum(-1).log()
+
+
 def _soft_scores(
     rows: Tensor, target_rows: Tensor, head: LmHead, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
 ) -> _Scores:
-    """Compute the token loss against the target's distribution, and the overlap of both distributions.
+    """Compute `soft_losses`, or the cross-entropy, with gradient, and the overlap of both distributions.
 
     This needs whole rows of both.
     """
     logits = head.logits(rows).float()
     slope = head.slope(logits) if needs_grad else None
-    log_probs, log_target = logits.log_softmax(-1), head.logits(target_rows).float().log_softmax(-1)
-    probs, target_probs = log_probs.exp(), log_target.exp()
+    log_probs = logits.log_softmax(-1)
+    log_target = head.logits(target_rows).float().log_softmax(-1)
+    probs = log_probs.exp()
+    target_probs = log_target.exp()
     overlap = torch.minimum(probs, target_probs).sum(-1, keepdim=True)
-    nll, top_tokens = -log_probs.gather(-1, labels), logits.argmax(-1, keepdim=True)
+    nll = -log_probs.gather(-1, labels)
+    top_tokens = logits.argmax(-1, keepdim=True)
     if token_loss == "nll":
-        losses, grad = nll, probs.scatter_add_(-1, labels, -torch.ones_like(nll))
+        losses = nll
+        grad = probs.scatter_add_(-1, labels, -torch.ones_like(nll))
     elif token_loss == "kl":
         losses = (target_probs * log_target.sub_(log_probs)).sum(-1, keepdim=True)
         grad = probs.sub_(target_probs)
@@ -144,7 +153,7 @@ def _soft_scores(
     if needs_grad:
         grad = grad if slope is None else grad.mul_(slope)
         rows_grad = (grad.to(head.weight.dtype) @ head.weight) * head.multiplier
-    return _Scores(losses, nll, overlap, top_tokens, None, rows_grad)
+    return _Scores(losses, nll, overlap, top_tokens, rows_grad)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -157,9 +166,7 @@ class TokenLosses(torch.autograd.Function):
     def forward(
         ctx,
         hidden,
-        weight,
-        multiplier,
-        softcap,
+        head,
         labels,
         is_scored,
         scored_rows,
@@ -168,44 +175,41 @@ class TokenLosses(torch.autograd.Function):
         chunk_bytes,
         num_candidates,
     ):
-        """Compute losses, nll, overlap (None for hard losses), top tokens and their log-probabilities, of all slots.
+        """Compute losses, nll, overlap (None for hard losses) and top tokens of all slots.
 
         Arguments as in `dpace.loss.frozen_head_nll`.
         """
-        head, needs_grad = LmHead(weight, multiplier, softcap), ctx.needs_input_grad[0]
+        needs_grad = ctx.needs_input_grad[0]
         losses = torch.zeros(is_scored.shape, device=hidden.device)
         nll = torch.zeros_like(losses)
         overlap = None if target_hidden is None else torch.ones_like(losses)
         top_tokens = torch.full((*labels.shape, num_candidates), -1, device=labels.device)
-        top_log_probs = torch.zeros(top_tokens.shape, device=hidden.device)
-        wholes = (losses, nll, overlap, top_tokens, top_log_probs)
+        found = (losses, nll, overlap, top_tokens)
         grad = torch.zeros_like(hidden) if needs_grad else None
         num_logits = chunk_bytes // 4
-        num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
+        num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(head.weight)
         for chosen in scored_rows.split(max(1, num_rows)):
-
-            def select(x, chosen=chosen):
-                return x.flatten(0, 2)[chosen]
-
-            rows, row_labels = select(hidden), select(labels)[:, None]
+            rows = hidden.flatten(0, 2)[chosen]
+            row_labels = labels.flatten()[chosen, None]
             if target_hidden is None:
                 num_columns = max(1, num_logits // max(1, len(rows)))
                 scores = _hard_scores(rows, head, row_labels, num_columns, needs_grad, num_candidates)
             else:
-                scores = _soft_scores(rows, select(target_hidden), head, row_labels, token_loss, needs_grad)
-            for values, whole in zip(scores, (*wholes, grad), strict=True):
+                target_rows = target_hidden.flatten(0, 2)[chosen]
+                scores = _soft_scores(rows, target_rows, head, row_labels, token_loss, needs_grad)
+            for values, whole in zip(scores, (*found, grad), strict=True):
                 if values is not None and whole is not None:
                     whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
             del scores  # frees memory before the next chunk is computed
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(*(whole for whole in wholes[1:] if whole is not None))
-        return wholes
+        ctx.mark_non_differentiable(*(whole for whole in found[1:] if whole is not None))
+        return found
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
         """Scale the kept gradient by the gradient of each slot's loss."""
         (grad,) = ctx.saved_tensors
-        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 10
+        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
 
 
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, is_soft: bool) -> int:

@@ -4,18 +4,16 @@ No logits are kept.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.config import Reduction, TokenLoss
-from dpace.loss.head_scores import TokenLosses, default_chunk_bytes
+from dpace.loss.head_scores import TokenLosses, default_chunk_bytes, soft_losses
 from dpace.target.head import TINY, LmHead
 from dpace.weights import uniform_weights
-
-REDUCTIONS = get_args(Reduction)
 
 
 class Slots(NamedTuple):
@@ -59,8 +57,6 @@ class SlotScores(NamedTuple):
     """Losses before they are weighed; they carry the gradient too."""
     candidates: Int[Tensor, "batch block slot candidate"]
     """The drafter's best tokens, best first; -1 where not scored."""
-    log_probs: Float[Tensor, "batch block slot candidate"]
-    """Their log-probabilities; 0 where not scored, and with `target_hidden`."""
 
 
 def _uniform(slots: Slots) -> Tensor:
@@ -117,28 +113,33 @@ def frozen_head_nll(
         See `SlotScores`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
 
     Raises:
-        ValueError: unknown `token_loss`, or one that needs `target_hidden`.
+        ValueError: a `token_loss` that needs `target_hidden`, without it.
     """
-    if token_loss not in get_args(TokenLoss):
-        raise ValueError(f"token_loss is {token_loss!r}; choose one of {', '.join(get_args(TokenLoss))}")
     if token_loss != "nll" and target_hidden is None:
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
     if chunk_bytes is None:
         is_cpu = head.weight.device.type == "cpu"
         chunk_bytes = default_chunk_bytes(head.weight, is_cpu=is_cpu, is_soft=target_hidden is not None)
-    # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
-    apply: Any = torch.compiler.disable(TokenLosses.apply)
     rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
-    found = apply(hidden, *head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates)
-    return _weighted(labels, is_scored, weigh, *found)
+    scores: Any = TokenLosses.apply(
+        hidden, head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates
+    )
+    return _weighted(labels, is_scored, weigh, *scores)
 
 
-def _weighted(labels, is_scored, weigh: Weigh, losses, nll, overlap, candidates, log_probs) -> SlotScores:
+def _weighted(
+    labels: Tensor,
+    is_scored: Tensor,
+    weigh: Weigh,
+    losses: Tensor,
+    nll: Tensor,
+    overlap: Tensor | None,
+    candidates: Tensor,
+) -> SlotScores:
     """Weigh the slots' token losses."""
     is_match = (candidates[..., 0] == labels) & is_scored
     weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
-    sums = (weights * losses).sum(-1)
-    return SlotScores(sums, nll, weights, is_match, losses, candidates, log_probs)
+    return SlotScores((weights * losses).sum(-1), nll, weights, is_match, losses, candidates)
 
 
 def candidate_logits(
@@ -168,21 +169,17 @@ def frozen_head_nll_reference(
     For tests and for readers.
     """
     logits = head.logits(hidden).float()
-    labels = labels.where(is_scored, 0)
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-    nll = nll.view(labels.shape).where(is_scored, 0.0)
-    losses, overlap = nll, None
+    log_probs = logits.log_softmax(-1)
+    nll = -log_probs.gather(-1, labels.where(is_scored, 0)[..., None])[..., 0].where(is_scored, 0.0)
+    losses = nll
+    overlap = None
     if target_hidden is not None:
-        log_q, log_p = logits.log_softmax(-1), head.logits(target_hidden).float().log_softmax(-1)
-        accepted = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
-        overlap = accepted.detach().where(is_scored, 1.0)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        of_loss = {"nll": nll, "kl": kl, "lk": -accepted.log()}
-        losses = of_loss[token_loss].where(is_scored, 0.0)
-    top = logits.log_softmax(-1).topk(num_candidates)
-    candidates = top.indices.where(is_scored[..., None], -1)
-    log_probs = top.values.detach() * (is_scored[..., None] & (target_hidden is None))
-    return _weighted(labels, is_scored, weigh, losses, nll.detach(), overlap, candidates, log_probs)
+        log_target = head.logits(target_hidden).float().log_softmax(-1)
+        overlap = torch.minimum(log_probs.exp(), log_target.exp()).sum(-1).detach().where(is_scored, 1.0)
+        if token_loss != "nll":
+            losses = soft_losses(log_probs, log_target, token_loss).where(is_scored, 0.0)
+    candidates = logits.topk(num_candidates).indices.where(is_scored[..., None], -1)
+    return _weighted(labels, is_scored, weigh, losses, nll.detach(), overlap, candidates)
 
 
 def count_items(
@@ -206,8 +203,7 @@ def count_items(
         return is_scored.sum()
     if weights is None:
         raise ValueError(
-            "the reduction `weights` divides by the sum of the weights, which is known only after the forward pass; "
-            "pass the sum of SlotScores.weights to block_loss as num_items"
+            "the reduction `weights` divides by the sum of SlotScores.weights; pass that to block_loss as num_items"
         )
     return weights.sum()
 
@@ -243,10 +239,8 @@ def block_loss(
         A scalar in nats, 0 (with a zero gradient) for a batch without a scored slot.
 
     Raises:
-        ValueError: unknown reduction, or `weights` without `num_items`.
+        ValueError: the reduction `weights` without `num_items`.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
     if num_items is None:
         num_items = count_items(is_scored, reduction)
     if reduction == "anchors":

@@ -1,8 +1,8 @@
 """The weights of an objective: dpace's own by name, or those of a custom function.
 
 A custom objective is a function of the user's, named `package.module:function`. It takes `dpace.loss.Slots` and returns
-weights, "batch block slot", finite and not negative. It is found by its name, told from others by its source, tried
-before any work, and its weights are checked each time.
+weights, "batch block slot", finite and not negative. It is found by its name, told from others by its source, and tried
+before any work.
 """
 
 import inspect
@@ -16,10 +16,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dpace import weights as W
+import dpace.weights
 from dpace.blocks import block_sizes
 from dpace.config import LossConfig, Objective, TokenLoss, is_custom
-from dpace.loss import Slots, Weigh
+from dpace.loss.loss import Slots, Weigh
 from dpace.system.progress import describe_error
 from dpace.system.provenance import hash_json
 
@@ -30,12 +30,12 @@ def load_custom(name: str) -> Weigh:
     The module is looked for in the working folder too. Its code is run.
 
     Raises:
-        ValueError: there is no such module or function, the module cannot be imported, or it is no function.
+        ValueError: it cannot be imported, or is no function.
     """
     before = sys.path[:]
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = pkgutil.resolve_name(name)
+        found: Any = pkgutil.resolve_name(name)
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
             f"--loss.objective {name} cannot be imported, {describe_error(error)}; run dpace in the folder that has "
@@ -43,16 +43,8 @@ def load_custom(name: str) -> Weigh:
         ) from error
     finally:
         sys.path[:] = before
-    return _require_function(found, name)
-
-
-def _require_function(value: object, name: str) -> Weigh:
-    if not inspect.isfunction(value):
-        raise ValueError(
-            f"the objective {name} is {type(value).__name__}, expected a function; write one with `def` that takes "
-            "dpace.Slots and returns the weights"
-        )
-    return value
+    name_of(found)
+    return found
 
 
 def name_of(weigh: Callable) -> str:
@@ -61,8 +53,12 @@ def name_of(weigh: Callable) -> str:
     Raises:
         ValueError: it is no function.
     """
-    function: Any = _require_function(weigh, repr(weigh))
-    return f"{function.__module__}:{function.__qualname__}"
+    if not inspect.isfunction(weigh):
+        raise ValueError(
+            f"the objective {weigh!r} is {type(weigh).__name__}, expected a function; write one with `def` that takes "
+            "dpace.Slots and returns the weights"
+        )
+    return f"{weigh.__module__}:{weigh.__qualname__}"
 
 
 def source_sha256(weigh: Weigh) -> str:
@@ -75,64 +71,49 @@ def source_sha256(weigh: Weigh) -> str:
         ValueError: the source is not on disk, or a value is neither a number nor a text.
     """
     function: Any = inspect.unwrap(weigh)
-    name = name_of(function)
     try:
-        is_script = function.__module__ == "__main__"
-        source = inspect.getsource(function if is_script else sys.modules[function.__module__])
-    except (OSError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"the objective {name} has no source on disk, which tells one run from another; write it into a file"
-        ) from error
-    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    try:
-        values = {key: cell.cell_contents for key, cell in held.items()}
+        source = inspect.getsource(function if function.__module__ == "__main__" else inspect.getmodule(function))
+        values = inspect.getclosurevars(function).nonlocals
         return hash_json([source, values, function.__defaults__, function.__kwdefaults__])
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the objective {name} holds values that cannot be recorded, {describe_error(error)}; let it take numbers "
-            "and texts only, and put the rest into its module"
+            f"the objective {name_of(function)} cannot be recorded, {describe_error(error)}; write it into a file, and "
+            "let it take numbers and texts only from outside"
         ) from error
 
 
 def checked(weigh: Weigh, name: str) -> Weigh:
-    """Check the weights of an objective each time, and set those of slots that are not scored to 0.
+    """Let an objective give weights of the right shape: 0 at slots that are not scored, NaN where a weight is wrong.
+
+    Training ends at a loss that is NaN.
 
     Raises:
-        ValueError: when called: it fails, or gives weights of another shape or type, or at a scored slot negative or
-            not finite.
+        ValueError: when called: it fails, or gives no tensor of the right shape.
     """
 
     def weigh_checked(slots: Slots) -> Tensor:
+        shape = slots.is_scored.shape
         try:
             weights = weigh(slots)
         except Exception as error:  # the user's code may raise anything
             raise ValueError(
-                f"the objective {name} fails on a batch of shape {tuple(slots.is_scored.shape)}, "
-                f"{describe_error(error)}; it gets dpace.Slots, whose blocks have fewer slots with --train.grow-blocks"
+                f"the objective {name} fails on a batch of shape {tuple(shape)}, {describe_error(error)}; it gets "
+                "dpace.Slots, whose blocks have fewer slots with --train.grow-blocks"
             ) from error
-        shape = tuple(slots.is_scored.shape)
-        found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        if isinstance(weights, Tensor) and weights.shape == slots.is_scored.shape:
-            weights = weights.detach().float().where(slots.is_scored, 0.0)
-            is_wrong = ~(weights.isfinite() & (weights >= 0))
-            if weights.device.type != "cpu":  # the training looks at the loss, and the host does not wait here
-                return weights.masked_fill(is_wrong, torch.nan)
-            if not is_wrong.any():
-                return weights
-            found = f"the weight {float(weights[is_wrong][0]):g}"
-        raise ValueError(
-            f"the objective {name} gives {found}, expected 0 or more and finite for each slot, as a tensor {shape}; "
-            "correct it"
-        )
+        if not isinstance(weights, Tensor) or weights.shape != shape:
+            found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"the objective {name} gives {found}, expected a tensor {tuple(shape)}; correct it")
+        weights = weights.detach().float().where(slots.is_scored, 0.0)
+        return weights.where(weights.isfinite() & (weights >= 0), torch.nan)
 
     return weigh_checked
 
 
-def try_out(weigh: Weigh, *, block_size: int, has_overlap: bool) -> None:
+def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> None:
     """Call a checked objective on a small random batch, before any work.
 
     Raises:
-        ValueError: see `checked`.
+        ValueError: a weight is negative or not finite; or see `checked`.
     """
     draws = torch.rand(4, 2, 3, block_size, generator=torch.Generator().manual_seed(0))
     is_scored = draws[0] < 0.7
@@ -140,7 +121,14 @@ def try_out(weigh: Weigh, *, block_size: int, has_overlap: bool) -> None:
     is_scored[1, 2] = False  # a padding block
     probs, overlap = draws[1:3].where(is_scored, 1.0)
     is_match = (draws[3] < probs) & is_scored
-    weigh(Slots(is_scored, probs, is_match, overlap if has_overlap else None))
+    if weigh(Slots(is_scored, probs, is_match, overlap if has_overlap else None)).isnan().any():
+        raise ValueError(f"the objective {name} gives weights that are negative or not finite; correct it")
+
+
+def function_of(objective: str) -> tuple[Callable[..., Tensor], list[str]]:
+    """Find the function of an objective of dpace, and what it computes from."""
+    function = getattr(dpace.weights, f"{objective.replace('-', '_')}_weights")
+    return function, list(inspect.signature(function).parameters)
 
 
 def with_objective(loss: LossConfig, name: str) -> LossConfig:
@@ -155,13 +143,13 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     changes = {"token_loss": "nll", "confidence": "token"}
     for part in parts:
         changes |= {"confidence": "overlap"} if part == "overlap" else {"token_loss": part}
-    is_known = objective in get_args(Objective) or is_custom(objective)
-    if not is_known or changes["token_loss"] not in get_args(TokenLoss):
+    known = get_args(Objective)
+    if not (objective in known or is_custom(objective)) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
-            f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or a custom one as "
+            f"there is no objective {name!r}; choose one of {', '.join(known)}, or a custom one as "
             "package.module:function, and add +kl or +lk for that token loss, and +overlap for that confidence"
         )
-    if "overlap" in parts and not is_custom(objective) and objective not in (*W.OF_CONFIDENCE, "chain-reward"):
+    if "overlap" in parts and objective in known and "token_probs" not in function_of(objective)[1]:
         raise ValueError(
             f"the objective {objective} has no confidence, so {name} trains as without +overlap; take it out"
         )
@@ -172,7 +160,7 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
     """Make the weights function of an objective, for `frozen_head_nll`.
 
     With confidence `overlap`, `frozen_head_nll` needs `target_hidden`. A custom objective is tried out on a small
-    batch, and its weights are checked each time.
+    batch.
 
     Args:
         config: names the objective, and has its settings.
@@ -181,37 +169,27 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
         is_growing: whether blocks grow to that size.
 
     Raises:
-        ValueError: see `block_sizes`, `load_custom`, `try_out` and `checked`.
+        ValueError: see `block_sizes`, `load_custom` and `try_out`.
     """
     sizes = block_sizes(block_size, is_growing=is_growing)
-    if weigh is not None or is_custom(config.objective):
-        weigh = checked(weigh or load_custom(config.objective), config.objective)
+    name = config.objective
+    if weigh is not None or is_custom(name):
+        weigh = checked(weigh or load_custom(name), name)
         for size in sizes:
-            try_out(weigh, block_size=size, has_overlap=config.needs_target_probs)
+            try_out(weigh, name, block_size=size, has_overlap=config.needs_target_probs)
         return weigh
-    objective = config.objective
-    gamma = config.gamma or W.dflash_gamma(block_size)
+    function, needed = function_of(name)
     alpha_end = config.alpha if config.alpha_end is None else config.alpha_end
 
     def weigh_slots(slots: Slots) -> Tensor:
-        is_scored = slots.is_scored
-        confidence = slots.token_probs if config.confidence == "token" else slots.overlap
-        if confidence is None:
-            raise ValueError("confidence 'overlap' compares with the target's distribution and needs target_hidden")
-        if objective in W.OF_CONFIDENCE:
-            alpha = config.alpha + (alpha_end - config.alpha) * slots.progress
-            return W.OF_CONFIDENCE[objective](confidence, is_scored, alpha)
-        if objective == "chain-reward":
-            return W.chain_reward_weights(confidence, is_scored)
-        if objective == "vat":
-            return W.vat_weights(slots.is_match, is_scored, gamma)
-        if objective == "spec-auf":
-            return W.spec_auf_weights(slots.is_match, is_scored)
-        if objective == "dflash":
-            return W.dflash_weights(is_scored, gamma)
-        if objective == "medusa":
-            return W.medusa_weights(is_scored, config.base)
-        assert objective == "uniform"
-        return W.uniform_weights(is_scored)
+        known = {
+            "is_scored": slots.is_scored,
+            "token_probs": slots.token_probs if config.confidence == "token" else slots.overlap,
+            "is_match": slots.is_match,
+            "alpha": config.alpha + (alpha_end - config.alpha) * slots.progress,
+            "gamma": config.gamma or dpace.weights.dflash_gamma(block_size),
+            "base": config.base,
+        }
+        return function(**{name: known[name] for name in needed})
 
     return weigh_slots

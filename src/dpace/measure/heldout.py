@@ -36,7 +36,6 @@ def heldout_acceptance(
     *,
     token_ids: Tensor | None = None,
     over_ranks: bool = False,
-    is_ended: Callable[[], bool] = lambda: False,
     title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
@@ -52,14 +51,12 @@ def heldout_acceptance(
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
-        is_ended: asked after each conversation, by all ranks as often; where it is true, the others are left out.
         title: of a progress bar; none is shown without it.
 
     Raises:
         ValueError: no response of two tokens or more.
     """
-    options = {"over_ranks": over_ranks, "is_ended": is_ended, "title": title}
-    (found,) = measure_vocabularies(drafter, target, dataset, [token_ids], **options)
+    (found,) = measure_vocabularies(drafter, target, dataset, [token_ids], over_ranks=over_ranks, title=title)
     return found
 
 
@@ -71,7 +68,6 @@ def measure_vocabularies(
     vocabularies: Sequence[Tensor | None],
     *,
     over_ranks: bool = False,
-    is_ended: Callable[[], bool] = lambda: False,
     visit: Visit | None = None,
     title: str = "",
 ) -> list[Acceptance]:
@@ -91,8 +87,6 @@ def measure_vocabularies(
             results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
         elif dataset.features is None:
             target.join_features(drafter.target_layer_ids)
-        if is_ended():
-            break
     drafter.train(was_training)
     if over_ranks:
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}

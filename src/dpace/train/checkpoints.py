@@ -6,8 +6,6 @@ names every file with its size and hash.
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.system import ranks
 from dpace.system.ledger import filling, remove_unfinished, write_json, write_text
-from dpace.system.progress import describe_error, note
+from dpace.system.progress import note
 from dpace.system.provenance import hash_file
 from dpace.train.sharding import take_share
 
@@ -43,18 +41,13 @@ class TrainingState:
     log_history: list[dict[str, float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
     unlogged: dict[str, Any] = field(default_factory=dict)
-    """What `StepLog` has of the steps since the last entry, where a checkpoint was written."""
+    """What `StepLog` has of the steps since the last entry."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
         """Add an entry to the log, and return it."""
         entry = values | {"epoch": self.epoch, "step": self.global_step}
         self.log_history.append(entry)
         return entry
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether tau was measured after the last step."""
-        return any(entry["step"] == self.global_step and "eval_tau" in entry for entry in self.log_history[-1:])
 
     def note_tau(self, tau: float) -> bool:
         """Note a measured tau, and return whether it is the best one."""
@@ -66,18 +59,8 @@ class TrainingState:
 
 
 def read_state(folder: Path) -> TrainingState:
-    """Read where a training stood when a checkpoint was written.
-
-    Raises:
-        ValueError: another version of dpace wrote it, with other keys.
-    """
-    try:
-        return TrainingState(**json.loads((folder / STATE).read_bytes()))
-    except TypeError as error:
-        raise ValueError(
-            f"{folder / STATE} is of another version of dpace ({error}); name another folder with --output, or go on "
-            "with that version"
-        ) from error
+    """Read where a training stood when a checkpoint was written."""
+    return TrainingState(**json.loads((folder / STATE).read_bytes()))
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -113,10 +96,7 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
                 moments[f"{number}.{name}"] = whole.cpu().contiguous()
     if ranks.is_first():
         folder = checkpoint_folder(checkpoints, state.global_step)
-        with (
-            translate_full_disk(f"the checkpoint of step {state.global_step}", checkpoints),
-            filling(folder, last=MANIFEST, is_guarded=False) as aside,
-        ):
+        with filling(folder, last=MANIFEST, is_guarded=False) as aside:
             save_file(moments, aside / MOMENTS)
             write_json(aside / STEPS, {"groups": values["param_groups"], "scheduler": schedule.state_dict()})
             drafter.save_pretrained(aside)
@@ -136,7 +116,7 @@ def is_whole(folder: Path) -> bool:
     """Return whether every file of a checkpoint is there as it was written."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
     return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
 
@@ -179,45 +159,16 @@ def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
     """Read the state of optimizer and schedule that `write_checkpoint` wrote.
 
     Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
-
-    Raises:
-        ValueError: the state is none of this training.
     """
-    try:
-        _load_optimizer(folder, optimizer, schedule)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} has no state of this training's optimizer ({describe_error(error)}); remove the folder, and the "
-            "same command goes on from the checkpoint before it"
-        ) from error
-
-
-def _load_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
-    """Do what `read_optimizer` does, with the errors of what the files hold."""
     settings = json.loads((folder / STEPS).read_bytes())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(folder / MOMENTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             number, name = key.split(".")
-            value, parameter = file.get_tensor(key), parameters[int(number)]
+            value = file.get_tensor(key)
+            parameter = parameters[int(number)]
             share = take_share(value, parameter) if value.shape == parameter.shape else value
             state.setdefault(int(number), {})[name] = share
     optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
     schedule.load_state_dict(settings["scheduler"])
-
-
-@contextmanager
-def translate_full_disk(what: str, folder: Path) -> Iterator[None]:
-    """Turn a full disk into one line.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"cannot write {what} into {folder}: {error.strerror or error}; make room there and run the same command: "
-            "it goes on from the last checkpoint"
-        ) from error

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftRows, DraftVocabulary
@@ -21,7 +20,7 @@ from dpace.system.ledger import write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.train.checkpoints import STATE, translate_full_disk, write_state
+from dpace.train.checkpoints import STATE, write_state
 from dpace.train.identity import OBJECTIVE_SHA256
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
@@ -47,26 +46,35 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         run: what `run.json` holds.
         memory: measured since training began.
     """
-    drafter, target = loop.drafter, loop.target
-    validation, recipe = loop.validation, loop.recipe
+    drafter = loop.drafter
+    target = loop.target
+    validation = loop.validation
+    recipe = loop.recipe
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    acceptance = vocabulary = None
-    temperature = 1.0
+    objective = {name.removeprefix("loss."): run[name] for name in ("loss.objective", OBJECTIVE_SHA256) if name in run}
+    record = {
+        "target": target.short_name,
+        "dtype": dtype_name(target.model.dtype),
+        "thinking": recipe.thinking,
+        **tokenizer_hashes(target),
+        **objective,
+        "confidence_temperature": 1.0,
+    }
+    drafter.config.dpace = record  # `dpace doctor` compares with it; engines ignore it
+    vocabulary = None
     if len(validation):
         seen = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids])
         measured = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
-        (acceptance, temperature), (part, seen.confidence_temperature) = measured
+        (acceptance, record["confidence_temperature"]), (part, seen.confidence_temperature) = measured
+        record["tau"] = acceptance.tau
+        record["tau_interval"] = list(map(defined, acceptance.interval()))
+        record["tau_responses"] = validation.ids
         # A drafter that started from another one has learned tokens of other texts.
         if recipe.drafter.init is None and part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
             vocabulary = seen
     if not ranks.is_first():
         return
-    objective = {"objective": recipe.loss.objective}
-    if sha256 := run.get(OBJECTIVE_SHA256):
-        objective["objective_sha256"] = sha256
-    record = _record(target, acceptance, validation, recipe)
-    drafter.config.dpace = {"confidence_temperature": temperature} | record | objective
     provenance = {
         "target": target.name,
         "target_revision": getattr(target.model.config, "_commit_hash", None),
@@ -81,41 +89,19 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         "init_sha256": run["init_sha256"],
         "peak_memory_bytes": memory.bytes,
     }
-    with translate_full_disk("the drafter", folder):
-        drafter.save_pretrained(folder, dtype=SERVED)
-        if vocabulary is not None:
-            vocabulary.save(folder)
-        write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
-        write_state(folder / STATE, loop.state)
-        write_json(folder / "provenance.json", provenance, indent=2)
+    drafter.save_pretrained(folder, dtype=SERVED)
+    if vocabulary is not None:
+        vocabulary.save(folder)
+    write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
+    write_state(folder / STATE, loop.state)
+    write_json(folder / "provenance.json", provenance, indent=2)
 
 
 def _find_answers(dataset: ResponseDataset) -> list[int]:
     """Return the tokens of the answers that were trained on; of every n-th conversation where all are too many."""
     numbers = range(0, len(dataset), 1 + int(dataset.lengths.sum()) // MAX_ANSWER_TOKENS)
-    return [token for i in numbers for token in dataset.token_ids(i)[dataset.is_response(i)].tolist()][
-        :MAX_ANSWER_TOKENS
-    ]
-
-
-def _record(target: Target, acceptance: Acceptance | None, validation: ResponseDataset, recipe: Recipe) -> dict:
-    """Return what the drafter's config records: what it was trained for, and its tau.
-
-    `dpace doctor` compares with it; engines ignore it.
-    """
-    record = {
-        "target": target.short_name,
-        "dtype": dtype_name(target.model.dtype),
-        "thinking": recipe.thinking,
-        **tokenizer_hashes(target),
-    }
-    if acceptance is not None:
-        record |= {
-            "tau": acceptance.tau,
-            "tau_interval": list(map(defined, acceptance.interval())),
-            "tau_responses": validation.ids,
-        }
-    return record
+    tokens = [token for number in numbers for token in dataset.token_ids(number)[dataset.is_response(number)].tolist()]
+    return tokens[:MAX_ANSWER_TOKENS]
 
 
 @torch.no_grad()
@@ -138,19 +124,15 @@ def measure_and_calibrate(
         For each vocabulary, the accepted lengths; and the temperature, above 1 for a drafter that is too sure.
     """
     rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
-    errors: dict[tuple[int, int], Tensor] = {}
+    errors = torch.zeros(len(vocabularies), len(TEMPERATURES), dtype=torch.float64)
 
     def add_errors(index: int, number: int, states: Tensor, is_right: Tensor) -> None:
         share = max(1, round(len(states) * len(dataset) / MAX_CALIBRATION_ROWS))
         scores = drafter.selector.scores(states[::share], rows[number])
         log_confidence = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]).log().clamp_max(-1e-6)
         log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
-        errors[number, index] = -log_probs.sum(-1).cpu()
+        errors[number] -= log_probs.sum(-1).cpu()
 
     found = measure_vocabularies(drafter, target, dataset, vocabularies, over_ranks=True, visit=add_errors)
-    everywhere = {key: error for share in ranks.gather(errors) for key, error in share.items()}
-    temperatures = []
-    for number in range(len(vocabularies)):
-        total = torch.stack([everywhere[key] for key in sorted(everywhere) if key[0] == number]).sum(0)
-        temperatures.append(TEMPERATURES[int(total.argmin())])
-    return list(zip(found, temperatures, strict=True))
+    best = torch.stack(ranks.gather(errors)).sum(0).argmin(-1).tolist()
+    return list(zip(found, [TEMPERATURES[index] for index in best], strict=True))

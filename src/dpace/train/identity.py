@@ -43,7 +43,6 @@ NO_RESULT = {
 """Settings that change no result: a run goes on with other values of them."""
 OBJECTIVE_SHA256 = "loss.objective_sha256"
 OTHER_RUN = "name another folder with --output, or delete that one"
-SAME_STEP = "keep the product of --train.batch-size, --train.gradient-accumulation-steps and the number of ranks"
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
@@ -128,9 +127,11 @@ class Run:
         kept = read_run(folder)
         if kept is None:
             return False
-        ways = {STEP_SIZE: SAME_STEP}
+        same_step = "--train.batch-size, --train.gradient-accumulation-steps and the number of ranks"
+        ways = {STEP_SIZE: f"keep the product of {same_step}"}
         if is_finished(folder):
-            here, aside = shlex.quote(str(folder)), shlex.quote(f"{folder}-before")
+            here = shlex.quote(str(folder))
+            aside = shlex.quote(f"{folder}-before")
             longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
             ways |= {"train.max_steps": longer, "train.num_epochs": longer}
         same_run({**settings_of(Recipe()), **kept}, self.facts, f"{folder} holds a run", OTHER_RUN, ways)

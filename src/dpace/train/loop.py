@@ -24,7 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
-from dpace.config import LossConfig, Recipe, TrainConfig, is_custom
+from dpace.config import LossConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftRows
@@ -35,6 +35,7 @@ from dpace.system.device import TILED, default_dtype
 from dpace.system.loading import refuse_infinite
 from dpace.system.progress import progress_bar
 from dpace.target import Target
+from dpace.target.head import TINY
 from dpace.train.checkpoints import (
     WEIGHTS,
     TrainingState,
@@ -80,11 +81,7 @@ class Scorer:
             What the head gives, and the blocks.
         """
         found = blocks_hidden(
-            self.drafter,
-            self.rows.target,
-            batch,
-            model=model,
-            with_target_hidden=self.needs_target_hidden,
+            self.drafter, self.rows.target, batch, model=model, with_target_hidden=self.needs_target_hidden
         )
         blocks = found.blocks
         selector = self.drafter.selector
@@ -147,8 +144,10 @@ class TrainingLoop:
         weigh: Weigh,
         checkpoints: Path,
     ):
-        self.drafter, self.target = drafter, target
-        self.dataset, self.validation = dataset, validation
+        self.drafter = drafter
+        self.target = target
+        self.dataset = dataset
+        self.validation = validation
         self.recipe = recipe
         self.config = recipe.train
         self.loss = recipe.loss
@@ -185,7 +184,7 @@ class TrainingLoop:
         warmup = math.ceil(self.state.max_steps * self.config.warmup_ratio)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.state.max_steps)
         self.log = StepLog(drafter.block_size, target.device)
-        self.interrupt = Interrupt(self.accelerator)
+        self.interrupt = Interrupt()
 
     def _make_accelerator(self) -> Accelerator:
         """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
@@ -234,16 +233,15 @@ class TrainingLoop:
             self.read_weights(newest)
             read_optimizer(newest, self.optimizer, self.schedule)
             self.log.go_on(self.state.unlogged)
-        state, config = self.state, self.config
+        state = self.state
+        config = self.config
         done = state.global_step
         with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
             title = f"training, {self.loss.objective}"
             task = bar.add_task(title, total=state.max_steps, completed=done, first=done, info="")
-            if newest is not None and self.measure(track):  # where a signal came first
-                self.save()
-            if self.interrupt.is_asked:
-                raise KeyboardInterrupt(self.interrupt.number)
             for batches in self.batches_of_steps():
+                if self.interrupt.is_asked:
+                    break
                 self.take_step(batches)
                 is_last = state.global_step == state.max_steps
                 if is_last or state.global_step % config.logging_steps == 0:
@@ -253,8 +251,6 @@ class TrainingLoop:
                 if is_last or self.interrupt.is_asked or is_best or is_due:
                     self.save()
                 bar.update(task, completed=state.global_step, info=latest_numbers(state))
-                if self.interrupt.is_asked:
-                    raise KeyboardInterrupt(self.interrupt.number)
         self.gather()
         if state.best_global_step not in (None, state.global_step):
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
@@ -324,13 +320,18 @@ class TrainingLoop:
         totals[2] = self.interrupt.asked_at is not None
 
         over_ranks: Any = self.accelerator.reduce(totals, reduction="sum")
-        sums = torch.stack([*over_ranks, norm]).tolist()  # the only time that the host waits for the device
-        self.interrupt.is_asked = sums[2] > 0
-        divisor = max(sums[1], torch.finfo(torch.float32).tiny)
+        # The only time that the host waits for the device.
+        loss, num_items, num_asked, norm = torch.stack([*over_ranks, norm]).tolist()
+        self.interrupt.is_asked = num_asked > 0
+        divisor = max(num_items, TINY)
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
-        loss = sums[0] / divisor
-        norm = sums[3] * factor
-        self.refuse_infinite_step(loss, norm)
+        loss /= divisor
+        norm *= factor
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {self.state.global_step + 1} has the loss {loss} and a gradient of norm {norm}; {LOWER}, or "
+                "correct an objective of your own whose weights are negative or not finite"
+            )
         if self.config.max_grad_norm:
             factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
@@ -352,21 +353,6 @@ class TrainingLoop:
         with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
             yield
 
-    def refuse_infinite_step(self, loss: float, norm: float) -> None:
-        """Refuse a step that would spoil the weights.
-
-        Raises:
-            ValueError: names the step and the number.
-        """
-        name = self.loss.objective
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            way = f"correct it where its weights are negative or not finite, or {LOWER}" if is_custom(name) else LOWER
-            raise ValueError(
-                f"step {self.state.global_step + 1} has the loss {loss} and a gradient of norm {norm}, with the "
-                f"learning rate {self.config.learning_rate:g} and the objective {name}; {way} "
-                f"(the last checkpoint is kept in {self.checkpoints})"
-            )
-
     def gather(self) -> None:
         """Bring the weights as they are into `drafter`; all ranks must be here.
 
@@ -381,23 +367,16 @@ class TrainingLoop:
         """Measure tau of the validation responses where that is due, and return whether it is the best one so far.
 
         Tau is what selects the best checkpoint: the loss cannot be compared between steps or objectives, and D-PACE's
-        grows as the drafter gets better. A signal ends the measurement after the conversation of that moment. It then
-        counts for nothing, and is made when the training goes on.
+        grows as the drafter gets better.
         """
         state = self.state
         is_due = state.global_step == state.max_steps or state.global_step % self.config.eval_steps == 0
-        if not len(self.validation) or not is_due or state.is_measured:
+        if not len(self.validation) or not is_due:
             return False
         self.gather()
-        acceptance = heldout_acceptance(
-            self.drafter, self.target, self.validation, over_ranks=True, is_ended=self.interrupt.ask_ranks
-        )
-        if self.interrupt.is_asked:
-            return False
-        names = ("eval_tau", "eval_tau_low", "eval_tau_high", "eval_tau_top", "eval_tau_oracle")
-        values = (acceptance.tau, *acceptance.interval(), *acceptance.bounds)
-        found = zip(names, values, strict=False)
-        track(state.add_to_log({name: value for name, value in found if not math.isnan(value)}))
+        acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
+        taus = zip(("eval_tau", "eval_tau_top", "eval_tau_oracle"), (acceptance.tau, *acceptance.bounds), strict=False)
+        track(state.add_to_log(dict(taus)))
         return state.note_tau(acceptance.tau)
 
     def save(self) -> None:

@@ -26,19 +26,17 @@ def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make the optimizer of a training; weight decay leaves out norms."""
-    rate, decay = config.learning_rate, config.weight_decay
     is_muon = config.optimizer == "muon"
     matrices = []
     norms = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "bias" not in name if is_muon else parameter.ndim > 1
         (matrices if is_matrix else norms).append(parameter)
+    options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if is_muon:
         groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
-        dtype = products_dtype(config, matrices[0].device)
-        return MuonAdamW(groups, dtype, lr=rate, weight_decay=decay)
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, fused=True)
+        return MuonAdamW(groups, products_dtype(config, matrices[0].device), **options)
+    return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], fused=True, **options)
 
 
 def orthogonalize(
@@ -55,11 +53,10 @@ def orthogonalize(
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)
+    first, third, fifth = COEFFICIENTS
     for _ in range(5):
         gram = x @ x.T
-        x = torch.addmm(
-            x, torch.addmm(gram, gram, gram, beta=COEFFICIENTS[1], alpha=COEFFICIENTS[2]), x, beta=COEFFICIENTS[0]
-        )
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
     return (x.T if is_tall else x).to(matrix.dtype)
 
 
@@ -89,10 +86,8 @@ class MuonAdamW(torch.optim.AdamW):
         """Take one step."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["momentum"] is None]
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
+        loss = super().step(closure)
+        self.param_groups = groups
         for group in groups:
             for parameter in group["params"] if group["momentum"] is not None else ():
                 if parameter.grad is not None:
@@ -101,7 +96,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _step_matrix(self, parameter: nn.Parameter, group: dict) -> None:
         """Take the step of one matrix."""
-        grad, state = parameter.grad, self.state[parameter]
+        grad = parameter.grad
+        state = self.state[parameter]
         momentum = group["momentum"]
         assert grad is not None
         if "momentum_buffer" not in state:

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +28,9 @@ from dpace.train.identity import flat_settings
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
-SUMS = ("weights", "matches", "nll", "slots")
-"""What `StepLog` adds up for each slot of a block."""
 PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 """Variables that name the project of a tracker; by default it is `dpace`."""
-SHOWN = {
-    "eval_tau": "validation tau",
-    "loss": "loss",
-    "slot_accuracy/1": "slot 1 right",
-    "tokens_per_second": "tokens/s",
-}
+SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
 
 
@@ -48,16 +40,15 @@ class Interrupt:
     The `KeyboardInterrupt` has the number of the signal, from which the exit code of `dpace train` follows.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self):
         self.asked_at: float | None = None
         self.number: int = signal.SIGINT
         self.is_asked = False
-        """Whether a signal came to a rank, as far as all ranks know."""
+        """Whether a signal came to a rank, as all ranks know after a step."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch both signals inside the `with` block; raise `KeyboardInterrupt` at its end if one came."""
+        """Watch both signals inside the `with` block; raise `KeyboardInterrupt` at its end if a rank got one."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may
             return
@@ -67,7 +58,7 @@ class Interrupt:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if self.asked_at is not None:
+        if self.asked_at is not None or self.is_asked:
             raise KeyboardInterrupt(self.number)
 
     def _ask(self, number: int, _frame: Any) -> None:
@@ -81,17 +72,6 @@ class Interrupt:
         elif now - self.asked_at > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt(self.number)
 
-    def ask_ranks(self) -> bool:
-        """Set `is_asked` and return it; all ranks call this, since they have to end at the same place."""
-        flag = torch.tensor(float(self.asked_at is not None), device=self.accelerator.device)
-        total: Any = self.accelerator.reduce(flag, reduction="sum")
-        self.is_asked = bool(total)
-        return self.is_asked
-
-
-LEAST_WEIGHT = 1e-4
-"""Mean weight of slots below which a training is taken to learn nothing."""
-
 
 class StepLog:
     """Sums over the steps since the last entry of the log, by slot where that says more.
@@ -102,9 +82,9 @@ class StepLog:
     """
 
     def __init__(self, block_size: int, device: torch.device):
-        self._sums = torch.zeros(len(SUMS), block_size, device=device)
+        self._sums = torch.zeros(4, block_size, device=device)
+        """Of weights, right drafts, negative log-likelihoods and scored slots."""
         self._steps: list[dict[str, float]] = []
-        self._has_warned = False
 
     def add_batch(self, out: SlotScores, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
@@ -130,34 +110,25 @@ class StepLog:
         """Return the log's entry for these steps over all ranks, and begin anew.
 
         It has the mean loss, the last gradient's norm before clipping and learning rate, the median seconds of a step
-        without data loading, scored tokens a second, the negative log-likelihood of a token, and for each slot its
-        share of the weight and how often the drafter is right.
+        without data loading, the negative log-likelihood of a token, and for each slot its share of the weight and how
+        often the drafter is right.
         """
         total: Any = accelerator.reduce(self._sums, reduction="sum")
-        sums = dict(zip(SUMS, total, strict=True))
-        steps, seconds = self._steps, [step["seconds"] for step in self._steps]
-        num_slots = sums["slots"].sum()
-        mean_weight = float(sums["weights"].sum() / num_slots)
-        if mean_weight < LEAST_WEIGHT and not self._has_warned:
-            self._has_warned = True
-            note(
-                f"the objective gives all slots weights near 0 ({mean_weight:.2g} on average), so the drafter learns "
-                "next to nothing; let the weights of slots that matter be near 1"
-            )
+        weights, matches, nll, slots = total
         entry = {
-            "loss": statistics.mean(step["loss"] for step in steps),
-            "grad_norm": steps[-1]["grad_norm"],
-            "learning_rate": steps[-1]["learning_rate"],
-            "step_seconds": statistics.median(seconds),
-            "tokens_per_second": float(num_slots) / sum(seconds),
-            "nll": float(sums["nll"].sum() / num_slots.clamp_min(1)),
+            "loss": statistics.mean(step["loss"] for step in self._steps),
+            "grad_norm": self._steps[-1]["grad_norm"],
+            "learning_rate": self._steps[-1]["learning_rate"],
+            "step_seconds": statistics.median(step["seconds"] for step in self._steps),
+            "nll": float(nll.sum() / slots.sum().clamp_min(1)),
         }
-        shares = (sums["weights"] / sums["weights"].sum()).tolist()
-        accuracy = (sums["matches"] / sums["slots"].clamp_min(1)).tolist()
+        shares = (weights / weights.sum()).tolist()
+        accuracy = (matches / slots.clamp_min(1)).tolist()
         for slot in range(1, len(shares)):
             entry[f"weight_share/{slot}"] = shares[slot]
             entry[f"slot_accuracy/{slot}"] = accuracy[slot]
-        self._sums, self._steps = torch.zeros_like(self._sums), []
+        self._sums.zero_()
+        self._steps = []
         return entry
 
 
@@ -169,16 +140,11 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     available = set(map(str, get_available_trackers()))
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
-                f"--train.report-to has {name!r}, which accelerate does not know; choose some of "
-                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, or leave it out"
-            )
         if name not in available:
-            package = name.replace("_", "-")
-            raise ValueError(
-                f"--train.report-to has {name}, which is not installed; run `pip install {package}`, or leave it out"
-            )
+            is_known = name in LOGGER_TYPE_TO_CLASS
+            fault = "is not installed" if is_known else "accelerate does not know"
+            way = f"run `pip install {name}`" if is_known else f"choose some of {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            raise ValueError(f"--train.report-to has {name!r}, which {fault}; {way}, or leave it out")
 
 
 @contextmanager
@@ -195,13 +161,14 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         Sends them an entry of the log.
     """
     trackers: dict[str, GeneralTracker] = {}
+    settings = without_passwords({"target": recipe.target, **flat_settings(recipe)})
+    settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
 
-    def attempt(name: str, work: Callable[[], Any]) -> None:
+    def attempt(name: str, work: Callable[..., Any], *args: Any) -> None:
         try:
-            work()
+            work(*args)
         except Exception as error:
-            reason = one_line(error)[:300] or type(error).__name__
-            note(f"the tracker {name} failed ({reason}); the training goes on without it")
+            note(f"the tracker {name} failed ({one_line(error)[:300]}); the training goes on without it")
             trackers.pop(name, None)
 
     def start(name: str) -> None:  # as `Accelerator.init_trackers` does
@@ -210,17 +177,14 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
         trackers[name] = make(project, folder) if make.requires_logging_directory else make(project)
         trackers[name].start()
-        settings = without_passwords({"target": recipe.target, **flat_settings(recipe)})
-        kept = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
-        trackers[name].store_init_configuration(kept)
+        trackers[name].store_init_configuration(settings)
 
     def log(entry: dict[str, float]) -> None:
-        values = {name: value for name, value in entry.items() if name != "step"}
         for name, tracker in list(trackers.items()):
-            attempt(name, partial(tracker.log, values, step=int(entry["step"])))
+            attempt(name, partial(tracker.log, entry, step=int(entry["step"])))
 
-    for name in sorted(set(recipe.train.report_to)) if ranks.is_first() else ():
-        attempt(name, partial(start, name))
+    for name in recipe.train.report_to if ranks.is_first() else ():
+        attempt(name, start, name)
     try:
         yield log
     finally:
@@ -244,7 +208,7 @@ class PeakMemory:
         self.device = device
         if device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(device)
-        elif sys.platform == "linux":
+        else:
             with contextlib.suppress(OSError):  # the peak then counts from the start of the process
                 Path("/proc/self/clear_refs").write_text("5")
 
@@ -253,7 +217,6 @@ class PeakMemory:
         """Peak in bytes; None where the system does not tell."""
         if self.device.type != "cpu":
             return torch.accelerator.max_memory_allocated(self.device)
-        if sys.platform != "linux":
-            return None
-        found = re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        status = Path("/proc/self/status")
+        found = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
         return found and 1024 * int(found[1])

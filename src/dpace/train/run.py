@@ -1,7 +1,6 @@
 """Train a drafter: from responses to a folder with its weights, recipe and provenance."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +28,18 @@ from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 from dpace.train.sharding import wants_shards
 
-DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE, ANSWERS_FILE)
-FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "modeling_dflash.py",
+    VOCABULARY_FILE,
+    ANSWERS_FILE,
+    "recipe.yaml",
+    RUN_FILE,
+    "provenance.json",
+    STATE,
+    "checkpoints",
+)
 """What `train` writes into a drafter's folder."""
 
 
@@ -47,6 +56,7 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             folder.
     """
     config = recipe.train
+    has_head = recipe.drafter.head is not None
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh, is_growing=config.grow_blocks)
     wants_shards()
     if config.feature_servers and recipe.needs_target_hidden:
@@ -61,12 +71,12 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         )
     defaults = flat_settings(Recipe())
     for name, value in flat_settings(recipe).items():
-        if ".head_" in name and recipe.drafter.head is None and value != defaults[name]:
+        if ".head_" in name and not has_head and value != defaults[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{flag} is {value}, and the drafter has no head; add --drafter.head lilicorr, or leave {flag} out"
             )
-    if recipe.drafter.head and recipe.loss.needs_target_probs:
+    if has_head and recipe.loss.needs_target_probs:
         raise ValueError(
             f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
             "with --drafter.head learns with nll and token only: leave out what differs, and objectives such as "
@@ -106,15 +116,9 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     `feature_files` the folder on disk; those to validate on are never on disk.
 
     Raises:
-        ValueError: a token that the target does not have; or see `keep_on_disk`.
+        ValueError: see `keep_on_disk`.
     """
-    config, num_rows = recipe.train, len(target.head.weight)
-    for part in (dataset, validation):
-        if len(part) and (last := int(part.seen_tokens[-1])) >= num_rows:
-            raise ValueError(
-                f"the answers have the token {last}, and the target's embedding has {num_rows} rows; train on what "
-                "this target answered"
-            )
+    config = recipe.train
     measured_ids = Drafter.layer_ids(target, recipe.drafter)
     trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
     if config.feature_files and dataset.lacks(trained_ids):
@@ -188,10 +192,11 @@ def train(
     if run is None:
         run = Run(recipe, init, weigh)
         run.facts |= data_facts(dataset, validation) | target_facts(target)
-    with ExitStack() as locks:
-        is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
-        if is_finished:
+    with lock_folder(folder):
+        ranks.from_first(lambda: register_files(folder, *FILES))
+        if ranks.from_first(lambda: run.is_finished_in(folder)):
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
+        newest = ranks.from_first(lambda: find_newest(folder / "checkpoints"))
         drafter = _make_drafter(target, dataset, recipe, init)
         keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
@@ -206,26 +211,16 @@ def train(
     return drafter
 
 
-def _open_folder(folder: Path, run: Run, locks: ExitStack) -> tuple[bool, Path | None]:
-    """Lock a folder for a run; return whether the run is finished, and its newest checkpoint."""
-    locks.enter_context(lock_folder(folder))
-    register_files(folder, *FILES)
-    return run.is_finished_in(folder), find_newest(folder / "checkpoints")
-
-
 def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init: Drafter | None) -> Drafter:
     """Make the untrained drafter, or a copy of the one to start from."""
     if (init is None) != (recipe.drafter.init is None):
-        raise ValueError(
-            f"drafter.init is {recipe.drafter.init!r} and the drafter to start from is "
-            f"{'missing' if init is None else 'given'}; take both from dpace.engines.initial.start_from"
-        )
+        raise ValueError("take both drafter.init and the drafter to start from from dpace.engines.initial.start_from")
     if init is None:
         drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
-        way = "with --drafter.mask-token-id"
     else:
-        drafter, way = init.start_for(target), "by training without --drafter.init"
-    if bool((dataset.seen_tokens == drafter.mask_token_id).any()):
+        drafter = init.start_for(target)
+    if drafter.mask_token_id in dataset.seen_tokens:
+        way = "with --drafter.mask-token-id" if init is None else "by training without --drafter.init"
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; "
             f"name a token that no text contains {way}"

@@ -26,26 +26,20 @@ def wants_shards() -> bool:
     Raises:
         ValueError: DeepSpeed, the first version of FSDP, or an option of it that dpace does not have.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "accelerate's configuration asks for DeepSpeed, whose checkpoints dpace cannot write; choose FSDP with "
-            "fsdp_version 2, or start with `torchrun`, which gives each process a whole drafter"
-        )
-    if not parse_flag_from_env(USE_FSDP) or ranks.num_ranks() == 1:
-        return False
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise ValueError(
-            f"accelerate's configuration has fsdp_version {version}, and dpace trains with 2 only; start with "
-            "`accelerate launch --use_fsdp --fsdp_version 2`"
-        )
-    for name, way in (
-        ("fsdp_offload_params", "leave it out: the weights are spread over the ranks instead"),
-        ("fsdp_activation_checkpointing", "take --train.gradient-checkpointing"),
-    ):
-        if parse_flag_from_env(name.upper()):
-            raise ValueError(f"accelerate's configuration sets {name}, which dpace does not have; {way}")
-    return True
+    has_fsdp = parse_flag_from_env(USE_FSDP) and ranks.num_ranks() > 1
+    other = {
+        "DeepSpeed": parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+        "fsdp_version 1": has_fsdp and os.environ.get("FSDP_VERSION") != "2",
+        "fsdp_offload_params": has_fsdp and parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+        "fsdp_activation_checkpointing": has_fsdp and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"),
+    }
+    for name, is_asked in other.items():
+        if is_asked:
+            raise ValueError(
+                f"accelerate's configuration asks for {name}, which dpace does not have; start with `torchrun`, or "
+                "with `accelerate launch --use_fsdp --fsdp_version 2`, and take --train.gradient-checkpointing"
+            )
+    return has_fsdp
 
 
 def shard(model: Any) -> None:
