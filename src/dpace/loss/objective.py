@@ -47,7 +47,7 @@ def load_custom(name: str) -> Weigh:
     return found
 
 
-def name_of(weigh: Callable) -> str:
+def name_of(weigh: object) -> str:
     """Return the name of a function, `package.module:function`.
 
     Raises:
@@ -71,8 +71,9 @@ def source_sha256(weigh: Weigh) -> str:
         ValueError: the source is not on disk, or a value is neither a number nor a text.
     """
     function: Any = inspect.unwrap(weigh)
+    place: Any = function if function.__module__ == "__main__" else inspect.getmodule(function)
     try:
-        source = inspect.getsource(function if function.__module__ == "__main__" else inspect.getmodule(function))
+        source = inspect.getsource(place)
         values = inspect.getclosurevars(function).nonlocals
         return hash_json([source, values, function.__defaults__, function.__kwdefaults__])
     except (OSError, TypeError, ValueError) as error:
