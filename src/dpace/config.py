@@ -31,7 +31,6 @@ def integer(low: int, high: int = LARGEST) -> Any:
     return Field(ge=low, le=high, description=f"an integer {words}")
 
 
-Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$", description="a text that is not empty")]
 Count = Annotated[int, integer(1)]
 CountOrZero = Annotated[int, integer(0)]
 Size = Annotated[int, integer(1, 1000)]
@@ -40,6 +39,16 @@ Positive = Annotated[float, Field(gt=0, description="a number above 0")]
 PositiveOrZero = Annotated[float, Field(ge=0, description="a number of 0 or more")]
 Fraction = Annotated[float, Field(gt=0, le=1, description="a number from above 0 to 1")]
 FractionOrZero = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+
+
+def _refuse_blank(text: str) -> str:
+    """Refuse a text without a letter, and one that UTF-8 or a file's name cannot have."""
+    if not text.strip() or "\0" in text or text != text.encode(errors="replace").decode():
+        raise ValueError(f"is {text!r}, expected a text that is not empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_refuse_blank), Field(description="a text that is not empty")]
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -52,13 +61,6 @@ def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
     for value in values:
         if values.count(value) > 1:
             raise ValueError(f"has {value!r} twice, expected different values")
-    return values
-
-
-def _refuse_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Refuse an empty list."""
-    if not values:
-        raise ValueError("is empty, expected one or more values")
     return values
 
 
@@ -80,13 +82,27 @@ def _refuse_other_number(layers: tuple[int, ...], options: Any) -> tuple[int, ..
 Entry = TypeVar("Entry")
 _HINT = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or None})")
 Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice), _HINT]
-OneOrMore = Annotated[Entries[Entry], AfterValidator(_refuse_empty)]
+OneOrMore = Annotated[Entries[Entry], Field(min_length=1)]
 
 _WEIGHTS = re.findall(r"^def ([a-z]\w*)_weights\(", Path(__file__).with_name("weights.py").read_text("utf-8"), re.M)
 Objective: Any = Literal[tuple(name.replace("_", "-") for name in _WEIGHTS)]
 """A function of `weights.py`; the names are read from its text, since importing it takes torch."""
-CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
-ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
+
+
+def is_custom(objective: str) -> bool:
+    """Return whether an objective's name is of the form `package.module:function`."""
+    return re.fullmatch(r"[^\W\d][\w.]*:[\w.<>]+", objective) is not None
+
+
+def _refuse_other_form(objective: str) -> str:
+    """Refuse a name that is not of the form of a custom objective."""
+    if not is_custom(objective):
+        raise ValueError("package.module:function")
+    return objective
+
+
+Custom = Annotated[str, AfterValidator(_refuse_other_form), Field(description="package.module:function")]
+ObjectiveName = Objective | Custom
 """An objective of dpace, or `package.module:function` for a custom one."""
 TokenLoss = Literal["nll", "kl", "lk"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
@@ -98,11 +114,6 @@ DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
 Head = Literal["lilicorr"]
 """Selectors, each a file of `dpace.drafter`."""
-
-
-def is_custom(objective: str) -> bool:
-    """Return whether an objective's name is of the form `package.module:function`."""
-    return re.fullmatch(CUSTOM_OBJECTIVE, objective) is not None
 
 
 @options

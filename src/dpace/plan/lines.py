@@ -27,6 +27,7 @@ from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_
 from dpace.respond.conversation import own_messages
 from dpace.respond.responses import AnswerLengths, answer_lengths
 from dpace.system.progress import count
+from dpace.train.checkpoints import checkpoint_folders
 
 START = timedelta(seconds=15)
 """Time that a command takes to import libraries, to find and read its files, and to write what it found."""
@@ -149,12 +150,14 @@ def decoding_lines(recipe: Recipe, num_answers: int, num_tokens: int) -> list[st
 
 
 def train_lines(plan: TrainingPlan, folder: Path) -> list[str]:
-    """Write what the training of a drafter takes.
+    """Write what the whole training of a drafter takes, and at which step it goes on.
 
     Raises:
         ValueError: the disk has no room for it.
     """
-    return [*training_lines(plan), time_line(training=plan.seconds), disk_line(folder, plan.disk_bytes)]
+    lines = [*training_lines(plan), time_line(training=plan.seconds), disk_line(folder, plan.disk_bytes)]
+    done = max(checkpoint_folders(folder / "checkpoints"), default=0)
+    return [*lines, f"goes on at step {done + 1:,}"] if done else lines
 
 
 def comparison_lines(config: CompareConfig, parts: PromptParts, num_drafters: int) -> list[str]:

@@ -16,8 +16,6 @@ WANTED = "`messages`, `conversations`, `turns`, `instruction` or `prompt`"
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
-MAX_JSON_BYTES = 2**32
-"""Bytes of the largest JSON file with one list; JSONL and parquet files may be larger."""
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 
 
@@ -120,7 +118,7 @@ def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Iterable[tu
 
 def _read_list(path: Path) -> list[Any]:
     """Read a JSON file that holds one list."""
-    text = read_text(path, "a JSON file", max_bytes=MAX_JSON_BYTES)
+    text = read_text(path, "a JSON file")
     try:
         rows = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:

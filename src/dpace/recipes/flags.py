@@ -13,7 +13,6 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import is_dataclass, make_dataclass
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
@@ -111,20 +110,15 @@ def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
 
 def _read(config_class: type, words: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
-    path = _recipe_path(words, config_class)
-    recipe, settings = read_settings(path, config_class) if path else (tyro.MISSING_NONPROP, {})
-    return recipe, settings, words[path is not None :]
-
-
-def _recipe_path(args: list[str], config_class: type) -> str | Path | None:
-    """Find the recipe that stands first; None where flags begin at once."""
-    if not args or args[0].startswith("-") or not issubclass(config_class, Recipe):
-        return None
-    if args[0].endswith((".yaml", ".yml")):
-        return args[0]
-    if args[0] not in RECIPES:
-        raise UsageError(f"there is no recipe named {args[0]!r}; name a YAML file, or one of {', '.join(RECIPES)}")
-    return RECIPES[args[0]]
+    if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
+        return tyro.MISSING_NONPROP, {}, words
+    path, *flags = words
+    if not path.endswith((".yaml", ".yml")):
+        if path not in RECIPES:
+            raise UsageError(f"there is no recipe named {path!r}; name a YAML file, or one of {', '.join(RECIPES)}")
+        path = str(RECIPES[path])
+    recipe, settings = read_settings(path, config_class)
+    return recipe, settings, flags
 
 
 def _option_of(flag: str) -> str:

@@ -7,19 +7,19 @@ stand in the dataclass itself; `dpace.config` has those of all options.
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from dpace.config import STRICT
 from dpace.system.progress import quoted
 
 Kind = TypeVar("Kind")
+UNION_WORDS = ("int", "float", "str", "bool")
 
 
 class UsageError(ValueError):
@@ -76,71 +76,42 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(tuple[kind], config=STRICT)
 
 
-def explain(error: ValidationError, kind: type, *, skip: int = 0) -> str:
-    """Return in one line what is wrong first.
+def explain(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
+    """Return in one line what is wrong first, in the words of pydantic.
 
     Args:
         error: of pydantic.
         kind: the dataclass that was checked.
         skip: number of keys that lead to it.
     """
-    first = min(error.errors(include_url=False), key=lambda found: found["type"] == "missing")  # a typo says more
-    name, group, hint = _find(kind, first["loc"][skip:])
-    keys = [entry.name for entry in fields(group)] if is_dataclass(group) else []
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda found: found["type"] == "missing")  # a typo says more
+    place = first["loc"][skip:]
+    name = _name(place)
     match first["type"]:
         case "missing":
-            return f"{name} is missing, expected {expected(hint)}"
+            return f"{name} is missing"
         case "unexpected_keyword_argument":
-            key = name.split(".")[-1]
-            close = difflib.get_close_matches(key, keys, n=1)
-            meant = f"did you mean {name.removesuffix(key)}{close[0]}?" if close else f"there are {', '.join(keys)}"
-            return f"there is no key {quoted(name)} ({meant})"
+            for group in place[:-1]:
+                kind = get_type_hints(kind).get(group) if is_dataclass(kind) else None
+            names = [entry.name for entry in fields(kind)] if is_dataclass(kind) else []
+            close = difflib.get_close_matches(str(place[-1]), names, n=1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            path = f"{_name(place[:-1])}.{place[-1]}".removeprefix(".")
+            return f"there is no key {quoted(path)}{meant}"
         case "value_error":  # of a check in dpace.config, whose message goes on from the name
             return f"{name} {first.get('ctx', {})['error']}"
-    return f"{name or 'the file'} is {quoted(first['input'])}, expected {expected(hint)}"
+    said = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
+    reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", words) for words in said]
+    return f"{name or 'the file'} is {quoted(first['input'])}, expected {' or '.join(reasons)}"
 
 
-def _find(kind: Any, path: Sequence[int | str]) -> tuple[str, Any, Any]:
-    """Find what stands at a path, which may end with words of pydantic.
-
-    Returns:
-        Its name, such as `rows[3].tau`, the dataclass it belongs to, and its type.
-    """
-    name, group = "", kind
-    for part in path:
-        kind = _without_none(kind)
-        items = [item for item in get_args(kind) if item is not Ellipsis]
-        if is_dataclass(kind):
-            group, name = kind, f"{name}.{part}" if name else str(part)
-            kind = get_type_hints(kind, include_extras=True).get(str(part))
-        elif get_origin(kind) in (list, tuple, dict):
-            name += f"[{part!r}]"
-            kind = items[min(int(part), len(items) - 1)] if get_origin(kind) is tuple else items[-1]
-        else:
-            break
-    return name, group, kind
-
-
-def _without_none(kind: Any) -> Any:
-    """Return a type without its annotations, and the only one of `kind | None`."""
-    kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-    options = [option for option in get_args(kind) if option is not NoneType]
-    return _without_none(options[0]) if get_origin(kind) in (Union, UnionType) and len(options) == 1 else kind
-
-
-def expected(kind: Any) -> str:
-    """Return in words what a type takes: its description if it has one, else its choices or what JSON calls it."""
-    for note in getattr(kind, "__metadata__", ()):
-        if isinstance(note, FieldInfo) and note.description:
-            return note.description
-    kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-    options = list(get_args(kind))
-    origin = get_origin(kind)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, options))}" if len(options) > 1 else repr(options[0])
-    if origin in (Union, UnionType):
-        return " or ".join(map(expected, options))
-    if origin in (list, tuple):
-        return f"a list, each entry {expected(options[0])}"
-    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", NoneType: "null"}
-    return words.get(kind, "an object")
+def _name(place: Sequence[int | str]) -> str:
+    """Write a place as `rows[3].tau`, without the words by which pydantic tells the types of a union apart."""
+    name = ""
+    for part in place:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part.isidentifier() and part not in UNION_WORDS:
+            name += f".{part}"
+    return name.removeprefix(".")

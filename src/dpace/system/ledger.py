@@ -1,6 +1,5 @@
 """Write files all or nothing, keep others out while writing, and leave alone what dpace did not write."""
 
-import codecs
 import contextlib
 import errno
 import fnmatch
@@ -25,32 +24,24 @@ MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
 """In a folder that a process writes to: the lock, and who holds it."""
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
-WAIT_SECONDS = 1800.0
-"""Longest wait for a process that writes one file."""
-MAX_LINE_BYTES = 64 * 2**20
-"""Bytes of the longest line of a JSONL file that is read."""
+FULL_DISK = r"os error (28|122)|\d+ requested and \d+ written"
+"""What safetensors and numpy say where there is no room, or no more of a quota."""
 
 
-def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -> str:
+def read_text(path: str | Path, what: str) -> str:
     """Read a file in UTF-8.
 
     Args:
         path: of a regular file: devices and pipes may have no end.
         what: what the file should be, for the message, such as "a YAML file of options".
-        max_bytes: of the largest file that is read.
 
     Raises:
-        ValueError: the file is missing, is none, is larger, or is not in UTF-8.
+        ValueError: the file is missing, is none, or is not in UTF-8.
     """
-    path = Path(path)
     with _reading(path, what):
-        if path.stat().st_size > max_bytes:
-            raise ValueError(f"cannot read {path}: it has more than {max_bytes:,} bytes; name {what}")
-        return path.read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
 
 
 def read_object(path: Path, fix: str) -> dict[str, Any]:
@@ -59,7 +50,7 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is not a JSON object.
     """
-    text = read_text(path, "a JSON file", max_bytes=2**32)  # results hold every answer, and a log grows
+    text = read_text(path, "a JSON file")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -79,20 +70,14 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
         is_growing: leave out a last line that its writer has not finished.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not a JSON object, names a key twice, or is too long.
+        ValueError: the file cannot be read, or a line is not a JSON object or names a key twice.
     """
-    path = Path(path)
-    with _reading(path, "a JSONL file"), path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
-                )
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    with _reading(path, "a JSONL file"), Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+                row = json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:  # undecodable, no JSON, an endless number, a deep list
                 if is_growing and not line.endswith(b"\n"):
                     return
@@ -104,11 +89,10 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def _reading(path: str | Path, what: str) -> Iterator[None]:
     """Refuse what may have no end, and say in one line why a file cannot be read."""
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "a device or a pipe"
-        raise ValueError(f"cannot read {path}: it is {kind}; name {what}")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"cannot read {path}: it is a folder, a device or a pipe; name {what}")
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
@@ -201,55 +185,17 @@ def _own_lock(path: Path) -> Path:
 
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder.
-
-    Raises:
-        ValueError: another process writes it for `WAIT_SECONDS`; names the lock to remove if that process is gone.
-    """
-    try:
-        lock = _acquire(_own_lock(path), WAIT_SECONDS)
-    except filelock.Timeout as error:
-        raise ValueError(
-            f"another process has been writing {path} for {WAIT_SECONDS / 60:g} minutes; wait for it, or remove "
-            f"{error.lock_file} if it is gone"
-        ) from error
-    try:
+    """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
+    with filelock.FileLock(_own_lock(path)):
         remove_unfinished(path.parent, f"{path.name}.*")
         yield
-    finally:
-        lock.release()
-
-
-def _acquire(path: Path, timeout: float) -> filelock.BaseFileLock:
-    """Lock a file; where the file system has no locks, another file stands for the lock as long as it is held."""
-    lock = filelock.FileLock(path, is_singleton=True)
-    try:
-        lock.acquire(timeout)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        lock = filelock.SoftFileLock(path.with_suffix(".softlock"), is_singleton=True)
-        lock.acquire(timeout)
-    return lock
 
 
 def cut_unfinished_line(path: Path) -> None:
-    """Cut off a last line that a killed process left unfinished.
-
-    A last line that lacks only its line end gets it.
-    """
+    """Cut off a last line that a killed process left unfinished."""
     data = path.read_bytes() if path.exists() else b""
-    if not data or data.endswith(b"\n"):
-        return
-    start = data.rfind(b"\n") + 1
-    try:
-        json.loads(data[start:])
-    except ValueError:
-        with path.open("rb+") as file:
-            file.truncate(start)
-    else:
-        with path.open("ab") as file:
-            file.write(b"\n")
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager
@@ -266,23 +212,22 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         yield
         return
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    holder, host = folder / HOLDER, platform.node()
+    holder = folder / HOLDER
+    lock = filelock.FileLock(folder / LOCK, timeout=0.0, is_singleton=True)
     try:
-        lock = _acquire(folder / LOCK, timeout=0.0)
+        lock.acquire()
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
-        is_here = " on " not in who or f" on {host} (" in who
-        stale = "" if is_here else f"; if it is gone, remove {error.lock_file}"
         raise ValueError(
-            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
+            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output"
         ) from error
     is_first = lock.lock_counter == 1
     try:
-        command = " ".join(["dpace", *sys.argv[1:2]])
-        with naming_file(holder):
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder.write_text(f"process {os.getpid()} on {host} ({command}, since {since})")
         if is_first:
+            command = " ".join(["dpace", *sys.argv[1:2]])
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            with naming_file(holder):
+                holder.write_text(f"process {os.getpid()} on {platform.node()} ({command}, since {since})")
             remove_unfinished(folder)
         yield
     finally:
@@ -299,10 +244,8 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
     """
     folder = Path(folder)
     marker = folder / MARKER
-    try:
-        written = set(json.loads(marker.read_text())["files"]) if marker.exists() else set()
-    except (ValueError, KeyError, TypeError, RecursionError):
-        written = set()
+    fix = "remove it, and what dpace wrote beside it"
+    written = set(read_object(marker, fix).get("files", ())) if marker.exists() else set()
     for name in names:
         if (folder / name).exists() and name not in written:
             raise ValueError(
@@ -338,15 +281,11 @@ def remove_files(folder: str | Path, patterns: Sequence[str], *, keep: Collectio
     folder = Path(folder)
     with lock_folder(folder):
         written = refuse_foreign_files(folder)
-        old = sorted(
-            name
-            for name in written.difference(keep)
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and (folder / name).is_file()
-        )
+        like = {name for pattern in patterns for name in fnmatch.filter(written, pattern)}
+        old = sorted(name for name in like.difference(keep) if (folder / name).is_file())
         for name in old:
             (folder / name).unlink()
-        if old:
-            write_json(folder / MARKER, {"files": sorted(written.difference(old))})
+        write_json(folder / MARKER, {"files": sorted(written.difference(old))})
     return old
 
 
@@ -368,7 +307,7 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
 
     Raises:
         ValueError: files of another program would be overwritten, or another process writes there.
-        OSError: there is no room, also where a library says so in words of its own.
+        OSError: there is no room, also where a library says so in words of its own; names the outermost folder.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -391,13 +330,9 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
     except BaseException as error:
         if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}:
             shutil.rmtree(folder, ignore_errors=True)
-        place = str(getattr(error, "filename", None) or UNFINISHED)
-        if isinstance(error, OSError | SafetensorError) and place.endswith(UNFINISHED):
-            # A full disk, in the words of safetensors or of numpy.
-            found = re.search(r"os error (\d+)|\d+ requested and \d+ written", str(error))
-            number = getattr(error, "errno", None) or (int(found[1] or errno.ENOSPC) if found else 0)
-            if number:
-                raise OSError(number, os.strerror(number), str(folder)) from error
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or (isinstance(error, OSError | SafetensorError) and re.search(FULL_DISK, str(error))):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
 
 

@@ -1,9 +1,9 @@
 """Write to a terminal: the progress bar of long work, and texts that cannot steer it."""
 
 import math
+import re
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -29,8 +29,8 @@ LINE_SECONDS = 30.0
 
 MAX_VALUE = 60
 """Characters of a wrong value that a message shows."""
-STEERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-"""Unicode's classes of marks that change the direction in which a text is shown."""
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, marks that change the direction in which a text is shown, and halves of characters."""
 
 
 class _LinesInPlaceOfABar(Progress):
@@ -103,11 +103,8 @@ def count(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Show the control characters of a text as `\x1b`, so that it cannot steer a terminal.
-
-    Line feeds and tabs stay. Marks that turn the direction of writing and halves of characters are shown too.
-    """
-    return "".join(_escape(character) if not character.isprintable() else character for character in text)
+    r"""Show what can steer a terminal, but for line feeds and tabs, as an escape such as `\x1b`."""
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: object) -> str:
@@ -130,14 +127,6 @@ def quoted(value: Any) -> str:
     """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
     text = printable("null" if value is None else repr(value))
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
-
-
-def _escape(character: str) -> str:
-    """Write a character as an escape where it can do harm."""
-    is_harmful = unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in STEERING
-    if not is_harmful or character in "\n\t":
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 def print_text(text: str, end: str = "\n") -> None:

@@ -1,18 +1,18 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpace.config import BenchConfig, Recipe
-from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
+from dpace.recipes.flags import PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
-from dpace.system.progress import print_text
+from dpace.system.progress import note, print_text
 from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 
 if TYPE_CHECKING:
+    from dpace.measure.results import Results
     from dpace.prompts.prompts import Prompt
 
     Prompts = Sequence[Prompt]
@@ -43,8 +43,6 @@ def run(args: list[str]) -> None:
 def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: list[str]) -> None:
     """Send `decoded`, the first prompts of each set, to running servers."""
     from dpace.measure.servers import bench_servers
-    from dpace.report.sections import tables_of
-    from dpace.report.tables import console, section_table
 
     config = recipe.bench
     assert config.server is not None
@@ -52,16 +50,23 @@ def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", arg
         if getattr(config, name) != getattr(BenchConfig(), name):
             flag = name.replace("_", "-")
             raise ValueError(f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out")
-    if DRY_RUN in args:
-        refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
-        print(f"prompts: {len(decoded):,}, sent to the server")
+    refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
+    if announce([f"prompts: {len(decoded):,}, sent to the server"], args):
         return
     chat = load_chat(recipe)
     with lock_folder(recipe.output):
         served = bench_servers(chat, config.server, config.plain_server, prompts, config, recipe.output)
-    console().print(*map(section_table, tables_of(served)))
-    print(f"written: {recipe.output}/servers.json")
+    _show(served, f"{recipe.output}/servers.json")
     print("next:", command("report", recipe.output))
+
+
+def _show(results: "Results", path: str) -> None:
+    """Print the tables of results, and where they are written."""
+    from dpace.report.sections import tables_of
+    from dpace.report.tables import console, section_table
+
+    console().print(*map(section_table, tables_of(results)))
+    print_text(f"written: {path}")
 
 
 def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: list[str]) -> None:
@@ -70,35 +75,32 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
     from dpace.plan.lines import decoding_lines, num_decodings
-    from dpace.report.sections import tables_of
-    from dpace.report.tables import console, section_table
     from dpace.target.locate import find_drafter
 
     config, output = recipe.bench, Path(recipe.output)
     refuse_other_results(output / "results.json", BenchResults)
-    folders = config.drafters or (str(output / "drafter"),)
-    found = [find_drafter(folder, "--bench.drafters") if config.drafters else folder for folder in folders]
-    named = dict(zip(drafter_names(folders), found, strict=True))
-    if not (config.sets or config.drafters):
-        _refuse_trained_prompts(recipe, Path(found[0]))
-    if not Path(found[0]).exists():
-        raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
+    folders = [find_drafter(name, "--bench.drafters") for name in config.drafters]
+    if not folders:
+        own = output / "drafter"
+        if not own.exists():
+            raise ValueError(f"there is no drafter {own}; train one, or name one with --bench.drafters")
+        if not config.sets:
+            _refuse_trained_prompts(recipe, own)
+        folders = [str(own)]
+    names = drafter_names(config.drafters or folders)
     refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
-    num_answers = num_decodings(recipe, prompts, len(folders))
-    if announce(decoding_lines(recipe, num_answers, config.max_new_tokens), args):
+    if announce(decoding_lines(recipe, num_decodings(recipe, prompts, len(names)), config.max_new_tokens), args):
         return
     target = load_target(recipe)
-    if ranks.is_first():
-        print(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}", file=sys.stderr)
-    drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
+    note(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}")
+    drafters = {name: load_drafter(folder, target) for name, folder in zip(names, folders, strict=True)}
     with lock_folder(output):
         results = bench(target, drafters, prompts, config, output)
     if not ranks.end():
         return
-    console().print(*map(section_table, tables_of(results)))
-    print_text(f"written: {output}/results.json")
-    asked = command("generate", target=recipe.target, drafter=folders[0], thinking=recipe.thinking, prompt=PROMPT)
-    print("next:", asked)
+    _show(results, f"{output}/results.json")
+    first = (config.drafters or folders)[0]
+    print("next:", command("generate", target=recipe.target, drafter=first, thinking=recipe.thinking, prompt=PROMPT))
 
 
 def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
@@ -132,7 +134,6 @@ def drafter_names(folders: Sequence[str]) -> list[str]:
     paths = [Path(folder).resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")
-    length = 1
-    while len({path.parts[-length:] for path in paths}) < len(paths):
-        length += 1
-    return ["/".join(path.parts[-length:]) for path in paths]
+    lengths = range(1, max(len(path.parts) for path in paths) + 1)
+    ends = (["/".join(path.parts[-length:]) for path in paths] for length in lengths)
+    return next(names for names in ends if len(set(names)) == len(names))

@@ -1,5 +1,6 @@
 """Answer one prompt, or chat, with or without a drafter."""
 
+import contextlib
 import sys
 import time
 from dataclasses import fields
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
 from dpace.recipes.flags import command, given_options, parse
-from dpace.system.progress import print_text
+from dpace.system.progress import count, print_text
 from dpace.verbs import load_target
 
 if TYPE_CHECKING:
@@ -77,28 +78,28 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_drafter
 
     messages = find_prompt(config.prompt) if config.prompt else []
-    folder = None if config.drafter is None else find_drafter(config.drafter)
+    folder = find_drafter(config.drafter) if config.drafter else None
     target = load_target(
         Recipe(target=config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
     )
-    drafter = load_drafter(folder, target) if folder else None
     options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
-    ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
-    if config.stream and drafter:
-        return _chat(target, drafter, messages, {**ways, **options})
-    token_ids = encode_chat(target, messages)
-    if drafter is None:
-        generation = generate_plain(target, token_ids, **options)
-    elif config.compile:
-        print("compiling the decoding steps, which takes a minute or more", file=sys.stderr)
-        (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
+    if folder is None:
+        generation = generate_plain(target, encode_chat(target, messages), **options)
     else:
-        generation = generate(target, drafter, token_ids, **ways, **options)
+        drafter = load_drafter(folder, target)
+        ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
+        if config.stream:
+            _stream(target, drafter, messages, {**ways, **options})
+            return
+        token_ids = encode_chat(target, messages)
+        if config.compile:
+            print("compiling the decoding steps; dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
+            (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
+        else:
+            generation = generate(target, drafter, token_ids, **ways, **options)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     _print_speed(generation)
-    if config.compile:
-        print("the steps were compiled in that time: dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
-    if drafter is None:
+    if folder is None:
         own = command("respond", target=config.target, **{"prompts.path": "prompts.jsonl"})
         first = command("demo") if config.target == Recipe().target else own
         print("next:", first, "(the first step to a drafter, which makes this faster)", file=sys.stderr)
@@ -106,46 +107,49 @@ def run(args: list[str]) -> None:
 
 def _print_speed(generation: "Generation") -> None:
     """Print on stderr, in one sentence, how long the answer was and how fast it came after its first token."""
-    num_tokens, num_timed = len(generation.token_ids), generation.num_decode_tokens
+    num_timed = generation.num_decode_tokens
     speed = f" at {num_timed / max(generation.decode_seconds, 1e-9):.1f} tokens/s" if num_timed else ""
     tau = f"; each pass of the target gave {generation.acceptance.tau:.2f} (tau)" if generation.accepted_lengths else ""
-    print(f"{num_tokens} token{'' if num_tokens == 1 else 's'}{speed}{tau}", file=sys.stderr)
+    print(f"{count(len(generation.token_ids), 'token')}{speed}{tau}", file=sys.stderr)
 
 
-def _chat(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
-    """Answer the messages, or the lines that the user types until the end of input; options are those of `stream`.
+def _stream(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """Answer the messages, or without any the lines that the user types until the end of input.
 
-    After each answer, one sentence on stderr says how fast it came.
+    Args:
+        target: it answers.
+        drafter: it proposes.
+        messages: of one prompt; none for a chat.
+        options: those of `dpace.decode.stream`.
     """
+    if messages:
+        _show_answer(target, drafter, messages, options)
+        return
+    with contextlib.suppress(EOFError):
+        while True:
+            if line := input("> ").strip():
+                messages.append({"role": "user", "content": line})
+                answer = _show_answer(target, drafter, messages, options)
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _show_answer(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    """Print an answer while it is written, and on stderr how fast it came; return it."""
     from dpace.decode import Generation, stream
     from dpace.target.chat import encode_chat
 
-    is_one_answer = bool(messages)
-    steps: list[tuple[Step, float]] = []  # and their times
-    while True:
-        if not messages or messages[-1]["role"] == "assistant":
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                return
-            if not line:
-                continue
-            messages.append({"role": "user", "content": line})
-        steps.clear()
-        text = ""
-        for piece in stream(
-            target,
-            drafter,
-            encode_chat(target, messages),
-            on_step=lambda step: steps.append((step, time.perf_counter())),
-            **options,
-        ):
-            text += piece
-            print_text(piece, end="")
-        print()
-        passes, times = zip(*steps, strict=True)
-        seconds = {"prefill_seconds": 0.0, "decode_seconds": times[-1] - times[0]}
-        _print_speed(Generation.from_steps(passes, drafter.block_size, **seconds))
-        if is_one_answer:
-            return
-        messages.append({"role": "assistant", "content": text})
+    steps: list[Step] = []
+    times: list[float] = []
+
+    def on_step(step: "Step") -> None:
+        steps.append(step)
+        times.append(time.perf_counter())
+
+    text = ""
+    for piece in stream(target, drafter, encode_chat(target, messages), on_step=on_step, **options):
+        text += piece
+        print_text(piece, end="")
+    print()
+    seconds = times[-1] - times[0]
+    _print_speed(Generation.from_steps(steps, drafter.block_size, prefill_seconds=0.0, decode_seconds=seconds))
+    return text

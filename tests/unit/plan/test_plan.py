@@ -179,6 +179,12 @@ def test_a_dry_run_refuses_prompts_that_the_target_would_refuse(verb, answered, 
     assert "of up to 40000 new tokens it passes the target's limit of 32768" in capsys.readouterr().err
 
 
+def test_a_training_says_where_it_goes_on(answered, tmp_path, capsys):
+    (tmp_path / "out" / "drafter" / "checkpoints" / "checkpoint-900000").mkdir(parents=True)
+    assert main(["train", *answered, "--dry-run", "--train.max-steps", "1000000"]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.endswith("goes on at step 900,001\n")
+
+
 def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsys):
     assert main(["plan", *answered, "--memory", "20MiB", "--device", "cpu"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out

@@ -30,24 +30,23 @@ NAMES = {"target": "model.layers.1.mlp.up_proj.weight", "drafter": "layers.1.mlp
 FAULTS = {
     "missing": (lambda w, n: w.pop(n), "lack {}"),
     "other shape": (lambda w, n: w.update({n: w[n][:-1].clone()}), r"have other shapes: {} is \["),
-    "nan": (lambda w, n: w[n].view(-1)[3:4].fill_(float("nan")), "NaN or infinity in {}"),
     "infinite": (lambda w, n: w[n].view(-1)[3:4].fill_(float("-inf")), "NaN or infinity in {}"),
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "cut"])
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", LOADERS)
 def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_path):
     folder = shutil.copytree(folders / kind, tmp_path / kind)
-    change, message = FAULTS.get(fault, (None, "damaged|cannot load"))
-    if change:
-        with changed_weights(folder) as weights:
-            change(weights, NAMES[kind])
-    else:
-        os.truncate(folder / "model.safetensors", 200)
+    change, message = FAULTS[fault]
+    with changed_weights(folder) as weights:
+        change(weights, NAMES[kind])
     with pytest.raises(ValueError, match=message.format(NAMES[kind])) as refused:
         LOADERS[kind](folder)
     assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
+    os.truncate(folder / "model.safetensors", 200)
+    with pytest.raises(ValueError, match="damaged|cannot load"):
+        LOADERS[kind](folder)
 
 
 def test_no_bar_of_transformers_is_shown(folders, tmp_path):
@@ -74,16 +73,6 @@ def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path)
     Target.load(str(tmp_path / "target"))
     with pytest.raises(ValueError, match=r"have unknown other.weight"):
         Drafter.from_pretrained(tmp_path / "drafter")
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_fits_is_loaded_as_it_was_written(tied, tmp_path):
-    target = make_target("smollm2", tie_word_embeddings=tied)
-    target.model.save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    again = Target.load(str(tmp_path))
-    for name, value in target.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
 
 
 def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
