@@ -94,26 +94,21 @@ class Corpus:
         return np.bincount(row, of_span, len(spans)).astype(np.int64)[self._order]
 
 
-def _batch(rows: Iterable[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
-    """Put responses with the part and the place of their prompts into columns."""
-    filled = [
-        {
-            "id": response.id,
-            "part": part,
-            "place": place,
-            "token_ids": np.array(array("i", response.token_ids)),  # several times as fast as a list
-            "response_spans": _merge(response.response_spans),
-            "length": len(response.token_ids),
-        }
-        for response, part, place in rows
-    ]
-    return pyarrow.RecordBatch.from_pylist(filled, SCHEMA)
-
-
 def _batches(rows: Iterator[tuple[Response, int, int]]) -> Iterator[pyarrow.RecordBatch]:
-    """Put rows into columns, some at a time."""
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield _batch(batch)
+    """Put responses with the part and the place of their prompts into columns, some at a time."""
+    while some := list(islice(rows, BATCH_ROWS)):
+        filled = [
+            {
+                "id": response.id,
+                "part": part,
+                "place": place,
+                "token_ids": np.array(array("i", response.token_ids)),  # several times as fast as a list
+                "response_spans": _merge(response.response_spans),
+                "length": len(response.token_ids),
+            }
+            for response, part, place in some
+        ]
+        yield pyarrow.RecordBatch.from_pylist(filled, SCHEMA)
 
 
 def _table(rows: Iterator[tuple[Response, int, int]]) -> pyarrow.Table:
@@ -156,16 +151,6 @@ def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
     return merged
 
 
-def _checked(response: Response, path: Path, lengths: Sequence[int], sha256: str) -> Response:
-    """Refuse a response to another text, by the numbers of messages and the hash of the prompt's turns."""
-    if hash_json(response.turns(lengths)) != sha256:
-        raise ValueError(
-            f"{path} has an answer with the id {response.id!r}, but to another text; put the prompts back as they "
-            "were, or name another folder with --output"
-        )
-    return response
-
-
 class Answers:
     """The answers in a recipe's folder, and what made them.
 
@@ -186,20 +171,20 @@ class Answers:
         if not self.path.exists():
             raise ValueError(self._none())
         self.meta = read_meta(self.path)
-        again = f"write the answers again, into another folder, with `{respond}`"
-        if "target" not in self.meta:
-            raise ValueError(
-                f"{self.path} has no meta file beside it that says which target made the answers; put it back, or "
-                f"{again}"
-            )
         if self.meta.get("complete") is False:
             raise ValueError(
-                f"{self.path} holds the answers of an interrupted `dpace respond`; run the same "
-                f"`dpace respond` command again: `{respond}`"
+                f"{self.path} holds the answers of an interrupted `dpace respond`; run the same command again: "
+                f"`{respond}`"
             )
-        if self.meta.get("responses_sha256") not in (None, hash_file(self.path)):
+        fault = None
+        if "target" not in self.meta:
+            fault = "has no meta file beside it that says which target made the answers"
+        elif self.meta.get("responses_sha256") not in (None, hash_file(self.path)):
+            fault = "was changed after `dpace respond` wrote it"
+        if fault:
             raise ValueError(
-                f"{self.path} was changed after `dpace respond` wrote it; put it back as it was, or {again}"
+                f"{self.path} {fault}; put it back as it was, or write the answers again, into another folder, with "
+                f"`{respond}`"
             )
         self.refuse_others({"thinking": recipe.thinking})
 
@@ -252,20 +237,9 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         if table is None:
             register_files(path.parent, path.name)
             known = _places(split_ids(prompts)[:2])
-            is_own = read_meta(responses).get("source") == "own"
-            asked: dict[str, Any] = {}
-            for prompt in iterate_prompts(sources_of(prompts)[0]):
-                if prompt.id in known:
-                    turns = [own_messages(prompt)] if is_own else prompt.turns
-                    asked[prompt.id] = [*map(len, turns)], hash_json(turns)
-            found = (
-                (_checked(row, responses, *asked[row.id]), *known[row.id])
-                for row in iterate_responses(responses)
-                if row.id in known
-            )
             schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
             with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
-                for batch in _batches(found):
+                for batch in _batches(_find_answers(responses, prompts, known)):
                     file.write_batch(batch)
             table = _map_file(path, made_from)
             assert table is not None
@@ -273,6 +247,27 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
     train, validation = _divide(table, 2)
     return train, validation
+
+
+def _find_answers(
+    responses: Path, prompts: PromptsConfig, known: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[Response, int, int]]:
+    """Yield the responses to known prompts, and refuse those to other texts: hashes of all texts are in memory."""
+    is_own = read_meta(responses).get("source") == "own"
+    asked: dict[str, Any] = {}
+    for prompt in iterate_prompts(sources_of(prompts)[0]):
+        if prompt.id in known:
+            turns = [own_messages(prompt)] if is_own else prompt.turns
+            asked[prompt.id] = [*map(len, turns)], hash_json(turns)
+    for response in iterate_responses(responses):
+        if response.id in known:
+            lengths, sha256 = asked[response.id]
+            if hash_json(response.turns(lengths)) != sha256:
+                raise ValueError(
+                    f"{responses} has an answer with the id {response.id!r}, but to another text; put the prompts back "
+                    "as they were, or name another folder with --output"
+                )
+            yield response, *known[response.id]
 
 
 def _map_file(path: Path, made_from: dict[str, Any]) -> pyarrow.Table | None:

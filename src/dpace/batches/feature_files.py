@@ -59,6 +59,7 @@ class ServerFeatures:
         self.servers = [VllmServer(url) for url in urls]
         self.target = target
         self.layer_ids = list(target_layer_ids)
+        self.options = f"eagle_aux_hidden_state_layer_ids {[layer + 1 for layer in target_layer_ids]}"
         self.transfer = FP8Transfer(Path(), target.head.weight.dtype)
 
     def __call__(self, texts: Sequence[Tensor]) -> list[Tensor]:
@@ -83,15 +84,21 @@ class ServerFeatures:
             if not error <= MOST_APART:
                 raise ValueError(
                     f"{self.servers[0].url} gives other hidden states for layer {layer} than --target ({error:.0%} "
-                    f"apart); serve that model with eagle_aux_hidden_state_layer_ids {[i + 1 for i in self.layer_ids]}"
+                    f"apart); serve that model with {self.options}"
                 )
 
     def _ask(self, number: int, text: Tensor) -> Tensor:
         """Let one of the servers compute the hidden states of a text, and refuse what are not these."""
         server = self.servers[number % len(self.servers)]
         token_ids = text.tolist()
-        body = {"model": server.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
-        (reply,) = server.address.events("/v1/completions", body | {"return_token_ids": True}, 1 + len(token_ids))
+        body = {
+            "model": server.model,
+            "prompt": token_ids,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "return_token_ids": True,
+        }
+        (reply,) = server.address.events("/v1/completions", body, 1 + len(token_ids))
         params: Any = reply and reply.get("kv_transfer_params")
         path = params.get("hidden_states_path") if isinstance(params, dict) else None
         if not isinstance(path, str) or not path.endswith(".safetensors"):
@@ -99,27 +106,20 @@ class ServerFeatures:
                 f"{server.url} names no file of hidden states; start vLLM with the speculative method "
                 "extract_hidden_states and ExampleHiddenStatesConnector"
             )
-        name = server.address.short(path)
         try:
             sample = self.transfer.get_generated(params)
         except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{name} of {server.url} cannot be read ({error}); see its log") from error
+            raise ValueError(f"{path} of {server.url} cannot be read ({error}); see its log") from error
         if sample is None:
-            raise ValueError(f"{name} of {server.url} is not seen here; let both share that folder")
-        hidden = sample.get("hidden_states", torch.empty(0))
-        found = sample.get("token_ids", torch.empty(0))
+            raise ValueError(f"{path} of {server.url} is not seen here; let both share that folder")
+        hidden = sample["hidden_states"]
         expected = (len(token_ids), len(self.layer_ids), self.target.hidden_size)
-        if hidden.shape != expected:
+        if hidden.shape != expected or sample["token_ids"].tolist() != token_ids or not hidden.isfinite().all():
             raise ValueError(
-                f"{server.url} wrote hidden states of the shape {tuple(hidden.shape)}, expected {expected}: tokens, "
-                "layers, width; serve the target with eagle_aux_hidden_state_layer_ids "
-                f"{[i + 1 for i in self.layer_ids]}, and with --no-enable-prefix-caching and "
-                "--no-enable-chunked-prefill"
+                f"{server.url} wrote hidden states of the shape {tuple(hidden.shape)}, of another text or not finite, "
+                f"expected {expected} for tokens, layers and width; serve the target with {self.options}, and with "
+                "--no-enable-prefix-caching and --no-enable-chunked-prefill"
             )
-        if found.tolist() != token_ids:
-            raise ValueError(f"{server.url} wrote the hidden states of another text; give it a folder of its own")
-        if not hidden.float().isfinite().all():
-            raise ValueError(f"{server.url} wrote hidden states that are not finite; see its log")
         self.transfer.delete(path)  # which holds these tokens' hidden states, so it is no other file
         return hidden.flatten(1).to(self.target.head.weight.dtype)
 
@@ -251,17 +251,12 @@ def bytes_of_token(target: Any, num_layers: int, dtype: str) -> int:
 
 
 def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    room = {
-        limit_bytes: "--train.feature-files-gib allows; raise it",
-        free: f"are free on the disk of {folder}; make room",
-    }
-    limit = min(room)
-    if size > limit:
+    room = min(limit_bytes, shutil.disk_usage(folder).free)
+    if size > room:
         raise ValueError(
-            f"the hidden states need {size / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB {room[limit]}, take "
-            "--train.feature-dtype float8, fewer answers or a lower --train.max-length, or leave out "
-            "--train.feature-files, and they are computed in every epoch"
+            f"the hidden states need {size / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free on the disk of "
+            f"{folder} and allowed; raise --train.feature-files-gib, make room, take --train.feature-dtype float8 or "
+            "fewer answers, or leave out --train.feature-files: they are computed in every epoch then"
         )
 
 

@@ -122,8 +122,7 @@ def _find_waiting(
     Those that begin alike are neighbours, and the short ones come first otherwise.
     """
     register_answers(path)
-    cut_unfinished_line(path)
-    _append_rank_files(path)
+    _collect(path, [])
     check_meta(path, meta)
     done = set()
     for response in iterate_responses(path) if path.exists() else ():
@@ -146,49 +145,41 @@ def _find_waiting(
 
 
 def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int]) -> None:
-    """Collect what the ranks wrote, put it in the order of the prompts, and note that the file is complete."""
-    _append_rank_files(path)
+    """Collect what the ranks wrote, and note that the file is complete."""
     if left_out and sum(left_out.values()) == len(prompts):
         raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
-    if not prompts or read_meta(path).get("complete"):
-        return
-    places = {prompt.id: place for place, prompt in enumerate(prompts)}
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines.sort(key=lambda line: places.get(json.loads(line)["id"], -1))  # behind those of other prompts
-    with writing(path) as unfinished:
-        unfinished.write_bytes(b"".join(lines))
-    write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
+    if prompts and not read_meta(path).get("complete"):
+        _collect(path, prompts)
+        write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
+
+
+def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Put what ranks have written into the file, and the lines into the order of the prompts, where there are any.
+
+    A call that was killed before may have left such files, with lines that the file has already, and a line without its
+    end.
+    """
+    parts = list(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"))
+    lines: dict[str, bytes] = {}
+    for part in (path, *parts):
+        cut_unfinished_line(part)
+        if part.exists() and (parts or prompts):
+            lines |= {json.loads(line)["id"]: line for line in part.read_bytes().splitlines(keepends=True)}
+    if lines:
+        places = {prompt.id: place for place, prompt in enumerate(prompts)}
+        order = sorted(lines, key=lambda name: places.get(name, -1))  # those of other prompts come first
+        with writing(path) as unfinished:
+            unfinished.write_bytes(b"".join(lines[name] for name in order))
+    for part in parts:
+        part.unlink()
 
 
 def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> None:
     """Append answers to a file, and wait for the disk whenever some came."""
-    num_tokens = 0
-    with progress_bar() as bar:
+    with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
         task = bar.add_task("answering prompts", total=num_prompts, info="")
         for batch in rows:
-            _append(path, [json.dumps(asdict(row) | more, ensure_ascii=False) + "\n" for row, more in batch])
-            num_tokens += sum(end - start for row, _ in batch for start, end in row.response_spans)
-            speed = num_tokens / max(1e-9, bar.tasks[task].elapsed or 1e-9)
-            bar.update(task, advance=len(batch), info=f"{speed:.0f} tokens/s")
-
-
-def _append(path: Path, lines: Sequence[str]) -> None:
-    """Append lines to a file, and wait for the disk."""
-    with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _append_rank_files(path: Path) -> None:
-    """Append what the ranks of this call, or of one that was killed, have written, and remove their files.
-
-    An id that the file has already is left out: its part was appended before the kill.
-    """
-    parts = list(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"))
-    done = {response.id for response in iterate_responses(path)} if parts and path.exists() else set()
-    for part in parts:
-        cut_unfinished_line(part)
-        with part.open(encoding="utf-8", newline="\n") as lines:
-            _append(path, [line for line in lines if json.loads(line)["id"] not in done])
-        part.unlink()
+            file.writelines(json.dumps(asdict(row) | more, ensure_ascii=False) + "\n" for row, more in batch)
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(task, advance=len(batch))

@@ -1,7 +1,7 @@
 """Let running servers of the target answer prompts: several servers, many requests at each.
 
 Prompts come in; rows for `responses.jsonl` go out, in the order in which they come. All workers take from one queue of
-prompts. What a server sends is turned into the tokens that the target would have kept, or the prompt is left out.
+prompts. A prompt whose answer is not known to be what the target would have kept is left out.
 """
 
 import queue
@@ -45,42 +45,31 @@ class LeftOut(ValueError):
         self.reason = reason
 
 
-def tokens_of_answer(
-    answer: Answer, prompt: Sequence[int], target: Target | ChatTokenizer, max_new_tokens: int
-) -> tuple[list[int], str]:
+def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) -> tuple[list[int], str]:
     """Return the tokens of an answer, its stop token included, and `stop` or `length`.
 
+    Args:
+        answer: some servers give it without the stop token that ended it.
+        stops: the target's stop tokens.
+        max_new_tokens: that were asked for.
+
     Raises:
-        LeftOut: a text that cannot be turned into the tokens that made it; a stop token that is not the target's;
-            or an answer that the server cut.
+        LeftOut: tokens that are not known; a stop token that is not the target's; or an answer that the server cut.
     """
-    stops = list(target.stop_token_ids)
-    tokens = answer.token_ids or _tokenize(answer, list(prompt), target.tokenizer)
+    tokens = answer.token_ids
     if end := answer_end(tokens, stops):
         return tokens[:end], "stop"
+    num_told = answer.last.num_tokens
+    if num_told not in (None, len(tokens), len(tokens) + answer.is_stopped):
+        raise LeftOut("given without its tokens")
     if not answer.is_stopped:
         if len(tokens) < max_new_tokens:
             raise LeftOut("cut by the server, whose context is too short")
         return tokens, "length"
-    is_told = answer.last.num_tokens == len(tokens)
     named = stops if answer.last.stop_token is None else [answer.last.stop_token]
-    if len(named) != 1 or named[0] not in stops or (is_told and answer.token_ids):
+    if len(named) != 1 or named[0] not in stops or num_told == len(tokens):
         raise LeftOut("ended by a token that is not known to be a stop token of the target")
     return [*tokens, *named], "stop"
-
-
-def _tokenize(answer: Answer, prompt: list[int], tokenizer: Any) -> list[int]:
-    """Turn a text back into tokens; the text that they give and their number must be the server's."""
-    text = answer.last.text or ""
-    tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    whole, before = (
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for ids in (prompt + tokens, prompt)
-    )
-    allowed = (None, len(tokens), len(tokens) + answer.is_stopped)
-    if whole != before + text or answer.last.num_tokens not in allowed:
-        raise LeftOut("given as a text that is not turned back into its own tokens")
-    return tokens
 
 
 class ServerAnswers:
@@ -172,13 +161,14 @@ class ServerAnswers:
             wait=self._wait,
             reraise=True,
         )
+        stops = list(self.target.stop_token_ids)
         conversation = Conversation(self.target, prompt, config)
         reasons = []
         while not conversation.is_answered:
             token_ids = conversation.ask()
             way = (config.max_new_tokens, config.temperature, conversation.seed)
             answer = ask(server.answer, token_ids, *way, stream=False)
-            tokens, reason = tokens_of_answer(answer, token_ids, self.target, config.max_new_tokens)
+            tokens, reason = tokens_of_answer(answer, stops, config.max_new_tokens)
             conversation.add(token_ids, tokens)
             reasons.append(reason)
         return conversation.response, _describe(server) | {"finish_reasons": reasons}

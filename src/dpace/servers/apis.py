@@ -70,7 +70,6 @@ class Reply(BaseModel):
     """Whether `tokens` are all so far, and not those after the last event."""
     end: str | None = None
     """Why the answer ends with this event: `stop` or `eos` for a stop token; None where it goes on."""
-    text: str | None = None
     num_tokens: NonNegativeInt | None = None
     """Tokens that the server has written."""
     stop_token: int | None = None
@@ -90,7 +89,7 @@ class Answer:
     is_stopped: bool
     """Whether a stop token ended the text, and not its length."""
     last: Reply
-    """The last event: it has the text of a server that gives no tokens, and the stop token where one is named."""
+    """The last event: it tells the number of tokens, and the stop token where one is named."""
 
 
 class Server(ABC):
@@ -153,7 +152,7 @@ class Server(ABC):
             temperature: 0 for greedy text.
             seed: of the draws.
             stream: let the tokens come one by one, whose times are wanted. In one piece they are less work for both
-                sides, and a text without tokens is an answer too.
+                sides, and a stop token that is not given is an answer too.
             more: further keys of the body, see `measured`.
 
         Raises:
@@ -165,7 +164,7 @@ class Server(ABC):
         body = body | {"stream": stream} | (more or {})
         with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
             answer = self._collect(events, max_new_tokens)
-        if not answer.token_ids and (stream or not (answer.last.text or answer.last.num_tokens)):
+        if not answer.token_ids and (stream or not answer.last.num_tokens):
             raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
         for token in answer.token_ids:
             if not 0 <= token < self.vocab_size:
@@ -268,7 +267,6 @@ class VllmServer(Server):
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
-            text=choice.get("text"),
             num_tokens=usage.get("completion_tokens"),
             stop_token=choice.get("stop_reason"),  # None for the end of the sequence
             counts=counts,
@@ -329,7 +327,6 @@ class SglangServer(Server):
             tokens=tokens,
             is_all=len(tokens) == meta.get("completion_tokens"),  # unless it was told to send the rest only
             end=reason.get("type"),
-            text=event.get("text"),
             num_tokens=meta.get("completion_tokens"),
             stop_token=reason.get("matched"),
             counts=counts,
@@ -375,7 +372,6 @@ class LlamacppServer(Server):
         return Reply(
             tokens=event.get("tokens"),
             end=(event.get("stop_type") or "done") if event.get("stop") else None,
-            text=event.get("content"),
             num_tokens=event.get("tokens_predicted"),
             counts=counts,
         )

@@ -201,8 +201,8 @@ def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
 @pytest.mark.parametrize(
     ("fault", "said"),
     {
-        "cut": "wrote hidden states of the shape .* expected .*: tokens, layers, width",
-        "another text": "wrote the hidden states of another text",
+        "cut": "wrote hidden states of the shape",
+        "another text": "of another text",
         "not finite": "not finite",
         "torn": "cannot be read",
         "gone": "is not seen here; let both share that folder",

@@ -44,10 +44,10 @@ class Stub(StubServer):
 
     model = threading.Lock()  # of all stubs: they have one model
 
-    def __init__(self, target, engine="llama.cpp", fault=lambda *_: None, *, rush=None, is_text=False):
+    def __init__(self, target, engine="llama.cpp", fault=lambda *_: None, *, rush=None):
         super().__init__(pages(PAGES[engine]), self.answer)
         self.target, self.engine = target, engine
-        self.fault, self.rush, self.is_text = fault, rush, is_text
+        self.fault, self.rush = fault, rush
 
     def answer(self, request):
         body = request.body
@@ -64,22 +64,22 @@ class Stub(StubServer):
         with self.model:
             config = replace(CONFIG, max_new_tokens=length, temperature=sampling["temperature"])
             (tokens,) = generate_responses(self.target, [prompt], config, [sampling[SEEDS[self.engine]]])
-        request.send(self.words(prompt, tokens))
+        request.send(self.words(tokens))
 
-    def words(self, prompt, tokens):
-        tokenizer, is_stop = self.target.tokenizer, tokens[-1] == EOS
-        inside = tokens[: len(tokens) - is_stop]
-        text = tokenizer.decode(prompt + inside)[len(tokenizer.decode(prompt)) :]
-        shown = [] if self.is_text else tokens
-        reason = "stop" if is_stop else "length"
+    def shown(self, tokens):
+        return tokens
+
+    def words(self, tokens):
+        reason = "stop" if tokens[-1] == EOS else "length"
+        shown = self.shown(tokens)
         if self.engine == "vllm":
-            choice = {"text": text, "token_ids": shown, "finish_reason": reason, "stop_reason": None}
+            choice = {"token_ids": shown, "finish_reason": reason, "stop_reason": None}
             return {"model": "m", "choices": [choice], "usage": {"completion_tokens": len(tokens)}}
         if self.engine == "sglang":
             meta = {"completion_tokens": len(tokens), "finish_reason": {"type": reason, "matched": EOS}}
-            return {"text": text, "output_ids": shown, "meta_info": meta}
+            return {"output_ids": shown, "meta_info": meta}
         kind = {"stop": "eos", "length": "limit"}[reason]
-        return {"content": text, "tokens": shown, "stop": True, "stop_type": kind, "tokens_predicted": len(tokens)}
+        return {"tokens": shown, "stop": True, "stop_type": kind, "tokens_predicted": len(tokens)}
 
 
 @pytest.fixture(scope="module")
@@ -162,23 +162,16 @@ def test_sampled_answers_are_those_of_plain_decoding_with_the_prompts_seed(targe
 
 
 @pytest.mark.parametrize("engine", PAGES)
-def test_texts_are_turned_back_into_their_tokens_or_left_out(engine, start, chat, own, tmp_path, capsys):
-    stub, path = start(engine, is_text=True), tmp_path / "responses.jsonl"
+def test_a_stop_token_may_be_named_and_other_tokens_may_not_be_missing(engine, start, chat, own, tmp_path, capsys):
+    stub, path = start(engine), tmp_path / "responses.jsonl"
+    stub.shown = lambda tokens: [token for token in tokens if token != EOS]
     assert write_responses(chat, PROMPTS, path, at(stub)) == own[0.0]
-    words, odd = stub.words, own[0.0][2].token_ids
-
-    def lose(prompt, tokens):
-        reply = words(prompt, tokens)
-        if odd[: len(prompt)] == prompt and len(tokens) > 1:  # one word that the tokenizer does not have
-            text = json.dumps(reply)
-            return json.loads(text.replace(': " w', ': " ?w', 1))
-        return reply
-
-    stub.words = lose
+    lacking = own[0.0][2].token_ids[own[0.0][2].response_spans[0][0] :]
+    stub.shown = lambda tokens: [] if tokens == lacking else tokens
     left_out = answer_prompts(chat, PROMPTS, tmp_path / "two" / "responses.jsonl", at(stub))
-    assert list(left_out.values()) == [1] and "prompt 2 is left out: given as a text" in capsys.readouterr().err
+    assert left_out == {"given without its tokens": 1} and "prompt 2 is left out: given" in capsys.readouterr().err
     found = read_responses(tmp_path / "two" / "responses.jsonl")
-    assert sorted(found, key=lambda one: one.id) == [one for one in own[0.0] if one.id != "2"]
+    assert found == [one for one in own[0.0] if one.id != "2"]
     assert read_meta(tmp_path / "two" / "responses.jsonl")["left_out"] == left_out
 
 
@@ -231,7 +224,7 @@ def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, o
 def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, chat, tmp_path):
     stub = start("sglang")
     meta = {"completion_tokens": 1, "finish_reason": {"type": "length"}}
-    stub.words = lambda *_: {"text": "", "output_ids": [5], "meta_info": meta}
+    stub.words = lambda _: {"output_ids": [5], "meta_info": meta}
     with pytest.raises(ValueError, match="no prompt was answered: cut by the server"):
         write_responses(chat, PROMPTS[:2], tmp_path / "a" / "r.jsonl", at(stub))
     meta["finish_reason"] = {"type": "stop", "matched": 5}
