@@ -254,9 +254,9 @@ def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
     room = min(limit_bytes, shutil.disk_usage(folder).free)
     if size > room:
         raise ValueError(
-            f"the hidden states need {size / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free on the disk of "
-            f"{folder} and allowed; raise --train.feature-files-gib, make room, take --train.feature-dtype float8 or "
-            "fewer answers, or leave out --train.feature-files: they are computed in every epoch then"
+            f"the hidden states need {size / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are left of "
+            f"--train.feature-files-gib and of the disk of {folder}; raise the one, make room on the other, take "
+            "--train.feature-dtype float8 or fewer answers, or leave --train.feature-files out"
         )
 
 
