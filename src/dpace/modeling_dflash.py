@@ -275,7 +275,7 @@ class LiLiCorr(nn.Module):
         self.in_head = nn.Linear(width, sizes["factor_dim"])
         self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
 
-    def forward(self, embeds, log_probs, hidden, anchor, has_anchor=None):
+    def forward(self, embeds, log_probs, hidden, anchor):
         """Score the first candidates, and all pairs of candidates of neighbouring slots.
 
         Args:
@@ -283,7 +283,6 @@ class LiLiCorr(nn.Module):
             log_probs: "block slot candidate", in fp32, of the drafter's softmax over all tokens.
             hidden: "block slot hidden", of the slots, as the LM head reads them.
             anchor: "block hidden", the row that attention reads of the token before the anchor.
-            has_anchor: Bool, "block": whether there is such a row; by default there always is.
 
         Returns:
             Scores in fp32: "block candidate", after the anchor; and "block pair before after", where pair 0 is that of
@@ -305,8 +304,7 @@ class LiLiCorr(nn.Module):
         bias = bias.repeat_interleave(k, 1).repeat_interleave(k, 2)[None]
         for layer in self.layers:
             rows = layer(rows, bias)
-        context = self.context_proj(anchor.to(dtype))
-        context = self.anchor_norm(context if has_anchor is None else context * has_anchor[:, None])
+        context = self.anchor_norm(self.context_proj(anchor.to(dtype)))
         rows = self.output_norm(rows)
         both = [rows, context[:, None].expand_as(rows), rows * context[:, None]]
         rows = nn.functional.silu(self.factor_input_proj(torch.cat(both, dim=-1)))
@@ -364,8 +362,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     class as `assistant_model`.
 
     Raises:
-        ValueError: a config without block size, mask token or layer ids, or of a variant that this network does not
-            support.
+        ValueError: a config of a variant that this network does not support.
 
     Source: DFlash (arXiv 2602.06036), section 4; checkpoint layout of z-lab/dflash.
     """
@@ -377,13 +374,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         super().__init__(config)
         nested = published(config)
         for key in ("block_size", "mask_token_id", "target_layer_ids"):
-            value = nested.get(key, getattr(config, key, None))
-            if value is None:
-                raise ValueError(
-                    f"the drafter's config has no {key}, neither in dflash_config nor at the top level; "
-                    "copy it from where the drafter was trained"
-                )
-            setattr(config, key, value)
+            if key in nested:
+                setattr(config, key, nested[key])
         refuse_variants(config.to_dict())
         self.layers = nn.ModuleList(DFlashLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)

@@ -65,7 +65,6 @@ class LatticeSelector(Selector):
         log_probs: Float[Tensor, "block draft choice"],
         hidden: Float[Tensor, "block draft hidden"],
         anchor: Float[Tensor, "block hidden"],
-        has_anchor: Bool[Tensor, " block"] | None = None,
     ) -> Lattice:
         """Score the candidates of blocks.
 
@@ -75,21 +74,20 @@ class LatticeSelector(Selector):
             log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
             hidden: final hidden states of the slots.
             anchor: what the drafter's attention reads of the token before each anchor.
-            has_anchor: whether there is such a token; by default there is.
         """
         candidates = rows.tokens(index)
-        start, pairs = self.drafter.lilicorr(rows.target.embed(candidates), log_probs, hidden, anchor, has_anchor)
+        start, pairs = self.drafter.lilicorr(rows.target.embed(candidates), log_probs, hidden, anchor)
         first = start[:, None, None].expand(-1, 1, start.shape[1], -1)
         log_odds = log_probs.detach().exp().sum(-1).logit(eps=1e-6)
         return Lattice(candidates, torch.cat([first, pairs], dim=1), log_odds)
 
-    def propose(self, rows, hidden, before, width, has_anchor=None):
+    def propose(self, rows, hidden, before, width):
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
         states = hidden[:, 1:]
         logits = rows.logits(states.flatten(0, 1)).float()
         top, index = logits.topk(self.num_candidates)
         log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
-        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, before(), has_anchor)
+        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, before())
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 
@@ -121,15 +119,13 @@ class LatticeSelector(Selector):
     def match(self, found, rows):
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
         labels = found.blocks.labels[0, :, 1:]
-        num_blocks, num_slots = labels.shape
-        has_anchor = found.blocks.anchors[0] > 0
-
-        def draft(part: Tensor) -> Draft:
-            hidden = found.hidden[0, part]
-            return self.propose(rows, hidden, lambda: found.before[0, part], num_slots + 1, has_anchor[part])
-
-        parts = torch.arange(num_blocks, device=labels.device).split(max(1, SCORED_ROWS // num_slots))
-        tokens, scores, lattices = zip(*map(draft, parts), strict=True)
+        num_slots = labels.shape[1]
+        parts = [states[0].split(max(1, SCORED_ROWS // num_slots)) for states in (found.hidden, found.before)]
+        drafts = [
+            self.propose(rows, hidden, lambda before=before: before, num_slots + 1)
+            for hidden, before in zip(*parts, strict=True)
+        ]
+        tokens, scores, lattices = zip(*drafts, strict=True)
         is_true = torch.cat([lattice.candidates for lattice in lattices]) == labels[..., None]
         is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
         is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
@@ -142,8 +138,7 @@ class LatticeSelector(Selector):
     def add_loss(self, scores, found, rows, *, weigh, config, whole_blocks, autocast):
         """Add the loss of the walk, in blocks all of whose slots are scored."""
         blocks = found.blocks
-        whole = whole_blocks
-        if whole is None:
+        if (whole := whole_blocks) is None:
             whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
         if not len(whole):  # a gradient of 0, since ranks wait for each other's
             nothing = sum(parameter.sum() * 0 for parameter in self.drafter.lilicorr.parameters())
@@ -161,7 +156,7 @@ class LatticeSelector(Selector):
         target_logits = None if theirs is None else candidate_logits(pick(theirs), rows.head, index)
         anchor = found.before.flatten(0, 1)[whole]
         with autocast():
-            lattice = self.make_lattice(rows, index, log_probs, hidden, anchor, blocks.anchors.flatten()[whole] > 0)
+            lattice = self.make_lattice(rows, index, log_probs, hidden, anchor)
         walk = walk_losses(lattice, labels, target_logits, config.head_penalty)
         walk_weights = walk.is_candidate.int().cumprod(-1)
         if config.head_weights != "mean":

@@ -30,14 +30,14 @@ def fuse_lattice(head: LiLiCorr) -> None:
 class FusedLattice(FastModule, LiLiCorr):
     """A head whose own code still runs where the fused products cannot be used."""
 
-    def forward(self, embeds, log_probs, hidden, anchor, has_anchor=None):
+    def forward(self, embeds, log_probs, hidden, anchor):
         """Score the candidates as `LiLiCorr.forward` does."""
         is_whole = log_probs.shape[1] == self.block_size - 1
         if not is_whole or not self.is_usable(hidden, torch.float32) or torch.compiler.is_compiling():
-            return super().forward(embeds, log_probs, hidden, anchor, has_anchor)
+            return super().forward(embeds, log_probs, hidden, anchor)
         if self.fast is None:
             self.fast = LatticeForm(self)
-        return self.fast.score(embeds, log_probs, hidden, anchor, has_anchor)
+        return self.fast.score(embeds, log_probs, hidden, anchor)
 
 
 class LatticeForm(FastForm):
@@ -86,9 +86,7 @@ class LatticeForm(FastForm):
         """Apply an RMSNorm without weights, in half as many operations as torch's."""
         return rows * torch.addcdiv(self.epsilon, (rows * rows).sum(-1, keepdim=True), self.width).rsqrt_()
 
-    def score(
-        self, embeds: Tensor, log_probs: Tensor, hidden: Tensor, anchor: Tensor, has_anchor: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, embeds: Tensor, log_probs: Tensor, hidden: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what `LiLiCorr.forward` returns, of whole blocks."""
         head = self.head
         num_blocks, num_slots, k = log_probs.shape
@@ -103,8 +101,7 @@ class LatticeForm(FastForm):
             rows.addmm_(embeds.flatten(0, 2), self.token)
         for weights in self.layers:
             self._add_layer(rows, num_blocks, *weights)
-        context = head.context_proj(anchor)
-        context = head.anchor_norm(context if has_anchor is None else context * has_anchor[:, None])
+        context = head.anchor_norm(head.context_proj(anchor))
         own, by_context, of_both = self.factors
         product = head.output_norm.weight * (own + of_both * context[:, None])  # "block out in"
         offset = torch.addmm(head.factor_input_proj.bias, context, by_context.T)

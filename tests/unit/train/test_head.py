@@ -11,20 +11,14 @@ from dpace.config import LossConfig
 from dpace.drafter.selector import Selector
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftRows
+from dpace.loss import Slots
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.target.target import HEAD_INPUT
 from dpace.train.loop import Scorer
 from dpace.train.run import check_recipe, make_datasets, train
-from dpace.weights import dpace_weights, spec_auf_weights, vat_weights
 from tests.conftest import make_recipe, make_with_head
-
-WEIGHTS = {
-    "dpace": lambda probs, is_match, is_scored: dpace_weights(probs, is_scored, 0.5),
-    "spec-auf": lambda probs, is_match, is_scored: spec_auf_weights(is_match, is_scored),
-    "vat": lambda probs, is_match, is_scored: vat_weights(is_match, is_scored, 2.875),
-}
 
 
 @pytest.fixture
@@ -50,7 +44,7 @@ def batch(language_target, language_responses):
     return batch
 
 
-def naive(drafter, target, batch, way, penalty, objective):
+def naive(drafter, target, batch, way, penalty, weigh):
     """The loss of each block, from all logits, with a loop over blocks and slots."""
     found = blocks_hidden(drafter, target, batch, with_target_hidden=True)
     hidden, blocks = found.hidden, found.blocks
@@ -59,7 +53,7 @@ def naive(drafter, target, batch, way, penalty, objective):
     theirs = target.head.logits(found.target_hidden)
     probs = nll.detach().neg().exp()
     is_match = (log_probs.argmax(-1) == blocks.labels) & blocks.is_scored
-    own_weights = WEIGHTS[objective](probs, is_match, blocks.is_scored)
+    own_weights = weigh(Slots(blocks.is_scored, probs, is_match, None))
     terms = []
     for b, n in torch.cartesian_prod(*map(torch.arange, blocks.anchors.shape)).tolist():
         if not blocks.is_scored[b, n, 1:].all():
@@ -83,7 +77,7 @@ def naive(drafter, target, batch, way, penalty, objective):
                 probs[b, n, slot + 1] = r[places[0]].detach() if taken else 0.0
                 is_match[b, n, slot + 1] = taken and int(r.argmax()) == places[0]
             previous = places[0] if places else None
-    head_weights = WEIGHTS[objective](probs, is_match, blocks.is_scored)
+    head_weights = weigh(Slots(blocks.is_scored, probs, is_match, None))
     weights = head_weights if way == "walk" else own_weights
     losses = weights * nll
     for place, is_run, term in terms:
@@ -102,7 +96,7 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, objective, language_targe
     out.losses.sum().backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
     drafter.zero_grad()
-    losses, weights = naive(drafter, language_target, batch, way, 0.5, objective)
+    losses, weights = naive(drafter, language_target, batch, way, 0.5, scorer.weigh)
     losses.sum().backward()
     torch.testing.assert_close(out.losses, losses, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.weights, weights, rtol=1e-4, atol=1e-4)
