@@ -26,7 +26,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.benchmark import hash_config
-from dpace.measure.records import ExplainedRecord, ExplainSetup, Records, group_by, setup_of
+from dpace.measure.records import ExplainedRecord, ExplainSetup, Records, group_by, setup_of, spread_evenly
 from dpace.measure.results import ExplainResults, ExplainRow, SlotLoss, nullable, write_results
 from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt
@@ -175,18 +175,17 @@ def explain_prompt(
     options: Any = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
     answer = generate(target, drafter, token_ids, width="full", verify_rule=config.verify_rule, **options)
     text = torch.tensor([[*token_ids, *answer.token_ids]], device=target.device)
-    anchors = len(token_ids) + np.cumsum([0, *answer.emitted_lengths])[:-1]
-    if not len(anchors):  # the answer is one token
+    starts = len(token_ids) + np.cumsum([0, *answer.emitted_lengths])[:-1]
+    anchors = spread_evenly(starts.tolist(), config.num_blocks)
+    if not anchors:  # the answer is one token
         return np.zeros((0, 4, drafter.block_size - 1))
-    chosen = np.linspace(0, len(anchors) - 1, min(config.num_blocks, len(anchors))).round().astype(int)
-    anchors = anchors[chosen]
-    blocks = build_blocks(text, torch.ones_like(text).bool(), [torch.from_numpy(anchors)], drafter.block_size)
+    blocks = build_blocks(text, torch.ones_like(text).bool(), [torch.tensor(anchors)], drafter.block_size)
     found = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": text, "features": None})
     rows = PackedRows(target, drafter.vocabulary, token_ids)
     sampler = Sampler(config.temperature, seed=seed, device=target.device)
     stops = torch.tensor(target.stop_token_ids, device=target.device)
     measured = []
-    for anchor, hidden, before in zip(anchors.tolist(), found.hidden[0], found.before[0], strict=True):
+    for anchor, hidden, before in zip(anchors, found.hidden[0], found.before[0], strict=True):
         draft = drafter.selector.propose(rows, hidden[None], partial(before.__getitem__, None), drafter.block_size)
         prefix = text[0, : anchor + 1].tolist()
         tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)

@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from dpace.config import BenchConfig, ExplainConfig, RespondConfig, Width
@@ -245,6 +246,12 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, lis
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """Choose some of many items, with the first and the last one."""
+    places = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[place] for place in places]
 
 
 def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Acceptance:

@@ -189,11 +189,6 @@ class BenchResults(Provenance):
     comparisons: list[Comparison]
     """Every drafter against the first."""
 
-    @property
-    def whole_blocks(self) -> list[Row]:
-        """The rows where whole drafts were verified, which say what a drafter can do."""
-        return [row for row in self.rows if row.width == "full"]
-
 
 @json_object
 class CompareResults:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dpace.batches.corpus import Corpus
+from dpace.measure.records import spread_evenly
 from dpace.prompts.prompts import Split
 from dpace.report.tables import Section, section_table
 from dpace.system.progress import count, printable
@@ -31,19 +32,23 @@ def prompts_page(split: Split) -> RenderableType:
 
 
 def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
-    """Show lengths, ends and repetitions of the training answers, and some of them."""
+    """Show lengths and ends of the training answers, and some of them."""
     answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
-    distinct = {hash(_answer_bytes(corpus, i)) for i in range(len(corpus))}
     counts = {
         f"conversations cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),
         "left out, without two tokens of an answer in a row": int((corpus.num_anchors(max_length) == 0).sum()),
-        "answers that repeat another one token for token": len(corpus) - len(distinct),
     }
     facts = [
         f"{count(len(corpus), 'conversation')}, {int(corpus.lengths.sum()):,} tokens with their prompts",
         *(f"{what}: {number}" for what, number in counts.items() if number),
-        _answer_ends(answers, meta),
     ]
+    limit = meta.get("max_new_tokens")
+    if meta.get("source") == "own":
+        facts.append("the answers came with the prompts")
+    elif limit is not None:
+        lengths = np.concatenate(answers)
+        num_cut = int((lengths == limit).sum())
+        facts.append(f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(lengths)}")
     answered = np.array([lengths.sum() for lengths in answers])
     lengths = {"prompts": corpus.lengths - answered, "answers, all turns": answered, "conversations": corpus.lengths}
     rows = [
@@ -53,34 +58,17 @@ def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tok
     return Group(Text("\n".join(facts)), section_table(Section("", rows=rows)), *_preview(corpus, tokenizer))
 
 
-def _answer_bytes(corpus: Corpus, number: int) -> bytes:
-    tokens = corpus.token_ids(number)
-    return b"|".join(tokens[start:end].tobytes() for start, end in corpus.spans(number))
-
-
-def _answer_ends(answers: list[np.ndarray], meta: Mapping[str, Any]) -> str:
-    """Tell why answers end."""
-    limit = meta.get("max_new_tokens")
-    if meta.get("source") == "own":
-        return "the answers came with the prompts"
-    if limit is None:
-        return "why answers end is unknown: there is no responses.meta.json"
-    lengths = np.concatenate(answers)
-    num_cut = int((lengths == limit).sum())
-    return f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(lengths)}"
-
-
 def _preview(corpus: Corpus, tokenizer: Any) -> Iterator[RenderableType]:
     """Show some conversations; the tokens that are trained on stand between ⟦ and ⟧."""
-    for number in np.linspace(0, len(corpus) - 1, min(NUM_SHOWN, len(corpus))).astype(int).tolist():
+    for number in spread_evenly(range(len(corpus)), NUM_SHOWN):
         yield Text(f"\n{printable(corpus.id(number))}, with what is trained on between ⟦ and ⟧:", "bold")
-        tokens = corpus.token_ids(number)
+        tokens = corpus.token_ids(number).tolist()
         text = Text()
         end = 0
         for start, stop in corpus.spans(number).tolist():
-            before = printable(tokenizer.decode(tokens[end:start].tolist()))
+            before = printable(tokenizer.decode(tokens[end:start]))
             text.append(f"...{before[-SHOWN_CHARACTERS:]}" if len(before) > SHOWN_CHARACTERS else before)
-            answer = printable(tokenizer.decode(tokens[start:stop].tolist()))
+            answer = printable(tokenizer.decode(tokens[start:stop]))
             cut = f"{answer[:SHOWN_CHARACTERS]}..." if len(answer) > SHOWN_CHARACTERS else answer
             text.append(f"⟦{cut}⟧", "green")
             end = stop

@@ -5,12 +5,15 @@ shows, and drawings.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dpace.measure.records import Provenance, group_by
 from dpace.measure.results import ExplainResults, Results, ServerResults, benchmark_of, find_results, read_log
 from dpace.recipes.flags import command
+from dpace.recipes.validation import to_json
 from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
 from dpace.report.sections import tables_of, whole_blocks
 from dpace.report.tables import Section
@@ -38,28 +41,22 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
         raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
     refuse_foreign_files(path.parent, path.name)  # before anything is read
     measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
-    targets = dict.fromkeys(Path(results.target).name for results, _ in measured)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    targets = dict.fromkeys(Path(found.target).name for found, _ in measured)
+    template = jinja2.Template(
+        (Path(__file__).parent / "report.html.jinja").read_text(),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,  # not the SVG, marked as safe
     )
-    page = environment.get_template("report.html.jinja").render(
+    page = template.render(
         title=f"Drafters for {', '.join(targets)}",
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         command=command("report", *folders, output=path),
-        results=[(heading(results, folder), sections_of(results, folder)) for results, folder in measured],
+        results=[(str(folder), sections_of(results, folder)) for results, folder in measured],
     )
     with lock_folder(path.parent):
         register_files(path.parent, path.name)
         write_text(path, page)
-
-
-def heading(results: Results, folder: Path) -> str:
-    """Name a folder, and say where answers were measured with thinking."""
-    measured = results if isinstance(results, ServerResults | ExplainResults) else benchmark_of(results)
-    return f"{folder}, with thinking" if measured and measured.thinking else str(folder)
 
 
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
@@ -70,9 +67,9 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     if whole := whole_blocks(results):
         text = "The share of verifications that accepted slots 1 to k of a whole draft; shades are 95 % intervals."
         yield Section("Acceptance by slot", text, drawing=acceptance_by_slot(whole))
-    logs: dict[str, list[list[dict[str, Any]]]] = {}  # by the drafter's name, one for each seed
-    for path in [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]:
-        logs.setdefault(path.relative_to(folder).parts[0], []).append(read_log(path.parent))
+    paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
+    by_name = group_by(paths, lambda path: path.relative_to(folder).parts[0])
+    logs = {name: [read_log(path.parent) for path in of_name] for name, of_name in by_name.items()}
     if logs:
         text = (
             "Losses of different objectives have different scales; tau can be compared. It is measured on the "
@@ -85,11 +82,11 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         )
         yield Section("Weights over training", text, drawing=slot_weights(logs))
     if measured := benchmark_of(results):
-        facts = {name: str(getattr(measured, name)) for name in ("target", "engine", "dtype", "seed", "max_new_tokens")}
-        if measured.thinking is not None:
-            facts["thinking"] = "on" if measured.thinking else "off"
-        for name in ("hardware", "versions"):
-            facts[name] = ", ".join(f"{key} {value}" for key, value in vars(getattr(measured, name)).items())
-        hashes = {"the target's weights": measured.target_weights_sha256, **measured.drafters}
-        facts |= {f"sha256 of {name}": digest[:16] for name, digest in hashes.items() if digest}
-        yield Section("Provenance", "", [{"fact": name, "value": fact} for name, fact in facts.items()], num_texts=2)
+        facts = {field.name: to_json(getattr(measured, field.name)) for field in fields(Provenance)}
+        rows = [{"fact": name, "value": _fact(value)} for name, value in facts.items() if value is not None]
+        yield Section("Provenance", "", rows, num_texts=2)
+
+
+def _fact(value: Any) -> str:
+    """Write a value, or the entries of an object."""
+    return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)

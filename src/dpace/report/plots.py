@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
-from dpace.measure.records import group_by
-from dpace.measure.results import ComparedRow, Row
+from dpace.measure.records import group_by, spread_evenly
+from dpace.measure.results import DraftedRow, Row
 from dpace.metrics import MIN_PROMPTS
 from dpace.system.progress import one_line
 
@@ -39,11 +37,11 @@ Logs = Mapping[str, Sequence[Sequence[dict[str, Any]]]]
 """Training logs by objective, one for each seed."""
 
 
-def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> str:
+def acceptance_by_slot(rows: Sequence[DraftedRow]) -> str:
     """Draw the reach rate by slot, a panel for each set, with intervals where the responses are known."""
     names = sorted({row.drafter for row in rows})
 
-    def draw(axis: Any, of_set: list[Row | ComparedRow]) -> None:
+    def draw(axis: Any, of_set: list[DraftedRow]) -> None:
         for row in of_set:
             color = f"C{names.index(row.drafter)}"
             slots = range(1, row.block_size)
@@ -79,8 +77,8 @@ def slot_weights(logs: Logs) -> str:
 
     def draw(axis: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> None:
         entries = [entry for entry in runs[0] if f"{SHARE}1" in entry]
-        chosen = np.linspace(0, len(entries) - 1, min(len(entries), MAX_MOMENTS)).round().astype(int)
-        for number, entry in enumerate([entries[place] for place in chosen], start=1):
+        chosen = spread_evenly(entries, MAX_MOMENTS)
+        for number, entry in enumerate(chosen, start=1):
             slots = sorted(int(key.removeprefix(SHARE)) for key in entry if key.startswith(SHARE))
             shares = [entry[f"{SHARE}{slot}"] for slot in slots]
             color = colormaps["Blues"](0.2 + 0.8 * number / len(chosen))

@@ -6,13 +6,13 @@ In come results, as other verbs wrote them; out come sections, which the termina
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from dpace.measure.records import spread_evenly
 from dpace.measure.results import (
     BenchResults,
     ComparedRow,
     CompareResults,
     Comparison,
+    DraftedRow,
     Estimate,
     ExplainResults,
     Interval,
@@ -110,9 +110,11 @@ def tables_of(results: Results) -> Iterator[Section]:
         yield slots(whole)
 
 
-def whole_blocks(results: BenchResults | CompareResults) -> Sequence[Row] | Sequence[ComparedRow]:
-    """Take the rows that say what a drafter accepts of whole drafts."""
-    return results.rows if isinstance(results, CompareResults) else results.whole_blocks
+def whole_blocks(results: BenchResults | CompareResults) -> Sequence[DraftedRow]:
+    """Take the rows where whole drafts were verified, which say what a drafter can do."""
+    if isinstance(results, CompareResults):
+        return results.rows
+    return [row for row in results.rows if row.width == "full"]
 
 
 def speeds(results: BenchResults) -> Section:
@@ -135,16 +137,15 @@ def speeds(results: BenchResults) -> Section:
         for row in results.rows
     ]
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    kept = [row for row in results.rows if row.keeps_text]
-    num_same, num_kept = (sum(getattr(row, name) for row in kept) for name in ("num_same_text", "num_responses"))
-    same = f"{num_same} of {num_kept} responses are exactly the target's own text"
-    notes = (
-        advice(results),
-        same if kept else "",
-        compiled_note(results.rows),
-        no_tau_note(results.rows),
-    )
-    return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
+    notes = [advice(results)]
+    if kept := [row for row in results.rows if row.keeps_text]:
+        num_same, num_all = sum(row.num_same_text for row in kept), sum(row.num_responses for row in kept)
+        notes.append(f"{num_same} of {num_all} responses are exactly the target's own text")
+    compiled = {" ".join(_way(row).values()): row.compiled.decode_speedup for row in results.rows if row.compiled}
+    if compiled:
+        found = ", ".join(f"{way}: {with_interval(speedup)}" for way, speedup in compiled.items())
+        notes.append(f"decode_speedup over plain decoding with compiled steps: {found}")
+    return Section(title, text, rows, num_texts=4, note="; ".join(notes))
 
 
 def advice(results: BenchResults) -> str:
@@ -162,20 +163,6 @@ def advice(results: BenchResults) -> str:
     return f"{found}, {rest}" if others else found
 
 
-def compiled_note(rows: Sequence[Row]) -> str:
-    """Compare decoding with compiled plain decoding; empty where that was not measured."""
-    found = [f"{' '.join(_way(row).values())}: {row.compiled.decode_speedup or 0:.2f}" for row in rows if row.compiled]
-    return f"decode_speedup over plain decoding with compiled steps: {', '.join(found)}" if found else ""
-
-
-def no_tau_note(rows: Sequence[Row] | Sequence[ComparedRow]) -> str:
-    """Say why some rows have no tau; empty where all have."""
-    names = dict.fromkeys(row.set for row in rows if row.tau is None)
-    if not names:
-        return ""
-    return f"no tau on {' and '.join(names)}: no answer has two tokens, so nothing was verified; allow longer answers"
-
-
 def pairs(comparisons: Sequence[Comparison]) -> Section:
     """Make the table of drafters against the first one."""
     rows = [
@@ -191,18 +178,17 @@ def pairs(comparisons: Sequence[Comparison]) -> Section:
     return Section(f"Compared with {comparisons[0].baseline}", text, rows, num_texts=4)
 
 
-def slots(whole: Sequence[Row] | Sequence[ComparedRow]) -> Section:
+def slots(whole: Sequence[DraftedRow]) -> Section:
     """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot.
 
-    There are at most `MAX_SLOTS` slots, evenly chosen, with the first and the last. A drafter's blocks may be shorter.
+    There are at most `MAX_SLOTS` slots, evenly chosen. A drafter's blocks may be shorter than another's.
     """
-    last = max(row.block_size for row in whole) - 1
-    shown = np.linspace(1, last, min(last, MAX_SLOTS)).round().astype(int).tolist()
+    shown = spread_evenly(range(1, max(row.block_size for row in whole)), MAX_SLOTS)
     rows = []
     for row in whole:
-        rates = {f"{slot}": f"{100 * rate:.0f}" for slot, rate in enumerate(row.reach_rate, start=1)}
+        rates = {slot: f"{100 * rate:.0f}" for slot, rate in enumerate(row.reach_rate, start=1)}
         named = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
-        rows.append({**named, **{f"{slot}": rates.get(f"{slot}", "") for slot in shown}})
+        rows.append(named | {f"{slot}": rates.get(slot, "") for slot in shown})
     return Section("Reach rate in %: slots 1 to k of a whole draft all accepted", "", rows, num_texts=2)
 
 
@@ -230,19 +216,17 @@ def comparison(results: CompareResults) -> Section:
         )
     seeds = ", ".join(map(str, results.seeds))
     title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
-    return Section(title, text, rows, num_texts=3, note=no_tau_note(results.rows))
+    return Section(title, text, rows, num_texts=3)
 
 
 def _own(loss: SlotLoss) -> str:
     """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
-    least, most = loss.own_least, loss.own_most
-    if least[0] is None or most[0] is None or loss.rejected < LEAST_REJECTED:
+    ends = loss.own_least[0], loss.own_most[0], loss.own_least[1], loss.own_most[2]
+    shares = [100 * min(max(0.0, share), 1.0) for share in ends if share is not None]
+    if len(shares) < 2 or loss.rejected < LEAST_REJECTED:
         return "-"
-    shares = (least[0], most[0], least[1], most[2])
-    low, high, *ends = (None if share is None else 100 * min(max(0.0, share), 1.0) for share in shares)
-    if None in ends:
-        return f"{low:.0f} to {high:.0f} %"
-    return f"{low:.0f} to {high:.0f} % [{ends[0]:.0f}, {ends[1]:.0f}]"
+    bounds = f"{shares[0]:.0f} to {shares[1]:.0f} %"
+    return f"{bounds} [{shares[2]:.0f}, {shares[3]:.0f}]" if len(shares) == len(ends) else bounds
 
 
 def losses_by_set(results: ExplainResults) -> Section:
@@ -270,15 +254,16 @@ def losses_by_set(results: ExplainResults) -> Section:
 def lever(results: ExplainResults) -> str:
     """Tell what can bring tau up."""
     whole = results.rows[-1].whole
+    least, most = whole.own_least[0], whole.own_most[0]
     if results.temperature == 0:
         return "at temperature 0 the text before decides every token, so all rejections are the drafter's own"
-    if None in (whole.own_least[0], whole.own_most[0]):
+    if least is None or most is None:
         return "nothing was rejected"
     own = "train on more prompts, for more steps, or with another objective (docs/train.md)"
     blind = "train with a head (--drafter.head lilicorr), which knows the tokens before, or serve shorter drafts"
-    if (whole.own_least[0] or 0) > 0.5:
+    if least > 0.5:
         return f"most rejections are the drafter's own: {own}"
-    if (whole.own_most[0] or 0) < 0.5:
+    if most < 0.5:
         return f"most rejections no block drafter avoids: {blind}"
     return f"neither share is clearly larger: {own}; or {blind}; more --num-samples narrow the bounds"
 

@@ -6,7 +6,7 @@ a line of its own, and words are folded. Numbers are never cut.
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpace.measure.parity import Finding
 from dpace.system.progress import one_line
 
 MAX_WIDTH = 10_000
@@ -48,22 +49,21 @@ def section_table(section: Section) -> Table:
 
 
 def _table(section: Section, before_brackets: str) -> Table:
-    table = Table(title=plain(section.title), box=SIMPLE_HEAD, padding=0)
-    table.caption = plain(section.note) or None
+    table = Table(title=plain(section.title), caption=plain(section.note), box=SIMPLE_HEAD, padding=0)
     table.caption_justify = "left"
     for number, heading in enumerate(section.rows[0] if section.rows else ()):
-        is_text = number < section.num_texts
-        justify = "left" if is_text else "right"
-        broken = plain(heading) if is_text else re.sub(r" (?!%)", before_brackets, plain(heading))
-        table.add_column(broken, justify=justify, no_wrap=not is_text, overflow="fold")
+        if number < section.num_texts:
+            table.add_column(plain(heading), overflow="fold")
+        else:
+            table.add_column(re.sub(r" (?!%)", before_brackets, plain(heading)), justify="right", no_wrap=True)
     for row in section.rows:
-        cells = [plain(cell) for cell in row.values()]
-        numbers = [re.sub(r" (?=[\[(])", before_brackets, cell) for cell in cells[section.num_texts :]]
-        table.add_row(*cells[: section.num_texts], *numbers)
+        texts = list(map(plain, row.values()))
+        numbers = [re.sub(r" (?=[\[(])", before_brackets, cell) for cell in texts[section.num_texts :]]
+        table.add_row(*texts[: section.num_texts], *numbers)
     return table
 
 
-def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
+def check_table(findings: Iterable[Finding], title: str) -> Table:
     """Make one line for each check: whether it passed, name, cases, detail."""
     rows = [
         {"result": "pass" if is_passed else "FAIL", "check": name, "cases": cases, "found": detail}
@@ -79,9 +79,9 @@ def plain(text: str) -> str:
 
 def to_markdown(section: Section) -> str:
     """Write a section in Markdown, without its drawing."""
-    rows = [section.rows[0], *(row.values() for row in section.rows)]
-    head, *body = ("| " + " | ".join(map(as_markdown, row)) + " |" for row in rows)
-    table = "\n".join([head, "|" + "---|" * len(section.rows[0]), *body])
+    headings = section.rows[0]
+    lines = [headings, ["---"] * len(headings), *(row.values() for row in section.rows)]
+    table = "\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines)
     paragraphs = f"## {as_markdown(section.title)}", as_markdown(section.text), table, as_markdown(section.note)
     return "\n\n".join(filter(None, paragraphs))
 

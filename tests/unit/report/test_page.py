@@ -1,3 +1,5 @@
+"""The page has what the terminal shows, and drawings; hostile results, logs, names and places give one clear line."""
+
 import html
 import json
 import re
@@ -12,8 +14,12 @@ from dpace.measure.results import find_results, read_results, write_results
 from dpace.metrics import MIN_PROMPTS
 from dpace.report.page import sections_of, write_report
 from dpace.report.sections import speeds, tables_of
-from tests.support.files import make_prompts
+from dpace.report.tables import Section, console, section_table, to_markdown
+from tests.support.files import change_json, make_prompts
 from tests.support.rows import make_bench, make_compare, make_compared, make_plain, make_response, make_row
+from tests.unit.engines.test_hostile_engines import ESC, refused, tree
+
+NAME = f"{ESC}a|b`c`<script>alert(1)</script>\n# d [bold]e[/bold] $x$ \\"
 
 
 @pytest.fixture
@@ -25,51 +31,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_page_has_every_section(folder, tmp_path):
-    page = tmp_path / "out" / "report.html"
-    write_report([folder], page)
+def test_the_page_has_every_section(folder, capsys):
+    page = folder / "out" / "report.html"
+    assert main(["report", str(folder), "--output", str(page)]) == 0 and str(page) in capsys.readouterr().out
     text = page.read_text()
-    titles = re.findall(r"<h[123]>(.*?)</h[123]>", text)
-    title, speed = titles[0], titles[2]
-    assert title.startswith("Drafters for ") and speed.startswith("Speed: ")
+    title, heading, speed, *others = re.findall(r"<h[123]>(.*?)</h[123]>", text)
+    assert title.startswith("Drafters for ") and heading == str(folder) and speed.startswith("Speed: ")
     reach = "Reach rate in %: slots 1 to k of a whole draft all accepted"
-    assert titles == [title, str(folder), speed, reach, "Acceptance by slot", "Provenance"]
-    assert text.count("<svg") == text.count("</svg>") == 1 and "viewport" in text and "prefers-color-scheme" not in text
+    assert others == [reach, "Acceptance by slot", "Provenance"]
     assert re.search(r"Written on 20\d\d-\d\d-\d\d by <code>dpace report", text)
-    assert "&lt;" in text and "<0>" not in text  # what prompts hold is text
-    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|rdf:resource="[^"]*"', "", text)
-    assert not re.search(r'(src|href)="(?!data:|#)', without_names) and "url(http" not in without_names
-    ids = re.findall(r'<g id="([^"]*)"', text)
-    assert "<script" not in text and len(ids) > 10
-
-
-def test_it_has_the_cells_of_the_terminals_tables(folder, tmp_path):
-    write_report([folder], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
     (results,) = find_results(folder)
     for section in tables_of(results):
         for row in section.rows:
             cells = (f">{html.escape(cell)}</td>" for cell in row.values())
             assert re.search("<tr>" + "".join(f"<td[^>]*{re.escape(cell)}" for cell in cells), text)
-
-
-def test_thinking_is_named(folder, tmp_path):
-    (tmp_path / "on").mkdir()
-    write_results(tmp_path / "on" / "results.json", make_bench(thinking=True))
-    write_report([folder, tmp_path / "on"], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    assert f"<h2>{folder}</h2>" in text and f"<h2>{tmp_path / 'on'}, with thinking</h2>" in text
-    assert re.findall(r">thinking</td><td>(\w+)<", text) == ["off", "on"]
-
-
-def test_the_verb(folder, tmp_path, capsys):
-    assert main(["report", str(folder), "--output", str(tmp_path / "r.html")]) == 0
-    assert "r.html" in capsys.readouterr().out and (tmp_path / "r.html").exists()
-    assert main(["report", str(tmp_path / "nothing")]) == 1
-    assert "results.json" in capsys.readouterr().err
-    (tmp_path / "servers.json").write_text('{"servers": {}, "schema_version": 1}')
-    assert main(["report", str(tmp_path)]) == 1
-    assert "schema_version is 1, expected 2; measure again" in capsys.readouterr().err
+    for fact in ("thinking</td><td>False", "device a processor, cores 2", f"dpace {'0' * 64}"):
+        assert fact in text
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|rdf:resource="[^"]*"', "", text)
+    assert not re.search(r'(src|href)="(?!data:|#)|url\(http|<script', without_names), "it needs no network"
+    assert text.count("<svg") == 1 and len(re.findall(r'<g id="([^"]*)"', text)) > 10
 
 
 def test_a_folder_of_compare_and_logs_are_read(tmp_path):
@@ -82,11 +62,17 @@ def test_a_folder_of_compare_and_logs_are_read(tmp_path):
         {"step": 10, "loss": 1.0, "weight_share/1": 0.6, "weight_share/2": 0.4},
         {"step": 10, "eval_tau": 1.5},
     ]
-    (tmp_path / "dpace" / "seed-0").mkdir(parents=True)
-    (tmp_path / "dpace" / "seed-0" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    titles = [section.title for results in find_results(tmp_path) for section in sections_of(results, tmp_path)]
-    assert titles[0] == "Objectives: t, reduction mean, seeds 0, 1"
-    assert {"Acceptance by slot", "Training", "Weights over training"} <= set(titles)
+    for name in ("dpace/seed-0", "drafter"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    sections = {section.title: section for section in sections_of(read_results(tmp_path / "results.json"), tmp_path)}
+    assert next(iter(sections)) == "Objectives: t, reduction mean, seeds 0, 1"
+    for title, words in {
+        "Acceptance by slot": ("reach rate", "dpace, T=0"),
+        "Training": ("tau, validation", "optimizer step"),
+        "Weights over training": ("step 10", " dpace<", " drafter<"),
+    }.items():
+        assert all(word in sections[title].drawing for word in words)
 
 
 def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
@@ -99,7 +85,47 @@ def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
     row = read_results(tmp_path / "results.json").rows[0]
     assert row.tau is row.decode_speedup is row.published.tau is None and row.tau_interval == (None, None)
     assert results.comparisons[0].tau_gain == (None, None, None)
-    assert "NaN" not in (tmp_path / "results.json").read_text()
     first = speeds(results).rows[0]
     assert first["decode_speedup [95 %]"] == first["tau [95 %]"] == "-" and "NaN" not in str(speeds(results))
     write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    """In the page, in the Markdown and in the terminal's tables."""
+    named = [make_row(set=NAME, drafter=NAME, responses=[make_response(set=NAME)], plain_responses=[make_plain()])]
+    results = make_bench(*named, drafters={NAME: "0" * 64}, target=f"t/{NAME}")
+    write_results(tmp_path / "results.json", results)
+    assert main(["report", str(tmp_path)]) == 0
+    markdown = "\n\n".join(map(to_markdown, tables_of(results)))
+    for text in ((tmp_path / "report.html").read_text(), markdown):
+        assert "<script" not in text and "\x1b" not in text
+    assert "\\|b" in markdown and "\n# d" not in markdown
+    capsys.readouterr()
+    words = Section(NAME, NAME, [{NAME: NAME, "check": NAME}], num_texts=2, note=NAME)
+    console().print(*map(section_table, [*tables_of(results), words]))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "[bold]e[/bold]" in out
+
+
+@pytest.mark.parametrize("fault", [{"seed": 1e999}, {"rows": []}], ids=str)
+def test_results_that_are_none_are_refused(fault, folder, capsys):
+    change_json(folder / "results.json", **fault)
+    refused(["report", str(folder)], capsys, "results.json", "measure again")
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("log", [[{"step": "x"}], "x"], ids=str)
+def test_logs_that_are_none_are_refused(log, folder, capsys):
+    (folder / "dpace").mkdir()
+    (folder / "dpace" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    refused(["report", str(folder)], capsys, "trainer_state.json")
+
+
+@pytest.mark.parametrize("output", ["report.md", ".", "results.json/x.html", "mine.html"])
+def test_places_that_are_none_are_refused(output, folder, capsys):
+    (folder / "mine.html").write_text("mine")
+    before = tree(folder)
+    refused(["report", str(folder), "--output", f"{folder}/{output}"], capsys)
+    refused(["report", f"{folder}/nothing"], capsys, "has no results.json")
+    assert tree(folder) == before
+    assert main(["report", str(folder)]) == main(["report", str(folder)]) == 0, "its own page is written again"

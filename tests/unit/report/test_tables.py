@@ -1,7 +1,6 @@
 """Tables fit 80 columns with the verdict first, whatever the names are; advice follows from the verdicts."""
 
 import re
-from dataclasses import replace
 
 import pytest
 
@@ -82,9 +81,20 @@ def test_an_interval_has_a_line_of_its_own_where_the_table_is_too_wide(words, in
     assert f"2.00{interval}" in printed and f"3.00{interval}" in printed and "\nbelow\n" in printed
 
 
-def test_a_width_says_how_much_was_copied():
-    rows = speeds(make_bench(make_row(share_copied=0.25, width="auto"), make_row())).rows
+def test_rows_say_what_they_know():
+    """How much was copied, texts that are to be kept, and costs; a shorter block has no cells for the last slots."""
+    sampled = make_row(temperature=1.0, drafter="dpace, speculative")
+    rows = speeds(make_bench(make_row(share_copied=0.25, width="auto", num_same_text=0), sampled)).rows
     assert [row["width"] for row in rows] == ["auto, 25% copied", "full"]
+    assert [row["same text"] for row in rows] == ["0/1", "-"]
+    first, second = slots([make_row(reach_rate=[0.5], block_size=2), make_row(reach_rate=[1.0] * 3, block_size=4)]).rows
+    assert [*first.values()][3:] == ["50", "", ""] and [*second.values()][3:] == ["100"] * 3
+    ours, base = make_compared(peak_memory_bytes=2**31), make_compared(drafter="dflash", step_seconds=None)
+    cells = [" ".join(row.values()) for row in comparison(make_compare(ours, base)).rows]
+    assert cells == [
+        "not clear s dpace 2.00 [1.50, 2.50] +10.0 % [+0.0, +20.0] 500 2.00",
+        "baseline s dflash 2.00 [1.50, 2.50] - - -",
+    ]
 
 
 def test_tables_of_a_comparison_have_those_of_its_decoding():
@@ -92,28 +102,18 @@ def test_tables_of_a_comparison_have_those_of_its_decoding():
     assert [title.partition(" ")[0] for title in titles] == ["Objectives:", "Speed:", "Reach"]
 
 
-def test_a_shorter_block_has_no_cells_for_the_last_slots():
-    first, second = slots([make_row(reach_rate=[0.5], block_size=2), make_row(reach_rate=[1.0] * 3, block_size=4)]).rows
-    assert [*first.values()][3:] == ["50", "", ""] and [*second.values()][3:] == ["100"] * 3
-
-
 def test_advice_follows_from_the_verdicts():
     def results(**intervals):
         return make_bench(*(make_row(set=name, decode_speedup_interval=ends) for name, ends in intervals.items()))
 
+    ends_of = {"faster": (1.1, 1.3), "slower": (0.7, 0.9), "not clear": (0.9, 1.1), "too few prompts": (None, None)}
+    for words, ends in ends_of.items():
+        assert verdict(ends) == words
+        said = "faster than plain decoding on a" if words == "faster" else "nothing here is clearly faster"
+        assert advice(results(a=ends)).startswith(said)
     mixed = results(a=(1.1, 1.3), b=(0.7, 0.9))
     assert "on a, but not clearly on b: measure more prompts there" in advice(mixed)
-    assert advice(results(a=(1.1, 1.3))) == "faster than plain decoding on a"
-    for ends in ((0.7, 0.9), (0.9, 1.1), (None, None)):
-        assert "nothing here is clearly faster than plain decoding: measure more prompts" in advice(results(a=ends))
-    copies = make_row(width="copies", decode_speedup_interval=(1.1, 1.3))
     slower = make_row(decode_speedup_interval=(0.7, 0.9))
-    assert "nothing here" in advice(make_bench(copies, slower)), "copies need no drafter"
-    assert advice(make_bench(replace(copies, width="auto"), slower)) == "faster than plain decoding on s"
-
-
-def test_verdict_is_honest():
-    assert verdict((1.1, 1.3)) == "faster"
-    assert verdict((0.7, 0.9)) == "slower"
-    assert verdict((0.9, 1.1)) == "not clear"
-    assert verdict((None, None)) == "too few prompts"
+    for width, said in {"copies": "nothing here", "auto": "faster than plain decoding on s"}.items():
+        faster = make_row(width=width, decode_speedup_interval=(1.1, 1.3))
+        assert advice(make_bench(faster, slower)).startswith(said), "copies need no drafter"
