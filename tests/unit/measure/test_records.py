@@ -52,5 +52,5 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     asked = tmp_path / "servers.jsonl", ServedRecord, setup, PROMPTS
     with Records(*asked).path.open("a") as file:
         file.write('{"set": "s"}\n')
-    with pytest.raises(ValueError, match=r"servers-\w{8}.jsonl:2: .* missing, expected .*; remove the line"):
+    with pytest.raises(ValueError, match=r"servers-\w{8}.jsonl:2: .* is missing.*; remove the line"):
         Records(*asked)
