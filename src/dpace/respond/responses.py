@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,24 +58,6 @@ def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Respo
             twice.
     """
     return list(iterate_responses(path, num_tokens))
-
-
-class AnswerLengths(NamedTuple):
-    """Tokens of a conversation."""
-
-    num_tokens: int
-    """All of them."""
-    answers: list[int]
-    """Those of each answer of the target."""
-
-
-def answer_lengths(path: str | Path) -> dict[str, AnswerLengths]:
-    """Read the lengths in `responses.jsonl`, by the prompt's id; nothing where there is no such file."""
-    responses = iterate_responses(path) if Path(path).exists() else ()
-    return {
-        one.id: AnswerLengths(len(one.token_ids), [end - start for start, end in one.response_spans])
-        for one in responses
-    }
 
 
 def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterator[Response]:
