@@ -225,8 +225,8 @@ def diagnose(
             elif name in MEASURED and not recorded:
                 found = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
             else:
-                finding, found = attempt(name, partial(check, trial))
-                found = found if finding is None else Diagnosis(name, *finding)
+                finding, failure = attempt(name, partial(check, trial))
+                found = Diagnosis(name, finding[0], *finding[1:]) if finding else failure
             diagnoses.append(found)
         bar.update(task, advance=1, info="")
     return diagnoses

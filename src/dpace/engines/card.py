@@ -42,8 +42,11 @@ def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -
         drafter: what engines are given for it: a name, or a GGUF file.
         target: name of the target.
     """
-    parts = {engine.name: engine.section(layout, spec, drafter, target) for engine in all_engines()}
-    return {name: part for name, part in parts.items() if part}
+    parts: dict[EngineName, str] = {}
+    for engine in all_engines():
+        if part := engine.section(layout, spec, drafter, target):
+            parts[engine.name] = part
+    return parts
 
 
 def write_card(

@@ -83,7 +83,7 @@ FOLDERS = {
     "it is a device or a pipe": lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
     "dflash_config is [1], expected an object": config(dflash_config=[1]),
     "'hot'": config(dpace={"confidence_temperature": "hot"}),
-    "rope_type is '\\x1b[31m', expected one of": rope(ESC),
+    "of this config: '\\x1b[31m'": rope(ESC),
     "'rope_type'='yarn': {'factor'}": rope("yarn"),
     "`head_dim`=33": config(head_dim=33),
     "'pad_token_id' with value 'x'": config(pad_token_id="x"),
