@@ -65,6 +65,10 @@ class Corpus:
         """Make a corpus in memory."""
         return cls(_table((response, 0, i) for i, response in enumerate(responses)))
 
+    def take(self, numbers: np.ndarray) -> "Corpus":
+        """Return some of the conversations, without a copy."""
+        return Corpus(self._table, self._order[numbers])
+
     def __len__(self):
         """Count the conversations."""
         return len(self._order)

@@ -102,7 +102,7 @@ def plan_target(recipe: Recipe, *, memory: int | None = None) -> TargetPlan:
 
 def known_lengths(dataset: ResponseDataset) -> np.ndarray:
     """Return tokens and anchors of conversations that are answered, "2 conversation"."""
-    anchors = dataset.corpus.num_anchors(dataset.max_length)[dataset.chosen]
+    anchors = dataset.corpus.num_anchors(dataset.max_length)
     return np.stack([dataset.lengths, anchors]).astype(float)
 
 
