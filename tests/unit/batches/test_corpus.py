@@ -98,8 +98,6 @@ def test_own_answers_are_scored_where_the_template_puts_them(tmp_path):
     target.tokenizer.chat_template = target.tokenizer.chat_template.replace("'answer' }}{% endif", "'w9' }}{% endif")
     (other,) = write_responses(target, [Prompt("a", "s", [turn[:1]], "w5")], tmp_path / "o" / "r.jsonl", config)
     assert other.token_ids[-2:] == [*target.tokenizer("w5")["input_ids"], EOS], "the prompt is not the text's beginning"
-    with pytest.raises(ValueError, match="set --respond.source and --respond.server as they were"):
-        write_responses(target, [Prompt("a", "s", [turn])], tmp_path / "o" / "r.jsonl", RespondConfig())
     with pytest.raises(ValueError, match="prompt b has no reply at its end"):
         write_responses(target, [Prompt("b", "s", [turn])], tmp_path / "b" / "r.jsonl", config)
 
