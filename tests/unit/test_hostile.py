@@ -193,7 +193,7 @@ RESPONSES = {
     None: "has no response",
     "{": "r.meta.json.*delete it",
     "[]": "r.meta.json holds list",
-    ("response_spans", ((0, 9),)): r"response_spans has \[0, 9\]",
+    ("response_spans", ((0, 9),)): r"response_spans is \[\[0, 9\]\]",
     ("token_ids", "abc"): "token_ids is 'abc'",
 }
 

@@ -112,7 +112,7 @@ def test_killed_it_goes_on(keep, language_target, tmp_path):
 
 def test_a_damaged_file_is_named(keep):
     dataset = keep()
-    path = dataset.features.paths[dataset.features.names[0]]
+    path, _ = dataset.features.rows[dataset.features.names[0]]
     data = path.read_bytes()
     path.write_bytes(data[:-3] + bytes(byte ^ 1 for byte in data[-3:]))
     with pytest.raises(ValueError, match=f"{path.name} is damaged; delete it"):
