@@ -297,11 +297,7 @@ class LiLiCorr(nn.Module):
         rows = rows + self.token_proj(embeds.to(dtype))
         rows = rows + self.pass_hidden_proj(hidden.to(dtype))[:, :, None]
         rows = (rows + self.slot_embedding[0, :, :num_slots] + self.rank_embedding[0]).flatten(1, 2)
-        slots = torch.arange(num_slots, device=log_probs.device)
-        distance = slots[:, None] - slots
-        bias = self.relative_slot_bias[:, distance + self.block_size - 1]
-        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
-        bias = bias.repeat_interleave(k, 1).repeat_interleave(k, 2)[None]
+        bias = self.bias(num_slots, k)[None]
         for layer in self.layers:
             rows = layer(rows, bias)
         context = self.anchor_norm(self.context_proj(anchor.to(dtype)))
@@ -314,6 +310,14 @@ class LiLiCorr(nn.Module):
         first = self._unit(self.anchor_out_head(context))
         with torch.autocast(rows.device.type, enabled=False):
             return self._scores(before, after, first)
+
+    def bias(self, num_slots: int, num_candidates: int):
+        """Compute what attention adds to the scores of the first slots' candidates, "head entry entry"."""
+        slots = torch.arange(num_slots, device=self.same_slot_bias.device)
+        distance = slots[:, None] - slots
+        bias = self.relative_slot_bias[:, distance + self.block_size - 1]
+        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
+        return bias.repeat_interleave(num_candidates, 1).repeat_interleave(num_candidates, 2)
 
     def _scores(self, before, after, first):
         start = (after[:, 0] @ first[..., None])[..., 0]

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, all_engines
-from dpace.engines.published import read_folder
+from dpace.engines.published import make_drafter, read_folder
 from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
@@ -43,6 +42,18 @@ class Request:
     """Leave out the drafter's head."""
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What is written of a drafter."""
+
+    spec: DrafterSpec
+    tensors: dict[str, Tensor]
+    dtype: str = ""
+    """Precision of the matrices."""
+    rounding: float = 0.0
+    """Largest relative change of a tensor by the change of precision; 0 where it was kept."""
+
+
 class Engine:
     """An engine that reads the published layout, which `dpace train` writes."""
 
@@ -56,6 +67,8 @@ class Engine:
     """Which files it reads; a model card is for all engines that read the same ones."""
     library: str = "transformers"
     """What the Hub reads the files with."""
+    tags: tuple[str, ...] = ()
+    """Its tags on the Hub."""
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
@@ -111,26 +124,23 @@ class Engine:
             return ""
         return self.card.format(drafter=drafter, target=target, command=self.command(spec, drafter, target)).rstrip()
 
-    def adapt(
-        self, spec: DrafterSpec, tensors: dict[str, Tensor], folder: Path, target: Target
-    ) -> tuple[DrafterSpec, dict[str, Tensor]]:
+    def adapt(self, contents: Contents, folder: Path, target: Target) -> Contents:
         """Turn a drafter into what the files hold; by default nothing changes.
 
         Args:
-            spec: of the drafter.
-            tensors: its weights.
+            contents: the drafter.
             folder: that it was read from.
             target: its target.
         """
-        return spec, tensors
+        return contents
 
     def cast(self, tensor: Tensor, dtype: str) -> Tensor:
         """Round a tensor to one of `precisions`."""
-        return tensor if dtype == "keep" or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
+        return tensor.to(getattr(torch, dtype, tensor.dtype) if tensor.is_floating_point() else tensor.dtype)
 
-    def write(self, folder: Path, drafter: Drafter, request: Request, target: Target) -> Path:
+    def write(self, folder: Path, contents: Contents, request: Request, target: Target) -> Path:
         """Write the files into an empty folder; return what the engine is given: the folder, or a file in it."""
-        drafter.save_pretrained(folder)
+        make_drafter(contents.spec, contents.tensors).save_pretrained(folder)
         return folder
 
     def is_written(self, path: Path) -> bool:

@@ -14,6 +14,7 @@ class Sglang(Engine):
     name = "sglang"
     title = "SGLang"
     reads = NETWORKS
+    tags = ("sglang",)
     card = """**SGLang** (not run by us)
 
 ```bash

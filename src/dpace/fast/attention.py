@@ -51,8 +51,8 @@ def grouped_attention(
     heads, queries = query.shape[1:3]
     groups = heads // key.shape[1]
     is_shared = queries == 1 if attention_mask is None else attention_mask.shape[1:3] == (1, queries)
-    is_more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
-    if groups == 1 or queries > MAX_QUERIES or not is_shared or is_more:
+    has_more = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
+    if groups == 1 or queries > MAX_QUERIES or not is_shared or has_more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend_in_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
 
@@ -90,38 +90,47 @@ def attend_in_groups(
     """Attend with the query heads of a group as rows of one product.
 
     Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
-    With a `CausalBias`, in which the rows of a group would differ, the kernel itself shares keys and values.
+    With a `CausalBias`, in which the rows of a group would differ, and with many queries the kernel itself shares keys
+    and values.
 
     The first `num_shared` keys are the same in all rows, and seen by all. With enough of them, a CPU reads them once
     for all rows; the parts are joined by their sums of exponentials, as flash attention joins its tiles.
     """
-    if isinstance(mask, CausalBias):
-        attend = nn.functional.scaled_dot_product_attention
-        return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    attend = nn.functional.scaled_dot_product_attention
     batch = query.shape[0]  # len() of a tensor is slow
     heads, queries = query.shape[1:3]
+    if isinstance(mask, CausalBias) or queries > MAX_QUERIES:
+        return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    if mask is not None and (mask.shape[2] > 1 or mask.device.type != "cpu"):
-        mask = _repeat_mask(mask, heads // key.shape[1] if mask.shape[2] > 1 else 1, query.dtype)
-    if queries == 1 and mask is not None and mask.device.type == "cpu" and torch.compiler.is_compiling():
+    is_on_cpu = query.device.type == "cpu"
+    if mask is not None and (mask.shape[2] > 1 or not is_on_cpu):
+        mask = _repeat_mask(mask, rows.shape[2] // queries if mask.shape[2] > 1 else 1, query.dtype)
+    if queries == 1 and mask is not None and is_on_cpu and torch.compiler.is_compiling():
         # In the compiler's own loops, which take less than a kernel's call.
         scores = (rows[..., None, :] * key[:, :, None]).sum(-1) * (scale or rows.shape[-1] ** -0.5)
         out = ((scores + mask).softmax(-1)[..., None] * value[:, :, None]).sum(-2)
-    elif num_shared >= MIN_SHARED_KEYS and query.device.type == "cpu":
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        together = rows.transpose(0, 1).flatten(1, 2)[None]
-        first, first_sum = attend(together, key[:1, :, :num_shared], value[:1, :, :num_shared], scale=scale)
-        own = None if mask is None else mask[..., num_shared:]
-        rest, rest_sum = attend(rows, key[:, :, num_shared:], value[:, :, num_shared:], attn_mask=own, scale=scale)
-        first, first_sum = (x[0].unflatten(1, (batch, -1)).transpose(0, 1) for x in (first, first_sum))
-        share = torch.sigmoid(first_sum - rest_sum).float()[..., None]
-        out = torch.lerp(rest.float(), first.float(), share).to(rest.dtype)
+    elif num_shared >= MIN_SHARED_KEYS and is_on_cpu:
+        out = _attend_in_two_parts(rows, key, value, mask, scale, num_shared)
     else:
-        out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        out = attend(rows, key, value, attn_mask=mask, scale=scale)
     if queries == 1:
         return out.reshape(batch, 1, heads, -1)
-    by_query = out.view(batch, key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4).contiguous()
-    return by_query.view(batch, queries, heads, -1)
+    by_query = out.view(batch, key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4)
+    return by_query.reshape(batch, queries, heads, -1)
+
+
+def _attend_in_two_parts(
+    rows: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, num_shared: int
+) -> Tensor:
+    """Read the first keys once for all texts and the rest for each, and join the results as flash attention does."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    together = rows.transpose(0, 1).flatten(1, 2)[None]
+    first, first_sum = attend(together, key[:1, :, :num_shared], value[:1, :, :num_shared], scale=scale)
+    own = None if mask is None else mask[..., num_shared:]
+    rest, rest_sum = attend(rows, key[:, :, num_shared:], value[:, :, num_shared:], attn_mask=own, scale=scale)
+    first, first_sum = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (first, first_sum))
+    share = torch.sigmoid(first_sum - rest_sum).float()[..., None]
+    return torch.lerp(rest.float(), first.float(), share).to(rest.dtype)
 
 
 def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:

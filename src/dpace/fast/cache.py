@@ -19,8 +19,10 @@ from dpace.blocks import FULL, Reach
 
 NUM_CONTEXT = 12
 """Tokens that `probe_cache` reads first."""
-NUM_READ = 4
-"""Tokens that it then reads in one pass."""
+NUM_KEPT = 2
+"""Tokens that it then accepts of a draft."""
+NUM_REJECTED = 2
+"""Tokens that it rejects behind them."""
 
 CacheAbility = Literal["crop", "rewind", "append"]
 """What a target's caches can do after a rejected draft.
@@ -180,11 +182,10 @@ class RaggedCache(DynamicCache):
         self.dtype = dtype
         self.num_slots = num_slots
         self.reaches = reaches or {}
-        self.layers: Any = [RaggedLayer(self.end) for _ in self.layers]
-        if num_slots:
-            rings = {kind: min(capacity, reach.window - 1) for kind, reach in self.reaches.items()}
-            self.layers = [RaggedLayer(num_slots + rings[kind] + 1) for kind in config.layer_types]
-            self.kinds = config.layer_types
+        self.kinds = config.layer_types if num_slots else ()
+        rings = [min(capacity, self.reaches[kind].window - 1) for kind in self.kinds]
+        sizes = [num_slots + ring + 1 for ring in rings] or [capacity] * len(self.layers)
+        self.layers: Any = [RaggedLayer(size) for size in sizes]
 
     def place(
         self, positions: Int[Tensor, "batch new"], rows: Sequence[int] | None = None
@@ -219,13 +220,11 @@ class RaggedCache(DynamicCache):
             self.write_to(torch.cat([columns, slots.expand(len(starts), -1)], dim=1), layers=layers)
             before = starts - 1
             places = torch.arange(layers[0].end - self.num_slots, device=starts.device)
-            held = (
-                before - (before - places) % ring
-            )  # position of the token in each column; below 0 where there is none
-            queries = slots if reach != FULL else slots[:1]
-            is_seen = (held >= 0)[:, None] & reach.sees((starts + queries)[..., None] - held[:, None])
-            is_slot_seen = reach.sees(queries[:, None] - slots).expand(len(starts), -1, -1)
-            masks[kind] = torch.cat([is_slot_seen, is_seen], dim=2)[:, None]
+            held = before - (before - places) % ring
+            at = torch.cat([starts + slots, held], dim=1)  # position of what a column holds; below 0 where it is empty
+            queries = starts + (slots if reach != FULL else slots[:1])
+            is_seen = (at >= 0)[:, None] & reach.sees(queries[..., None] - at[:, None])
+            masks[kind] = is_seen[:, None]
         return masks
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -322,7 +321,7 @@ def is_full_attention(cache: Any) -> bool:
 
 @torch.inference_mode()
 def probe_cache(target: Any) -> CacheAbility:
-    """Find out by trying what the target's caches can do: read, go back, and read again.
+    """Find out what a target's caches can do: read, go back as their layers let them, and read again.
 
     Caches with full attention in all layers can be cropped, and are not tried.
 
@@ -331,41 +330,37 @@ def probe_cache(target: Any) -> CacheAbility:
     """
     if is_full_attention(TextCache(target.config, 1)):
         return "crop"
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = len(target.head.weight)
-    text = torch.randint(vocab_size, (1, NUM_CONTEXT + NUM_READ), generator=generator).to(target.device)
-    other = torch.randint(vocab_size, (1, NUM_READ), generator=generator).to(target.device)
-    kept = NUM_READ // 2
-    rest = text[:, NUM_CONTEXT:]
-    draft = torch.cat([rest[:, :kept], other[:, kept:]], dim=1)
-
-    def read(part: Tensor, cache: TextCache, rejected: int = 0) -> Float[Tensor, "seq hidden"]:
-        hidden = target.hidden(part, cache=cache)[0]
-        cache.crop(-rejected)  # exactly once after each pass, as when decoding
-        return hidden
+    sizes = (NUM_CONTEXT, NUM_KEPT, NUM_REJECTED)
+    tokens = torch.randint(len(target.head.weight), (2, sum(sizes)), generator=torch.Generator().manual_seed(0))
+    context, kept, last = tokens[:1].to(target.device).split(sizes, dim=1)
+    other = tokens[1:, -NUM_REJECTED:].to(target.device)
 
     def start() -> TextCache:
-        cache = TextCache(target.config, NUM_CONTEXT + NUM_READ)
+        cache = TextCache(target.config, sum(sizes))
         cache.activate_past_recording()
-        read(text[:, :NUM_CONTEXT], cache)
+        read(context, cache)
         return cache
 
+    def read(part: Tensor, cache: TextCache) -> Float[Tensor, "seq hidden"]:
+        hidden = target.hidden(part, cache=cache)[0]
+        cache.crop(0)  # exactly once after each pass, as when decoding
+        return hidden
+
     cache = start()
-    expected = torch.cat([read(part, cache) for part in rest.split(1, dim=1)])[kept:]
+    expected = torch.cat([read(token, cache) for token in torch.cat([kept, last], dim=1).split(1, dim=1)])
+    cache = start()
+    states = cache.recurrent_states()
+    try:
+        target.hidden(torch.cat([kept, other], dim=1), cache=cache)
+        if states:
+            cache.rewind(states, NUM_KEPT + NUM_REJECTED)
+            read(kept, cache)
+        else:
+            cache.crop(-NUM_REJECTED)
+        errors = (read(last, cache) - expected[NUM_KEPT:]).norm(dim=-1) / expected[NUM_KEPT:].norm(dim=-1)
+    except (RuntimeError, NotImplementedError):
+        return "append"
     tolerance = 1e-3 if target.model.dtype == torch.float32 else 5e-2  # of hidden states, relative
-    for ability in ("crop", "rewind"):
-        cache = start()
-        states = cache.recurrent_states()
-        try:
-            if ability == "crop":
-                read(draft, cache, NUM_READ - kept)
-            else:
-                target.hidden(draft, cache=cache)
-                cache.rewind(states, NUM_READ)
-                read(rest[:, :kept], cache)
-            errors = (read(rest[:, kept:], cache) - expected).norm(dim=-1) / expected.norm(dim=-1)
-        except (RuntimeError, NotImplementedError):
-            continue
-        if float(errors.min()) <= tolerance:  # at the best position: rounding may change a router's choice at some
-            return ability
-    return "append"
+    if float(errors.min()) > tolerance:  # at the best position: rounding may change a router's choice at some
+        return "append"
+    return "rewind" if states else "crop"

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, silu
 
-from dpace.fast.packing import FastForm, FastModule
+from dpace.fast.fusion import inverse_rms
+from dpace.fast.packing import FastForm, FastModule, unpack
 from dpace.modeling_dflash import LiLiCorr
 
 
@@ -20,10 +22,7 @@ def fuse_lattice(head: LiLiCorr) -> None:
     """
     if head.factor_input_proj.weight.device.type != "cpu":
         return
-    for linear in head.modules():
-        if isinstance(linear, nn.Linear):
-            vars(linear).pop("fast", None)  # its packed copy
-            linear.__class__ = nn.Linear
+    unpack(module for module in head.modules() if isinstance(module, nn.Linear))
     head.__class__ = FusedLattice
 
 
@@ -41,50 +40,37 @@ class FusedLattice(FastModule, LiLiCorr):
 
 
 class LatticeForm(FastForm):
-    """The head's weights as its products read them: turned, joined, and with the weights of norms inside them."""
+    """The head's weights as its products read them: joined, and with the weights of norms inside them."""
 
     def __init__(self, head: Any):
         super().__init__(head)
         self.head = head
-        k = head.num_candidates
-        num_slots = head.block_size - 1
-        slots = torch.arange(num_slots)
-        distance = slots[:, None] - slots
-        bias = head.relative_slot_bias[:, distance + num_slots]
-        bias = bias + head.same_slot_bias[:, None, None] * (distance == 0)
-        self.bias = bias.repeat_interleave(k, 1).repeat_interleave(k, 2)
+        self.bias = head.bias(head.block_size - 1, head.num_candidates)
+        self.feature = head.feature_mlp.down_proj.weight.T
         inputs = [head.feature_mlp.down_proj, head.pass_hidden_proj]
-        self.token = None if isinstance(head.token_proj, nn.Identity) else head.token_proj.weight.T.contiguous()
-        if self.token is not None:
+        self.token = None
+        if isinstance(head.token_proj, nn.Linear):
             inputs.append(head.token_proj)
-        self.places = head.slot_embedding[0] + head.rank_embedding[0] + sum(linear.bias for linear in inputs)
-        self.feature = head.feature_mlp.down_proj.weight.T.contiguous()
-        ranks = torch.arange(k).expand(num_slots, k)
-        self.constants = torch.stack([ranks / max(1, k - 1), (ranks == 0).float()], dim=-1)
+            self.token = head.token_proj.weight.T
+        self.places = head.slot_embedding[0] + head.rank_embedding[0] + sum(part.bias for part in inputs)
+        ranks = torch.arange(head.num_candidates).expand(head.block_size - 1, -1)
+        self.constants = torch.stack([ranks / max(1, head.num_candidates - 1), (ranks == 0).float()], dim=-1)
         self.epsilon = torch.tensor(head.output_norm.variance_epsilon)
         self.width = torch.tensor(float(len(head.output_norm.weight)))
         self.layers = [self._layer_weights(layer) for layer in head.layers]
-        self.factors = head.factor_input_proj.weight.split(head.factor_input_proj.in_features // 3, dim=1)
-        self.outputs = torch.cat([head.out_head.weight, head.in_head.weight]).T.contiguous()
-        self.output_bias = torch.cat([head.out_head.bias, head.in_head.bias])
+        self.factors = head.factor_input_proj.weight.chunk(3, dim=1)
+        both = zip(head.out_head.parameters(), head.in_head.parameters(), strict=True)
+        self.outputs = [torch.cat(pair) for pair in both]
 
-    def _layer_weights(self, layer: Any) -> list[Tensor]:
+    def _layer_weights(self, layer: Any) -> list[list[Tensor]]:
         """Return weight and bias of query, key and value; of the attention's output; and of the two of the MLP."""
-        attention = layer.attn
-        width = attention.embed_dim
-        scales = torch.ones(3 * width)
-        scales[:width] = (width // attention.num_heads) ** -0.5  # of the queries
-        qkv = attention.in_proj_weight * layer.attn_norm.weight * scales[:, None]
-        up = layer.mlp.up_proj.weight * layer.mlp_norm.weight
-        linears = [attention.out_proj, layer.mlp.down_proj]
-        out, down = (linear.weight.T.contiguous() for linear in linears)
-        up_bias = layer.mlp.up_proj.bias
-        pairs = [qkv.T.contiguous(), attention.in_proj_bias * scales, out, linears[0].bias]
-        return [*pairs, up.T.contiguous(), up_bias, down, linears[1].bias]
+        qkv = [layer.attn.in_proj_weight * layer.attn_norm.weight, layer.attn.in_proj_bias]
+        up = [layer.mlp.up_proj.weight * layer.mlp_norm.weight, layer.mlp.up_proj.bias]
+        return [qkv, [*layer.attn.out_proj.parameters()], up, [*layer.mlp.down_proj.parameters()]]
 
     def norm(self, rows: Tensor) -> Tensor:
-        """Apply an RMSNorm without weights, in half as many operations as torch's."""
-        return rows * torch.addcdiv(self.epsilon, (rows * rows).sum(-1, keepdim=True), self.width).rsqrt_()
+        """Apply an RMSNorm without weights."""
+        return rows * inverse_rms(rows, self.epsilon, self.width)
 
     def score(self, embeds: Tensor, log_probs: Tensor, hidden: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what `LiLiCorr.forward` returns, of whole blocks."""
@@ -92,7 +78,7 @@ class LatticeForm(FastForm):
         num_blocks, num_slots, k = log_probs.shape
         chances = torch.stack([log_probs, log_probs.exp(), log_probs - log_probs.amax(-1, keepdim=True)], dim=-1)
         features = torch.cat([chances, self.constants.expand(num_blocks, -1, -1, -1)], dim=-1)
-        features = nn.functional.silu(head.feature_mlp.up_proj(head.feature_norm(features))).flatten(0, 2)
+        features = silu(head.feature_mlp.up_proj(head.feature_norm(features))).flatten(0, 2)
         start = self.places + (hidden @ head.pass_hidden_proj.weight.T)[:, :, None]
         rows = start.flatten(0, 2).addmm_(features, self.feature)
         if self.token is None:
@@ -104,21 +90,20 @@ class LatticeForm(FastForm):
         context = head.anchor_norm(head.context_proj(anchor))
         own, by_context, of_both = self.factors
         product = head.output_norm.weight * (own + of_both * context[:, None])  # "block out in"
-        offset = torch.addmm(head.factor_input_proj.bias, context, by_context.T)
+        offset = linear(context, by_context, head.factor_input_proj.bias)
         rows = self.norm(rows).unflatten(0, (num_blocks, -1))
-        rows = nn.functional.silu(torch.baddbmm(offset[:, None], rows, product.mT)).flatten(0, 1)
-        both = torch.addmm(self.output_bias, rows, self.outputs).view(num_blocks, num_slots, k, 2, -1)
+        rows = silu(torch.baddbmm(offset[:, None], rows, product.mT)).flatten(0, 1)
+        both = linear(rows, *self.outputs).view(num_blocks, num_slots, k, 2, -1)
         before, after = head._unit(both).unbind(3)
         return head._scores(before[:, :-1], after, head._unit(head.anchor_out_head(context)))
 
-    def _add_layer(self, rows, num_blocks, qkv, qkv_bias, out, out_bias, up, up_bias, down, down_bias):
+    def _add_layer(self, rows, num_blocks, qkv, out, up, down):
         """Add a layer's attention and feed-forward to `rows`, "entry width", in place."""
         num_heads, num_entries = self.bias.shape[:2]
-        heads = torch.addmm(qkv_bias, self.norm(rows), qkv).view(num_blocks, num_entries, 3, num_heads, -1)
+        heads = linear(self.norm(rows), *qkv).view(num_blocks, num_entries, 3, num_heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4).flatten(1, 2)
         bias = self.bias if num_blocks == 1 else self.bias.repeat(num_blocks, 1, 1)
-        attended = torch.baddbmm(bias, query, key.mT).softmax(-1) @ value
-        attended = attended.unflatten(0, (num_blocks, num_heads)).transpose(1, 2).reshape(rows.shape)
-        rows.addmm_(attended, out).add_(out_bias)
-        inner = nn.functional.silu(torch.addmm(up_bias, self.norm(rows), up))
-        rows.addmm_(inner, down).add_(down_bias)
+        scores = torch.baddbmm(bias, query, key.mT, alpha=query.shape[-1] ** -0.5)
+        attended = (scores.softmax(-1) @ value).unflatten(0, (num_blocks, num_heads))
+        rows.add_(linear(attended.transpose(1, 2).reshape(rows.shape), *out))
+        rows.add_(linear(silu(linear(self.norm(rows), *up)), *down))

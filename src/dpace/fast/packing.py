@@ -40,6 +40,13 @@ def pack_linears(module: nn.Module) -> bool:
     return True
 
 
+def unpack(linears: Iterable[nn.Module]) -> None:
+    """Make packed layers plain ones again, without their copies: something else computes with their weights."""
+    for linear in linears:
+        vars(linear).pop("fast", None)
+        linear.__class__ = nn.Linear
+
+
 def refresh_copies(model: nn.Module) -> None:
     """Drop what was made of weights that have changed since; a packed copy is made again at its next use.
 
@@ -59,13 +66,12 @@ def weights_state(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
 class FastForm:
     """A form of a module's weights that its fast code reads, valid until a weight changes.
 
-    Copies of the module do not have it. A linear layer's is a `Product`.
+    Copies of the module do not have it. A linear layer's is its product.
     """
 
-    product: Any = None
-
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, product: "Product | None" = None):
         self.state = weights_state(module.parameters())
+        self.product = product
 
     def __reduce__(self):
         return type(None), ()
@@ -96,22 +102,11 @@ class PackedLinear(FastModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as `nn.Linear` does."""
         if self.is_usable(input, self.weight.dtype) and input.dim() > 1:
-            product = self.product()
-            if product is not None:
-                return product(input)
+            if self.fast is None and not torch.compiler.is_compiling():
+                self.fast = FastForm(self, pack(self.weight, self.bias))
+            if self.fast is not None and self.fast.product is not None:
+                return self.fast.product(input)
         return super().forward(input)
-
-    def product(self) -> Product | None:
-        """Return the product with the packed copy; None where there is none.
-
-        The first call makes the copy, unless `torch.compile` traces it.
-        """
-        if self.fast is None:
-            if torch.compiler.is_compiling():
-                return None
-            self.fast = FastForm(self)
-            self.fast.product = pack(self.weight, self.bias)
-        return self.fast.product
 
 
 class PackedProduct:
@@ -133,14 +128,18 @@ class PackedProduct:
     def __call__(self, rows: Tensor) -> Tensor:
         """Multiply rows, "* in"."""
         if torch.compiler.is_compiling():
-            return torch.ops.dpace.multiply(rows, self.number, self.width)
+            return torch.ops.dpace.multiply(rows, self.number)
         return self.multiply(rows)
 
 
+def _shape_of_product(rows: Tensor, number: int) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], PackedProduct.alive[number].width)
+
+
 OPERATIONS = torch.library.Library("dpace", "DEF")
-OPERATIONS.define("multiply(Tensor rows, int number, int width) -> Tensor")
-OPERATIONS.impl("multiply", lambda rows, number, _: PackedProduct.alive[number].multiply(rows), "CPU")
-OPERATIONS.impl("multiply", lambda rows, _, width: rows.new_empty(*rows.shape[:-1], width), "Meta")
+OPERATIONS.define("multiply(Tensor rows, int number) -> Tensor")
+OPERATIONS.impl("multiply", lambda rows, number: PackedProduct.alive[number].multiply(rows), "CPU")
+OPERATIONS.impl("multiply", _shape_of_product, "Meta")
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
@@ -184,18 +183,18 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     """
     if not _has_fp16_products():
         return None
-    exponent = 0
-    if not (exact := torch.equal(weight.half().float(), weight)):
-        exponent = 15 - math.frexp(float(weight.abs().max().nan_to_num()))[1]
-        weight = weight * 2.0**exponent
-        if not torch.equal(weight.half().float(), weight):
-            return None
-    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    largest = float(weight.abs().max().nan_to_num())
+    for exponent in (0, 15 - math.frexp(largest)[1]):
+        scaled = weight * 2.0**exponent
+        if torch.equal(scaled.half().float(), scaled):
+            break
+    else:
+        return None
+    packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
     multiply = torch.ops.quantized.linear_dynamic_fp16.default._op  # without a check of fake weights, which takes long
-    scale = 2.0**-exponent
 
     def product(rows: Tensor) -> Tensor:
-        out = multiply(rows if exact else rows * scale, packed)
+        out = multiply(rows * 2.0**-exponent if exponent else rows, packed)
         return out if bias is None else out + bias
 
     return PackedProduct(product, len(weight))
@@ -223,24 +222,26 @@ def has_fast_bf16() -> bool:
     return has_instructions and is_in_build and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def join(linears: Sequence[nn.Linear]) -> Product:
-    """Make one product that gives the outputs of linear layers side by side, without packing.
+def join(linears: Sequence[nn.Linear]) -> Any:
+    """Make one product that gives the outputs of linear layers side by side.
 
-    The layers' weights become parts of one tensor, which the product reads: there is no second copy.
+    That of packed layers is packed. The weights of others become parts of one tensor, which the product reads: there is
+    no second copy.
     """
-    weight = _join_parameters(linears, "weight")
-    bias = _join_parameters(linears, "bias")
+    weights: list[Any] = [linear.weight for linear in linears]
+    biases: list[Any] = [linear.bias for linear in linears if linear.bias is not None]
+    if type(linears[0]) is PackedLinear:
+        return pack(torch.cat(weights), torch.cat(biases) if biases else None)
+    weight = _join_parameters(weights)
+    bias = _join_parameters(biases) if biases else None
     return lambda rows: nn.functional.linear(rows.flatten(0, -2), weight, bias).view(*rows.shape[:-1], -1)
 
 
-def _join_parameters(linears: Sequence[nn.Linear], name: str) -> Any:
-    """Let the layers' parameters of a name be parts of one tensor, and return it; None where they have none."""
-    parts = [getattr(linear, name) for linear in linears]
-    if parts[0] is None:
-        return None
-    joined = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
-    for linear, part, view in zip(linears, parts, joined.split([len(part) for part in parts]), strict=True):
-        setattr(linear, name, nn.Parameter(view, requires_grad=part.requires_grad))
+def _join_parameters(parts: list[Any]) -> Tensor:
+    """Let parameters be parts of one tensor, and return it."""
+    joined = torch.cat(parts).detach()
+    for part, view in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = view
     return joined
 
 

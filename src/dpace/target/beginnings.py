@@ -101,10 +101,10 @@ def read_texts(
         """Read these rows from where they are read to, up to a place or to their ends."""
         parts = [torch.tensor(texts[row][starts[row] : end]) for row in rows]
         padded = pad_sequence(parts, batch_first=True).to(device)
-        positions = starts[rows, None] + torch.arange(padded.shape[1])
-        positions = positions.clamp(max=capacity - 1)  # padding's only, and no token of a prompt is there
-        cache.end = int(positions.max()) + 1
-        positions = positions.to(device)
+        places = starts[rows, None] + torch.arange(padded.shape[1])
+        places = places.clamp(max=capacity - 1)  # padding's only, and no token of a prompt is there
+        cache.end = int(places.max()) + 1
+        positions = places.to(device)
         mask = cache.place(positions, rows) if starts[rows].any() else cache.write_to(positions, rows)
         hidden, outputs = target.read(padded, cache, layer_ids, attention_mask=mask, position_ids=positions)
         for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
@@ -117,12 +117,13 @@ def read_texts(
         cache.copy_columns(first, others, part.start, part.end)
         features[others, part.start : part.end] = features[first, part.start : part.end]
         starts[part.rows] = part.end
-    waiting: list[int] = []
-    for row in sorted(range(len(texts)), key=lambda row: len(texts[row]) - starts[row]):
-        if waiting and (len(waiting) + 1) * (len(texts[row]) - starts[row]) > PASS_TOKENS:
-            read(waiting)
-            waiting = []
-        waiting.append(row)
-    read(waiting)
+    left = (torch.tensor([len(text) for text in texts]) - starts).tolist()
+    together: list[int] = []
+    for row in sorted(range(len(texts)), key=left.__getitem__):
+        if together and (len(together) + 1) * left[row] > PASS_TOKENS:
+            read(together)
+            together = []
+        together.append(row)
+    read(together)
     cache.end = capacity
     return last, features

@@ -63,38 +63,29 @@ def encode_chat(
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise ValueError("the target has no tokenizer, which text needs; pass one to Target")
-    for message in messages:
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"a message has half a character, {message['content'][error.start]!a}; write it in Unicode"
-            ) from error
-    template = str(tokenizer.chat_template)
-    tools = next((message["tools"] for message in messages if "tools" in message), None)
     words = {key for message in messages for key in message} | {message["role"] for message in messages}
     for word in ("tools", "tool_calls", "tool"):
-        if word in words and word not in template:
+        if word in words and word not in str(tokenizer.chat_template):
             raise ValueError(
                 f"the chat template of {target.name} knows no `{word}`, which the prompt has; take it out of the "
                 "prompt, or name a target whose template knows it"
             )
-    if tokenizer.chat_template is None:
-        token_ids = tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
-    else:
-        try:
+    try:
+        if tokenizer.chat_template is None:
+            token_ids = tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
+        else:
             token_ids = tokenizer.apply_chat_template(
                 [{key: value for key, value in message.items() if key != "tools"} for message in messages],
-                tools=tools,
+                tools=next((message["tools"] for message in messages if "tools" in message), None),
                 add_generation_prompt=not is_answered,
                 enable_thinking=target.thinking,
                 return_dict=False,
             )
-        except Exception as error:  # jinja errors of a template share no narrower class
-            raise ValueError(
-                f"the chat template of {target.name} refuses the messages ({error}); change the prompt to roles that "
-                "it knows"
-            ) from error
+    except Exception as error:  # jinja errors of a template share no narrower class
+        raise ValueError(
+            f"the chat template of {target.name} refuses the messages ({error}); change the prompt to roles that "
+            "it knows, and to whole characters of Unicode"
+        ) from error
     if not token_ids:
         raise ValueError(
             "the prompt gives no token, expected one or more; write a prompt that is not empty, and see whether the "
@@ -103,7 +94,7 @@ def encode_chat(
     if isinstance(target, Target) and max(token_ids) >= len(target.head.weight):
         raise ValueError(
             f"the tokenizer of {target.name} gives the token {max(token_ids)}, and its embedding has "
-            f"{len(target.head.weight)} rows; copy both again from one model, or write the prompt without that text"
+            f"{len(target.head.weight)} rows; copy both again from one model"
         )
     return list(token_ids)
 

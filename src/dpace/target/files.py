@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -28,53 +29,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from dpace.config import DeviceMap, TargetShard
 from dpace.system import ranks
 from dpace.system.ledger import read_object
-from dpace.system.loading import (
-    LIBRARY_ERRORS,
-    attention_of,
-    refuse_infinite,
-    refuse_mismatch,
-    translate_library_errors,
-)
-from dpace.system.progress import one_line, quoted
+from dpace.system.loading import attention_of, refuse_infinite, refuse_mismatch, translate_library_errors
+from dpace.system.progress import quoted
 from dpace.target.locate import find_target
 from dpace.target.probe import find_layers
 
-
-def plan_distribution(shard: TargetShard, model_class: Any, config: Any) -> DistributedConfig | None:
-    """Plan how `from_pretrained` spreads a model over the ranks; None where a rank has all of it.
-
-    Args:
-        shard: `fsdp` gathers a decoder layer where it runs and frees it afterwards.
-        model_class: an auto class of transformers.
-        config: of the model.
-    """
-    num_ranks = ranks.num_ranks()
-    if shard == "none" or num_ranks == 1:
-        return None
-    ranks.barrier()  # joins the group, with the backend of this machine
-    with torch.device("meta"):
-        model = model_class.from_config(config)
-    layers = find_layers(model, model.get_decoder(), config.get_text_config(decoder=True))
-    name = next(name for name, module in model.named_modules() if module is layers)
-    return DistributedConfig(fsdp_size=num_ranks, fsdp_plan={f"{name}.*": "free_full_weight"})
-
-
-def gather_tables(model: Any) -> None:
-    """Gather all but the decoder layers, and let them stay whole.
-
-    The model's `state_dict` must not be asked for afterwards: it shards them again.
-    """
-    model.requires_grad_(False)
-    layers = find_layers(model, model.get_decoder(), model.config.get_text_config(decoder=True))
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and id(module) not in inside:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-
-
 FIX = "download or copy the target again"
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 class TargetFiles(NamedTuple):
@@ -84,7 +44,7 @@ class TargetFiles(NamedTuple):
     """Config of the base."""
     base: str
     """Folder or Hub id of config and weights."""
-    adapter: str | None
+    adapter: Path | None
     """Folder of the LoRA adapter that is merged into them."""
     tokenizer: str
 
@@ -98,35 +58,14 @@ def find_target_files(name: str) -> TargetFiles:
             adapter that is not LoRA's, or whose base is not named or not found.
     """
     folder = find_adapter(name)
-    if folder is None:
-        with translate_library_errors(f"the target {name}", FIX):
-            return TargetFiles(_read_config(name), name, None, name)
-    what = f"the target {name} is an adapter (adapter_config.json)"
-    settings = read_object(folder / "adapter_config.json", FIX)
-    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
-    if kind != "LORA":
-        raise ValueError(f"{what} of kind {kind!r:.50}, expected LORA; merge it yourself, and name the merged model")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{what} that names no base model; merge it yourself, and name the merged model")
-    try:
-        base = find_target(base)
-        config = _read_config(base)
-    except (*LIBRARY_ERRORS, OSError) as error:
-        reason = one_line(error)[:200]
-        raise ValueError(
-            f"{what} of {base}, which cannot be read ({reason}); download that model, or merge the adapter where it is "
-            "(peft's merge_and_unload), and name the merged model"
-        ) from error
-    has_tokenizer = (folder / "tokenizer_config.json").exists()
-    return TargetFiles(config, base, str(folder), str(folder) if has_tokenizer else base)
-
-
-def _read_config(name: str) -> Any:
-    """Read the config of a model, and refuse a generation config that is not JSON."""
-    settings = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    if settings is not None:
-        read_object(Path(settings), FIX)
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    base = name if folder is None else _find_base(folder)
+    with translate_library_errors(f"the target {base}", FIX):
+        generation = cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    if generation is not None:
+        read_object(Path(generation), FIX)
+    has_tokenizer = folder is not None and (folder / "tokenizer_config.json").exists()
+    return TargetFiles(config, base, folder, str(folder) if has_tokenizer else base)
 
 
 def find_adapter(name: str) -> Path | None:
@@ -135,11 +74,22 @@ def find_adapter(name: str) -> Path | None:
         return None
     folder = Path(name)
     if folder.is_dir():
-        return None if any(next(folder.glob(pattern), None) for pattern in WEIGHTS) else folder
-    import huggingface_hub
-
+        return None if any(folder.glob("model*.safetensors")) else folder
     allowed = ["adapter_*.json", "adapter_*.safetensors", "*token*", "vocab*", "merges.txt", "*.jinja"]
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed))
+
+
+def _find_base(folder: Path) -> str:
+    """Find the model that the adapter in a folder was trained for."""
+    settings = read_object(folder / "adapter_config.json", FIX)
+    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    if kind != "LORA" or not base:
+        raise ValueError(
+            f"{folder} is an adapter of kind {quoted(kind)} with base {quoted(base)}, expected LORA and the name of a "
+            "model; merge it yourself, and name the merged model"
+        )
+    with translate_library_errors(f"the base of the adapter {folder}", "download it, or name a merged model"):
+        return find_target(base)
 
 
 def read_tokenizer(name: str, files: TargetFiles) -> PreTrainedTokenizerBase:
@@ -173,24 +123,21 @@ def open_target(
         OSError: there is no readable model of that name.
         ValueError: weights that are missing, in other shapes, or not finite; a class that transformers does not have; a
             package that is missing; GPUs without room for all layers; see `find_target_files`.
+        ImportError: the target is an adapter, and peft is missing.
     """
     what = f"the target {name}"
     files = find_target_files(name)
     config = files.config
-    quantized = getattr(config, "quantization_config", None)
-    _refuse_kind(what, files, quantized, device_map, shard)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    _refuse_kind(what, files, device_map, shard)
     tokenizer = read_tokenizer(name, files)
-    spread: Any = device_map or ({"": device} if quantized is not None else None)
+    spread: Any = device_map or ({"": device} if is_quantized else None)
     config.transformers_weights = None  # may name a pickle
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the Hub's bot converts one, and its proposal is loaded
     auto = auto_class(config)
     config._attn_implementation = attention_of(auto._model_mapping[type(config)])
     over_ranks = plan_distribution(shard, auto, config)
-    kind, fix = what, FIX
-    if quantized is not None:
-        kind = f"{what}, which is quantized ({quantized.get('quant_method')})"
-        fix = "install what is missing, or name the model that is not quantized"
-    with translate_library_errors(kind, fix):
+    with translate_library_errors(what, f"{FIX}, or install what it needs"):
         loaded: Any = auto.from_pretrained(
             files.base,
             config=config,
@@ -212,21 +159,18 @@ def open_target(
     return model if spread or over_ranks else model.to(device), tokenizer
 
 
-def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: DeviceMap, shard: TargetShard) -> None:
+def _refuse_kind(what: str, files: TargetFiles, device_map: DeviceMap, shard: TargetShard) -> None:
     """Refuse a target that cannot be loaded in the way that is asked for, before it is read.
 
     Raises:
         ValueError: names the reason and what to do.
     """
-    config = files.config
-    if quantized is not None:
-        with translate_library_errors(what, FIX):
-            is_known = AutoHfQuantizer.supports_quant_method(quantized)
-        if not is_known:
-            raise ValueError(
-                f"{what} is quantized in a way that transformers does not have (quantization_config: "
-                f"{quoted(quantized)}); update transformers, or name the model that is not quantized"
-            )
+    quantized = getattr(files.config, "quantization_config", None)
+    if quantized is not None and not AutoHfQuantizer.supports_quant_method(quantized):
+        raise ValueError(
+            f"{what} is quantized in a way that transformers does not have (quantization_config: {quoted(quantized)}); "
+            "update transformers, or name the model that is not quantized"
+        )
     if device_map and ranks.num_ranks() > 1:
         raise ValueError(
             "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "
@@ -237,10 +181,10 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
             f"{what} is an adapter of {files.base}, whose weights are quantized; merging would round them anew: merge "
             "it into the model before it was quantized, and name the merged model"
         )
-    if auto_class(config) is None:
+    if auto_class(files.config) is None:
         raise ValueError(
-            f"{what} is of the kind {config.model_type}, which transformers has no decoder for; name a causal LM, or a "
-            "model for images and text"
+            f"{what} is of the kind {files.config.model_type}, which transformers has no decoder for; name a causal "
+            "LM, or a model for images and text"
         )
     if shard != "none" and (quantized is not None or files.adapter or device_map):
         raise ValueError(
@@ -250,38 +194,34 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
 
 
 def _refuse_offloaded(what: str, model: Any) -> None:
-    """Refuse a model that was put on GPUs in part only.
+    """Refuse a model that was put on GPUs in part only, whose other layers would be copied in at every step.
 
     Raises:
-        ValueError: names the number of parts that found no room.
+        ValueError: names the places of its layers.
     """
-    devices = getattr(model, "hf_device_map", None) or {}
-    outside = [part for part, device in devices.items() if device in ("cpu", "disk")]
-    if outside and len(outside) < len(devices) or "disk" in devices.values():
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ValueError(
-            f"{what} does not fit into the GPUs: {len(outside)} of its {len(devices)} parts would stay outside and be "
-            "copied in at every step; use more GPUs, or a quantized target"
+            f"{what} does not fit into the GPUs: its parts would be on {', '.join(sorted(map(str, places)))}; use more "
+            "GPUs, or a quantized target"
         )
 
 
-def _merge_adapter(what: str, model: Any, folder: str) -> Any:
+def _merge_adapter(what: str, model: Any, folder: Path) -> Any:
     """Add a LoRA adapter to the weights of its base.
 
     Raises:
-        ValueError: peft is missing, or the adapter does not fit.
+        ValueError: the adapter does not fit, or cannot be merged.
+        ImportError: peft is missing.
     """
-    try:
-        import peft  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"{what} is a LoRA adapter, and the package peft, which merges it, is missing: run `pip install peft`, or "
-            "name a merged model"
-        ) from error
-    with translate_library_errors(what, "train the adapter for this base, or name a merged model"):
-        config = peft.PeftConfig.from_pretrained(folder)
+    import peft  # pyright: ignore[reportMissingImports]
+
+    with translate_library_errors(what, "train the adapter for this base, without what cannot be merged"):
+        config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         adapted: Any = peft.PeftModel(model, config)
-        unmatched = peft.set_peft_model_state_dict(adapted, load_file(Path(folder) / "adapter_model.safetensors"))
+        unmatched = peft.set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors"))
+        merged = adapted.merge_and_unload()
     missing = [key for key in unmatched.missing_keys if "lora_" in key]
     refuse_mismatch(what, {"missing_keys": missing, "mismatched_keys": ()}, FIX, unknown=unmatched.unexpected_keys)
     tables = [name for name in adapted.targeted_module_names if name.endswith(("lm_head", "embed_tokens"))]
@@ -290,7 +230,37 @@ def _merge_adapter(what: str, model: Any, folder: str) -> Any:
             f"{what} is a LoRA adapter that changes {tables[0]}, which embedding and head share, so both would "
             "change; untie them when training, or name a merged model"
         )
-    with translate_library_errors(what, "train the adapter without what cannot be merged, or name the base alone"):
-        merged = adapted.merge_and_unload()
     refuse_infinite(what, merged, FIX)
     return merged
+
+
+def plan_distribution(shard: TargetShard, model_class: Any, config: Any) -> DistributedConfig | None:
+    """Plan how `from_pretrained` spreads a model over the ranks; None where a rank has all of it.
+
+    Args:
+        shard: `fsdp` gathers a decoder layer where it runs and frees it afterwards.
+        model_class: an auto class of transformers.
+        config: of the model.
+    """
+    num_ranks = ranks.num_ranks()
+    if shard == "none" or num_ranks == 1:
+        return None
+    ranks.barrier()  # joins the group, with the backend of this machine
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    layers = find_layers(model)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    return DistributedConfig(fsdp_size=num_ranks, fsdp_plan={f"{name}.*": "free_full_weight"})
+
+
+def gather_tables(model: Any) -> None:
+    """Gather all but the decoder layers, and let them stay whole.
+
+    The model's `state_dict` must not be asked for afterwards: it shards them again.
+    """
+    model.requires_grad_(False)
+    inside = set(find_layers(model).modules())
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module not in inside:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()

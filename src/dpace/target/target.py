@@ -32,22 +32,18 @@ MIN_SAVED = 1 / 8
 """Least share of tokens that this has to save: on a CPU, 0.09 takes 1.03 times as long, and 0.19 takes 0.94."""
 
 
-def stop_tokens(config: Any, num_tokens: int = 2**31) -> list[int]:
-    """Return the tokens that end a response by a config, which may name none, one or several.
-
-    Args:
-        config: of generation, or of the model.
-        num_tokens: rows of the embedding, where they are known.
+def stop_tokens(config: Any) -> list[int]:
+    """Return the tokens that end a response by a config, of generation or of a model: none, one or several.
 
     Raises:
         ValueError: it names what is no token.
     """
     eos = config.eos_token_id
-    tokens = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-    if not all(type(token) is int and 0 <= token < num_tokens for token in tokens):
+    tokens = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in tokens):
         raise ValueError(
-            f"the target's eos_token_id is {quoted(eos)}, expected a token's number, 0 to {num_tokens - 1}, or a list "
-            "of them; correct its generation_config.json"
+            f"the target's eos_token_id is {quoted(eos)}, expected a token's number or a list of them; correct its "
+            "generation_config.json"
         )
     return tokens
 
@@ -55,10 +51,6 @@ def stop_tokens(config: Any, num_tokens: int = 2**31) -> list[int]:
 def answer_end(token_ids: Sequence[int], stops: Collection[int]) -> int | None:
     """Return the number of tokens up to and with the first stop token; None without one."""
     return next((i for i, token in enumerate(token_ids, start=1) if token in stops), None)
-
-
-class _StopForward(Exception):
-    """Raised to end a forward pass that runs for its features only."""
 
 
 class Target:
@@ -84,12 +76,12 @@ class Target:
         self.speed_ups: list[str] = []  # what `dpace.fast` did to the model when it was loaded
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
-        self.layers = find_layers(self.model, self.decoder, self.config)
+        self.layers = find_layers(self.model)
         refresh_copies(self.model)
         self.embed_scale, self.head = self._find_tables()
 
     def _find_tables(self) -> tuple[float, LmHead]:
-        return find_tables(self.model, self.decoder, self.layers, self.config)
+        return find_tables(self)
 
     @classmethod
     def load(
@@ -176,7 +168,7 @@ class Target:
     @property
     def stop_token_ids(self) -> list[int]:
         """Tokens that end a response, from the generation config."""
-        return stop_tokens(self.model.generation_config or self.config, len(self.head.weight))
+        return stop_tokens(self.model.generation_config or self.config)
 
     @property
     def context(self) -> int | None:
@@ -189,9 +181,7 @@ class Target:
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") not in ("longrope", "dynamic"):
             return None
-        original = rope.get("original_max_position_embeddings")
-        original = original or getattr(self.config, "original_max_position_embeddings", None)
-        return original or self.config.max_position_embeddings
+        return rope.get("original_max_position_embeddings") or self.config.max_position_embeddings
 
     def read(
         self,
@@ -215,17 +205,20 @@ class Target:
         Returns:
             The LM head's input; and the features, `len(layer_ids) * hidden` wide.
         """
+        # `run_layers` needs no hooks, but a compiled step after it does, and cannot add them.
         with self._outputs.record(self.layers, layer_ids) as found:
-            options = {"cache": cache, "position_ids": position_ids}
-            read = run_layers(self.decoder, token_ids, layer_ids=layer_ids, mask=attention_mask, **options)
-            if read:
-                hidden, outputs = read
-            else:
-                options |= {"attention_mask": attention_mask, "use_cache": cache is not None}
-                out = self.decoder(token_ids, **options)
-                hidden = out.last_hidden_state.to(self.device)
-                outputs = [found[layer_id].to(self.device) for layer_id in layer_ids]
-        return hidden, torch.cat(outputs, dim=-1) if outputs else hidden[..., :0]
+            done = run_layers(self.decoder, token_ids, cache, layer_ids, mask=attention_mask, position_ids=position_ids)
+            if done is None:
+                out = self.decoder(
+                    token_ids,
+                    cache=cache,
+                    position_ids=position_ids,
+                    attention_mask=attention_mask,
+                    use_cache=cache is not None,
+                )
+                done = out.last_hidden_state.to(self.device), [found[layer_id] for layer_id in layer_ids]
+        hidden, outputs = done
+        return hidden, self._join(outputs) if outputs else hidden[..., :0]
 
     def hidden(self, token_ids: Int[Tensor, "batch seq"], cache: Cache | None = None) -> Tensor:
         """Run the decoder and its final norm, and return the LM head's input, "batch seq hidden"; see `read`."""
@@ -242,10 +235,9 @@ class Target:
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
         layer = self.model.get_output_embeddings()
-        product = layer.product() if isinstance(layer, PackedLinear) else None
-        if product is None:
+        if not isinstance(layer, PackedLinear):
             return self.head.logits(hidden)
-        return self.head.finish(product(hidden.to(self.head.weight.dtype)))
+        return self.head.finish(layer(hidden.to(self.head.weight.dtype)))
 
     def refresh_copies(self) -> None:
         """Drop fast copies of weights that have changed; every request calls it once."""
@@ -276,16 +268,18 @@ class Target:
         """
         self.refuse_rotation(*token_ids.shape)
         self.refresh_copies()
+        num_rows, num_tokens = token_ids.shape
         num_shared = len(commonprefix(token_ids.tolist()))
         token_ids = token_ids.to(self.device, non_blocking=True)
-        is_worth_it = num_shared >= MIN_SHARED and num_shared * (len(token_ids) - 1) >= MIN_SAVED * token_ids.numel()
-        if not is_worth_it or num_shared == token_ids.shape[1] or self.cache_ability == "append":
+        is_part = MIN_SHARED <= num_shared < num_tokens
+        is_worth_it = num_shared * (num_rows - 1) >= MIN_SAVED * num_rows * num_tokens
+        if not is_part or not is_worth_it or self.cache_ability == "append":
             return self._run(token_ids, layer_ids)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], layer_ids, cache)
-        cache.reorder_cache(token_ids.new_zeros(len(token_ids)))  # row 0 for each
+        cache.reorder_cache(token_ids.new_zeros(num_rows))  # row 0 for each
         rest = self._run(token_ids[:, num_shared:], layer_ids, cache)
-        return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
+        return torch.cat([shared.expand(num_rows, -1, -1), rest], dim=1)
 
     def join_features(self, layer_ids: Sequence[int]) -> None:
         """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
@@ -322,18 +316,13 @@ class Target:
             hidden, features = self.read(token_ids, cache, layer_ids[:-1])
             return torch.cat([features, hidden], dim=-1)
 
-        def stop(*_):
-            raise _StopForward
+        with self._outputs.record(self.layers, layer_ids, is_last=True) as found:
+            self.model(token_ids, cache=cache, use_cache=cache is not None)
+        return self._join([found[layer_id] for layer_id in layer_ids])
 
-        with self._outputs.record(self.layers, layer_ids) as found:
-            handle = self.layers[max(layer_ids)].register_forward_hook(stop)
-            try:
-                self.model(token_ids, cache=cache, use_cache=cache is not None)
-            except _StopForward:
-                pass
-            finally:
-                handle.remove()
-            return torch.cat([found[layer_id].to(self.device) for layer_id in layer_ids], dim=-1)
+    def _join(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Concatenate the outputs of layers, which may be on several devices."""
+        return torch.cat([output.to(self.device) for output in outputs], dim=-1)
 
 
 class ShardedTarget(Target):

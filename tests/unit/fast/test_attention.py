@@ -48,7 +48,6 @@ def test_grouped_attention_is_sdpa(queries, kind, dtype, left_to_sdpa):
     expected, _ = sdpa_attention_forward(Layer(), *tensors, mask, scaling=0.3)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(found, expected, **close)
-    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("queries", [1, 5])
