@@ -196,18 +196,18 @@ def write_f16(source: str, path: Path) -> None:
     import gguf  # here, since the process that answers needs none of this
     import numpy as np
 
-    from dpace.engines.gguf import _copy_field, _open_gguf, _read_value, _write_file
+    from dpace.engines.gguf import copy_field, open_gguf, write_file
 
-    reader = _open_gguf(source)
-    writer = gguf.GGUFWriter(path, _read_value(reader, "general.architecture"))
+    reader, values = open_gguf(source)
+    writer = gguf.GGUFWriter(path, values["general.architecture"])
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            _copy_field(writer, field)
+            copy_field(writer, field)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
-    _write_file(writer)
+    write_file(writer)
 
 
 def shown(row: Row, ours: Run | None, stops: Sequence[int]) -> dict[str, str]:

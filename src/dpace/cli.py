@@ -4,14 +4,13 @@ import difflib
 import errno
 import importlib
 import os
-import select
 import signal
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import dpace
@@ -34,14 +33,12 @@ USAGE = "\n".join(
     ]
 )
 
-MEMORY = {
+LESS_MEMORY = {
     "respond": "lower --respond.batch-size or --respond.max-new-tokens",
     "train": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
     "compare": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
-    "bench": "lower --bench.max-new-tokens",
 }
-"""Options that take less memory, by verb."""
-LESS_MEMORY = "free memory, choose a smaller target, or lower --max-new-tokens where the verb has it"
+"""What takes less memory, by verb."""
 SAME_REASON_SECONDS = 15.0
 """How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
@@ -78,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
             _print_reason(verb, "interrupted; what is on disk is kept: run the same command to continue")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        if isinstance(error, BrokenPipeError) and _is_unread():
+        if isinstance(error, BrokenPipeError):  # whoever reads the output has enough, as `head` has
+            with suppress(OSError, ValueError):  # it is not a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         reason = _explain(error, verb)
         if reason is None:  # a bug of dpace, which the traceback shows
@@ -110,20 +109,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _is_unread() -> bool:
-    """Return whether whoever read the output has enough, as `head` has; the rest of it is then dropped."""
-    try:
-        output = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a file
-        return False
-    poll = select.poll()
-    poll.register(output, select.POLLOUT)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
-
-
 def _print_reason(verb: str, reason: str) -> None:
     """Print a reason in one line that cannot steer a terminal."""
     from dpace.system.progress import printable
@@ -135,36 +120,21 @@ def _print_reason(verb: str, reason: str) -> None:
 def _explain(error: Exception, verb: str) -> str | None:
     """Return what a user can do about an error; None where it is a bug of dpace."""
     if isinstance(error, OSError):
-        return _explain_os_error(error)
+        if error.errno is None:  # of a library, in its own words
+            return str(error)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = (
+            "make room, and run the same command again: it goes on" if is_full else "change this, or name another path"
+        )
+        return f"{error.filename or 'a file'}: {error.strerror}; {fix}"
     if isinstance(error, ValueError):
         return str(error)
     is_short = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)  # torch's
     if isinstance(error, MemoryError) or is_short:
-        said = str(error).rpartition("Allocator: ")[2].partition(".")[0] or type(error).__name__
-        return f"out of memory ({said}); {MEMORY.get(verb, LESS_MEMORY)}"
+        return f"out of memory; {LESS_MEMORY.get(verb, 'free memory, or lower the number of new tokens')}"
     if isinstance(error, ImportError) and not (error.name or "dpace").startswith("dpace"):
         return f"the package {error.name} is needed for this and is not installed: run `pip install {error.name}`"
     return None
-
-
-def _explain_os_error(error: OSError) -> str:
-    """Return the file and the way out; errors of libraries, which have no number, have their own words."""
-    match error.errno:
-        case None:
-            return str(error)
-        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            fix = "make room, and run the same command again: it goes on"
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            fix = "change its permissions, or name another path"
-        case errno.ENOENT:
-            fix = "name one that exists"
-        case errno.EISDIR | errno.ENOTDIR | errno.EEXIST:
-            fix = "a file stands where a folder belongs, or the other way: name another"
-        case errno.ENAMETOOLONG | errno.ELOOP | errno.EINVAL:
-            fix = "name another path"
-        case _:
-            fix = "fix this, and run the same command again"
-    return f"{'a file' if error.filename is None else error.filename}: {error.strerror}; {fix}"
 
 
 if __name__ == "__main__":

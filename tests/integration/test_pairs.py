@@ -90,7 +90,7 @@ PAIRS = {
     ),
     "compare, soft labels of the recipe": Pair(
         f"compare {RECIPE} --loss.token-loss kl --dry-run",
-        refused="--loss.token-loss is kl, and `dpace compare` takes it from the names of --objectives",
+        refused="--loss.token-loss and --loss.confidence are taken from the names of --objectives",
     ),
     "the largest seed, several steps": Pair(f"train {RECIPE} --train.seed 4294967295", "drafter/provenance.json"),
     "a head, soft labels, compare": Pair(

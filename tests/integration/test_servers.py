@@ -6,15 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
+import tenacity
 
 from dpace.config import BenchConfig, RespondConfig
 from dpace.engines.engine import Request
@@ -58,25 +57,19 @@ def vllm(python: str, target: str, drafter: Path, num_draft_tokens: int) -> Iter
     """The address of vLLM's server, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
     speculative = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": num_draft_tokens}
-    options = {"model": target, "dtype": "float32", "max-model-len": 1024, "max-num-seqs": 2, "port": port}
+    options = {"model": target, "dtype": "float32", "max-model-len": 1024, "max-num-seqs": 2}
+    options |= {"port": address.rpartition(":")[2], "speculative-config": json.dumps(speculative)}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["--speculative-config", json.dumps(speculative)]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    ask = tenacity.Retrying(wait=tenacity.wait_fixed(1), stop=tenacity.stop_after_delay(600))
     with subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True) as process:
         try:
-            for _ in range(300):
-                assert process.poll() is None, "vLLM ended; its log is above"
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(1)
-            else:
-                raise TimeoutError("vLLM does not answer after 300 attempts; its log is above")
-            yield f"http://127.0.0.1:{port}"
+            ask(lambda: process.poll() is not None or httpx.get(f"{address}/health", timeout=2).raise_for_status())
+            assert process.poll() is None, "vLLM ended; its log is above"
+            yield address
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 

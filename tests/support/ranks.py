@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpace.batches import feature_files
+from dpace.batches.corpus import Corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
@@ -54,10 +54,8 @@ def make_datasets(responses: Sequence[Response], recipe: Recipe) -> tuple[Respon
     """Conversations of which some have no anchor, which a dataset would otherwise leave out; and an odd number."""
     config = recipe.train
     empty = [replace(response, id=f"empty/{response.id}", response_spans=[]) for response in responses[:5]]
-    dataset = ResponseDataset(
-        [*responses, *empty], max_length=config.max_length, num_anchors=config.num_anchors, seed=0
-    )
-    dataset.chosen = np.arange(len(dataset.corpus))  # those without an anchor too
+    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=0)
+    dataset.corpus = Corpus.of([*responses, *empty])  # those without an anchor too
     return dataset, ResponseDataset(responses[:3], max_length=config.max_length, num_anchors=None, seed=0)
 
 

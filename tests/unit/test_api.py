@@ -11,7 +11,7 @@ import torch
 
 import dpace
 from dpace.engines.card import write_card
-from dpace.engines.engine import Contents, Request
+from dpace.engines.engine import Request
 from dpace.loss.objective import source_sha256
 from dpace.recipes.recipe_file import write_recipe
 from dpace.train.run import make_datasets
@@ -53,7 +53,7 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
     for record in (read_json(tmp_path / "own" / "provenance.json"), ours.config.dpace):
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
     request = Request(to="zlab", output=tmp_path, name="a/b", target_name="c/d")
-    write_card(tmp_path, Contents(ours.spec, {}), request, source=tmp_path / "own", drafter=ours)
+    write_card(tmp_path, ours, request, folder=tmp_path / "own", source=ours)
     assert name in (tmp_path / "README.md").read_text() and sha256 in (tmp_path / "README.md").read_text()
 
     change_json(tmp_path / "own" / "run.json", **{"loss.objective_sha256": "0" * 64})

@@ -65,6 +65,10 @@ class Corpus:
         """Make a corpus in memory."""
         return cls(_table((response, 0, i) for i, response in enumerate(responses)))
 
+    def take(self, numbers: np.ndarray) -> "Corpus":
+        """Return some of the conversations, without a copy."""
+        return Corpus(self._table, self._order[numbers])
+
     def __len__(self):
         """Count the conversations."""
         return len(self._order)
@@ -210,10 +214,11 @@ class Answers:
         """
         answered = {**self.meta, "dtype": str(self.meta.get("dtype")).removeprefix("torch.")}
         compared = {name: value for name, value in known.items() if name in self.meta}
-        flags = {name: name if name in ("thinking", "dtype") else "target" for name in compared}
-        ways = {name: f"train on the target's own answers: set --{flag} as it was" for name, flag in flags.items()}
-        other = f"write new answers into another folder with `{self.respond}`"
-        same_run(answered, compared, f"the answers in {self.path} were made", other, ways)
+        way_out = (
+            "train on the target's own answers: set --target, --dtype and --thinking as they were, or write new "
+            f"answers into another folder with `{self.respond}`"
+        )
+        same_run(answered, compared, f"the answers in {self.path} were made", way_out, {})
 
 
 def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus]:

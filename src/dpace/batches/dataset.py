@@ -44,9 +44,9 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.features: Sequence[Tensor] | None = None
         self.kept: list[int] = []
         """Layers whose outputs are the features, see `Target.features`."""
-        self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
-        self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
-        """Numbers of the corpus's conversations that have an anchor."""
+        corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
+        self.corpus = corpus.take(np.flatnonzero(corpus.num_anchors(max_length)))
+        """Those that have an anchor."""
 
     def with_seed(self, seed: int) -> "ResponseDataset":
         """Return the same conversations and features with other anchors."""
@@ -57,12 +57,12 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def ids(self) -> list[str]:
         """Ids of the conversations."""
-        return [self.corpus.id(number) for number in self.chosen.tolist()]
+        return [self.corpus.id(index) for index in range(len(self))]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each conversation, prompt included."""
-        return np.minimum(self.corpus.lengths[self.chosen], self.max_length)
+        return np.minimum(self.corpus.lengths, self.max_length)
 
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
@@ -72,13 +72,12 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
         """Return the tokens of a conversation."""
-        tokens = self.corpus.token_ids(int(self.chosen[index]))[: self.max_length]
-        return torch.from_numpy(tokens.astype(np.int64))
+        return torch.from_numpy(self.corpus.token_ids(index)[: self.max_length].astype(np.int64))
 
     def is_response(self, index: int) -> Bool[Tensor, " seq"]:
         """Return which tokens of a conversation the target wrote."""
-        flags = torch.zeros(min(int(self.corpus.lengths[self.chosen[index]]), self.max_length), dtype=torch.bool)
-        for start, end in self.corpus.spans(int(self.chosen[index])).tolist():
+        flags = torch.zeros(min(int(self.corpus.lengths[index]), self.max_length), dtype=torch.bool)
+        for start, end in self.corpus.spans(index).tolist():
             flags[start:end] = True
         return flags
 
@@ -131,12 +130,12 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def __len__(self):
         """Count the conversations."""
-        return len(self.chosen)
+        return len(self.corpus)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
-        is_response, response_id = self.is_response(index), self.corpus.id(int(self.chosen[index]))
-        seed = (self.seed, self.epoch, response_id)
+        is_response = self.is_response(index)
+        seed = (self.seed, self.epoch, self.corpus.id(index))
         return {
             "token_ids": self.token_ids(index),
             "is_response": is_response,

@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +143,14 @@ class FeatureFiles(Sequence[Tensor]):
     def __init__(self, folder: Path, names: Sequence[str], dtype: torch.dtype):
         self.names = list(names)
         self.dtype = dtype
-        self.paths, self.checksums = _index_rows(folder)
-        missing = [name for name in self.names if name not in self.paths]
+        self.rows = _index_rows(folder)
+        missing = [name for name in self.names if name not in self.rows]
         if missing:
             raise ValueError(
                 f"{folder} lacks the hidden states of {len(missing)} of {len(self.names)} texts; let all ranks see the "
                 "same folder, and run the same command again"
             )
-        self.open: dict[Path, Any] = {}
+        self.open = cache(lambda path: safe_open(path, framework="pt").__enter__())
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -163,14 +163,12 @@ class FeatureFiles(Sequence[Tensor]):
             ValueError: the file was changed.
         """
         name = self.names[index]
-        path = self.paths[name]
-        if path not in self.open:
-            self.open[path] = safe_open(path, framework="pt").__enter__()
-        row = self.open[path].get_tensor(name)
-        if _checksum(row) != self.checksums[name]:
+        path, checksum = self.rows[name]
+        row = self.open(path).get_tensor(name)
+        if _checksum(row) != checksum:
             raise ValueError(f"{path} is damaged; delete it, and the same command computes its rows again")
         if row.dtype == torch.float8_e4m3fn:
-            row = row.float() * self.open[path].get_tensor(name + SCALE)[:, None]
+            row = row.float() * self.open(path).get_tensor(name + SCALE)[:, None]
         return row.to(self.dtype)
 
 
@@ -197,7 +195,7 @@ def keep_on_disk(
     rows = Path(config.feature_files) / hash_json(facts)[:16]
     names = [_hash_text(dataset.token_ids(i)) for i in range(len(dataset))]
     with lock_folder(rows):
-        missing = ranks.from_first(lambda: set(names) - set(_index_rows(rows)[0]))
+        missing = ranks.from_first(lambda: set(names) - _index_rows(rows).keys())
         if missing:
             lengths = dataset.lengths.tolist()
             wanted = {name: i for i, name in enumerate(names) if name in missing}
@@ -226,10 +224,9 @@ def _checksum(row: Tensor) -> int:
     return zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _index_rows(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
+def _index_rows(folder: Path) -> dict[str, tuple[Path, int]]:
     """Find the file and the checksum of each row."""
-    paths: dict[str, Path] = {}
-    checksums: dict[str, int] = {}
+    rows: dict[str, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -239,9 +236,8 @@ def _index_rows(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
                 f"{path} is no file of hidden states, or a damaged one ({error}); delete it, and the same command "
                 "computes its rows again"
             ) from error
-        paths |= dict.fromkeys(found, path)
-        checksums |= found
-    return paths, checksums
+        rows |= {name: (path, checksum) for name, checksum in found.items()}
+    return rows
 
 
 def bytes_of_token(target: Any, num_layers: int, dtype: str) -> int:

@@ -8,17 +8,17 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from dpace.config import DrafterConfig
-from dpace.drafter import Drafter
-from dpace.drafter.drafter import TARGET_TABLES, attention_of, facts_of, find_shared_tables
+from torch import Tensor
+
+from dpace.drafter.drafter import facts_of, find_shared_tables
 from dpace.drafter.spec import DrafterSpec, own_tables, read_rope
 from dpace.engines import EngineName, engine_of
-from dpace.engines.folder import UNREADABLE, DrafterFolder, mapping
-from dpace.engines.published import make_drafter
-from dpace.recipes.validation import from_json
+from dpace.engines.published import make_drafter, mapping, read_tensors
 from dpace.system.device import dtype_name
+from dpace.system.loading import read_config
 from dpace.system.progress import one_line
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
@@ -27,10 +27,8 @@ Made = TypeVar("Made")
 Result = Literal["passes", "warns", "fails", "skipped"]
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-RECIPE = "recipe.yaml"
 MAX_SHOWN = 300
 """Characters of a value that the table shows."""
-COPY_AGAIN = "copy or export the drafter again"
 WRITE = "write the expected value"
 SPELLINGS = {"rope_parameters": ["rope_parameters"], "rope_theta": ["rope_theta", "rope_scaling"]}
 """Keys of the rotary embedding, by the first one of each spelling: an engine reads one spelling or the other."""
@@ -38,6 +36,39 @@ NEUTRAL = ("None", "False", "1.0", "")
 """Values that say no more than a missing key."""
 SAID = ("is_causal", "thinking")
 """Keys for which these values do say something."""
+COMPARED: list[tuple[str, Result, Result, str]] = [
+    (
+        "architectures model_type tie_word_embeddings num_hidden_layers rope_interleaved partial_rotary_factor "
+        "dflash_config.target_layer_ids dflash_config.mask_token_id dflash_config.lilicorr_enabled "
+        "dflash_config.projector_type",
+        "fails",
+        "fails",
+        WRITE,
+    ),
+    (
+        "block_size is_causal layer_types rms_norm_eps rope_parameters rope_theta",
+        "fails",
+        "warns",
+        f"{WRITE}: where it is missing, engines take different ones",
+    ),
+    (
+        "hidden_size vocab_size num_target_layers input_embedding_scale output_multiplier final_logit_softcapping",
+        "fails",
+        "fails",
+        "name the target of the training, or write this target's value",
+    ),
+    ("dtype sliding_window use_sliding_window", "warns", "warns", WRITE),
+    ("dpace.tokenizer_sha256", "fails", "skipped", "use the tokenizer of the training: ids mean other tokens"),
+    (
+        "dpace.target dpace.dtype dpace.chat_template_sha256 dpace.thinking",
+        "warns",
+        "skipped",
+        "take the target as it was in training (here --target and --thinking), or expect shorter drafts",
+    ),
+]
+"""Keys that are compared with the published layout, with the target, and under `dpace` with what training recorded.
+
+Beside them: the result for another value, that for a value which only one side has, and what to do."""
 
 
 class Diagnosis(NamedTuple):
@@ -54,139 +85,71 @@ class Diagnosis(NamedTuple):
     """What to do, in one line; empty where there is nothing to do."""
 
 
-class Keys(NamedTuple):
-    """Keys of the config that are compared alike; `group.key` is a key in an object."""
-
-    names: str
-    if_other: Result
-    """The result for another value."""
-    if_absent: Result
-    """The result for a value that only one side has."""
-    fix: str
-
-
-COMPARED = (
-    Keys(
-        "architectures model_type tie_word_embeddings num_hidden_layers rope_interleaved partial_rotary_factor "
-        "dflash_config.target_layer_ids dflash_config.mask_token_id dflash_config.lilicorr_enabled "
-        "dflash_config.projector_type",
-        "fails",
-        "fails",
-        WRITE,
-    ),
-    Keys(
-        "block_size is_causal layer_types rms_norm_eps rope_parameters rope_theta",
-        "fails",
-        "warns",
-        f"{WRITE}: where it is missing, engines take different ones",
-    ),
-    Keys(
-        "hidden_size vocab_size num_target_layers input_embedding_scale output_multiplier final_logit_softcapping",
-        "fails",
-        "fails",
-        "name the target of the training, or write this target's value",
-    ),
-    Keys("dtype sliding_window use_sliding_window", "warns", "warns", WRITE),
-    Keys("dpace.tokenizer_sha256", "fails", "skipped", "use the tokenizer of the training: ids mean other tokens"),
-    Keys(
-        "dpace.target dpace.dtype dpace.chat_template_sha256 dpace.thinking",
-        "warns",
-        "skipped",
-        "take the target as it was in training (here --target and --thinking), or expect shorter drafts",
-    ),
-)
-"""Keys that are compared with the published layout, with the target, and under `dpace` with what training recorded."""
-
-
 def shown(value: object) -> str:
     """Return a value as one line of the table; a config may hold any text."""
-    text = "absent" if value is None else one_line(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return "absent" if value is None else one_line(value)[:MAX_SHOWN]
 
 
 def attempt(check: str, action: Callable[[], Made]) -> tuple[Made | None, Diagnosis]:
     """Do something, and say whether it was possible; in messages of dpace, what to do stands behind a semicolon."""
     try:
         return action(), Diagnosis(check, "passes")
-    except UNREADABLE as error:
-        reason, _, fix = (str(error) or type(error).__name__).partition("; ")
-        return None, Diagnosis(check, "fails", shown(reason), "", shown(fix or COPY_AGAIN))
+    except (ValueError, OSError, MemoryError) as error:
+        reason, _, fix = str(error).partition("; ")
+        return None, Diagnosis(check, "fails", shown(reason), "", shown(fix or "copy or export the drafter again"))
 
 
-def check_files(files: DrafterFolder, target: Target, engine: EngineName | None) -> list[Diagnosis]:
-    """Check all that shows without running the drafter.
+def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[Diagnosis]]:
+    """Read a drafter's files, and check all that shows without running it.
 
     A damaged file is one failure, and what needs it is left out.
+
+    Returns:
+        What the config says, or None where it cannot be read; and the checks.
     """
-    found = {name: Diagnosis(name, "fails", problem, "", COPY_AGAIN) for name, problem in files.problems.items()}
-    compared = []
-    values = {"rms_norm_eps": 1e-6, **own_tables(files.tensors), **files.config}
-    spec = None
-    if CONFIG not in found:
-        spec, found[CONFIG] = attempt(CONFIG, lambda: DrafterSpec.from_config(values))
-    if spec is not None:
-        trained = None
-        if RECIPE not in found:
-            trained, found[RECIPE] = attempt(RECIPE, lambda: replace_trained(spec, files, target))
-        compared += [*compare(files, trained or spec, target), *check_engine(spec, engine)]
-        if WEIGHTS not in found:
-            drafter, found[WEIGHTS] = attempt(WEIGHTS, lambda: load_stored(spec, files))
-            compared += check_tables(files, target) if drafter else []
-    if RECIPE in found and found[RECIPE].result == "fails":
-        found[RECIPE] = found[RECIPE]._replace(result="warns")  # engines do not read it
-    return [*found.values(), *compared]
+    found: dict[str, Diagnosis] = {}
+
+    def read(check: str, action: Callable[[], Made]) -> Made | None:
+        if check in found and found[check].result == "fails":
+            return None
+        made, found[check] = attempt(check, action)
+        return made
+
+    config = read(CONFIG, lambda: read_config(folder)) or {}
+    tensors = read(WEIGHTS, lambda: read_tensors(folder)) or {}
+    values = {"rms_norm_eps": 1e-6, **own_tables(tensors), **config}
+    spec = read(CONFIG, lambda: DrafterSpec.from_config(values))
+    if spec is None:
+        return None, [*found.values()]
+    drafter = read(WEIGHTS, lambda: make_drafter(spec, tensors))
+    tables = check_tables(tensors, target) if drafter else []
+    return spec, [*found.values(), *compare(spec, config, tensors, target), *tables]
 
 
-def load_stored(spec: DrafterSpec, files: DrafterFolder) -> Drafter:
-    """Make the drafter, without tables of the target that are stored beside its tensors.
-
-    Raises:
-        ValueError: tensors or sizes that no drafter has.
-    """
-    unused = TARGET_TABLES - spec.shapes.keys()
-    return make_drafter(spec, {name: tensor for name, tensor in files.stored.items() if name not in unused})
-
-
-def replace_trained(spec: DrafterSpec, files: DrafterFolder, target: Target) -> DrafterSpec:
-    """Give a spec the values that the recipe beside the drafter says, where there is one.
-
-    Raises:
-        ValueError: options that no drafter has.
-    """
-    if "drafter" not in files.recipe:
-        return spec
-    config = from_json(DrafterConfig, files.recipe["drafter"])
-    return replace(
-        spec,
-        num_layers=config.num_layers,
-        block_size=config.block_size,
-        target_layer_ids=tuple(Drafter.layer_ids(target, config)),
-        sample_from_anchor=False,
-        **attention_of(config),
-    )
-
-
-def compare(files: DrafterFolder, trained: DrafterSpec, target: Target) -> Iterator[Diagnosis]:
-    """Compare the config with the one that dpace would write for this target."""
-    own = replace(trained, **facts_of(target), special_token_ids={})
+def compare(
+    spec: DrafterSpec, found: dict[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> Iterator[Diagnosis]:
+    """Compare a config with the one that dpace would write of its spec for this target."""
+    own = replace(spec, **facts_of(target), special_token_ids={})
     expected = own.published(own.config().to_dict()) | dict.fromkeys(SPELLINGS, own.rope)
-    config = {name: value for name, value in files.config.items() if name not in SPELLINGS}
-    config = {"dtype": config.get("torch_dtype"), **config, **read_spellings(files.config)}
-    stored = {dtype_name(tensor.dtype) for tensor in files.tensors.values() if tensor.is_floating_point()}
+    config = {name: value for name, value in found.items() if name not in SPELLINGS}
+    config = {"dtype": config.get("torch_dtype"), **config, **read_spellings(found)}
+    stored = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
     facts = {"target": target.short_name, "dtype": dtype_name(target.model.dtype), "thinking": target.thinking}
     expected["dtype"] = " and ".join(sorted(stored)) or config["dtype"]
     expected["dpace"] = facts | tokenizer_hashes(target)
-    for keys in COMPARED:
-        for key in keys.names.split():
-            value, right = look_up(config, key), look_up(expected, key)
-            is_near = isinstance(value, float) and isinstance(right, float) and math.isclose(value, right, rel_tol=1e-2)
-            if is_near or value == right:
+    for names, if_other, if_absent, fix in COMPARED:
+        for key in names.split():
+            value = look_up(config, key)
+            right = look_up(expected, key)
+            are_numbers = all(isinstance(one, float) for one in (value, right))
+            if value == right or are_numbers and math.isclose(value, right, rel_tol=1e-2):
                 yield Diagnosis(key, "passes")
-            else:
-                result = keys.if_absent if None in (value, right) else keys.if_other
-                if key == "block_size" and value is None and look_up(config, "dflash_config.block_size") is None:
-                    result = "fails"  # engines refuse the folder, or take 16
-                yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else keys.fix)
+                continue
+            result = if_absent if None in (value, right) else if_other
+            if key == "block_size" and look_up(config, "dflash_config.block_size") is None:
+                result = "fails"  # where it is absent, engines refuse the folder, or take 16
+            yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else fix)
 
 
 def read_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,24 +170,19 @@ def look_up(config: Mapping[str, Any], path: str) -> Any:
     return None if str(value) in NEUTRAL and key not in SAID else value
 
 
-def check_engine(spec: DrafterSpec, engine: EngineName | None) -> Iterator[Diagnosis]:
+def check_engine(spec: DrafterSpec, name: EngineName) -> Diagnosis:
     """Say what the engine that will serve the drafter does not read."""
-    if engine is None:
-        return
-    results: dict[Result, str] = {"fails": engine_of(engine).fault(spec), "warns": engine_of(engine).doubt(spec)}
-    for result, reason in results.items():
-        found, _, fix = reason.partition("; ")
-        if reason:
-            yield Diagnosis(f"engine: {engine}", result, found, "", fix)
-    if not any(results.values()):
-        yield Diagnosis(f"engine: {engine}", "passes")
+    engine = engine_of(name)
+    fault = engine.fault(spec)
+    found, _, fix = (fault or engine.doubt(spec)).partition("; ")
+    return Diagnosis(f"engine: {name}", "fails" if fault else "warns" if found else "passes", found, "", fix)
 
 
-def check_tables(files: DrafterFolder, target: Target) -> list[Diagnosis]:
+def check_tables(tensors: Mapping[str, Tensor], target: Target) -> list[Diagnosis]:
     """Compare an embedding and a head of the drafter's own with the target's."""
     fix = "keep it if it was trained so, and serve with dpace, vLLM or llama.cpp: other engines take the target's"
     return [
         Diagnosis(f"own {name}", "warns", "another one than the target's", "the target's, or none", fix)
-        for name, is_shared in find_shared_tables(files.tensors, target).items()
+        for name, is_shared in find_shared_tables(tensors, target).items()
         if not is_shared
     ]

@@ -8,7 +8,7 @@ and as other values would have it.
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from dpace.batches.dataset import ResponseDataset
+from dpace.config import Recipe
 from dpace.decode import generate, generate_plain
-from dpace.doctor.checks import CONFIG, RECIPE, WEIGHTS, Diagnosis, attempt, check_files, replace_trained
+from dpace.doctor.checks import CONFIG, WEIGHTS, Diagnosis, Result, attempt, check_engine, check_files
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import DrafterSpec, find_layer_id_fault
 from dpace.engines import EngineName
-from dpace.engines.folder import DrafterFolder, mapping, read_files
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
+from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, read_responses
 from dpace.system.device import dtype_name
-from dpace.system.loading import first_names
 from dpace.system.progress import count, printable, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
@@ -48,8 +48,8 @@ LEAST_GAIN = {"sample_from_anchor": 0.2, "is_causal": 0.02, "target_layer_ids": 
 Shifted slots cost a trained drafter most of its tau. A drafter that has learned little gains a little by a shift."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
-EXACT_DTYPES = {torch.float32, torch.bfloat16}
-"""Dtypes of weights as training writes them."""
+Finding = tuple[Result, str] | tuple[Result, str, str, str]
+"""Result, what was found, and where it is wrong what was expected and what to do; see `Diagnosis`."""
 
 
 @dataclass
@@ -57,41 +57,34 @@ class Trial:
     """A drafter that is run, and what it is measured on."""
 
     target: Target
-    files: DrafterFolder
+    folder: Path
+    spec: DrafterSpec
+    """What its config says."""
     responses: list[Response]
 
     @cached_property
     def drafter(self) -> Drafter:
         """The drafter, loaded as for decoding."""
-        return load_drafter(self.files.path, self.target)
+        return load_drafter(self.folder, self.target)
 
     @cached_property
-    def spec(self) -> DrafterSpec:
-        """What the config says."""
-        return self.drafter.spec
-
-    @cached_property
-    def answers(self) -> ResponseDataset:
-        """The first responses."""
-        return self.select(self.responses[:MAX_ANSWERS])
+    def recipe(self) -> Recipe | None:
+        """The recipe of its training; None where there is none that can be read."""
+        recipe, _ = attempt("recipe", lambda: read_recipe(self.folder / "recipe.yaml"))
+        return recipe
 
     @cached_property
     def acceptance(self) -> Acceptance:
-        """Accepted lengths on the answers, as the config says."""
-        return self.measure(self.answers)
+        """Accepted lengths on the first responses, as the config says."""
+        return self.measure(self.responses[:MAX_ANSWERS])
 
-    def is_confirmed(self, key: str) -> bool:
-        """Whether the recipe of the training says the same of a key as the config."""
-        trained, _ = attempt(RECIPE, lambda: replace_trained(self.spec, self.files, self.target))
-        return "drafter" in self.files.recipe and getattr(trained, key, None) == getattr(self.spec, key)
+    def measure(self, responses: list[Response], **changes: Any) -> Acceptance:
+        """Measure accepted lengths where the config's values are these; the drafter stays as it was.
 
-    def select(self, responses: Sequence[Response]) -> ResponseDataset:
-        """Prepare responses, cut as in training."""
-        longest = mapping(self.files.recipe.get("train")).get("max_length", 10**9)
-        return ResponseDataset(responses, max_length=longest, num_anchors=None, seed=0)
-
-    def measure(self, answers: ResponseDataset, **changes: Any) -> Acceptance:
-        """Measure accepted lengths where the config's values are these; the drafter stays as it was."""
+        The responses are cut as in training.
+        """
+        longest = self.recipe.train.max_length if self.recipe else 10**9
+        answers = ResponseDataset(responses, max_length=longest, num_anchors=None, seed=0)
         read_as(self.drafter, replace(self.spec, **changes))
         try:
             return heldout_acceptance(self.drafter, self.target, answers)
@@ -108,7 +101,7 @@ def read_as(drafter: Drafter, spec: DrafterSpec) -> None:
         part.is_causal = part.kind == "sliding_attention" if spec.is_causal == "sliding" else spec.is_causal
 
 
-def decode_prompts(name: str, trial: Trial) -> Diagnosis:
+def decode_prompts(trial: Trial) -> Finding:
     """Compare the texts of decoding with and without the drafter."""
     target = trial.target
     done = []
@@ -121,58 +114,54 @@ def decode_prompts(name: str, trial: Trial) -> Diagnosis:
         done.append(drafted.acceptance)
     found = f"tau {Acceptance.of_prompts(done).tau:.2f}, {num_same} of {len(done)} texts as without the drafter"
     if num_same == len(done):
-        return Diagnosis(name, "passes", found)
+        return "passes", found
     if target.model.dtype != torch.float32:
-        return Diagnosis(name, "skipped", f"{found}; in {dtype_name(target.model.dtype)} a near tie may change one")
-    return Diagnosis(name, "fails", found, "the same texts", "run `dpace check`, and report what it prints")
+        return "skipped", f"{found}; in {dtype_name(target.model.dtype)} a near tie may change one"
+    return "fails", found, "the same texts", "run `dpace check`, and report what it prints"
 
 
-def accept_drafts(name: str, trial: Trial) -> Diagnosis:
+def accept_drafts(trial: Trial) -> Finding:
     """Compare tau with what training recorded, and with the lowest useful one.
 
     On the recorded responses in fp32, where nothing is left to chance, it may differ by `MAX_TAU_CHANGE`. Elsewhere it
     has to reach the recorded interval.
     """
-    record = trial.files.record
+    record = trial.spec.record
     ids = record.get("tau_responses", [])
     recorded = [response for response in trial.responses if response.id in ids]
-    tau = trial.measure(trial.select(recorded)).tau if recorded else trial.acceptance.tau
+    tau = (trial.measure(recorded) if recorded else trial.acceptance).tau
     found = f"tau {tau:.3f}{' on the responses of the training' if recorded else ''}"
     low, high = record.get("tau_interval", [None])[0], math.inf
-    is_exact = (
-        record.get("dtype") == dtype_name(trial.target.model.dtype) == "float32"
-        and {tensor.dtype for tensor in trial.files.stored.values()} <= EXACT_DTYPES
-    )
-    if is_exact and len(recorded) == len(ids) > 0 and "train" in trial.files.recipe:
+    is_exact = record.get("dtype") == dtype_name(trial.target.model.dtype) == "float32"
+    if is_exact and trial.recipe and len(recorded) == len(ids) > 0:
         low, high = record["tau"] * (1 - MAX_TAU_CHANGE), record["tau"] * (1 + MAX_TAU_CHANGE)
     if low is not None and not low <= tau <= high:
         fix = "name the target of the training, or copy the drafter again: one of them is another one"
-        return Diagnosis(name, "fails", found, f"{low:.3f} to {high:.3f}", fix)
+        return "fails", found, f"{low:.3f} to {high:.3f}", fix
     if tau < MIN_TAU:
-        return Diagnosis(name, "warns", found, f"{MIN_TAU} or more", "train longer, or for this target")
-    return Diagnosis(name, "passes", found)
+        return "warns", found, f"{MIN_TAU} or more", "train longer, or for this target"
+    return "passes", found
 
 
-def compare_ways(name: str, trial: Trial, *, key: str) -> Diagnosis:
+def compare_ways(trial: Trial, *, key: str) -> Finding:
     """Measure tau on the same answers as if the config had another value, and fail where that is better.
 
-    The interval of the paired gain over answers has to lie above `LEAST_GAIN`, drafts have to be accepted at all, and
-    no recipe may say that the config is right.
+    The interval of the paired gain over answers has to lie above `LEAST_GAIN`, and drafts have to be accepted at all.
+    A config with which tau is what training recorded is right: a drafter that has learned little may gain by others.
     """
-    others = other_values(trial.spec, key)
-    if not others:
-        return Diagnosis(name, "skipped", "this drafter can be read in one way only")
-    ways = [(trial.measure(trial.answers, **{key: value}), value) for value in others]
+    answers = trial.responses[:MAX_ANSWERS]
+    ways = [(trial.measure(answers, **{key: value}), value) for value in other_values(trial.spec, key)]
+    if not ways:
+        return "skipped", "this drafter can be read in one way only"
     best, value = max(ways, key=lambda way: way[0].tau)
     said = json.dumps(value)
     found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {said}"
     _, low, high = tau_gain([best], [trial.acceptance])
     if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > LEAST_GAIN[key] or high < 0):
-        return Diagnosis(name, "skipped", f"{found}: cannot be told apart on {count(len(trial.answers), 'answer')}")
-    if high < 0 or trial.is_confirmed(key):
-        return Diagnosis(name, "passes", found)
-    fix = f'write "{key}": {said} into config.json, also where dflash_config has it'
-    return Diagnosis(name, "fails", found, said, fix)
+        return "skipped", f"{found}: cannot be told apart on {count(len(answers), 'answer')}"
+    if high < 0 or "tau" in trial.spec.record and accept_drafts(trial)[0] == "passes":
+        return "passes", found
+    return "fails", found, said, f'write "{key}": {said} into config.json, also where dflash_config has it'
 
 
 def other_values(spec: DrafterSpec, key: str) -> list[Any]:
@@ -185,16 +174,13 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     return [not getattr(spec, key)]
 
 
-Check = Callable[[str, Trial], Diagnosis]
-MEASURED: dict[str, Check] = {
+MEASURED: dict[str, Callable[[Trial], Finding]] = {
     "accepted length": accept_drafts,
-    "measured sample_from_anchor": partial(compare_ways, key="sample_from_anchor"),
-    "measured is_causal": partial(compare_ways, key="is_causal"),
-    "measured target_layer_ids": partial(compare_ways, key="target_layer_ids"),
+    **{f"measured {key}": partial(compare_ways, key=key) for key in LEAST_GAIN},
 }
 """Checks that need answers of the target."""
-RUN: dict[str, Check] = {
-    "loads": lambda name, trial: Diagnosis(name, "passes", f"{trial.drafter.num_parameters():,} parameters"),
+RUN: dict[str, Callable[[Trial], Finding]] = {
+    "loads": lambda trial: ("passes", f"{trial.drafter.num_parameters():,} parameters"),
     "decodes three prompts": decode_prompts,
     **MEASURED,
 }
@@ -227,26 +213,23 @@ def diagnose(
     recorded = _find_responses(Path(folder), target, responses)
     with progress_bar() as bar:
         task = bar.add_task("examining", total=1 + len(RUN), info="files")
-        files = read_files(folder)
-        diagnoses = check_files(files, target, engine)
-        trial = Trial(target, files, recorded)
+        spec, diagnoses = check_files(Path(folder), target)
+        if spec and engine:
+            diagnoses.append(check_engine(spec, engine))
+        trial = spec and Trial(target, Path(folder), spec, recorded)
         for name, check in RUN.items():
             bar.update(task, advance=1, info=name)
             failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
-            if failed:
-                diagnoses.append(Diagnosis(name, "skipped", f"fix first: {first_names(failed)}"))
+            if failed or trial is None:
+                found = Diagnosis(name, "skipped", f"fix first: {', '.join(failed)}")
+            elif name in MEASURED and not recorded:
+                found = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
             else:
-                found, broken = attempt(name, partial(_run, name, check, trial))
-                diagnoses.append(found or broken)
+                finding, failure = attempt(name, partial(check, trial))
+                found = Diagnosis(name, finding[0], *finding[1:]) if finding else failure
+            diagnoses.append(found)
         bar.update(task, advance=1, info="")
     return diagnoses
-
-
-def _run(name: str, check: Check, trial: Trial) -> Diagnosis:
-    """Run a check, where there is what it needs."""
-    if name in MEASURED and not len(trial.answers):
-        return Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
-    return check(name, trial)
 
 
 def _find_responses(folder: Path, target: Target, named: str | Path | None) -> list[Response]:
@@ -254,10 +237,9 @@ def _find_responses(folder: Path, target: Target, named: str | Path | None) -> l
     num_tokens = len(target.head.weight)
     if named:
         return read_responses(named, num_tokens)
-    places = [folder, *folder.resolve().parents[:2]]
-    path = next((place / "responses.jsonl" for place in places if (place / "responses.jsonl").is_file()), None)
+    places = [place / "responses.jsonl" for place in (folder, *folder.resolve().parents[:2])]
     try:
-        return read_responses(path, num_tokens) if path else []
+        return next((read_responses(place, num_tokens) for place in places if place.is_file()), [])
     except ValueError as error:
         print(f"tau is not measured: {printable(str(error))}", file=sys.stderr)
         return []

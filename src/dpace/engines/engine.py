@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, all_engines
-from dpace.engines.published import make_drafter, read_folder
+from dpace.engines.published import read_folder
 from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
@@ -42,18 +43,6 @@ class Request:
     """Leave out the drafter's head."""
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What is written of a drafter."""
-
-    spec: DrafterSpec
-    tensors: dict[str, Tensor]
-    dtype: str = ""
-    """Precision of the matrices."""
-    rounding: float = 0.0
-    """Largest relative change of a tensor by the change of precision; 0 where it was kept."""
-
-
 class Engine:
     """An engine that reads the published layout, which `dpace train` writes."""
 
@@ -67,8 +56,6 @@ class Engine:
     """Which files it reads; a model card is for all engines that read the same ones."""
     library: str = "transformers"
     """What the Hub reads the files with."""
-    tags: tuple[str, ...] = ()
-    """Its tags on the Hub."""
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
@@ -124,23 +111,26 @@ class Engine:
             return ""
         return self.card.format(drafter=drafter, target=target, command=self.command(spec, drafter, target)).rstrip()
 
-    def adapt(self, contents: Contents, folder: Path, target: Target) -> Contents:
+    def adapt(
+        self, spec: DrafterSpec, tensors: dict[str, Tensor], folder: Path, target: Target
+    ) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """Turn a drafter into what the files hold; by default nothing changes.
 
         Args:
-            contents: the drafter.
+            spec: of the drafter.
+            tensors: its weights.
             folder: that it was read from.
             target: its target.
         """
-        return contents
+        return spec, tensors
 
     def cast(self, tensor: Tensor, dtype: str) -> Tensor:
         """Round a tensor to one of `precisions`."""
-        return tensor.to(getattr(torch, dtype, tensor.dtype) if tensor.is_floating_point() else tensor.dtype)
+        return tensor if dtype == "keep" or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
 
-    def write(self, folder: Path, contents: Contents, request: Request, target: Target) -> Path:
+    def write(self, folder: Path, drafter: Drafter, request: Request, target: Target) -> Path:
         """Write the files into an empty folder; return what the engine is given: the folder, or a file in it."""
-        make_drafter(contents.spec, contents.tensors).save_pretrained(folder)
+        drafter.save_pretrained(folder)
         return folder
 
     def is_written(self, path: Path) -> bool:

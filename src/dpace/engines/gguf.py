@@ -7,13 +7,10 @@ Source: `tools/server/README.md` and `src/models/dflash.cpp` of ggml-org/llama.c
 """
 
 import contextlib
-import io
 import json
 import re
 import shlex
-import struct
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.engine import PROPERTIES, Contents, Engine
-from dpace.engines.folder import mapping, to_layer_ids
-from dpace.engines.published import DEQUANTIZED
-from dpace.system.loading import LIBRARY_ERRORS
-from dpace.system.progress import describe_error
+from dpace.engines.engine import PROPERTIES, Engine
+from dpace.engines.published import DEQUANTIZED, mapping, to_layer_ids
+from dpace.system.loading import translate_library_errors
 
 ARCHITECTURE = "dflash"
 OURS = "dpace.config"
 """Key of the file, a text in JSON: record and special tokens of the drafter's config, which llama.cpp does not read."""
-BROKEN = (*LIBRARY_ERRORS, MemoryError, struct.error)
-"""What reading a damaged file raises in gguf and numpy."""
-SIZES = {
+AGAIN = "write or download the file again, or name one in another precision"
+FIELDS = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -45,14 +40,13 @@ SIZES = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "block_size": "block_size",
-}
-"""Published name and llama.cpp's name of each size."""
-SCALES = {
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
     "input_embedding_scale": "embedding_scale",
     "output_multiplier": "logit_scale",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-"""The same of scales and caps, which are only written where they change something."""
+"""Published name and llama.cpp's name of each number; those that change nothing are not written."""
 NAMES = {
     "fc.weight": "fc.weight",
     "hidden_norm.weight": "enc.output_norm.weight",
@@ -83,14 +77,13 @@ LAYER_NAMES = {
     "mlp_conv.kernel_projection.weight": "ffn_conv_proj.weight",
 }
 """The same of the tensors of a layer."""
-MAX_READS = 2**21
-"""Most numbers and texts before the weights; a vocabulary of 262,144 tokens with its merges takes about 1.1 million."""
 TENSOR_TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     torch.int64: gguf.GGMLQuantizationType.I64,
 }
+DTYPES = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
 QUANTIZED = ("q8_0", "q5_0", "q4_0")
 """Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
 
@@ -104,7 +97,6 @@ class Gguf(Engine):
     precisions = (*Engine.precisions, *QUANTIZED)
     layout = "gguf"
     library = "gguf"
-    tags = ("gguf",)
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
 ```bash
@@ -166,14 +158,14 @@ probability; try a few values on your prompts.
 
     def cast(self, tensor, dtype):
         """See `Engine`; llama.cpp needs all but matrices in float32."""
-        if tensor.dim() != 2:
-            return super().cast(tensor, "float32")
-        return quantize(tensor, dtype)[1] if dtype in QUANTIZED else super().cast(tensor, dtype)
+        if dtype in QUANTIZED or tensor.dim() != 2:
+            return unpack(*pack(super().cast(tensor, "float32"), dtype))
+        return super().cast(tensor, dtype)
 
-    def write(self, folder, contents, request, target):
+    def write(self, folder, drafter, request, target):
         """See `Engine`."""
-        path = folder / f"dflash-{Path(request.target_name).resolve().name}-{contents.dtype}.gguf"
-        write_gguf(path, contents, str(request.target_gguf))
+        path = folder / f"dflash-{Path(request.target_name).resolve().name}-{request.dtype}.gguf"
+        write_gguf(path, drafter, str(request.target_gguf), request.dtype)
         return path
 
     def is_written(self, path):
@@ -182,11 +174,11 @@ probability; try a few values on your prompts.
 
     def read(self, path, num_target_layers):
         """See `Engine`."""
-        files = [path] if path.is_file() or path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+        files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
         if len(files) > 1:
             names = " and ".join(file.name for file in files)
             raise ValueError(f"{path} has {names}, and each may be another drafter; name one of the files")
-        return read_gguf(files[0], num_target_layers=num_target_layers)
+        return read_gguf(files[0], num_target_layers)
 
 
 def gguf_name(name: str) -> str:
@@ -195,86 +187,105 @@ def gguf_name(name: str) -> str:
     return NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
 
 
-def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
-    """Quantize a matrix.
+def pack(tensor: Tensor, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+    """Return the bytes of a tensor for the file, and their type.
 
-    Args:
-        tensor: "row column".
-        precision: one of `QUANTIZED`.
-
-    Returns:
-        The bytes for the file, and the numbers that they stand for. A matrix whose rows are no blocks of 32 stays as it
-        is, in fp32.
+    They are those of its own dtype, but for matrices that are to be quantized. A matrix whose rows are no blocks of 32
+    stays as it is.
     """
-    kind = gguf.GGMLQuantizationType[precision.upper()]
-    values = tensor.float().cpu().numpy()
-    if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        return values, torch.from_numpy(values)
-    data = gguf.quants.quantize(values, kind)
-    return data, torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
+    tensor = tensor.detach().cpu().contiguous()
+    if dtype in QUANTIZED and tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
+        kind = gguf.GGMLQuantizationType[dtype.upper()]
+        return gguf.quants.quantize(tensor.numpy(), kind), kind
+    # numpy has no bf16: gguf takes its bytes, as those of blocks
+    data = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
+    return data.numpy(), TENSOR_TYPES[tensor.dtype]
+
+
+def unpack(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
+    """Return the tensor of such bytes, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
+    if kind in DTYPES:
+        return torch.from_numpy(np.array(data)).view(DTYPES[kind])
+    return torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
+
+
+class _StrictReader(gguf.GGUFReader):
+    """A reader that ends at the end of the file; gguf's own takes numbers behind it as empty ones."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
+        return found
+
+
+def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
+    """Open a GGUF file, and read its metadata.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: there is no such file.
+    """
+    with translate_library_errors(f"the GGUF file {path}", AGAIN), warnings.catch_warnings(action="ignore"):
+        reader = _StrictReader(path)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
 
 
 def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
     """Open a GGUF file of a drafter's target.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or of another model.
+        ValueError: it is damaged or of another model.
+        OSError: there is no such file.
     """
-    target = _open_gguf(path)
-    tokens = target.fields.get("tokenizer.ggml.tokens")
-    architecture = _read_value(target, "general.architecture")
-    sizes = [_read_value(target, f"{architecture}.{name}") for name in ("block_count", "embedding_length")]
-    found = [*sizes, len(tokens.data) if tokens else None]
+    reader, values = open_gguf(path)
+    sizes = [values.get(f"{values.get('general.architecture')}.{name}") for name in ("block_count", "embedding_length")]
+    found = [*sizes, len(values.get("tokenizer.ggml.tokens", ()))]
     expected = [spec.num_target_layers, spec.hidden_size, spec.vocab_size]
     if found != expected:
         raise ValueError(
             f"{path} has {found} and the drafter's target {expected} (layers, hidden size, tokens); name a GGUF "
             "file of that target with --target-gguf"
         )
-    return target
+    return reader
 
 
-def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
+def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path, dtype: str = "keep") -> None:
     """Write a drafter for llama.cpp.
 
     Args:
         path: of the new file.
-        contents: matrices in float32, float16, bfloat16, or to be quantized; all other tensors in float32.
+        drafter: matrices in float32, float16, bfloat16, or to be quantized; all other tensors in float32.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
+        dtype: one of `QUANTIZED`, or what the drafter has.
 
     Raises:
         ValueError: see `open_target_gguf`.
     """
-    spec, tensors = contents.spec, contents.tensors
-    quantized = contents.dtype if contents.dtype in QUANTIZED else ""
+    spec = drafter.spec
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for name, field in open_target_gguf(target_gguf, spec).fields.items():
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
-            _copy_field(writer, field)
-    _write_fields(writer, spec)
-    mostly = quantized or TENSOR_TYPES[tensors["fc.weight"].dtype].name
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly.upper()}"])
-    for ours in spec.shapes:
-        tensor = tensors[ours].detach().cpu().contiguous()
-        if ours == "d2t":
+            copy_field(writer, field)
+    _add_values(writer, spec)
+    kinds = {}
+    for name, tensor in drafter.state_dict().items():
+        if name == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
-        kind = TENSOR_TYPES[tensor.dtype]
-        # numpy has no bf16: gguf takes its bytes, as those of blocks
-        data = (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        if quantized and tensor.dim() == 2:
-            data = quantize(tensor, quantized)[0]
-            kind = gguf.GGMLQuantizationType[quantized.upper()] if data.dtype == np.uint8 else kind
-        writer.add_tensor(gguf_name(ours), data, raw_dtype=kind)
-    _write_file(writer)
+        data, kinds[name] = pack(tensor, dtype)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=kinds[name])
+    mostly = kinds["fc.weight"].name
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])
+    write_file(writer)
 
 
-def _copy_field(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
+def copy_field(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
     """Copy a metadata field."""
     sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
     writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
 
 
-def _write_file(writer: gguf.GGUFWriter) -> None:
+def write_file(writer: gguf.GGUFWriter) -> None:
     """Write what was added, and close the file."""
     with contextlib.closing(writer):  # also where the disk is full
         writer.write_header_to_file()
@@ -282,24 +293,18 @@ def _write_file(writer: gguf.GGUFWriter) -> None:
         writer.write_tensors_to_file()
 
 
-def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
-    """Write the metadata.
+def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
+    """Add the metadata.
 
     The file numbers the target's layers by their input, so one higher than here.
     """
     config = spec.config()
-    if spec.sliding_window is not None:
-        pattern = [kind == "sliding_attention" for kind in spec.layer_types]
-        writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
     values = {
-        **{name: getattr(config, ours) for ours, name in SIZES.items()},
-        "attention.value_length": spec.head_dim,
+        **{name: getattr(config, published, None) for published, name in FIELDS.items()},
         **spec.layer_keys,
-        "attention.sliding_window": spec.sliding_window,
-        **{name: getattr(config, ours, None) for ours, name in SCALES.items()},
-        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "attention.value_length": spec.head_dim,
         "rope.freq_base": spec.rope["rope_theta"],
-        "attention.causal": bool(spec.is_causal),
+        "attention.causal": spec.is_causal,
         "sample_from_anchor": spec.sample_from_anchor,
     }
     kinds = gguf.GGUFValueType
@@ -307,20 +312,23 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     for name, value in values.items():
         if value is not None:
             writer.add_key_value(f"{ARCHITECTURE}.{name}", value, types[type(value)])
+    if spec.sliding_window is not None:
+        pattern = [kind == "sliding_attention" for kind in spec.layer_types]
+        writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
     writer.add_string(OURS, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
 
 
-def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
+def read_gguf(path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Read a drafter's GGUF file, see `Engine.read`.
 
     Raises:
         ValueError: not a drafter's file, weights that `gguf` cannot read, or the number of the target's layers is not
             given.
     """
-    reader = _open_gguf(path)
-    architecture = _read_value(reader, "general.architecture")
+    reader, fields = open_gguf(path)
+    architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(
             f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}; name the GGUF file of a DFlash "
@@ -328,112 +336,48 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         )
     if num_target_layers is None:
         raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
-
-    def get(name: str) -> Any:
-        return _read_value(reader, f"{ARCHITECTURE}.{name}")
-
-    pattern = get("attention.sliding_window_pattern")
-    window = get("attention.sliding_window") or None
-    if window and not isinstance(pattern, list):
-        raise ValueError(
-            f"{path} has sliding_window {window} and sliding_window_pattern {pattern!r:.50}, expected a list that says "
-            "of each layer whether it has the window; write it again with such a list"
-        )
-    tokens = _read_value(reader, "tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise ValueError(f"{path} has no list of tokens; write or download it again")
-    tensors = {tensor.name: _read_tensor(tensor) for tensor in reader.tensors}
-    kept = _read_ours(reader)
-    if quantized := {tensor.tensor_type for tensor in reader.tensors} - {*TENSOR_TYPES.values()}:
-        kept["dpace"] = mapping(kept.get("dpace")) | {DEQUANTIZED: ", ".join(sorted(kind.name for kind in quantized))}
-    values = {
-        **{published: get(name) for published, name in SIZES.items()},
-        **{published: get(name) or None for published, name in SCALES.items()},
-        **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
-        "mask_token_id": _read_value(reader, "tokenizer.ggml.mask_token_id"),
-        "dpace": kept.get("dpace"),
-        "special_token_ids": {name: kept[name] for name in SPECIAL_TOKENS if name in kept},
-        "num_target_layers": num_target_layers,
-        "vocab_size": len(tokens),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
-        "sliding_window": window,
-        "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern or ()],
-        "is_causal": get("attention.causal"),
-        "draft_vocab_size": len(tensors.get("d2t", ())),
-        "has_own_embed_tokens": "token_embd.weight" in tensors,
-        "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
-    }
-    try:
-        spec = DrafterSpec.from_values({**values, "target_layer_ids": to_layer_ids(get("target_layers"))})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with translate_library_errors(f"the GGUF file {path}", AGAIN):
+        tensors = {
+            tensor.name: unpack(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
+            for tensor in reader.tensors
+        }
+        values = _read_values(fields) | {
+            "num_target_layers": num_target_layers,
+            "draft_vocab_size": len(tensors.get("d2t", ())),
+            "has_own_embed_tokens": "token_embd.weight" in tensors,
+            "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
+        }
+        if quantized := {tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type not in DTYPES}:
+            values["dpace"] = values["dpace"] | {DEQUANTIZED: ", ".join(sorted(quantized))}
+        spec = DrafterSpec.from_values(values)
     if "d2t" in tensors:  # the tokens themselves here
         tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
     names: dict[Any, str] = {gguf_name(ours): ours for ours in spec.shapes}
     return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def _read_ours(reader: gguf.GGUFReader) -> dict[str, Any]:
-    """Read the keys of the config that only dpace reads; none where another program wrote the file."""
-    text = _read_value(reader, OURS)
-    with _naming(f"the GGUF file's value {OURS}"):
-        return dict(json.loads(text or "{}"))
+def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return what the metadata says of a drafter, by published names."""
 
+    def get(name: str) -> Any:
+        return fields.get(f"{ARCHITECTURE}.{name}")
 
-def _read_tensor(tensor: Any) -> Tensor:
-    """Read a tensor of the file, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
-    dtypes = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
-    with _naming(tensor.name, "name a file of the drafter in another precision, such as q8_0, or download it again"):
-        shape = [int(size) for size in reversed(tensor.shape)]
-        if tensor.tensor_type not in dtypes:
-            return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type) + 0).reshape(shape)
-        data = torch.from_numpy(np.array(tensor.data))
-        return data.view(dtypes[tensor.tensor_type]).reshape(shape)
-
-
-@contextlib.contextmanager
-def _naming(what: str, fix: str = "write or download the file again") -> Iterator[None]:
-    """Turn what gguf and numpy raise for a damaged file into one line."""
-    try:
-        yield
-    except BROKEN as error:
-        raise ValueError(f"{what} cannot be read ({describe_error(error)[:300]}); {fix}") from error
-
-
-class _BoundedReader(gguf.GGUFReader):
-    """A reader that a damaged length cannot keep busy.
-
-    gguf's own takes numbers past the end of the file as empty ones, of which it reads as many as the length says.
-    """
-
-    num_reads = 0
-
-    def _get(self, offset, dtype, count=1, override_order=None):
-        found = super()._get(offset, dtype, count, override_order)
-        self.num_reads += 1
-        if len(found) < count:
-            raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
-        if self.num_reads > MAX_READS:
-            raise ValueError(f"more than {MAX_READS} numbers and texts before the weights")
-        return found
-
-
-def _open_gguf(path: str | Path) -> gguf.GGUFReader:
-    """Open a GGUF file."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}; name a GGUF file that exists")
-    with _naming(f"the GGUF file {path}"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
-        return _BoundedReader(path)
-
-
-def _read_value(reader: gguf.GGUFReader, name: str) -> Any:
-    """Read a metadata value; None where there is none."""
-    if name not in reader.fields:
-        return None
-    with _naming(f"the GGUF file's value {name}"):
-        return reader.fields[name].contents()
+    pattern = get("attention.sliding_window_pattern")
+    if get("attention.sliding_window") and not isinstance(pattern, list):
+        raise ValueError("it has a sliding window, and no list that says which layers have it")
+    ours = json.loads(fields.get(OURS, "{}"))
+    return {
+        **{published: get(name) or None for published, name in FIELDS.items()},
+        **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
+        "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
+        "dpace": mapping(ours.get("dpace")),
+        "special_token_ids": {name: ours[name] for name in SPECIAL_TOKENS if name in ours},
+        "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
+        "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
+        "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern or ()],
+        "is_causal": get("attention.causal"),
+        "target_layer_ids": to_layer_ids(get("target_layers")),
+    }
 
 
 ENGINE = Gguf()

@@ -53,8 +53,4 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     try:
         return replace(recipe, drafter=replace(recipe.drafter, **own)), init
     except ValidationError as error:
-        wrong = error.errors()[0]
-        raise ValueError(
-            f"{name} has {wrong['loc'][0]} {wrong['input']!r:.50}, and no training takes that ({wrong['msg']}); train "
-            "without --drafter.init"
-        ) from error
+        raise ValueError(f"no training takes the sizes of {name} ({error}); train without --drafter.init") from error

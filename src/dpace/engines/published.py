@@ -6,23 +6,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import TARGET_TABLES, refuse_mask_embedding
+from dpace.drafter.kinds import published_name
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.folder import mapping, read_files
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
-from dpace.system.loading import refuse_infinite, refuse_mismatch, translate_library_errors
+from dpace.system.loading import read_config, refuse_infinite, refuse_mismatch, translate_library_errors
 
 FIX = "copy config and weights again from where they were made, or serve this drafter with the project that did"
 DEQUANTIZED = "dequantized_from"
 """Entry of the record that names the precision of the files that the weights were read from."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 """Entries of the record that were measured with the head."""
+OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+"""Names in transformers' own container, and the published ones."""
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return the value if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def to_layer_ids(hidden_state_ids: object) -> list[int]:
+    """Turn indices into `hidden_states`, where 0 is the embedding, into ids of layers; the inverse of the spec's.
+
+    Raises:
+        ValueError: they are no list of integers.
+    """
+    if not isinstance(hidden_state_ids, list) or not all(type(index) is int for index in hidden_state_ids):
+        raise ValueError(f"layer ids are {hidden_state_ids!r:.200}, expected a list of integers; copy the file again")
+    return [index - 1 for index in hidden_state_ids]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a drafter's folder, also in shards, by their published names.
+
+    Raises:
+        ValueError: damaged weights.
+    """
+    tensors = {}
+    with translate_library_errors(f"the drafter {folder}", FIX):
+        for file in sorted(folder.glob("model*.safetensors")):
+            for stored, tensor in load_file(file).items():
+                name = stored.removeprefix("model.")
+                tensors[OTHER_NAMES.get(name, published_name(name))] = tensor
+    return tensors
 
 
 def read_folder(
@@ -41,26 +76,18 @@ def read_folder(
         ValueError: no such folder, or a config or tensors that this project does not know.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is not a drafter's folder: it has no config.json; name a folder that has one, or a .gguf file"
-        )
     refuse_mask_embedding(folder)
-    files = read_files(folder)
-    for file, problem in files.problems.items():
-        if file != "recipe.yaml":  # which is not needed here
-            raise ValueError(f"{folder / file} is damaged ({problem}); copy or export it again")
+    config = read_config(folder)
+    tensors = read_tensors(folder)
     try:
-        config = to_published(files.config)
-        spec = DrafterSpec.from_config({**own_tables(files.tensors), **config, "quantization_config": None})
+        values = to_published(config)
+        spec = DrafterSpec.from_config({**own_tables(tensors), **values, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if quantized := mapping(files.config.get("quantization_config")):
+    if quantized := mapping(config.get("quantization_config")):
         spec = replace(spec, record=spec.record | {DEQUANTIZED: quantized.get("quant_method")})
-    tensors = _read_quantized(folder, spec, quantized) if quantized else files.tensors
-    unused = TARGET_TABLES - spec.shapes.keys()
-    unused |= {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    return spec, {name: tensor for name, tensor in tensors.items() if name not in unused}
+        tensors = _read_quantized(folder, spec, quantized)
+    return spec, tensors
 
 
 def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
@@ -90,30 +117,27 @@ def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) 
 
 
 def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
-    """Put weights into a drafter as they are, dtype included.
+    """Put weights into a drafter as they are, dtype included; tables that the spec calls the target's are left out.
 
     Raises:
         ValueError: tensors that are missing, unknown, of another shape, quantized or not finite.
     """
-    what, known = "the drafter", spec.shapes
-    shapes = [(name, tensor.shape, known.get(name)) for name, tensor in tensors.items()]
-    found = {
-        "missing_keys": known.keys() - tensors.keys(),
-        "mismatched_keys": [(name, a, b) for name, a, b in shapes if b not in (a, None)],
-    }
-    refuse_mismatch(what, found, FIX, unknown=tensors.keys() - known.keys())
+    unused = TARGET_TABLES - spec.shapes.keys()
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     for name, tensor in tensors.items():
         if name == "d2t":
             drafted_tokens(tensor, spec.vocab_size)
-        elif not tensor.is_floating_point() or tensor.element_size() not in (2, 4):
+        elif tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{name} holds {dtype_name(tensor.dtype)}, expected float32, bfloat16 or float16; take "
                 "a drafter whose weights are not quantized"
             )
-    with translate_library_errors("the drafter of this config", FIX), torch.random.fork_rng():
-        drafter: Any = Drafter(spec.config()).eval()  # no larger than its tensors, whose shapes are the spec's
-    drafter.load_state_dict(tensors, assign=True)
-    refuse_infinite(what, drafter, FIX)
+    with translate_library_errors("the drafter", FIX), torch.random.fork_rng():
+        with torch.device("meta"):  # where the tensors do not fit, there may be no room for the network
+            Drafter(spec.config()).load_state_dict(tensors, assign=True)
+        drafter: Any = Drafter(spec.config()).eval()
+        drafter.load_state_dict(tensors, assign=True)
+    refuse_infinite("the drafter", drafter, FIX)
     drafter.refuse_trained_selector()
     return drafter.requires_grad_(False)
 

@@ -14,7 +14,6 @@ class Sglang(Engine):
     name = "sglang"
     title = "SGLang"
     reads = NETWORKS
-    tags = ("sglang",)
     card = """**SGLang** (not run by us)
 
 ```bash

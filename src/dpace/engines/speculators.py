@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dpace.drafter.spec import DrafterSpec
 from dpace.drafter.vocabulary import VOCABULARY_FILE, drafted_tokens, load_vocabulary
-from dpace.engines.engine import Contents
-from dpace.engines.folder import mapping, to_layer_ids
-from dpace.engines.published import read_folder
+from dpace.engines.published import mapping, read_folder, to_layer_ids
 from dpace.engines.vllm import Vllm
 from dpace.system.loading import read_config
 
-OURS = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config"}
-OURS |= {"sample_from_anchor", "draft_vocab_size"}
+OURS = (
+    "block_size",
+    "mask_token_id",
+    "target_layer_ids",
+    "num_target_layers",
+    "dflash_config",
+    "sample_from_anchor",
+    "draft_vocab_size",
+)
 """Keys of the published layout that stand elsewhere here."""
 
 
@@ -43,38 +47,68 @@ class Speculators(Vllm):
             )
         return super().fault(spec)
 
-    def adapt(self, contents, folder, target):
+    def adapt(self, spec, tensors, folder, target):
         """Add the draft vocabulary as an LM head: the target's rows, in 16 bits where that changes no value."""
-        spec, tensors = contents.spec, contents.tensors
         vocabulary = load_vocabulary(folder, spec.vocab_size)
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
-            return contents
+            return spec, tensors
         token_ids = vocabulary.token_ids
         print(
             f"the LM head has {len(token_ids)} of {spec.vocab_size} tokens, those of {VOCABULARY_FILE}: engines draft "
             "no others; remove that file to keep all",
             file=sys.stderr,
         )
-        exact = target.head.weight[token_ids.to(target.device)].cpu()
-        rows = exact.to(tensors["fc.weight"].dtype)
-        rows = rows if torch.equal(rows.to(exact.dtype), exact) else exact
-        own = {"lm_head.weight": rows, "d2t": token_ids - torch.arange(len(token_ids))}
-        return Contents(replace(spec, draft_vocab_size=len(token_ids)), tensors | own)
+        rows = target.head.weight[token_ids.to(target.device)].cpu()
+        short = rows.to(tensors["fc.weight"].dtype)
+        head = short if torch.equal(short.to(rows.dtype), rows) else rows
+        own = {"lm_head.weight": head, "d2t": token_ids - torch.arange(len(token_ids))}
+        return replace(spec, draft_vocab_size=len(token_ids)), tensors | own
 
-    def write(self, folder, contents, request, target):
-        """See `Engine`."""
-        spec, tensors = contents.spec, contents.tensors
+    def write(self, folder, drafter, request, target):
+        """See `Engine`.
+
+        `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal,
+        full attention too.
+        """
+        spec = drafter.spec
+        tensors = {name: tensor.contiguous() for name, tensor in drafter.state_dict().items()}
         if spec.draft_vocab_size:
-            is_drafted = torch.zeros(spec.vocab_size, dtype=torch.bool)
-            is_drafted[drafted_tokens(tensors["d2t"], spec.vocab_size)] = True
-            tensors = tensors | {"t2d": is_drafted}
+            tensors["t2d"] = torch.zeros(spec.vocab_size, dtype=torch.bool)
+            tensors["t2d"][drafted_tokens(drafter.d2t, spec.vocab_size)] = True
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         place = Path(request.target_name)
-        verifier = {
-            "name_or_path": str(place.resolve()) if place.is_dir() else request.target_name,
-            "architectures": list(target.model.config.architectures or []),
+        transformer = {key: value for key, value in spec.config().to_dict().items() if key not in OURS}
+        config = {
+            "architectures": ["DFlashDraftModel"],
+            "aux_hidden_state_layer_ids": spec.hidden_state_ids,
+            "block_size": spec.block_size,
+            "draft_vocab_size": spec.draft_vocab_size or spec.vocab_size,
+            "dtype": request.dtype,
+            "mask_token_id": spec.mask_token_id,
+            "sample_from_anchor": spec.sample_from_anchor,
+            "sliding_window_non_causal": not spec.is_causal,
+            "speculators_config": {
+                "algorithm": "dflash",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [
+                    {
+                        "proposal_type": "greedy",
+                        "speculative_tokens": spec.num_draft_tokens,
+                        "verifier_accept_k": 1,
+                        "accept_tolerance": 0.0,
+                    }
+                ],
+                "verifier": {
+                    "name_or_path": str(place.resolve()) if place.is_dir() else request.target_name,
+                    "architectures": list(target.model.config.architectures or []),
+                },
+            },
+            "speculators_model_type": "dflash",
+            "speculators_version": "0.9.0",
+            "target_hidden_size": None,
+            "tie_word_embeddings": False,
+            "transformer_layer_config": transformer | {"rope_theta": spec.rope["rope_theta"], "dtype": request.dtype},
         }
-        config = to_speculators(spec, verifier, contents.dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         return folder
 
@@ -89,52 +123,7 @@ class Speculators(Vllm):
     def target_of(self, path):
         """See `Engine`."""
         name = mapping(mapping(read_config(path).get("speculators_config")).get("verifier")).get("name_or_path")
-        if name is not None and not isinstance(name, str):
-            raise ValueError(f"{path / 'config.json'} names the target {name!r}, expected text; name it with --target")
-        return name or None
-
-
-def to_speculators(spec: DrafterSpec, verifier: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Write the `config.json`.
-
-    `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal, full
-    attention too.
-
-    Args:
-        spec: of the drafter.
-        verifier: name and architectures of the target.
-        dtype: of the matrices.
-    """
-    transformer = {key: value for key, value in spec.config().to_dict().items() if key not in OURS}
-    transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype}
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "aux_hidden_state_layer_ids": spec.hidden_state_ids,
-        "block_size": spec.block_size,
-        "draft_vocab_size": spec.draft_vocab_size or spec.vocab_size,
-        "dtype": dtype,
-        "mask_token_id": spec.mask_token_id,
-        "sample_from_anchor": spec.sample_from_anchor,
-        "sliding_window_non_causal": not spec.is_causal,
-        "speculators_config": {
-            "algorithm": "dflash",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": spec.num_draft_tokens,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "verifier": verifier,
-        },
-        "speculators_model_type": "dflash",
-        "speculators_version": "0.9.0",
-        "target_hidden_size": None,
-        "tie_word_embeddings": False,
-        "transformer_layer_config": transformer,
-    }
+        return name if isinstance(name, str) else None
 
 
 def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:

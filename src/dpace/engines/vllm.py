@@ -15,7 +15,6 @@ class Vllm(Engine):
     name = "vllm"
     title = "vLLM"
     reads = (*NETWORKS, "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
-    tags = ("vllm",)
     card = """**vLLM**
 
 ```bash

@@ -128,7 +128,7 @@ def walk_conversation(
     if visit is not None:
         for number, parts in enumerate(reached):
             visit(index, number, *map(torch.cat, zip(*parts, strict=True)))
-    cut = dataset.corpus.spans(int(dataset.chosen[index])).clip(max=dataset.max_length).tolist()
+    cut = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
     spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
     of_ways = [[dict(zip(anchors, way, strict=True)) for way in torch.cat(parts, -1).tolist()] for parts in lengths]
     return [

@@ -5,29 +5,31 @@ refused here.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from pydantic import ByteSize
 
+from dpace.batches.corpus import load_corpus
 from dpace.config import CompareConfig, Recipe
 from dpace.plan.speed import Number
 from dpace.plan.training import (
     TargetPlan,
     TrainingPlan,
     expected_lengths,
-    mean_answer,
+    known_lengths,
     num_prompt_tokens,
     plan_recipe,
     plan_target,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_prompts
 from dpace.respond.conversation import own_messages
-from dpace.respond.responses import AnswerLengths, answer_lengths
+from dpace.respond.responses import iterate_responses, read_meta
 from dpace.system.progress import count
 from dpace.train.checkpoints import checkpoint_folders
+from dpace.train.run import choose_conversations
 
 START = timedelta(seconds=15)
 """Time that a command takes to import libraries, to find and read its files, and to write what it found."""
@@ -86,9 +88,11 @@ def disk_line(folder: str | Path, needed: Number) -> str:
     return f"disk: up to {size(needed)} in {folder}, {size(free)} free"
 
 
-def kept_answers(recipe: Recipe) -> dict[str, AnswerLengths]:
-    """Read the lengths of the answers that a recipe's folder has, by the prompt's id."""
-    return answer_lengths(Path(recipe.output) / "responses.jsonl")
+def waiting_for_answers(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts that have no answer in a recipe's folder."""
+    path = Path(recipe.output) / "responses.jsonl"
+    kept = {response.id for response in iterate_responses(path)} if path.exists() else set()
+    return [prompt for prompt in prompts if prompt.id not in kept]
 
 
 def answer_bytes(recipe: Recipe, prompts: Sequence[Prompt]) -> int:
@@ -108,26 +112,22 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     Raises:
         ValueError: the disk has no room for the answers, or a prompt has no reply to train on.
     """
-    respond, kept = recipe.respond, kept_answers(recipe)
     prompts = sum(parts, [])
-    waiting = [prompt for prompt in prompts if prompt.id not in kept]
-    lines = [prompts_line(parts), f"answers: {len(kept):,} kept, {len(waiting):,} to come"]
-    if respond.source == "own":
+    waiting = waiting_for_answers(recipe, prompts)
+    lines = [prompts_line(parts), f"answers: {len(prompts) - len(waiting):,} kept, {len(waiting):,} to come"]
+    if recipe.respond.source == "own":
         for prompt in waiting:
             own_messages(prompt)
-    elif not respond.server:
-        target = plan_target(recipe)
-        lines.append(time_line(answers=answering_seconds(recipe, target, waiting, kept)))
+    elif not recipe.respond.server:
+        lines.append(time_line(answers=answering_seconds(recipe, plan_target(recipe), waiting)))
     return [*lines, disk_line(Path(recipe.output) / "responses.jsonl", answer_bytes(recipe, prompts))]
 
 
-def answering_seconds(
-    recipe: Recipe, target: TargetPlan, prompts: Sequence[Prompt], kept: Mapping[str, AnswerLengths]
-) -> Number:
-    """Estimate the seconds in which the target answers prompts, with answers as long as those that it wrote."""
+def answering_seconds(recipe: Recipe, target: TargetPlan, prompts: Sequence[Prompt]) -> Number:
+    """Estimate the seconds in which the target answers prompts, at most."""
     return target.answering_seconds(
         sum(len(prompt.turns) for prompt in prompts),
-        mean_answer(kept, recipe),
+        recipe.respond.max_new_tokens,
         num_read=sum(map(num_prompt_tokens, prompts)),
         at_once=recipe.respond.batch_size,
     )
@@ -166,16 +166,14 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, num_drafters: in
     Raises:
         ValueError: the disk has no room for it, or the drafter cannot work with this target.
     """
-    kept = kept_answers(config)
     prompts = sum(parts, [])
-    waiting = [prompt for prompt in prompts if prompt.id not in kept and not config.respond.server]
-    plan = plan_recipe(config, expected_lengths(parts.train, config, kept))
+    waiting = [] if config.respond.server else waiting_for_answers(config, prompts)
+    plan = plan_recipe(config, expected_lengths(parts.train, config))
     num_answers = num_decodings(config, parts.heldout, num_drafters // len(config.seeds))
-    num_tokens = min(config.bench.max_new_tokens, mean_answer(kept, config))
     time = time_line(
-        answers=answering_seconds(config, plan, waiting, kept),
+        answers=answering_seconds(config, plan, waiting),
         training=num_drafters * plan.seconds,
-        decoding=plan.answering_seconds(num_answers, num_tokens),
+        decoding=plan.answering_seconds(num_answers, config.bench.max_new_tokens),
     )
     disk = disk_line(config.output, answer_bytes(config, prompts) + num_drafters * plan.disk_bytes)
     return [prompts_line(parts), f"drafters: {num_drafters}", *training_lines(plan), time, disk]
@@ -195,33 +193,35 @@ def training_lines(plan: TrainingPlan) -> list[str]:
 def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     """Write what `dpace plan` says of a recipe: memory by part, disk, tokens, steps and time.
 
-    Prompts that are not on this machine are not read: the plan then has no time.
+    Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
 
     Raises:
-        ValueError: see `split_prompts` and `plan_recipe`.
+        ValueError: see `load_corpus`, `split_prompts` and `plan_recipe`.
     """
-    kept = kept_answers(recipe)
-    if kept or recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
-        prompts = split_prompts(recipe.prompts).train
-        plan = plan_recipe(recipe, expected_lengths(prompts, recipe, kept), memory=memory)
-        lines = [*training_lines(plan), time_line(training=plan.seconds)]
+    answers = Path(recipe.output) / "responses.jsonl"
+    is_answered = bool(read_meta(answers).get("complete"))
+    notes = [] if is_answered else ["no answers yet: each one counts as long as the recipe allows"]
+    if is_answered:
+        lengths = known_lengths(choose_conversations(*load_corpus(answers, recipe.prompts), recipe)[0])
+    elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
+        lengths = expected_lengths(split_prompts(recipe.prompts).train, recipe)
     else:
-        longest = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
-        plan = plan_recipe(recipe, longest, memory=memory)
-        lines = ["no prompts yet: memory and disk of the longest conversations"]
+        lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
+        notes = ["no prompts yet: a batch of the longest conversations stands for them"]
+    plan = plan_recipe(recipe, lengths, memory=memory)
     batch = plan.batch()
     batches = [batch._replace(size=number + 1) for number in range(LARGEST_BATCH)]
     largest = sum(map(plan.fits, batches))
     checkpointed = sum(plan.fits(batch, is_checkpointed=True) for batch in batches)
-    lines += [
+    change = [] if checkpointed else ["makes it fit: a lower --train.num-anchors or --train.max-length"]
+    return [
+        *training_lines(plan),
+        time_line(training=plan.seconds),
         "memory of a training step, computed:",
         *(f"  {part:<28} {size(number):>10}" for part, number in plan.memory(batch).items() if number),
         f"{'fits' if plan.fits(batch) else 'does not fit'} in {size(plan.machine.memory)}; largest --train.batch-size "
         f"that fits: {largest}, and {checkpointed} with --train.gradient-checkpointing",
         f"disk: up to {size(plan.disk_bytes)} in {recipe.output}/drafter",
+        *change,
+        *notes,
     ]
-    if not checkpointed:
-        lines.append("makes it fit: a lower --train.num-anchors or --train.max-length, or a smaller target")
-    if not kept:
-        lines.append("no answers yet: each one counts as long as the recipe allows")
-    return lines

@@ -5,8 +5,7 @@ named terms, as if all of them were there at once. Operations are those of produ
 """
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
 from dpace.plan.speed import Machine, Number, find_machine
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import AnswerLengths
 from dpace.system.loading import translate_library_errors
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
@@ -104,30 +102,20 @@ def plan_target(recipe: Recipe, *, memory: int | None = None) -> TargetPlan:
 
 def known_lengths(dataset: ResponseDataset) -> np.ndarray:
     """Return tokens and anchors of conversations that are answered, "2 conversation"."""
-    anchors = dataset.corpus.num_anchors(dataset.max_length)[dataset.chosen]
+    anchors = dataset.corpus.num_anchors(dataset.max_length)
     return np.stack([dataset.lengths, anchors]).astype(float)
 
 
-def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, kept: Mapping[str, AnswerLengths]) -> np.ndarray:
-    """Estimate what `known_lengths` will be: from the prompts' texts, and from the mean answer where there is none."""
-    answer = mean_answer(kept, recipe)
-    lengths = []
-    for prompt in prompts:
-        answers = [answer] * len(prompt.turns)
-        num_tokens, answers = kept.get(prompt.id, (num_prompt_tokens(prompt) + sum(answers), answers))
-        lengths.append((num_tokens, sum(answers)))
-    return np.array(lengths, dtype=float).T.clip(1, recipe.train.max_length)
+def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
+    """Estimate what `known_lengths` will be, at most: from the prompts' texts, with answers as long as they may be."""
+    answered = [len(prompt.turns) * recipe.respond.max_new_tokens for prompt in prompts]
+    asked = [num_prompt_tokens(prompt) for prompt in prompts]
+    return np.array([np.add(asked, answered), answered]).clip(1, recipe.train.max_length)
 
 
 def num_prompt_tokens(prompt: Prompt) -> Number:
     """Estimate the tokens of a prompt's turns."""
     return len(str(prompt.turns).encode()) / BYTES_PER_TOKEN
-
-
-def mean_answer(kept: Mapping[str, AnswerLengths], recipe: Recipe) -> Number:
-    """Compute the mean length of answers in tokens; without any, it is the longest that the recipe allows."""
-    limit = recipe.respond.max_new_tokens
-    return min(limit, statistics.mean([length for found in kept.values() for length in found.answers] or [limit]))
 
 
 class Batch(NamedTuple):

@@ -93,7 +93,7 @@ def explain(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
             return f"{name} is missing"
         case "unexpected_keyword_argument":
             for group in place[:-1]:
-                kind = get_type_hints(kind).get(group) if is_dataclass(kind) else None
+                kind = get_type_hints(kind).get(str(group)) if is_dataclass(kind) else None
             names = [entry.name for entry in fields(kind)] if is_dataclass(kind) else []
             close = difflib.get_close_matches(str(place[-1]), names, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""

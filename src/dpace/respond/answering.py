@@ -27,12 +27,7 @@ from dpace.respond.responses import (
     write_meta,
 )
 from dpace.system import ranks
-from dpace.system.ledger import (
-    cut_unfinished_line,
-    lock_folder,
-    naming_file,
-    writing,
-)
+from dpace.system.ledger import cut_unfinished_line, lock_folder, naming_file, writing
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import hash_file
 from dpace.target import Target

@@ -5,9 +5,9 @@ Responses come out as dataclasses, and what they depend on as a dictionary: two 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +15,7 @@ from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json
 from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
+from dpace.system.progress import quoted
 from dpace.system.provenance import find_versions, hash_file, hash_json, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
@@ -60,24 +61,6 @@ def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Respo
     return list(iterate_responses(path, num_tokens))
 
 
-class AnswerLengths(NamedTuple):
-    """Tokens of a conversation."""
-
-    num_tokens: int
-    """All of them."""
-    answers: list[int]
-    """Those of each answer of the target."""
-
-
-def answer_lengths(path: str | Path) -> dict[str, AnswerLengths]:
-    """Read the lengths in `responses.jsonl`, by the prompt's id; nothing where there is no such file."""
-    responses = iterate_responses(path) if Path(path).exists() else ()
-    return {
-        one.id: AnswerLengths(len(one.token_ids), [end - start for start, end in one.response_spans])
-        for one in responses
-    }
-
-
 def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterator[Response]:
     """Read `responses.jsonl` as `read_responses` does, one response at a time."""
     names = [entry.name for entry in fields(Response)]
@@ -103,14 +86,12 @@ def _check_numbers(response: Response, num_tokens: int) -> None:
     for token in (min(response.token_ids, default=0), max(response.token_ids, default=0)):
         if not 0 <= token < num_tokens:
             raise ValueError(f"token_ids has {token}, expected 0 .. {num_tokens - 1}")
-    end = 0
-    for span in response.response_spans:
-        if len(span) != 2 or not end <= span[0] <= span[1] <= len(response.token_ids):
-            raise ValueError(
-                f"response_spans has {span}, expected a start and an end within {len(response.token_ids)} tokens, "
-                "after the span before"
-            )
-        end = span[1]
+    spans = response.response_spans
+    ends = [0, *chain(*spans), len(response.token_ids)]
+    if ends != sorted(ends) or any(len(span) != 2 for span in spans):
+        raise ValueError(
+            f"response_spans is {quoted(spans)}, expected ascending starts and ends within {ends[-1]} tokens"
+        )
 
 
 INFORMATIVE = ("target", "servers", "revision", "versions")

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from dpace.batches.corpus import Corpus, read_corpora
 from dpace.batches.dataset import ResponseDataset
@@ -157,19 +158,19 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
         ValueError: an unknown objective, one that is named in two ways, a custom one that cannot be found or gives
             wrong weights; or see `check_recipe`.
     """
-    for name in ("token_loss", "confidence"):
-        if (found := getattr(config.loss, name)) != getattr(LossConfig(), name):
-            raise ValueError(
-                f"--loss.{name.replace('_', '-')} is {found}, and `dpace compare` takes it from the names of "
-                "--objectives, such as dpace+kl+overlap; name it there instead"
-            )
-    names = list(dict.fromkeys([*config.objectives, config.baseline]))
-    losses = {name: with_objective(config.loss, name) for name in names}
-    first_names: dict[LossConfig, str] = {}
-    for name, loss in losses.items():
-        if (same := first_names.setdefault(loss, name)) != name:
-            raise ValueError(f"the objectives {same} and {name} are the same; name it once")
+    named = replace(config.loss, token_loss="nll", confidence="token")
+    if config.loss != named:
+        raise ValueError(
+            "--loss.token-loss and --loss.confidence are taken from the names of --objectives by `dpace compare`, such "
+            "as dpace+kl+overlap; name them there instead"
+        )
+    losses: dict[str, LossConfig] = {}
+    for name in dict.fromkeys([*config.objectives, config.baseline]):
+        loss = with_objective(config.loss, name)
+        if loss in losses.values():
+            raise ValueError(f"the objective {name} is there under another name too; name it once")
         check_recipe(replace(config, loss=loss))
+        losses[name] = loss
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
         (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))
@@ -200,10 +201,8 @@ def train_cells(
     for run in runs.values():
         run.facts |= known
     untrained = ranks.from_first(lambda: [cell for cell in cells if not runs[cell].is_finished_in(cells[cell])])
-    if not untrained:
-        return
     dataset, measured = datasets
-    if dataset.features is None:
+    if untrained and dataset.features is None:
         # One set of features for all; the target's last hidden states are kept too where any objective needs them.
         widest = max((recipes[cell] for cell in untrained), key=lambda recipe: recipe.needs_target_hidden)
         keep_features(target, *datasets, widest)
@@ -231,9 +230,7 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
     unmeasured = ranks.from_first(
         lambda: [f for f in folders if not (f / HELDOUT_FILE).exists() or read_heldout(f).responses_sha256 != wanted]
     )
-    if not unmeasured:
-        return
-    if test_set.features is None:
+    if unmeasured and test_set.features is None:
         layer_ids = Drafter.layer_ids(target, recipe.drafter)
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
@@ -260,11 +257,9 @@ def make_rows(
     rows = []
     for set_name, prompts in groups.items():
         ids = [prompt.id for prompt in prompts]
-        of_cells = {cell: heldout.acceptance(ids) for cell, heldout in measured.items()}
-        known = {cell: acceptance for cell, acceptance in of_cells.items() if acceptance}  # all, or none
-        if not known:
+        by_seed: Any = {name: [measured[name, seed].acceptance(ids) for seed in seeds] for name in names}
+        if None in by_seed[baseline]:  # no prompt of the set has a response
             continue
-        by_seed = {name: [known[name, seed] for seed in seeds] for name in names}
         of_set = [
             pool_seeds(set_name, name, len(ids), temperature, by_seed[name], by_seed[baseline], costs[name])
             for name in names
@@ -279,5 +274,4 @@ def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:
     fix = "remove its folder, and the same command trains it again"
     peaks = [read_object(folder / "provenance.json", fix).get("peak_memory_bytes") for folder in folders]
     seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
-    peak = max((peak for peak in peaks if type(peak) is int), default=None)
-    return statistics.median(seconds) if seconds else None, peak
+    return statistics.median(seconds) if seconds else None, max(filter(None, peaks), default=None)

@@ -83,81 +83,66 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     return Demo(compared, greedy, sampled)
 
 
-class Speed(NamedTuple):
-    """A line of the speeds: a set with the drafter, and with copies alone where that was measured."""
+def findings(demo: Demo) -> tuple[list[Section], list[str]]:
+    """Make what the terminal shows at the end: two tables, and remarks."""
+    hardware = demo.greedy.hardware
+    about = f"{Path(demo.greedy.target).name}, {demo.greedy.dtype}, {hardware.device}, threads {hardware.torch_threads}"
+    rows = [*demo.greedy.rows, *demo.sampled.rows]
+    gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
+    title = "Held-out prompts: tokens that one pass of the target gives (tau)"
+    tables = [Section(about, rows=speed_rows(rows)), Section(title, rows=gain_rows(demo.compared, gains))]
+    return tables, list(remarks(rows, gains))
 
-    ours: Row
-    copies: Row | None
 
-    @property
-    def name(self) -> str:
-        """The set, and the temperature where it is not 0."""
-        return self.ours.set if self.ours.temperature == 0 else f"{self.ours.set}, T={self.ours.temperature:g}"
+def speed_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Write the speeds, a line a set and temperature."""
+    copies = {_name(row): _with_speedup(row) for row in rows if row.width == "copies"}
+    return [
+        {
+            "tokens/s": _name(row),
+            "plain": f"{row.plain_tokens_per_second:.0f}",
+            "copies alone": copies.get(_name(row), "-"),
+            "with the drafter": _with_speedup(row),
+            "copied": f"{row.share_copied:.0%}",
+            "same text": same_text(row),
+        }
+        for row in rows
+        if row.width == "auto"
+    ]
+
+
+def _name(row: Row) -> str:
+    """Name the set, and the temperature where it is not 0."""
+    return row.set if row.temperature == 0 else f"{row.set}, T={row.temperature:g}"
 
 
 def _with_speedup(row: Row) -> str:
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
 
 
-def speed_lines(results: Sequence[BenchResults]) -> list[Speed]:
-    """Pair the rows with the drafter and those of copies alone."""
-    rows = [row for part in results for row in part.rows]
-    copies = {(row.set, row.temperature): row for row in rows if row.width == "copies"}
-    return [Speed(row, copies.get((row.set, row.temperature))) for row in rows if row.width == "auto"]
-
-
-def speed_section(lines: Sequence[Speed], title: str) -> Section:
-    """Make the table of speeds, a line a set and temperature."""
-    rows = [
-        {
-            "tokens/s": line.name,
-            "plain": f"{line.ours.plain_tokens_per_second:.0f}",
-            "copies alone": "-" if line.copies is None else _with_speedup(line.copies),
-            "with the drafter": _with_speedup(line.ours),
-            "copied": f"{line.ours.share_copied:.0%}",
-            "same text": same_text(line.ours),
-        }
-        for line in lines
-    ]
-    return Section(title, rows=rows)
-
-
-def gain_section(results: CompareResults) -> Section:
-    """Make the table of tau, a line a set."""
-    taus = {(row.set, row.drafter): row.tau or 0 for row in results.rows}
-    rows = [
+def gain_rows(results: CompareResults, gains: Sequence[ComparedRow]) -> list[dict[str, str]]:
+    """Write tau of both objectives, a line a set."""
+    decay = {row.set: row.tau or 0 for row in results.rows if row.drafter == results.baseline}
+    return [
         {
             "set": row.set,
             "prompts": str(row.num_prompts),
-            "tau, decay": f"{taus[row.set, results.baseline]:.2f}",
+            "tau, decay": f"{decay[row.set]:.2f}",
             "tau, D-PACE": f"{row.tau or 0:.2f}",
             "gain [95 % over prompts]": percent(row.gain),
         }
-        for row in _ours(results)
+        for row in gains
     ]
-    return Section("Held-out prompts: tokens that one pass of the target gives (tau)", rows=rows)
 
 
-def _ours(results: CompareResults) -> list[ComparedRow]:
-    return [row for row in results.rows if row.drafter == "dpace"]
-
-
-def findings(demo: Demo) -> tuple[list[Section], list[str]]:
-    """Make what the terminal shows at the end: two tables, and remarks."""
-    speeds = speed_lines([demo.greedy, demo.sampled])
-    hardware = demo.greedy.hardware
-    machine = f"{hardware.device}, threads {hardware.torch_threads}"
-    about = f"{Path(demo.greedy.target).name}, {demo.greedy.dtype}, {machine}"
-    tables = [speed_section(speeds, about), gain_section(demo.compared)]
-    return tables, list(remarks(speeds, _ours(demo.compared)))
-
-
-def remarks(speeds: Sequence[Speed], gains: Sequence[ComparedRow]) -> Iterator[str]:
+def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
     """Say how much of the speed comes from copies, and why something is slower or worse."""
-    copying = [line.name for line in speeds if line.copies and line.ours.share_copied >= MANY_COPIED]
+    copied = {_name(row) for row in rows if row.width == "copies"}
+    drafted = [row for row in rows if row.width == "auto"]
+    copying = [_name(row) for row in drafted if _name(row) in copied and row.share_copied >= MANY_COPIED]
     if copying:
         yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
-    slower = [line.name for line in speeds if (line.ours.decode_speedup or 1) < 1]
+    slower = [_name(row) for row in drafted if (row.decode_speedup or 1) < 1]
     if slower:
         yield (
             f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "

@@ -79,7 +79,6 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         "target": target.name,
         "target_revision": getattr(target.model.config, "_commit_hash", None),
         "conversations": len(loop.dataset),
-        "conversations_without_anchor": len(loop.dataset.corpus) - len(loop.dataset),
         "steps": loop.state.global_step,
         "best_eval_tau": loop.state.best_metric,
         "hardware": vars(find_hardware(target.device)),

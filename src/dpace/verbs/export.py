@@ -39,8 +39,7 @@ def run(args: list[str]) -> None:
     check_export(Path(folder), request)
     target = load_target(Recipe(target=config.target, device_map=config.device_map))
     done = export(folder, target, request)
-    print("all tensors read back bit for bit", end="")
-    print(f"; rounded by at most {done.rounding:.1g} (relative)" if done.rounding else "")
+    print("all tensors read back bit for bit")
     print(f"written: {done.path}, {config.output}/README.md")
     if config.push:
         print("uploaded:", push(config.output, config.push, done.files))

@@ -17,7 +17,7 @@ from dpace.prompts.prompts import Prompt, split_ids
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.answering import write_responses
-from dpace.respond.responses import Response, answer_lengths, read_responses
+from dpace.respond.responses import Response, read_responses
 from tests.conftest import EOS, make_target, make_tokenizer
 from tests.support.files import write_rows
 
@@ -98,14 +98,12 @@ def test_own_answers_are_scored_where_the_template_puts_them(tmp_path):
     target.tokenizer.chat_template = target.tokenizer.chat_template.replace("'answer' }}{% endif", "'w9' }}{% endif")
     (other,) = write_responses(target, [Prompt("a", "s", [turn[:1]], "w5")], tmp_path / "o" / "r.jsonl", config)
     assert other.token_ids[-2:] == [*target.tokenizer("w5")["input_ids"], EOS], "the prompt is not the text's beginning"
-    with pytest.raises(ValueError, match="set --respond.source and --respond.server as they were"):
-        write_responses(target, [Prompt("a", "s", [turn])], tmp_path / "o" / "r.jsonl", RespondConfig())
     with pytest.raises(ValueError, match="prompt b has no reply at its end"):
         write_responses(target, [Prompt("b", "s", [turn])], tmp_path / "b" / "r.jsonl", config)
 
 
 def test_few_answers_are_in_memory_together(tmp_path, monkeypatch):
-    """Plans and comparisons read lengths and tokens, and not what was said."""
+    """Comparisons read lengths and tokens, and not what was said."""
     rows = [Response(str(i), "s", [{"role": "user", "content": "q"}], [5] * (i + 2), [[0, 2]]) for i in range(40)]
     path = Path(write_rows(tmp_path / "responses.jsonl", map(asdict, rows)))
     living = weakref.WeakSet()
@@ -120,8 +118,6 @@ def test_few_answers_are_in_memory_together(tmp_path, monkeypatch):
     monkeypatch.setattr("dpace.respond.responses.Response", make)
     monkeypatch.setattr("dpace.respond.responses.fields", lambda _: fields(Response))
     monkeypatch.setattr("dpace.batches.corpus.BATCH_ROWS", 3)
-    lengths = answer_lengths(path)
-    assert lengths["7"] == (9, [2]) and len(lengths) == 40
     first, second = read_corpora(path, [["30", "7", "none"], ["1"]])
     assert [first.id(i) for i in range(len(first))] == ["30", "7"] and second.lengths.tolist() == [3]
     assert len(read_corpora(path, [[one.id for one in rows]])[0]) == 40

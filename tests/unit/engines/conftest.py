@@ -67,10 +67,10 @@ def small_head(target: Target, change: float = 0.0) -> dict[str, torch.Tensor]:
     return {"lm_head.weight": rows + change * torch.randn_like(rows), "d2t": d2t, "t2d": t2d}
 
 
-def own_tables(target: Target) -> dict[str, torch.Tensor]:
-    """An embedding and a head for all tokens that differ from the target's."""
+def own_tables(target: Target, change: float = 0.02) -> dict[str, torch.Tensor]:
+    """An embedding and a head for all tokens that differ from the target's so much."""
     tables = {"embed_tokens.weight": target.model.get_input_embeddings().weight, "lm_head.weight": target.head.weight}
-    return {name: table + 0.02 * torch.randn_like(table) for name, table in tables.items()}
+    return {name: table + change * torch.randn_like(table) for name, table in tables.items()}
 
 
 def with_tables(folder: Path, path: Path, tables: dict[str, torch.Tensor], **changes) -> Path:

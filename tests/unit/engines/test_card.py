@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,7 @@ from dpace.drafter.drafter import read_spec
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, engine_of
 from dpace.engines.card import engine_sections
-from dpace.engines.engine import Request
-from dpace.engines.export import export, import_drafter, push
+from dpace.engines.export import import_drafter, push
 from dpace.measure.benchmark import bench
 from dpace.system.ledger import MARKER
 from dpace.target import Target
@@ -28,6 +28,7 @@ from tests.conftest import make_drafter, make_target
 from tests.support.files import make_prompts, read_json
 from tests.unit.target.test_target_files import write_adapter
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
@@ -50,29 +51,28 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
     assert sections.keys() == {"vllm", "gguf"}, "the others ignore tables"
 
 
-def test_the_card_has_measured_rows_of_these_weights_only(do_export, language_target, folder, tmp_path):
-    source = tmp_path / "run" / "drafter"
-    shutil.copytree(folder, source)
-    (source / "recipe.yaml").write_text("target: some/target\nloss:\n  objective: dpace\n")
+def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
+    do_export, language_target, language_drafter_folder, tmp_path
+):
+    """Not those of the drafter without its head."""
+    (tmp_path / "run").mkdir()
+    source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
     asked = make_prompts((f"w{i} w51" for i in range(4)), "language")
     config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
     mine, other = load_drafter(source, language_target), make_drafter(language_target, block_size=6)
     results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
-
-    def card(**options):
-        path = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit", **options).path
-        return (path / "README.md").read_text()
-
-    text = card()
+    done = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit")
+    text = (done.path / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n", 2)[1])
     assert (front["base_model"], front["license"], front["library_name"]) == ("some/target", "mit", "transformers")
     assert {"dflash", "vllm"} <= set(front["tags"])
     rows = re.findall(r"^\| too few prompts \| language .*$", text, flags=re.MULTILINE)
     assert len(rows) == 1 and f"| {results.rows[0].tau:.2f} |" in rows[0]
-    for part in ("objective `dpace` ([D-PACE]", '"num_speculative_tokens": 5', "not run by us"):
+    for part in ("objective `dpace` ([D-PACE]", "max_steps: 120", '"num_speculative_tokens": 5', "not run by us"):
         assert part in text
-    assert str(tmp_path) not in text and "rounded from" not in text
-    assert "float16, rounded from those that were measured" in card(dtype="float16")
+    assert str(tmp_path) not in text and "feature_servers" not in text
+    (source.parent / "results.json").write_text("{}")
+    assert "too few prompts" not in (do_export("zlab", folder=source).path / "README.md").read_text()
 
 
 class Api:
@@ -98,13 +98,12 @@ def uploads(monkeypatch) -> list:
 
 @quiet
 def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
-    language_folder, language_target, folder, tmp_path, monkeypatch, capsys
+    language_folder, language_target, do_export, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(language_folder.parent)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    flags = ["--target", language_folder.name, "--to", "zlab", "--output", str(tmp_path / "out")]
-    assert main(["export", str(folder), *flags]) == 0
-    text = (tmp_path / "out" / "README.md").read_text()
+    path = do_export("zlab", target_name=language_folder.name, name=str(tmp_path / "zlab")).path
+    text = (path / "README.md").read_text()
     assert f"`{language_folder.name}` is a folder: elsewhere, put the target's Hub id" in text
     assert "base_model" not in text and f"vllm serve {language_folder.name} " in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
@@ -139,24 +138,20 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
         assert files.keys() == {*names[to], "README.md", "own.gguf"}
         assert uploads[-2:] == ["me/x", sorted({*names[to], "README.md"})]
         assert not any(str(language_folder.parent).encode() in content for content in files.values())
-        assert b"base_model: me/t" in files["README.md"]
+        assert b'base_model: "me/t"' in files["README.md"]
         printed, said = capsys.readouterr()
         removed = before - names[to]
         assert all(name in said for name in removed) and ("earlier drafter" in said) == bool(removed)
-        assert ("; rounded by at most" in printed) == (to == "gguf")
         assert "tensors read back bit for bit" in printed and "uploaded: https://example.org/me/x" in printed
         before = names[to]
     assert set(read_json(out / MARKER)["files"]) == {*names["zlab"], "README.md"}
+    (out / "config.json").unlink()
+    shutil.copy(out / "own.gguf", out / "other.gguf")
+    with pytest.raises(ValueError, match=r"has other.gguf and own.gguf.*name one"):
+        import_drafter(out, tmp_path / "again", target=str(language_folder))
 
 
-def test_of_several_gguf_files_one_is_to_be_named(do_export, language_folder, tmp_path):
-    for dtype in ("q8_0", "float16"):
-        shutil.copy(do_export("gguf", dtype=dtype).path, tmp_path)
-    with pytest.raises(ValueError, match=r"has dflash-target-float16.gguf and dflash-target-q8_0.gguf.*name one"):
-        import_drafter(tmp_path, tmp_path / "again", target=str(language_folder))
-
-
-@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of peft
+@quiet  # of peft
 def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
@@ -185,9 +180,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
         push(tmp_path, "me/x", [])
 
 
-def test_the_card_names_only_engines_that_can_read_the_drafter(tmp_path):
-    target = make_target("llama3.1")
-    make_drafter(target).save_pretrained(tmp_path / "scaled")
-    request = Request(to="vllm", output=tmp_path / "vllm", name="x", target_name="me/t")
-    card = (export(tmp_path / "scaled", target, request).path / "README.md").read_text()
-    assert "vllm serve" in card and "--to gguf" not in card, "no GGUF file has this rotary embedding"
+def test_the_card_names_only_engines_that_can_read_the_drafter():
+    spec = make_drafter(make_target("llama3.1")).spec
+    assert "--to gguf" in engine_sections("published", replace(spec, rope=PLAIN), "d", "t")["gguf"]
+    assert engine_sections("published", spec, "d", "t").keys() == {"vllm", "sglang", "tensorrt", "transformers"}

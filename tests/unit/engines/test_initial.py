@@ -18,7 +18,7 @@ from dpace.system.provenance import fingerprint
 from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_drafter, make_recipe, make_target, make_with_convolutions, make_with_head
-from tests.support.files import changed_json, read_json
+from tests.support.files import read_json
 
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
 
@@ -28,7 +28,13 @@ def recipe_from(init, target_folder, **changes) -> Recipe:
     return replace(FEW_STEPS, target=str(target_folder), drafter=drafter)
 
 
-@pytest.mark.parametrize("layout", ["dpace", "specforge", "speculators"])
+@pytest.fixture
+def started(language_drafter_folder, language_folder):
+    """The recipe and the drafter of a start from the trained one."""
+    return start_from(recipe_from(language_drafter_folder, language_folder), given=())
+
+
+@pytest.mark.parametrize("layout", ["dpace", "speculators"])
 def test_every_layout_gives_the_same_start(
     layout, language_target, language_folder, language_drafter_folder, language_drafter, tmp_path
 ):
@@ -36,22 +42,18 @@ def test_every_layout_gives_the_same_start(
     if layout == "speculators":
         source = tmp_path / "exported"
         export(language_drafter_folder, language_target, Request(to=layout, output=source, name="x", target_name="x"))
-    elif layout == "specforge":  # which keeps the block size at the top level, and no mark of dpace
-        source = shutil.copytree(language_drafter_folder, tmp_path / "other")
-        with changed_json(source / "config.json") as config:
-            del config["dpace"], config["mask_token_id"]
     recipe, init = start_from(recipe_from(source, language_folder), given=())
     shape = recipe.drafter
-    assert (shape.num_layers, shape.block_size, shape.num_features) == (2, 6, 2)
+    assert (shape.num_layers, shape.block_size, shape.num_features, shape.norm_scale) == (2, 6, 2, 1.0)
     assert list(shape.target_layer_ids) == language_drafter.target_layer_ids
     assert shape.mask_token_id == language_drafter.mask_token_id
     assert fingerprint(init.float().start_for(language_target)) == fingerprint(language_drafter)
 
 
 def test_training_goes_on_where_the_drafter_stood_and_says_so(
-    language_target, language_folder, language_drafter_folder, language_drafter, language_responses, tmp_path
+    started, language_target, language_drafter_folder, language_drafter, language_responses, tmp_path
 ):
-    recipe, init = start_from(recipe_from(language_drafter_folder, language_folder), given=())
+    recipe, init = started
     datasets = make_datasets(language_target, language_responses[:40], language_responses[50:], recipe)
     train(language_target, *datasets, recipe, tmp_path / "d", init=init)
     log = read_log(tmp_path / "d")
@@ -67,26 +69,32 @@ def test_training_goes_on_where_the_drafter_stood_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "flag, value, own",
-    [("num-layers", 5, 2), ("block-size", 16, 6), ("mask-token-id", 9, 3), ("target-layer-ids", 0, r"\(1, 3\)")],
+    "option, value, own",
+    [
+        ("num_layers", 5, 2),
+        ("num_features", 3, 2),
+        ("block_size", 16, 6),
+        ("target_layer_ids", (0,), r"\(1, 3\)"),
+        ("causal", True, False),
+        ("head", "lilicorr", None),
+        ("head_width", 24, None),
+    ],
 )
 def test_an_option_that_contradicts_is_refused_with_both_values(
-    flag, value, own, language_folder, language_drafter_folder
+    option, value, own, language_folder, language_drafter_folder
 ):
-    """Also where it is the default of a training from nothing."""
-    args = [f"--drafter.{flag}", str(value)]
-    option = flag.replace("-", "_")
-    recipe = recipe_from(language_drafter_folder, language_folder)
-    recipe = replace(recipe, drafter=replace(recipe.drafter, **{option: (value,) if "ids" in flag else value}))
-    with pytest.raises(ValueError, match=rf"--drafter.{flag} is \(?{value}\D*, but .* has {own}"):
-        start_from(recipe, given_options(Recipe, "train", args))
-    start_from(recipe, given=())
+    """Where the user set it."""
+    recipe = recipe_from(language_drafter_folder, language_folder, **{option: value})
+    flag = f"--drafter.{option.replace('_', '-')}"
+    with pytest.raises(ValueError, match=rf"{flag} is .*, but .* has {own}; leave {flag} out"):
+        start_from(recipe, {f"drafter.{option}"})
+    assert start_from(recipe, given=())
 
 
 def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(language_target, language_folder, tmp_path):
     spec = make_with_head(language_target).spec
     Drafter(replace(spec, selector=replace(spec.selector, candidate_topk=6)).config()).save_pretrained(tmp_path / "six")
-    with pytest.raises(ValueError, match=r"six has head_candidates 6.*train without --drafter.init$"):
+    with pytest.raises(ValueError, match=r"(?s)no training takes the sizes of .*six.*train without --drafter.init$"):
         start_from(recipe_from(tmp_path / "six", language_folder), given=())
 
 
@@ -108,9 +116,9 @@ def test_recipes_and_flags_name_what_they_set(tmp_path):
 
 
 def test_a_drafter_for_another_target_or_without_its_init_is_refused(
-    language_target, language_folder, language_drafter_folder, language_responses, tmp_path
+    started, language_target, language_responses, tmp_path
 ):
-    recipe, init = start_from(recipe_from(language_drafter_folder, language_folder), given=())
+    recipe, init = started
     with pytest.raises(ValueError, match="trained for another target"):
         init.start_for(make_target("qwen3", hidden_size=64))
     datasets = make_datasets(language_target, language_responses[:8], [], recipe)
@@ -139,14 +147,11 @@ def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert main(["import", "someone/drafter", "--output", "imported"]) == 0
-    assert fingerprint(Drafter.from_pretrained("imported")) == fingerprint(
-        Drafter.from_pretrained(language_drafter_folder)
-    )
-    answer = ["generate", "--target", str(language_folder), "--prompt", "w3 w51", "--max-new-tokens", "4"]
-    assert main(answer) == 0
+    imported, trained = map(Drafter.from_pretrained, ("imported", language_drafter_folder))
+    assert fingerprint(imported) == fingerprint(trained)
+    line = f"generate --target {language_folder} --prompt w3 --max-new-tokens 4"
+    assert main(line.split()) == 0
     assert f"next: dpace respond --target {language_folder} --prompts.path" in capsys.readouterr().err
-    assert main([*answer, "--drafter", "someone/drafter"]) == 0
-    assert main([*answer, "--drafter", "someone/other"]) == 1
-    assert "--drafter someone/other is no folder, and the Hub does not" in capsys.readouterr().err
-    assert main([*answer, "--drafter", "imported/other"]) == 1
-    assert "--drafter imported/other is missing" in capsys.readouterr().err
+    for drafter, reason in {"other": "is no folder, and the Hub does not", "drafter/x": "is missing"}.items():
+        assert main([*line.split(), "--drafter", f"someone/{drafter}"]) == 1
+        assert f"--drafter someone/{drafter} {reason}" in capsys.readouterr().err

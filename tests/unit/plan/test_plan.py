@@ -17,8 +17,8 @@ from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
 from dpace.plan.lines import answering_seconds
 from dpace.plan.speed import Machine, Speed, measure_speed
-from dpace.plan.training import TrainingPlan, expected_lengths, known_lengths, mean_answer, plan_recipe
-from dpace.respond.responses import AnswerLengths, Response, known_settings
+from dpace.plan.training import TrainingPlan, known_lengths, plan_recipe
+from dpace.respond.responses import Response, known_settings
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
@@ -190,14 +190,15 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
     said = capsys.readouterr().out
     assert "does not fit in 20.0 MiB" in said and "largest --train.batch-size that fits: 0" in said
     assert "makes it fit: a lower --train.num-anchors" in said and "time: about " in said
+    assert "17 conversations of 40 tokens" in said and "no answers yet" not in said
     assert said.endswith(f"next: dpace train {' '.join(answered)} --device cpu\n")
-    assert main(["plan", *answered, "--memory=80GB", "--prompts.path", str(tmp_path / "none.jsonl")]) == 1
-    (tmp_path / "out" / "responses.jsonl").unlink()
-    capsys.readouterr()
-    assert main(["plan", *answered, "--memory=80GB", "--prompts.path", str(tmp_path / "none.jsonl")]) == 0
+    other = ["--output", str(tmp_path / "other"), "--memory=80GB"]
+    assert main(["plan", *answered, *other]) == 0
+    assert "17 conversations of 2,0" in (said := capsys.readouterr().out) and "no answers yet" in said
+    assert main(["plan", *answered, *other, "--prompts.path", str(tmp_path / "none.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "no prompts yet" in said and "fits in 74.5 GiB" in said and "time: " not in said
-    assert "no answers yet" in said and "makes it fit" not in said and "--memory" not in said.splitlines()[-1]
+    assert "no prompts yet" in said and "2 conversations of 3,072 tokens" in said and "fits in 74.5 GiB" in said
+    assert "makes it fit" not in said and "--memory" not in said.splitlines()[-1]
 
 
 def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
@@ -207,12 +208,7 @@ def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
     assert main([*command, "--respond.max-new-tokens", "8", "--dry-run"]) == 0, capsys.readouterr().err
 
 
-def test_answers_that_are_kept_tell_how_long_others_are(answered, tmp_path, capsys):
-    kept = {str(i): AnswerLengths(2 * n, [n]) for i, n in enumerate([3, 9, 1, 1, 5])}
-    recipe = Recipe(respond=RespondConfig(max_new_tokens=8))
-    assert mean_answer(kept, recipe) == 19 / 5 and mean_answer({}, recipe) == 8
-    known, other = make_prompts(["x", "x"])
-    assert expected_lengths([known, other], recipe, {known.id: kept["1"]}).T.tolist()[0] == [18, 9]
+def test_answers_that_are_kept_are_not_counted(answered, tmp_path, capsys):
     path = tmp_path / "out" / "responses.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     assert main(["respond", *answered, "--dry-run"]) == 0
@@ -227,10 +223,10 @@ def test_answers_compute_each_token_once_or_read_the_copies_of_weights_in_each_s
     fast = SPEED._replace(bytes_per_second=1e30)
     each = 2 * plan.target.model.num_parameters() / fast.flops
     on = replace(plan, machine=plan.machine._replace(speed=fast))
-    assert answering_seconds(recipe, on, prompts, {}) == pytest.approx(tokens * each)
+    assert answering_seconds(recipe, on, prompts) == pytest.approx(tokens * each)
     on = replace(plan, machine=plan.machine._replace(speed=SPEED._replace(flops=1e30)))
     step = plan.target_bytes / 2 / SPEED.bytes_per_second
-    assert answering_seconds(recipe, on, prompts, {}) == pytest.approx(2 * 10 * step)
+    assert answering_seconds(recipe, on, prompts) == pytest.approx(2 * 10 * step)
 
 
 def test_the_speed_follows_from_the_least_time(monkeypatch):

@@ -10,7 +10,6 @@ from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.prompts import hash_text
 from dpace.respond.answering import write_responses
 from dpace.respond.conversation import Conversation
-from dpace.respond.responses import read_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_target, make_tokenizer
 from tests.support.files import write_rows
@@ -41,21 +40,14 @@ def target():
     return target
 
 
-def as_text(call: dict) -> dict:
-    """A call as OpenAI's API writes it."""
-    return {
-        "id": "c1",
-        **call,
-        "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])},
-    }
-
-
+AS_TEXT = {**CALL, "id": "c1", "function": {"name": "w30", "arguments": '{"x": "w7"}'}}
+"""A call as OpenAI's API writes it."""
 LAYOUTS = {
     "objects": {"messages": MESSAGES, "tools": [TOOL]},
     "OpenAI": {
         "messages": [
             MESSAGES[0],
-            {"role": "assistant", "content": None, "tool_calls": [as_text(CALL)]},
+            {"role": "assistant", "content": None, "tool_calls": [AS_TEXT]},
             {**MESSAGES[2], "tool_call_id": "c1"},
         ],
         "tools": json.dumps([TOOL]),
@@ -74,11 +66,7 @@ LAYOUTS = {
 
 
 def read_one(path, row) -> Prompt:
-    rows = [row]
-    if path.suffix == ".parquet":
-        kind = next(key for key in ("messages", "conversations", "turns") if key in row)
-        rows.append({kind: row[kind][:1]})  # whose missing keys are empty in a table
-    return read_prompts(write_rows(path, rows))[0]
+    return read_prompts(write_rows(path, [row]))[0]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -127,18 +115,17 @@ def test_a_refusal_of_the_chat_template_names_the_prompt(target):
 
 
 def test_a_result_that_is_given_is_answered_and_the_spans_are_the_targets_own(target, tmp_path, monkeypatch):
-    turns = ["w1 w2", {"role": "tool", "content": "w9 w8"}]
-    prompt = read_one(tmp_path / "x.jsonl", {"turns": turns, "tools": [TOOL]})
+    row = {"turns": ["w1 w2", {"role": "tool", "content": "w9 w8"}], "tools": [TOOL]}
+    prompt = read_one(tmp_path / "x.jsonl", row)
+    path = tmp_path / "r" / "responses.jsonl"
     config = RespondConfig(max_new_tokens=6)
-    (response,) = write_responses(target, [prompt], tmp_path / "r" / "responses.jsonl", config)
+    (response,) = write_responses(target, [prompt], path, config)
     decode = target.tokenizer.decode
-    assert decode(response.token_ids).startswith("w40 w30 ask w1 w2 answer ")
-    assert "w41 w9 w8 answer " in decode(response.token_ids)
     start, end = response.response_spans[-1]
+    assert decode(response.token_ids).startswith("w40 w30 ask w1 w2 answer ")
     assert decode(response.token_ids[:start]).endswith("w41 w9 w8 answer") and end == len(response.token_ids)
-    assert read_responses(tmp_path / "r" / "responses.jsonl") == [response]
     monkeypatch.setattr("dpace.respond.answering._answer_here", lambda *_: pytest.fail("answered twice"))
-    assert write_responses(target, [prompt], tmp_path / "r" / "responses.jsonl", config) == [response]
+    assert write_responses(target, [prompt], path, config) == [response]
 
 
 def test_own_answers_with_calls_are_trained_on(target, tmp_path):

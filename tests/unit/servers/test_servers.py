@@ -18,6 +18,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.report.sections import percent, served_verdict, servers, texts_note, with_interval
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
+from tests.conftest import make_tokenizer
 from tests.support.files import write_prompts
 from tests.support.rows import make_compare, make_plain, make_response, make_row
 from tests.support.stub_server import PAGES, StubServer, pages
@@ -101,32 +102,31 @@ def pair(start):
     return lambda engine="vllm": (start(engine, drafts=True), start(engine))
 
 
+CHAT = ChatTokenizer("target", make_tokenizer())
+
+
 @pytest.fixture
-def measure(language_target, tmp_path):
+def measure(tmp_path):
     """The rows of servers."""
-    chat = ChatTokenizer("target", language_target.tokenizer)
 
     def rows(drafter: Fake, plain: Fake | None, prompts, config=GREEDY):
-        return bench_servers(chat, drafter.url, plain and plain.url, prompts, config, tmp_path).rows
+        return bench_servers(CHAT, drafter.url, plain and plain.url, prompts, config, tmp_path).rows
 
     return rows
 
 
-@pytest.fixture
-def encode(language_target):
-    return lambda prompt: encode_chat(language_target, prompt.turns[0])
+def encode(prompt: Prompt) -> list[int]:
+    return encode_chat(CHAT, prompt.turns[0])
 
 
 def make_prompts(count=3, turns=1):
-    words = "one two three four".split()
     return [
-        Prompt(f"p{i}", "s", [[{"role": "user", "content": f"{words[i % 4]} {t}"}] for t in range(turns)])
-        for i in range(count)
+        Prompt(f"p{i}", "s", [[{"role": "user", "content": f"w{i} w{t}"}] for t in range(turns)]) for i in range(count)
     ]
 
 
 @pytest.mark.parametrize("engine", PAGES)
-def test_every_dialect_gives_the_same_numbers(engine, pair, measure, encode, tmp_path):
+def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however. Each prompt has a seed of its own."""
     drafter, plain = pair(engine)
     prompts = make_prompts()
@@ -150,7 +150,7 @@ def test_every_dialect_gives_the_same_numbers(engine, pair, measure, encode, tmp
     assert found == ["s", "0", tau, "3/3 (3)"]
 
 
-def test_later_turns_see_the_plain_servers_answers(pair, measure, encode):
+def test_later_turns_see_the_plain_servers_answers(pair, measure):
     drafter, plain = pair()
     drafter.shift = 1
     (row,) = measure(drafter, plain, make_prompts(1, turns=2))
@@ -197,7 +197,7 @@ def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, 
     assert shown["tok/s (plain)"].endswith(" (-)")
 
 
-def test_vllm_tells_the_acceptance_of_each_request(start, measure, encode):
+def test_vllm_tells_the_acceptance_of_each_request(start, measure):
     """With `--per-request-spec-decode-metrics`; else its counters tell what one prompt has added."""
     prompts = make_prompts(8)
     (row,) = measure(start("vllm", drafts=True, tells=True), None, prompts)

@@ -10,7 +10,7 @@ from dpace.cli import main
 from dpace.config import DemoConfig
 from dpace.measure.results import CompareResults, read_results
 from dpace.recipes import RECIPES
-from dpace.studies.demo import Speed, demo_prompts, demo_recipe, remarks
+from dpace.studies.demo import demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -61,11 +61,12 @@ def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_slower_or_worse_has_a_reason():
-    slow = Speed(make_row(set="a", decode_speedup=0.5), None)
-    fast = Speed(make_row(set="b", share_copied=0.5, temperature=1.0), copies=make_row())
+    slow = make_row(set="a", width="auto", decode_speedup=0.5)
+    fast = make_row(set="b", width="auto", share_copied=0.5, temperature=1.0)
+    alone = make_row(set="b", width="copies", temperature=1.0)
     worse, better = make_compared(gain=(-0.1, -0.2, -0.05)), make_compared(gain=(0.1, 0.05, 0.2))
-    assert not [*remarks([fast._replace(copies=None)], [better])], "copies alone were not measured"
-    copied, slower, behind = remarks([slow, fast], [worse, better])
+    assert not [*remarks([fast], [better])], "copies alone were not measured"
+    copied, slower, behind = remarks([slow, fast, alone], [worse, better])
     assert copied.startswith("b, T=1: many tokens were copied") and slower.startswith("a: slower than")
     assert behind.startswith("s: D-PACE is behind")
 

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -23,7 +25,7 @@ from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_recipe
 from tests.support.files import change_json, changed_json, read_json, write_prompts
-from tests.unit.system.test_ledger import hold
+from tests.unit.system.test_ledger import HOLD
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,8 @@ def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(tmp_path,
 
 
 def test_one_writer(tmp_path, run):
-    with hold(tmp_path) as other:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
         try:
             with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
                 run(tmp_path)
