@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,6 @@ NORMAL = 1.959964
 """The normal distribution's 97.5 % quantile."""
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t for a 95 % interval, by degrees of freedom from 1."""
-Numbers = Sequence[int | float] | np.ndarray
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Makes numbers, "...", from ratios, "side ..."."""
 FIRST: Statistic = itemgetter(0)
@@ -33,7 +33,7 @@ class Acceptance:
     token.
     """
 
-    histogram: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+    histogram: Sequence[Any] | np.ndarray
     """Number of verifications by accepted length, `block_size` counts; or one such row a prompt.
 
     `interval` resamples the rows.
@@ -46,19 +46,11 @@ class Acceptance:
     bounds: tuple[float, ...] = ()
     """With a head, tau of each slot's own best token, and of the target's token wherever it is a candidate."""
 
-    def __post_init__(self):
-        """Check the shape of the histogram."""
-        if self.rows.shape[-1] != self.block_size:
-            raise ValueError(
-                f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 "
-                f"to {self.block_size - 1}, so {self.block_size}"
-            )
-
     @classmethod
-    def from_lengths(cls, accepted_lengths: Iterable[int], block_size: int, num_without_bonus: int = 0) -> "Acceptance":
+    def from_lengths(cls, accepted_lengths: Sequence[int], block_size: int, num_without_bonus: int = 0) -> "Acceptance":
         """Count the accepted lengths of one response."""
-        histogram = np.bincount(np.fromiter(accepted_lengths, dtype=np.int64), minlength=block_size)
-        return cls(histogram, block_size, num_without_bonus)
+        counts = np.bincount(np.array(accepted_lengths, int), minlength=block_size)
+        return cls(counts, block_size, num_without_bonus)
 
     @classmethod
     def of_prompts(cls, responses: Sequence["Acceptance"]) -> "Acceptance":
@@ -80,22 +72,17 @@ class Acceptance:
     @property
     def rows(self) -> np.ndarray:
         """The histograms, "prompt length"."""
-        return np.atleast_2d(np.asarray(self.histogram, dtype=np.int64))
+        return np.atleast_2d(np.asarray(self.histogram, int))
 
     @property
     def without_bonus(self) -> np.ndarray:
         """`num_without_bonus`, one a prompt."""
-        return np.atleast_1d(np.asarray(self.num_without_bonus, dtype=np.int64))
+        return np.atleast_1d(np.asarray(self.num_without_bonus, int))
 
     @property
     def counts(self) -> np.ndarray:
         """Number of verifications by accepted length, all prompts together."""
         return self.rows.sum(0)
-
-    @property
-    def num_verifications(self) -> int:
-        """Number of verifications."""
-        return int(self.counts.sum())
 
     @property
     def total_without_bonus(self) -> int:
@@ -110,13 +97,13 @@ class Acceptance:
     @property
     def tau(self) -> float:
         """Mean acceptance length: emitted tokens per verification, pooled; 1 to `block_size`, nan without any."""
-        return float(self.emitted_tokens.sum() / self.num_verifications) if self.num_verifications else math.nan
+        num_verifications = self.rows.sum()
+        return float(self.emitted_tokens.sum() / num_verifications) if num_verifications else math.nan
 
     @property
     def reach_rate(self) -> np.ndarray:
         """Share of verifications that accepted all slots 1..k, for k = 1 .. block_size - 1 (unconditional)."""
-        reached = self.counts[::-1].cumsum()[::-1]
-        return reached[1:] / max(1, reached[0])
+        return _reach(self.counts)
 
     def interval(self) -> tuple[float, float]:
         """Estimate the 95 % interval of tau over prompts.
@@ -128,9 +115,14 @@ class Acceptance:
 
     def reach_interval(self) -> np.ndarray:
         """Estimate the 95 % interval of `reach_rate` over two prompts or more, "2 slot": lower and upper ends."""
-        reached = resample_sums(self.rows.T)[::-1].cumsum(0)[::-1]
-        ends = np.quantile(reached[1:] / np.maximum(reached[:1], 1), [0.025, 0.975], axis=1)
+        ends = np.quantile(_reach(resample_sums(self.rows.T)), [0.025, 0.975], axis=1)
         return (self.reach_rate + widening(len(self.rows)) * (ends - self.reach_rate)).clip(0, 1)
+
+
+def _reach(counts: np.ndarray) -> np.ndarray:
+    """Compute the shares that reach each length above 0, "slot ...", from counts by length, "length ..."."""
+    reached = counts[::-1].cumsum(0)[::-1]
+    return reached[1:] / np.maximum(reached[0], 1)
 
 
 def student_t(degrees: int) -> float:
@@ -193,39 +185,32 @@ def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, f
 
     Source: Student, The probable error of a mean (1908).
     """
+    num_seeds, num_prompts = totals.shape[-2:]
     value = float(statistic(_ratio(totals.sum((-2, -1)))))
-    if np.isnan(value) or totals.shape[-1] < MIN_PROMPTS:
+    if np.isnan(value) or num_prompts < MIN_PROMPTS:
         return value, math.nan, math.nan
     ends = np.nanquantile(statistic(_ratio(resample_sums(totals.sum(-2)))), [0.025, 0.975])
-    low, high = (value + widening(totals.shape[-1]) * (ends - value)).tolist()
-    num_seeds = totals.shape[-2]
-    if num_seeds == 1:
-        return value, low, high
-    by_seed = statistic(_ratio(totals.sum(-1)))
-    part = student_t(num_seeds - 1) * float(by_seed.std(ddof=1)) / num_seeds**0.5
-    return value, value - math.hypot(value - low, part), value + math.hypot(high - value, part)
+    distances = widening(num_prompts) * (ends - value)
+    if num_seeds > 1:
+        by_seed = statistic(_ratio(totals.sum(-1)))
+        of_seeds = student_t(num_seeds - 1) * by_seed.std(ddof=1) / num_seeds**0.5
+        distances = np.hypot(distances, of_seeds) * [-1, 1]
+    low, high = (value + distances).tolist()
+    return value, low, high
 
 
-def decode_speedup(
-    tokens: Numbers,
-    seconds: Numbers,
-    plain_tokens: Numbers,
-    plain_seconds: Numbers,
-) -> tuple[float, float, float]:
+def decode_speedup(drafted: np.ndarray, plain: np.ndarray) -> tuple[float, float, float]:
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
     Args:
-        tokens: decoded with the drafter, one number a prompt.
-        seconds: decode time of these tokens.
-        plain_tokens: decoded without a drafter, for the same prompts in the same order.
-        plain_seconds: decode time of these tokens.
+        drafted: decoded tokens and their seconds, "2 prompt".
+        plain: the same without a drafter, for the same prompts in the same order.
 
     Returns:
         The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
         side decoded nothing, as with a server that sends whole answers at once.
     """
-    totals = np.array([[[tokens], [plain_tokens]], [[seconds], [plain_seconds]]], float)
-    return estimate(totals, lambda rates: rates[0] / rates[1])
+    return estimate(np.stack([drafted, plain], 1)[:, :, None], lambda rates: rates[0] / rates[1])
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
@@ -266,16 +251,7 @@ def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[
     Returns:
         The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification. The ends
         are nan for fewer than `MIN_PROMPTS`.
-
-    Raises:
-        ValueError: different numbers of prompts or seeds.
     """
-    shapes = [[len(a.rows) for a in side] for side in (ours, theirs)]
-    if shapes[0] != shapes[1] or not shapes[0]:
-        raise ValueError(
-            f"the numbers of prompts by seed are {shapes[0]} and {shapes[1]}; a paired gain needs the same seeds and "
-            "prompts on both sides: measure both again on the same prompts"
-        )
     return tau_estimate([ours, theirs], lambda taus: taus[0] / taus[1] - 1)
 
 
@@ -286,5 +262,5 @@ def tau_estimate(sides: Sequence[Sequence[Acceptance]], statistic: Statistic = F
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
         statistic: of the taus, "side ...".
     """
-    emitted = [[a.emitted_tokens for a in side] for side in sides]
-    return estimate(np.array([emitted, [[a.rows.sum(-1) for a in side] for side in sides]], float), statistic)
+    totals = [[(a.emitted_tokens, a.rows.sum(-1)) for a in side] for side in sides]
+    return estimate(np.moveaxis(np.array(totals, float), 2, 0), statistic)

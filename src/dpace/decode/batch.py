@@ -1,23 +1,24 @@
 """Decode several prompts together: their rows, caches, and one step for all of them.
 
-`Batch` takes checked requests and runs the steps of `steps` until all are done, as they are or compiled. `Decoder` and
-`generate_batch` make one.
+`Batch` takes checked requests and runs the steps of `dpace.decode.steps` until all are done, as they are or compiled.
+`Decoder` and `generate_batch` make one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dpace.decode.request import Continuation
+from dpace.decode.generation import Continuation
 from dpace.decode.sampling import verify_draft
-from dpace.decode.steps import Ends, State, draft_step, verify_step
+from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import DraftRows, PackedRows
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache, fill_places
+from dpace.fast.packing import refresh_copies
 from dpace.target import Target
 from dpace.target.beginnings import read_texts
 
@@ -30,35 +31,33 @@ def compiled_columns(num_tokens: int) -> int:
     return -(-num_tokens // COMPILED_COLUMNS) * COMPILED_COLUMNS
 
 
-class RowCaches:
-    """The caches of target and drafter for several rows.
+def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[RaggedCache]:
+    """Make the caches of target and drafter for several rows of at most `capacity` tokens.
 
     Memory: keys and values of `capacity` tokens a row in both, allocated at the first step.
 
-    Args:
-        target: the model.
-        drafter: None for plain decoding.
-        capacity: longest text, in tokens.
-    """
+    Returns:
+        The target's, then the drafter's where there is one.
 
-    def __init__(self, target: Target, drafter: Drafter | None, capacity: int):
-        self.target = RaggedCache(target.config, capacity, target.model.dtype)
-        self.all = [self.target]
-        if drafter is not None:
-            self.drafter = RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches)
-            self.all.append(self.drafter)
+    Raises:
+        ValueError: the target has layers that are not full attention.
+    """
+    caches = [RaggedCache(target.config, capacity, target.model.dtype)]
+    if drafter is not None:
+        caches.append(RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches))
+    return caches
 
 
 def draft_and_verify(
     target: Target,
     drafter: Drafter | None,
     rows: DraftRows,
-    caches: RowCaches,
+    caches: Sequence[RaggedCache],
     state: State,
     *,
     width: int,
     is_greedy: bool,
-) -> tuple[tuple[Int[Tensor, "batch width"], Tensor], State]:
+) -> tuple[Int[Tensor, "batch width"], Tensor, State]:
     """Draft a block behind each text, let the target verify it, and at temperature 0 accept its beginning.
 
     Then nothing has to wait for the device: the next step can start from what is returned.
@@ -67,28 +66,29 @@ def draft_and_verify(
         target: verifies.
         drafter: None for plain decoding, in which a block is the last token.
         rows: of the tokens that may be drafted.
-        caches: of both.
+        caches: see `make_caches`.
         state: where the texts end, and what the drafter reads.
         width: number of slots that are verified, the anchor included.
         is_greedy: whether the target's tokens are its most likely ones.
 
     Returns:
-        The blocks, and the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and
-        the state, with its ends behind the accepted tokens where it is greedy. These are wrong in rows that a stop
-        token or the limit has ended.
+        The blocks; the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and the
+        state, behind the accepted tokens where it is greedy. It is wrong in rows that a stop token or the limit has
+        ended.
     """
-    blocks = state.ends.last_ids
+    blocks = state.last_ids
+    layer_ids = ()
     if drafter is not None:
-        blocks, _ = draft_step(drafter, rows, caches.drafter, state, width)
-    layer_ids = () if drafter is None else drafter.target_layer_ids
-    logits, state = verify_step(target, caches.target, layer_ids, blocks, state.ends)
+        blocks, _ = draft_step(drafter, rows, caches[1], state, width)
+        layer_ids = drafter.target_layer_ids
+    logits, features, positions = verify_step(target, caches[0], layer_ids, blocks, state.starts, state.limits)
+    state = state._replace(features=features, positions=positions)
     if not is_greedy:
-        return (blocks, logits), state
-    ends = state.ends
+        return blocks, logits, state
     tokens = logits.float().argmax(-1)  # several times faster than in bf16
     accepted = (blocks[:, 1:] == tokens[:, :-1]).int().cumprod(-1).sum(-1, keepdim=True)
-    starts = torch.minimum(ends.starts + accepted + 1, ends.limits)
-    return (blocks, tokens), state._replace(ends=Ends(tokens.gather(1, accepted), starts, ends.limits))
+    starts = torch.minimum(state.starts + accepted + 1, state.limits)
+    return blocks, tokens, state._replace(last_ids=tokens.gather(1, accepted), starts=starts)
 
 
 class Batch:
@@ -101,65 +101,84 @@ class Batch:
     tokens are drawn behind the graph.
 
     Args:
-        target: verifies.
+        target: verifies; all its layers have full attention.
         drafter: None for plain decoding.
         rows: at least one.
-        caches: with room for the longest text.
-        is_compiled: whether `torch.compile` makes the steps.
+        kept_caches: of `make_caches` for the longest text: steps are compiled, and graphs refer to them.
+
+    Raises:
+        ValueError: a drafter for another target, or a target whose layers, devices, attention or rotary embedding do
+            not allow rows of different lengths; says how to decode instead.
     """
 
     def __init__(
         self,
         target: Target,
         drafter: Drafter | None,
-        rows: list[Continuation],
-        caches: RowCaches,
-        *,
-        is_compiled: bool = False,
+        rows: Sequence[Continuation],
+        kept_caches: Sequence[RaggedCache] | None = None,
     ):
+        capacity = 1 + max(row.limit for row in rows)
+        implementation = target.config._attn_implementation
+        if target.is_spread or implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
+            raise ValueError(
+                f"the target's attention is {implementation}, or its layers are on several devices; a batch needs one "
+                "device and a 4-D mask: load it with attn_implementation='sdpa' and no device_map, or decode a prompt at "
+                "a time, with `generate` or without --compile"
+            )
+        target.refuse_rotation(len(rows), capacity)
+        vocabulary = None
+        if drafter is not None:
+            drafter.check_target(target)
+            refresh_copies(drafter)
+            vocabulary = drafter.vocabulary
         self.target = target
         self.drafter = drafter
-        self.rows = rows
-        self.caches = caches
-        self.is_compiled = is_compiled
+        self.rows = list(rows)
+        self.caches = kept_caches or make_caches(target, drafter, capacity)
+        self.is_compiled = kept_caches is not None
         self.is_greedy = all(row.sampler.temperature == 0 and not row.sampler.processors for row in rows)
-        vocabulary = None if drafter is None else drafter.vocabulary
-        if is_compiled and vocabulary is not None and vocabulary.head is None:
+        if self.is_compiled and vocabulary is not None and vocabulary.head is None:
             vocabulary = None  # the number of choices would differ from prompt to prompt
         self.draft_rows = PackedRows(target, vocabulary, (token for row in rows for token in row.token_ids))
         self.draft_and_verify: Any = draft_and_verify
 
-    def prefill(self) -> None:
+    @torch.inference_mode()
+    def steps(self) -> Iterator[None]:
+        """Read the prompts, then take steps until all rows are done."""
+        yield self.read_prompts()
+        while self.rows:
+            yield self.step()
+
+    def read_prompts(self) -> None:
         """Read the prompts, each shared beginning once, emit the first tokens, and drop the rows that are done."""
         layer_ids = () if self.drafter is None else self.drafter.target_layer_ids
         prompts = [row.token_ids for row in self.rows]
-        hidden, features = read_texts(self.target, prompts, self.caches.target, layer_ids)
-        positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
-        logits = self.target.logits(hidden)
-        drawn = [row.draw(own) for row, own in zip(self.rows, logits.split(1), strict=True)]
-        for row, token in zip(self.rows, torch.cat(drawn).tolist(), strict=True):
-            row.take(0, [token], width=0)
+        hidden, features = read_texts(self.target, prompts, self.caches[0], layer_ids)
+        for row, logits in zip(self.rows, self.target.logits(hidden).split(1), strict=True):
+            row.take(0, row.draw(logits).tolist(), width=0)
         ends = self._find_ends()
+        positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
         if self.drafter is not None and self.drafter.num_context < features.shape[1]:
-            positions = (ends.starts - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
+            positions = (ends[1] - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
             features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
-        self.state = State(ends, features, positions)
+        self.state = State(*ends, features, positions)
         self.drop_done()
 
-    def _find_ends(self) -> Ends:
+    def _find_ends(self) -> Int[Tensor, "3 batch 1"]:
         """Look up which token is the last of each row, where it is, and where the last one may be."""
         ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
-        return Ends(*torch.tensor(ends, device=self.target.device).T.contiguous()[..., None])
+        return torch.tensor(ends, device=self.target.device).T.contiguous()[..., None]
 
     def step(self) -> None:
         """Emit the tokens of one draft and its verification in every row, and drop the rows that are done."""
         width = 1 if self.drafter is None else self.drafter.block_size
         if not self.is_compiled:
             if self.drafter is not None:
-                self.caches.drafter.end = width + max(row.start for row in self.rows)
+                self.caches[1].end = width + max(row.start for row in self.rows)
                 width = min(width, 1 + max(row.remaining for row in self.rows))
-            self.caches.target.end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
-        (blocks, drawn), state = self.draft_and_verify(
+            self.caches[0].end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
+        blocks, drawn, state = self.draft_and_verify(
             self.target, self.drafter, self.draft_rows, self.caches, self.state, width=width, is_greedy=self.is_greedy
         )
         if self.is_compiled:
@@ -177,13 +196,8 @@ class Batch:
                 draft = block[1 : row.remaining + 1]
                 row.take(verify_draft(draft, tokens), tokens, width=len(draft) + 1)
         if not self.is_greedy:
-            self.state = state._replace(ends=self._find_ends())
+            self.state = State(*self._find_ends(), state.features, state.positions)
         self.drop_done()
-
-    def run(self) -> None:
-        """Take steps until all rows are done."""
-        while self.rows:
-            self.step()
 
     def drop_done(self) -> None:
         """Drop the rows that are done, here and in the caches; compiled steps end when all are."""
@@ -194,25 +208,5 @@ class Batch:
         if self.rows:
             indices = torch.tensor(kept, device=self.target.device)
             self.state = self.state.map(lambda value: value[indices])
-            for cache in self.caches.all:
+            for cache in self.caches:
                 cache.keep_rows(kept)
-
-
-def check_batch(target: Target, rows: Sequence[Continuation]) -> None:
-    """Refuse targets whose devices, attention or rotary embedding do not allow rows of different lengths.
-
-    Raises:
-        ValueError: names what was found and how to decode instead.
-    """
-    implementation = target.config._attn_implementation
-    if implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
-        raise ValueError(
-            f"the target's attention is {implementation}, which takes no 4-D mask; load it with "
-            "attn_implementation='sdpa', or decode one prompt at a time with `generate`"
-        )
-    if target.is_spread:
-        raise ValueError(
-            "the target's layers are on several devices, which decode one prompt at a time; leave --compile out, or "
-            "call `generate` for each prompt"
-        )
-    target.refuse_rotation(len(rows), 1 + max(row.limit for row in rows))

@@ -5,6 +5,7 @@ proposal costs time and never changes the text.
 """
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -58,39 +59,32 @@ class PromptLookup:
         """
         text = self.text
         outcomes = []
-        for position in range(self._num_read, len(text)):
-            match, start = self._find(position)
-            outcomes.append((match, start is not None and text[start] == text[position]))
-            for length in range(1, min(MAX_MATCH, position) + 1):
-                self._after[tuple(text[position - length : position])] = position
+        for end in range(self._num_read, len(text)):
+            match, start = self._find(end)
+            outcomes.append((match, match > 0 and text[start] == text[end]))
+            for length in range(1, min(MAX_MATCH, end) + 1):
+                self._after[tuple(text[end - length : end])] = end
         self._num_read = len(text)
         return outcomes
 
-    def _find(self, end: int) -> tuple[int, int | None]:
+    def _find(self, end: int) -> tuple[int, int]:
         """Find the longest match of the tokens before `end`.
 
         Returns:
-            Its length, and the position after its earlier occurrence; 0 and None where the last token is new.
+            Its length, and the position after its earlier occurrence; 0 and `end` where the last token is new.
         """
         for length in range(min(MAX_MATCH, end), 0, -1):
-            start = self._after.get(tuple(self.text[end - length : end]))
-            if start is not None:
+            if start := self._after.get(tuple(self.text[end - length : end])):
                 return length, start
-        return 0, None
+        return 0, end
 
     def propose(self, count: int) -> Copy:
         """Propose the `count` tokens that followed the longest match; nothing where the last token is new.
 
-        The copy may reach into the proposal itself, as in a text that repeats.
+        The copy may reach into the proposal itself, as in a text that repeats. Call `read` before.
         """
-        self.read()
         length, start = self._find(len(self.text))
-        if start is None:
-            return Copy()
-        proposal = self.text[start : start + count]
-        while len(proposal) < count:
-            proposal.append(proposal[start - len(self.text)])
-        return Copy(length, proposal)
+        return Copy(length, list(islice(cycle(self.text[start : start + count]), count)))
 
 
 class Recall:

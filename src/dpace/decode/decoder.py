@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from typing import Unpack
 
-import torch
-
 from dpace.config import Width
-from dpace.decode.batch import Batch, RowCaches, check_batch, compiled_columns
-from dpace.decode.generation import Generation, read_clock
+from dpace.decode.batch import Batch, compiled_columns, make_caches
+from dpace.decode.generation import Generation, SamplingOptions, collect, make_continuation
 from dpace.decode.loop import generate, generate_plain
 from dpace.decode.pace import Paces
-from dpace.decode.request import SamplingOptions, make_continuation
 from dpace.drafter import Drafter
-from dpace.fast.packing import refresh_copies
+from dpace.fast.cache import RaggedCache
 from dpace.target import Target
 
 
@@ -52,47 +49,33 @@ class Decoder:
         self.compile = compile
         self.columns = compiled_columns(max_length or 1)
         self.paces = Paces(recall_mib)
-        self._caches: dict[int, RowCaches] = {}
+        self._caches: dict[int, list[RaggedCache]] = {}
 
     def generate(self, token_ids: Sequence[int], **options: Unpack[SamplingOptions]) -> Generation:
         """Decode one prompt; arguments and errors as in `generate`."""
         if self.compile:
             return self.generate_batch([token_ids], **options)[0]
-        return self._generate_alone(token_ids, self.width, options)
-
-    def _generate_alone(self, token_ids: Sequence[int], width: Width, options: SamplingOptions) -> Generation:
         if self.drafter is None:
             return generate_plain(self.target, token_ids, **options)
-        return generate(self.target, self.drafter, token_ids, width=width, paces=self.paces, **options)
+        return generate(self.target, self.drafter, token_ids, width=self.width, paces=self.paces, **options)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Decode several prompts at once; arguments and errors as in `generate_batch`."""
-        if len(prompts) == 1 and not self.compile:
-            return [self._generate_alone(prompts[0], "full", options)]
-        if self.drafter is not None:
-            self.drafter.check_target(self.target)
-            refresh_copies(self.drafter)
-        seed = options.get("seed")
+        seed = options.pop("seed", None)
         rows = []
         for number, token_ids in enumerate(prompts):
-            own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
-            rows.append(make_continuation(self.target, token_ids, **own))
+            own = None if seed is None else seed + number
+            rows.append(make_continuation(self.target, token_ids, seed=own, **options))
         if not rows:
             return []
-        check_batch(self.target, rows)
-        started = read_clock(self.target.device)
-        with torch.inference_mode():
-            caches = self._find_caches(len(rows), 1 + max(row.limit for row in rows))
-            batch = Batch(self.target, self.drafter, rows, caches, is_compiled=self.compile)
-            batch.prefill()
-            first = read_clock(self.target.device)
-            batch.run()
+        caches = None
+        if self.compile:
+            self.make_room(1 + max(row.limit for row in rows))
+            made = make_caches(self.target, self.drafter, self.columns)
+            caches = self._caches.setdefault(len(rows), made)
+        batch = Batch(self.target, self.drafter, rows, caches)
         block_size = 1 if self.drafter is None else self.drafter.block_size
-        end = read_clock(self.target.device)
-        return [
-            Generation.from_steps(row.steps, block_size, prefill_seconds=first - started, decode_seconds=end - first)
-            for row in rows
-        ]
+        return collect(rows, batch.steps(), block_size, self.target.device)
 
     def make_room(self, num_tokens: int) -> None:
         """Let the caches of compiled steps have room for texts of this length, and keep none that have not."""
@@ -100,15 +83,6 @@ class Decoder:
         if columns > self.columns:
             self.columns = columns
             self._caches.clear()
-
-    def _find_caches(self, num_rows: int, num_tokens: int) -> RowCaches:
-        """Return the caches for a number of rows; compiled steps keep theirs, with room for the longest text so far."""
-        if not self.compile:
-            return RowCaches(self.target, self.drafter, num_tokens)
-        self.make_room(num_tokens)
-        if num_rows not in self._caches:
-            self._caches[num_rows] = RowCaches(self.target, self.drafter, self.columns)
-        return self._caches[num_rows]
 
 
 def generate_batch(
@@ -130,7 +104,7 @@ def generate_batch(
     of one block a row.
 
     Args:
-        target: the model whose text is kept; for more than one prompt, all its layers must have full attention.
+        target: the model whose text is kept; all its layers must have full attention.
         drafter: trained for this target; None gives plain decoding, one token a step.
         prompts: decoded all at once; memory limits their number.
         compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call
@@ -141,7 +115,7 @@ def generate_batch(
         One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
 
     Raises:
-        ValueError: as `generate`; for more than one prompt also a layer without full attention, an attention
-            implementation that accepts no 4-D mask, or layers on several devices.
+        ValueError: as `generate`; also a layer without full attention, an attention implementation that accepts no 4-D
+            mask, or layers on several devices.
     """
     return Decoder(target, drafter, compile=compile).generate_batch(prompts, **options)

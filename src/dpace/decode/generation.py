@@ -1,14 +1,33 @@
-"""Results of decoding: single steps, and whole responses with their times."""
+"""A checked request, the text that grows from it step by step, and the finished response with its times."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from dpace.config import SamplingConfig
+from dpace.decode.sampling import Sampler
 from dpace.metrics import Acceptance
 from dpace.system.device import synchronize
+from dpace.target import Target, answer_end
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword options of all decoding functions; `SamplingConfig` documents them and their defaults."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | None
+    stop_token_ids: Sequence[int] | None
+    """Tokens that end a response and are its last token; by default the target's own stop tokens."""
 
 
 class Step(NamedTuple):
@@ -20,8 +39,101 @@ class Step(NamedTuple):
     """Number of accepted draft tokens among them."""
     width: int
     """Number of tokens that the target read: the last token and the verified draft tokens; 0 for the prompt."""
-    copied: int = 0
+    copied: int
     """Number of accepted tokens that were copied, from the text or from earlier answers, and not drafted."""
+
+
+@dataclass
+class Continuation:
+    """A prompt and its response so far."""
+
+    token_ids: list[int]
+    """The prompt and the response so far."""
+    num_prompt: int
+    max_new_tokens: int
+    stops: set[int]
+    """Tokens that end the response."""
+    sampler: Sampler = field(repr=False)
+    steps: list[Step] = field(default_factory=list)
+    """Steps that emitted the response."""
+
+    @property
+    def start(self) -> int:
+        """Position of the last token, which is the next block's anchor."""
+        return len(self.token_ids) - 1
+
+    @property
+    def limit(self) -> int:
+        """Position of the last token that may be emitted."""
+        return self.num_prompt + self.max_new_tokens - 1
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens that may still be emitted."""
+        return self.limit - self.start
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the response is complete: the budget is used, or its last token is a stop token."""
+        return not self.remaining or (bool(self.steps) and self.token_ids[-1] in self.stops)
+
+    def draw(self, logits: Float[Tensor, "slot vocab"], draft: Sequence[int] = ()) -> Int[Tensor, " slot"]:
+        """Draw the target's own tokens, where row `k` follows the text and the first `k` tokens of `draft`.
+
+        `draft` may be left out where the sampler has no processors, because only these look at the text.
+        """
+        scores = self.sampler.scores(logits, [*self.token_ids, *draft])
+        return self.sampler.draw(scores, len(self.token_ids) - self.num_prompt)
+
+    def take(self, accepted: int, token_ids: Sequence[int], *, width: int, is_copied: bool = False) -> Step:
+        """Append the tokens of a verification, cut at the budget and after the first stop token.
+
+        Args:
+            accepted: number of draft tokens that were accepted.
+            token_ids: these tokens, then the target's next one.
+            width: number of tokens that the target read.
+            is_copied: whether they were copied, and not drafted.
+        """
+        emitted = list(token_ids[: min(accepted + 1, self.remaining)])
+        emitted = emitted[: answer_end(emitted, self.stops)]
+        accepted = min(accepted, len(emitted))
+        self.token_ids += emitted
+        self.steps.append(Step(emitted, accepted, width, accepted if is_copied else 0))
+        return self.steps[-1]
+
+
+def make_continuation(
+    target: Target,
+    token_ids: Sequence[int] | Int[Tensor, "..."],
+    **options: Unpack[SamplingOptions],
+) -> Continuation:
+    """Check a request and start its text.
+
+    Raises:
+        ValueError: an empty prompt, a prompt that exceeds the target's context, or an option outside its range.
+    """
+    values: Any = dict(options)
+    stops = values.pop("stop_token_ids", None)
+    settings = asdict(SamplingConfig(**values))
+    max_new_tokens = settings.pop("max_new_tokens")
+    ids = torch.as_tensor(token_ids)
+    prompt = ids.flatten().tolist()
+    if not prompt or len(prompt) > ids.shape[-1]:
+        raise ValueError(
+            f"the prompt is empty, or not one row: its shape is {[*ids.shape]}; give the tokens of one prompt, and "
+            "several prompts to `generate_batch`"
+        )
+    limit = target.context
+    if limit and len(prompt) + max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; together they exceed "
+            f"the target's limit of {limit}: shorten the prompt, or ask for fewer new tokens"
+        )
+    target.refuse_crossing(len(prompt), max_new_tokens)
+    target.refresh_copies()
+    stops = target.stop_token_ids if stops is None else stops
+    sampler = Sampler(**settings, device=target.device)
+    return Continuation(prompt, len(prompt), max_new_tokens, set(stops), sampler)
 
 
 @dataclass(frozen=True)
@@ -79,12 +191,13 @@ def read_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Generation:
-    """Run all steps and time them."""
+def collect(
+    texts: Sequence[Continuation], steps: Iterator[Any], block_size: int, device: torch.device
+) -> list[Generation]:
+    """Run all steps of texts, the first of which reads their prompts; the seconds of each are those of all."""
     started = read_clock(device)
-    done = [next(steps)]
+    next(steps)
     first = read_clock(device)
-    done += steps
-    return Generation.from_steps(
-        done, block_size, prefill_seconds=first - started, decode_seconds=read_clock(device) - first
-    )
+    deque(steps, maxlen=0)
+    times = {"prefill_seconds": first - started, "decode_seconds": read_clock(device) - first}
+    return [Generation.from_steps(text.steps, block_size, **times) for text in texts]

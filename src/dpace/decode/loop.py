@@ -1,12 +1,12 @@
 """Speculative and plain decoding of one prompt.
 
 `generate` takes a prompt and returns the response with its verifications and times. `Speculation` is the loop of steps:
-plan, propose, verify, emit. `steps` has what the models compute in a step.
+plan, draft, verify, emit. `steps` has what the models compute in a step.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Unpack, get_args
+from typing import Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from dpace.config import VerifyRule, Width
 from dpace.decode.copies import PromptLookup
-from dpace.decode.generation import Generation, Step, collect
+from dpace.decode.generation import Continuation, Generation, SamplingOptions, Step, collect, make_continuation
 from dpace.decode.pace import Paces, Plan
-from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import verify_draft, verify_sampled
-from dpace.decode.steps import Ends, State, draft_step, verify_step
+from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.cache import TextCache
@@ -69,7 +68,7 @@ def generate(
     """
     text = make_continuation(target, token_ids, **options)
     speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
-    return collect(speculation.steps(), drafter.block_size, target.device)
+    return collect([text], speculation.steps(), drafter.block_size, target.device)[0]
 
 
 def generate_plain(
@@ -79,7 +78,8 @@ def generate_plain(
 
     Arguments as in `generate`.
     """
-    return collect(plain_steps(target, make_continuation(target, token_ids, **options)), 1, target.device)
+    text = make_continuation(target, token_ids, **options)
+    return collect([text], plain_steps(target, text), 1, target.device)[0]
 
 
 @torch.inference_mode()
@@ -92,26 +92,6 @@ def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
         inputs = text.draw(target.logits(target.hidden(inputs, cache)[0, -1:]))[None]
         yield text.take(0, inputs[0].tolist(), width=width)
         width = 1
-
-
-class Proposal(NamedTuple):
-    """The tokens that the target verifies in a step."""
-
-    plan: Plan
-    """Why they are proposed."""
-    block: Int[Tensor, "1 width"]
-    """The last token of the text, then the proposed tokens."""
-    ends: Ends
-    """Where the text ends."""
-    num_read: int = 0
-    """Number of tokens whose features the drafter read before it drafted."""
-    draft_probs: Float[Tensor, "draft vocab"] | None = None
-    """Distributions that the draft tokens were drawn from; None where they are not draws."""
-
-    @property
-    def width(self) -> int:
-        """Number of tokens that the target reads."""
-        return self.block.shape[1]
 
 
 class Speculation:
@@ -142,23 +122,24 @@ class Speculation:
     ):
         drafter.check_target(target)
         refresh_copies(drafter)
-        self.target = target
-        self.drafter = drafter
-        self.text = text
         size = drafter.block_size
-        self.max_width = width if isinstance(width, int) else size
         rules = get_args(VerifyRule)
         if width not in ("full", "auto", "copies", *range(2, size + 1)) or verify_rule not in rules:
             raise ValueError(
                 f"width is {width} and verify_rule {verify_rule}; a block of {size} has 2 to {size} tokens to verify: "
                 f"give such a number, 'full', 'auto' or 'copies', and one of the rules {', '.join(rules)}"
             )
-        temperature = text.sampler.temperature
-        paces = paces or Paces()
-        self.pace = paces.get(target, drafter, temperature) if width in ("auto", "copies") else None
+        self.target = target
+        self.drafter = drafter
+        self.text = text
+        self.max_width = width if isinstance(width, int) else size
         self.can_draft = width != "copies"
-        self.recall = paces.recall(drafter) if self.pace else None
-        self.samples_draft = verify_rule != "equality" and temperature > 0
+        self.pace = self.recall = None
+        if width in ("auto", "copies"):
+            paces = paces or Paces()
+            self.pace = paces.get(target, drafter, text.sampler.temperature)
+            self.recall = paces.recall(drafter)
+        self.samples_draft = verify_rule != "equality" and text.sampler.temperature > 0
         vocabulary = drafter.vocabulary
         is_part = vocabulary is not None and len(vocabulary.known) < len(target.head.weight)
         if is_part and self.samples_draft and text.sampler.processors:
@@ -172,8 +153,6 @@ class Speculation:
         self.unread: list[Float[Tensor, "1 new feature"]] = []
         self.num_read = 0
         self.lookup = PromptLookup(text.token_ids)
-        # Before the last verification, where the target has any.
-        self.recurrent_states: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:
@@ -181,10 +160,7 @@ class Speculation:
         try:
             yield self.read_prompt()
             while not self.text.is_done:
-                started = time.perf_counter()
-                proposal = self.propose(self.plan())
-                accepted, token_ids = self.verify(proposal)
-                yield self.emit(proposal, accepted, token_ids, started)
+                yield self.step()
         finally:  # also where the caller stops early
             if self.recall:
                 self.recall.add(self.text.token_ids, self.text.num_prompt)
@@ -195,6 +171,38 @@ class Speculation:
         hidden, features = self.target.read(prompt, self.cache, self.drafter.target_layer_ids)
         self.unread.append(features)
         return self.text.take(0, self.text.draw(self.target.logits(hidden[0, -1:])).tolist(), width=0)
+
+    def step(self) -> Step:
+        """Propose tokens, emit those that the target accepts and its own next one, and learn from the step."""
+        started = time.perf_counter()
+        text = self.text
+        plan = self.plan()
+        copied = plan.copy.token_ids[: plan.width - 1]
+        row = torch.tensor([[text.start, text.token_ids[-1], *copied]], device=self.target.device)
+        starts = row[:, :1]
+        block = row[:, 1:]
+        draft_probs = None
+        if plan.is_drafted:
+            plan, block, draft_probs = self.draft(plan, block, starts)
+        width = block.shape[1]
+        can_rewind = self.target.cache_ability == "rewind" and width > 1
+        states = self.cache.recurrent_states() if can_rewind else []
+        layer_ids = self.drafter.target_layer_ids
+        (logits,), features, _ = verify_step(self.target, self.cache, layer_ids, block, starts, self.limits)
+        accepted, token_ids = self.accept(block[0, 1:], logits, draft_probs)
+        step = text.take(accepted, token_ids, width=width, is_copied=not plan.is_drafted)
+        if self.pace is not None:
+            seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
+            self.pace.learn(plan, step.token_ids, step.accepted, seconds=seconds, lookups=self.lookup.read())
+        num_kept = len(step.token_ids)
+        num_rejected = width - num_kept
+        self.unread.append(features[:, :num_kept])
+        if states and num_rejected and not text.is_done:
+            self.cache.rewind(states, width)
+            self.target.hidden(block[:, :num_kept], self.cache)
+            num_rejected = 0
+        self.cache.crop(-num_rejected)
+        return step
 
     def plan(self) -> Plan:
         """Choose between a draft, a copy of the tokens that followed the last ones before, and a plain step."""
@@ -207,79 +215,51 @@ class Speculation:
         num_unread = min(self.text.start - self.num_read, self.drafter.num_context)
         return self.pace.plan(copies, num_unread, can_draft=self.can_draft)
 
-    def propose(self, plan: Plan) -> Proposal:
-        """Make the tokens that the target verifies."""
-        start = self.text.start
-        proposed = [] if plan.is_drafted else plan.copy.token_ids[: plan.width - 1]
-        row = torch.tensor([[start, self.text.token_ids[-1], *proposed]], device=self.target.device)
-        ends = Ends(row[:, 1:2], row[:, :1], self.limits)
-        if not plan.is_drafted:
-            return Proposal(plan, row[:, 1:], ends)
-        features = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
-        positions = torch.arange(start - features.shape[1], start, device=row.device)[None]
-        block, draft = draft_step(
-            self.drafter,
-            self.draft_rows,
-            self.drafter_cache,
-            State(ends, features, positions),
-            min(self.text.remaining + 1, self.max_width),
-        )
-        self.unread.clear()
-        self.num_read = start
-        width = block.shape[1]
-        draft_probs = None
-        if self.pace is not None:
-            plan = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
-            width = plan.width
-        if self.samples_draft and width > 1:
-            tokens, draft_probs = self.drafter.selector.draw(
-                draft, width - 1, self.draft_rows, self.text.token_ids, self.text.sampler
-            )
-            block = torch.cat([block[:, :1], tokens[None]], dim=1)
-        num_read = min(features.shape[1], self.drafter.num_context)
-        return Proposal(plan, block[:, :width], ends, num_read, draft_probs)
-
-    def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
-        """Let the target verify the proposal.
+    def draft(
+        self, plan: Plan, last_ids: Int[Tensor, "1 1"], starts: Int[Tensor, "1 1"]
+    ) -> tuple[Plan, Int[Tensor, "1 width"], Float[Tensor, "draft vocab"] | None]:
+        """Draft a block, and choose how much of it the target verifies.
 
         Returns:
-            The number of accepted draft tokens, and these tokens followed by the target's next one.
+            The plan with this width; the last token and the draft tokens; and the distributions that these were drawn
+            from, None where they are not draws.
+        """
+        start = self.text.start
+        features = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
+        positions = torch.arange(start - features.shape[1], start, device=features.device)[None]
+        state = State(last_ids, starts, self.limits, features, positions)
+        width = min(self.text.remaining + 1, self.max_width)
+        block, draft = draft_step(self.drafter, self.draft_rows, self.drafter_cache, state, width)
+        self.unread.clear()
+        self.num_read = start
+        if self.pace is not None:
+            plan = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
+            block = block[:, : plan.width]
+        num_draft = block.shape[1] - 1
+        if not self.samples_draft or not num_draft:
+            return plan, block, None
+        selector = self.drafter.selector
+        tokens, probs = selector.draw(draft, num_draft, self.draft_rows, self.text.token_ids, self.text.sampler)
+        return plan, torch.cat([last_ids, tokens[None]], dim=1), probs
+
+    def accept(
+        self,
+        proposed: Int[Tensor, " draft"],
+        logits: Float[Tensor, "slot vocab"],
+        draft_probs: Float[Tensor, "draft vocab"] | None,
+    ) -> tuple[int, list[int]]:
+        """Accept the proposed tokens that the verify rule allows.
+
+        Returns:
+            Their number, and the tokens to emit: at least these and the target's next one.
         """
         text = self.text
-        block, width = proposal.block, proposal.width
-        if self.target.cache_ability == "rewind" and width > 1:
-            self.recurrent_states = self.cache.recurrent_states()
-        (logits,), self.state = verify_step(
-            self.target, self.cache, self.drafter.target_layer_ids, block, proposal.ends
-        )
-        if proposal.draft_probs is not None:
-            draft = block[0, 1:].tolist()
+        if draft_probs is not None:
+            draft = proposed.tolist()
             target_probs = text.sampler.probs(text.sampler.scores(logits, text.token_ids + draft))
-            accepted, next_token = verify_sampled(draft, proposal.draft_probs, target_probs, text.sampler)
+            accepted, next_token = verify_sampled(draft, draft_probs, target_probs, text.sampler)
             return accepted, [*draft[:accepted], next_token]
-        drawn = text.draw(logits, block[0, 1:].tolist() if text.sampler.processors else ())
-        both = torch.cat([block[0, 1:], drawn]).tolist()  # one wait for the device, beside the pace's
-        accepted = verify_draft(both[: width - 1], both[width - 1 :])
-        return accepted, both[width - 1 : width + accepted]
-
-    def emit(self, proposal: Proposal, accepted: int, token_ids: Sequence[int], started: float) -> Step:
-        """Append the accepted tokens, teach the pace, and drop the rejected ones from the target's cache."""
-        step = self.text.take(accepted, token_ids, width=proposal.width, is_copied=not proposal.plan.is_drafted)
-        if self.pace is not None:
-            self.pace.learn(
-                proposal.plan,
-                step.token_ids,
-                step.accepted,
-                seconds=time.perf_counter() - started,  # of the whole step: reading the tokens waited for the device
-                num_read=proposal.num_read,
-                lookups=self.lookup.read(),
-            )
-        num_kept = len(step.token_ids)
-        self.unread.append(self.state.features[:, :num_kept])
-        num_rejected = proposal.width - num_kept
-        if self.recurrent_states and num_rejected and not self.text.is_done:
-            self.cache.rewind(self.recurrent_states, proposal.width)
-            self.target.hidden(proposal.block[:, :num_kept], self.cache)
-            num_rejected = 0
-        self.cache.crop(-num_rejected)
-        return step
+        drawn = text.draw(logits, proposed.tolist() if text.sampler.processors else ())
+        both = torch.cat([proposed, drawn]).tolist()  # one wait for the device, beside the pace's
+        own = both[len(proposed) :]
+        return verify_draft(both[: len(proposed)], own), own

@@ -1,23 +1,33 @@
 """The choice of each step: a draft, copied tokens, or neither, and how many of them to verify.
 
-`Pace` makes the choice from the costs of steps on this machine and from what earlier steps gave; `Paces` keeps it, and
-the answers to copy from, from one response to the next.
+`measure_costs` times the steps on this machine. `Pace` makes the choice from these costs and from what earlier steps
+gave; `Paces` keeps it, and the answers to copy from, from one response to the next.
 """
 
 import itertools
 import math
 import operator
+import timeit
 from collections.abc import Sequence
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dpace.decode.copies import NUM_KINDS, Copy, Recall
-from dpace.decode.costs import FILLER_TOKENS, StepCosts, measure_costs
+from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
+from dpace.drafter.views import draft_block, to_predicted
+from dpace.drafter.vocabulary import PackedRows
+from dpace.fast.cache import TextCache
 from dpace.target import Target
 
+FILLER_TOKENS = 128
+"""Number of tokens before the timed steps."""
+NUM_ROUNDS = 5
+"""Number of times that each step is timed."""
 EXPLORATION = 0.01
 """Share of the time that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
 MARGIN = 0.05
@@ -36,6 +46,62 @@ PRIOR_GAIN = 1.2
 until it proves slower."""
 
 
+class StepCosts(NamedTuple):
+    """Seconds of the parts of a step on this machine."""
+
+    verify_seconds: Sequence[float]
+    """Seconds in which the target reads 1, 2, ... tokens."""
+    draft_seconds: float
+    """Seconds of the drafter with the head."""
+    read_seconds: float = 0.0
+    """Seconds of the drafter for each token whose features it reads before it drafts."""
+
+
+@torch.inference_mode()
+def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCosts:
+    """Measure the seconds of decoding steps on this machine; takes about a second for a small model.
+
+    Widths that are not timed are interpolated. A width counts as no slower than a wider one. Steps take turns, and the
+    minimum of `NUM_ROUNDS` rounds counts, because disturbances only make steps slower; one more round warms up.
+
+    Memory: keys and values of `FILLER_TOKENS` tokens, and their features.
+
+    Args:
+        target: timed while it reads 1 to `block_size` tokens.
+        drafter: timed while it drafts a block, behind a few tokens and behind all.
+        is_sampled: tokens are drawn, which takes longer than choosing the most likely ones.
+    """
+    size = drafter.block_size
+    widths = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, size}) if width <= size]
+    sampler = Sampler(float(is_sampled), seed=0, device=target.device)
+    filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
+    text = TextCache(target.config, filler.shape[1] + size)
+    text.activate_past_recording()
+    _, features = target.read(filler, text, drafter.target_layer_ids)
+    rows = PackedRows(target, drafter.vocabulary)
+
+    def verify(width: int) -> None:
+        """Verify a number of tokens behind the filler."""
+        logits = target.logits(target.hidden(filler[:, :width], text)[0])
+        sampler.draw(sampler.scores(logits, []), 0).tolist()
+        text.crop(-width)
+
+    def draft(read: Tensor) -> None:
+        """Read features and draft a block."""
+        drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
+        hidden = to_predicted(drafted.hidden, drafter.first_slot)
+        found = drafter.selector.propose(rows, hidden, lambda: drafted.context[:, -1], size)
+        drafter.confidences(found.scores[0]).tolist()  # waits for the device, as drawing does
+
+    steps = [partial(verify, width) for width in widths]
+    steps += [partial(draft, features[:, :4]), partial(draft, features)]
+    rounds = [[timeit.timeit(step, number=1) for step in steps] for _ in range(NUM_ROUNDS + 1)]
+    *passes, short_draft, long_draft = np.min(rounds[1:], axis=0).tolist()
+    verify_seconds = np.interp(range(1, size + 1), widths, passes)
+    verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
+    return StepCosts(verify_seconds.tolist(), short_draft, max(0.0, long_draft - short_draft) / FILLER_TOKENS)
+
+
 class Plan(NamedTuple):
     """The choice of a step between a draft, copied tokens and a plain step."""
 
@@ -47,6 +113,8 @@ class Plan(NamedTuple):
     """Number of tokens to verify: the last token of the text, then those of the draft or of `copy`."""
     copies: Sequence[Copy] = ()
     """All copies that were found."""
+    num_unread: int = 0
+    """Number of tokens that the drafter reads before it drafts."""
     is_trial: bool = False
     """Whether the draft is not expected to save `MARGIN`, and is made to learn what drafts give now."""
     promised: float = 0.0
@@ -57,22 +125,18 @@ class Mean:
     """The mean of all values so far, and of about the `SPAN` last ones later.
 
     Args:
-        value: a first value, or several that are averaged side by side.
+        value: a first value, or an array of several that are averaged side by side.
         weight: number of values that it stands for.
     """
 
-    def __init__(self, value: float | Sequence[float], weight: int):
-        self.value = np.array(value)
+    def __init__(self, value: Any, weight: int):
+        self.value = value
         self.weight = weight
 
-    def add(self, new: float | Sequence[float]) -> None:
+    def add(self, new: Any) -> None:
         """Count one more value."""
         self.weight = min(self.weight + 1, SPAN)
-        self.value += (np.array(new) - self.value) / self.weight
-
-    def after(self, other: "Mean") -> np.ndarray:
-        """Return the mean of these values and, as one more, of another mean."""
-        return (self.weight * self.value + other.value) / (self.weight + 1)
+        self.value = self.value + (new - self.value) / self.weight
 
 
 def best_width(reach: Sequence[float], seconds: Sequence[float]) -> tuple[int, float]:
@@ -115,12 +179,12 @@ class Pace:
         self.costs = costs
         self.drift = np.zeros(len(costs.verify_seconds) + 1)  # logarithms over `costs`: of drafts, then of each width
         self._apply_drift()
-        self.reading = costs.reading_seconds / FILLER_TOKENS
         self.copies_right = [(Mean(0.4, 2), Mean(0.6, 2)) for _ in range(NUM_KINDS)]
         whole = costs.draft_seconds + costs.verify_seconds[-1]
-        self.drafts = Mean([PRIOR_GAIN * whole / costs.verify_seconds[0], PRIOR_GAIN * whole, whole], 3)
-        self.drafts_at = [Mean([0.0, 0.0, 0.0], 0) for _ in range(NUM_KINDS)]
-        self.promised_and_kept = Mean([1.0, 1.0], 1)
+        prior = [PRIOR_GAIN * whole / costs.verify_seconds[0], PRIOR_GAIN * whole, whole]
+        self.drafts = Mean(np.array(prior), 3)
+        self.drafts_at = [Mean(np.zeros(3), 0) for _ in range(NUM_KINDS)]
+        self.promised_and_kept = Mean(np.ones(2), 1)
         self.credit = 0.0  # seconds that may be lost
 
     def _apply_drift(self) -> None:
@@ -139,20 +203,22 @@ class Pace:
         """
         choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
         copy, width, emitted = max(choices, key=lambda c: (c[2] / self.pass_seconds[c[1] - 1], c[0].match))
-        plan = Plan(False, copy, width, copies)
+        plan = Plan(False, copy, width, copies, num_unread)
         if not can_draft:
             return plan
         copy_seconds = self.pass_seconds[width - 1]
-        tokens, otherwise, seconds = self.drafts_at[copy.match].after(self.drafts).tolist()
+        here = self.drafts_at[copy.match]
+        drafts = (here.weight * here.value + self.drafts.value) / (here.weight + 1)
+        tokens, otherwise, seconds = drafts.tolist()
         loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, otherwise)
-        if loss <= -MARGIN * seconds:
-            return plan._replace(is_drafted=True)
-        price = max(0.0, loss) + num_unread * self.reading
-        self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
-        if self.credit < price:
-            return plan
-        self.credit -= price
-        return plan._replace(is_drafted=True, is_trial=True)
+        is_trial = loss > -MARGIN * seconds
+        if is_trial:
+            price = max(0.0, loss) + num_unread * self.costs.read_seconds
+            self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
+            if self.credit < price:
+                return plan
+            self.credit -= price
+        return plan._replace(is_drafted=True, width=1, is_trial=is_trial)
 
     def _choose_copy(self, match: int, count: int) -> tuple[int, float]:
         """Choose how many of `count` copied tokens to verify.
@@ -160,8 +226,8 @@ class Pace:
         Returns:
             The width, the last token included, and the expected number of emitted tokens.
         """
-        first, further = (float(mean.value) for mean in self.copies_right[match])
-        return best_width([first * further**k for k in range(count)], self.pass_seconds)
+        first, further = self.copies_right[match]
+        return best_width([first.value * further.value**k for k in range(count)], self.pass_seconds)
 
     def choose_width(self, plan: Plan, confidences: Sequence[float]) -> Plan:
         """Choose the number of tokens to verify of a draft with these confidences."""
@@ -180,7 +246,6 @@ class Pace:
         accepted: int,
         *,
         seconds: float,
-        num_read: int = 0,
         lookups: Sequence[tuple[int, bool]] = (),
     ) -> None:
         """Learn from a step, also from a draft of which none was verified (width 1).
@@ -190,18 +255,17 @@ class Pace:
             token_ids: emitted tokens.
             accepted: number of accepted tokens.
             seconds: duration of the step.
-            num_read: number of tokens that the drafter read first.
             lookups: result of `PromptLookup.read` for each emitted token; tokens that copying would have given count
                 less.
         """
         cost = self.costs.verify_seconds[plan.width - 1]
         if plan.is_drafted:
-            cost += self.costs.draft_seconds + self.reading * num_read
-            self.promised_and_kept.add([plan.promised, accepted])
+            cost += self.costs.draft_seconds + self.costs.read_seconds * plan.num_unread
+            self.promised_and_kept.add(np.array([plan.promised, accepted]))
             plain = self.pass_seconds[0]
             otherwise = sum(self._copy_seconds(match) if is_right else plain for match, is_right in lookups)
             for drafts in (self.drafts, self.drafts_at[plan.copy.match]):
-                drafts.add([accepted + 1.0, otherwise, cost])
+                drafts.add(np.array([accepted + 1.0, otherwise, cost]))
         for match, copied in plan.copies:
             for k, (proposed, token) in enumerate(zip(copied, token_ids, strict=False)):
                 self.copies_right[match][min(k, 1)].add(proposed == token)
@@ -244,17 +308,16 @@ class Paces:
 
     def __init__(self, recall_mib: float = 0.0):
         self.recall_mib = recall_mib
-        self._paces: WeakKeyDictionary[Drafter, dict[float, Pace]] = WeakKeyDictionary()
-        self._recalls: WeakKeyDictionary[Drafter, Recall] = WeakKeyDictionary()
+        self._measure = cache(measure_costs)
+        self._paces: dict[tuple[Drafter, float], Pace] = {}
+        self._recalls: dict[Drafter, Recall] = {}
 
     def get(self, target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
         """Return the drafter's pace at a temperature; at the first call, measure the machine."""
-        paces = self._paces.setdefault(drafter, {})
-        if temperature not in paces:
-            measured = (pace.costs for other, pace in paces.items() if (other > 0) == (temperature > 0))
-            costs = next(measured, None) or measure_costs(target, drafter, temperature=temperature)
-            paces[temperature] = Pace(costs)
-        return paces[temperature]
+        key = drafter, temperature
+        if key not in self._paces:
+            self._paces[key] = Pace(self._measure(target, drafter, temperature > 0))
+        return self._paces[key]
 
     def recall(self, drafter: Drafter) -> Recall | None:
         """Return the memory of the drafter's answers; None where none are kept."""

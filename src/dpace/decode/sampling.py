@@ -45,16 +45,14 @@ class Sampler:
         device: torch.device | str = "cpu",
     ):
         self.temperature = temperature
-        self.processors = processors or LogitsProcessorList()
-        self.warpers = LogitsProcessorList()
-        if temperature not in (0, 1):
-            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if temperature and top_k:
-            self.warpers.append(TopKLogitsWarper(top_k))
-        if temperature and top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
-        if temperature and min_p:
-            self.warpers.append(MinPLogitsWarper(min_p))
+        self.processors: Any = processors or LogitsProcessorList()
+        filters = [
+            (TemperatureLogitsWarper, float(temperature), temperature != 1),
+            (TopKLogitsWarper, top_k, top_k > 0),
+            (TopPLogitsWarper, top_p, top_p < 1),
+            (MinPLogitsWarper, min_p, min_p > 0),
+        ]
+        self.filters: Any = LogitsProcessorList(make(value) for make, value, is_on in filters if temperature and is_on)
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self._noise: list[Tensor] = []
         self._first = 0
@@ -66,13 +64,11 @@ class Sampler:
         """
         if self.processors:
             rows = []
-            first = len(prefix) - len(logits) + 1
-            for k, row in enumerate(logits):
-                ids: Any = torch.tensor([prefix[: first + k]], device=logits.device)
-                rows.append(self.processors(ids, row[None].float()))
+            for end, row in enumerate(logits.float(), start=len(prefix) - len(logits) + 1):
+                ids = torch.tensor([prefix[:end]], device=logits.device)
+                rows.append(self.processors(ids, row[None]))
             logits = torch.cat(rows)
-        unused: Any = None
-        return self.warpers(unused, logits.float())
+        return self.filters(None, logits.float())
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
         """Compute the distribution of each row."""
@@ -140,14 +136,12 @@ def verify_sampled(
 
     Source: Leviathan et al., arXiv 2211.17192, algorithm 1.
     """
-    rows = torch.arange(len(draft_tokens), device=target_probs.device)
-    tokens = torch.tensor(draft_tokens, device=target_probs.device, dtype=torch.long)
-    chances = target_probs[rows, tokens] / draft_probs[rows, tokens]
-    drawn = torch.rand(len(tokens), generator=sampler.generator, device=tokens.device)
-    ratios, draws = torch.stack([chances, drawn]).tolist()
-    accepted = 0
-    while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
-        accepted += 1
+    device = target_probs.device
+    slots = torch.arange(len(draft_tokens), device=device)
+    tokens = torch.tensor(draft_tokens, device=device, dtype=torch.long)
+    chances = target_probs[slots, tokens] / draft_probs[slots, tokens]
+    drawn = torch.rand(len(tokens), generator=sampler.generator, device=device)
+    accepted = int((drawn < chances).cumprod(0).sum())
     next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
         rest = (next_probs - draft_probs[accepted]).clamp_min(0)

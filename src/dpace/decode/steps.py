@@ -20,8 +20,8 @@ from dpace.fast.cache import RaggedCache, TextCache
 from dpace.target import Target
 
 
-class Ends(NamedTuple):
-    """Where each text ends."""
+class State(NamedTuple):
+    """Where each text ends, and what its next step starts from, on the target's device."""
 
     last_ids: Int[Tensor, "batch 1"]
     """Last token of each text: the anchor of its next block."""
@@ -29,12 +29,6 @@ class Ends(NamedTuple):
     """Its position."""
     limits: Int[Tensor, "batch 1"]
     """Position of the last token that may be emitted."""
-
-
-class State(NamedTuple):
-    """What a step starts from, on the target's device."""
-
-    ends: Ends
     features: Float[Tensor, "batch new feature"]
     """Features of the tokens that the target has read and the drafter has not."""
     positions: Int[Tensor, "batch new"]
@@ -42,7 +36,7 @@ class State(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "State":
         """Change all tensors."""
-        return State(Ends(*map(change, self.ends)), change(self.features), change(self.positions))
+        return State(*map(change, self))
 
 
 def draft_step(
@@ -60,30 +54,29 @@ def draft_step(
     Returns:
         The last tokens, each followed by the draft; and the draft.
     """
-    ends = state.ends
-    slots = torch.arange(drafter.num_slots, device=ends.starts.device)
-    masks = slots.new_full((len(ends.starts), drafter.num_slots - 1), drafter.mask_token_id)
+    slots = torch.arange(drafter.num_slots, device=state.starts.device)
+    masks = slots.new_full((len(state.starts), drafter.num_slots - 1), drafter.mask_token_id)
     # No layer sees what is before; in a batch, the features of rejected tokens stand behind those of accepted ones.
     read = slice(-max(drafter.num_context, drafter.block_size), None)
-    features, positions = state.features[:, read], state.positions[:, read]
+    positions = state.positions[:, read]
     drafted = draft_block(
         drafter,
         rows.target,
-        torch.cat([ends.last_ids, masks], dim=1),
-        features,
-        position_ids=torch.cat([positions, ends.starts + slots], dim=1),
-        attention_mask=cache.place_block(positions, ends.starts),
+        torch.cat([state.last_ids, masks], dim=1),
+        state.features[:, read],
+        position_ids=torch.cat([positions, state.starts + slots], dim=1),
+        attention_mask=cache.place_block(positions, state.starts),
         cache=cache,
     )
     cache.crop(-drafter.num_slots)
 
     def newest() -> Tensor:
         """Find the row of the token before each anchor, which stands at different places in the rows of a batch."""
-        place = (positions == ends.starts - 1).int().argmax(-1)
+        place = (positions == state.starts - 1).int().argmax(-1)
         return drafted.context[torch.arange(len(place), device=place.device), place]
 
     draft = drafter.selector.propose(rows, to_predicted(drafted.hidden, drafter.first_slot), newest, width)
-    return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
+    return torch.cat([state.last_ids, draft.tokens], dim=1), draft
 
 
 def verify_step(
@@ -91,18 +84,19 @@ def verify_step(
     cache: TextCache | RaggedCache,
     layer_ids: Sequence[int],
     blocks: Int[Tensor, "batch width"],
-    ends: Ends,
-) -> tuple[Float[Tensor, "batch width vocab"], State]:
+    starts: Int[Tensor, "batch 1"],
+    limits: Int[Tensor, "batch 1"],
+) -> tuple[Float[Tensor, "batch width vocab"], Float[Tensor, "batch width feature"], Int[Tensor, "batch width"]]:
     """Let the target read blocks, each a last token and proposed ones, in one pass.
 
-    Slots past the last token that a row may emit share that token's position, and their results are not used.
+    Slots past the last token that a row may emit (`limits`) share that token's position, and their results are not
+    used.
 
     Returns:
-        Logits, of which row `k` follows the first `k` proposed tokens; and the state with the blocks' features.
+        Logits, of which row `k` follows the first `k` proposed tokens; and features and positions of the blocks.
     """
     slots = torch.arange(blocks.shape[1], device=blocks.device)
-    positions = torch.minimum(ends.starts + slots, ends.limits)
+    positions = torch.minimum(starts + slots, limits)
     mask = cache.place(positions)
     hidden, features = target.read(blocks, cache, layer_ids, attention_mask=mask, position_ids=positions)
-    logits = target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
-    return logits, State(ends, features, positions)
+    return target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape), features, positions

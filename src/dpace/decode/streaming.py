@@ -1,7 +1,8 @@
 """Streaming of text, and decoding through transformers' own `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Unpack
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Int
@@ -9,10 +10,9 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from dpace.config import VerifyRule, Width
-from dpace.decode.generation import Step
+from dpace.decode.generation import Continuation, SamplingOptions, Step, make_continuation
 from dpace.decode.loop import Speculation
 from dpace.decode.pace import Paces
-from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.target import Target, stop_tokens
@@ -40,11 +40,8 @@ def stream(
     pieces = TextPieces(target.tokenizer)
     for step in speculation.steps():
         on_step(step)
-        piece = pieces.add(step.token_ids)
-        if piece:
+        if piece := pieces.add(step.token_ids, is_last=text.is_done):
             yield piece
-    if rest := pieces.flush():
-        yield rest
 
 
 class TextPieces:
@@ -53,25 +50,22 @@ class TextPieces:
     Some tokens are decoded again with the next piece, because their text may depend on the tokens before them.
     """
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any):
+        self.decode = partial(tokenizer.decode, skip_special_tokens=True)
         self.token_ids: list[int] = []
-        self._start = self._num_returned = 0
+        self.first = 0
+        self.num_shown = 0
 
-    def _text(self, end: int | None = None) -> str:
-        return self.tokenizer.decode(self.token_ids[self._start : end], skip_special_tokens=True)
-
-    def add(self, token_ids: Sequence[int]) -> str:
+    def add(self, token_ids: Sequence[int], *, is_last: bool = False) -> str:
         """Add tokens and return the text that they add; empty while a character is not whole."""
         self.token_ids += token_ids
-        return "" if not token_ids or self._text().endswith("\ufffd") else self.flush()
-
-    def flush(self) -> str:
-        """Return the text that was held back."""
-        piece = self._text()[len(self._text(self._num_returned)) :]
+        text = self.decode(self.token_ids[self.first :])
+        if text.endswith("\ufffd") and not is_last:
+            return ""
+        piece = text[len(self.decode(self.token_ids[self.first : self.num_shown])) :]
         if piece:  # tokens without text do not keep the space that the next ones begin with
-            self._start = self._num_returned
-        self._num_returned = len(self.token_ids)
+            self.first = self.num_shown
+        self.num_shown = len(self.token_ids)
         return piece
 
 
@@ -102,49 +96,43 @@ def custom_generate(
     paces = Paces()
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_inputs):
-        if model is not target.model:
-            raise ValueError("custom_generate was made for another model; make it with Target(model)")
-        if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-            raise ValueError(
-                f"the call has {len(input_ids)} prompts, {generation_config.num_beams} beams and "
-                f"return_dict_in_generate {generation_config.return_dict_in_generate}; a drafter decodes one prompt "
-                "without beams and returns tokens: for several prompts use dpace.decode.generate_batch"
-            )
         # Not a named argument: transformers would pass the mask twice.
         attention_mask = model_inputs.get("attention_mask")
-        if attention_mask is not None and not attention_mask.all():
+        has_embeddings = model_inputs.get("inputs_embeds") is not None or not input_ids.numel()
+        refused = {
+            "another model than the drafter's target": model is not target.model,
+            "several prompts": len(input_ids) > 1,
+            "beams": generation_config.num_beams > 1,
+            "return_dict_in_generate": generation_config.return_dict_in_generate,
+            "a padded prompt": attention_mask is not None and not attention_mask.all(),
+            "images or embeddings": has_embeddings or model_inputs.get("mm_encoder_outputs"),
+            "guidance_scale": generation_config.guidance_scale not in (None, 1),
+            "SynthID's watermark, which counts its calls": hasattr(generation_config.watermarking_config, "ngram_len"),
+        }
+        if found := [name for name, is_asked in refused.items() if is_asked]:
             raise ValueError(
-                "the attention_mask hides tokens of the prompt; a drafter reads all of them: give a prompt without "
-                "padding"
+                f"the call has {', '.join(found)}; a drafter decodes the tokens of one prompt for its target, and "
+                "returns tokens: leave this out, or the drafter, and for several prompts call dpace.generate_batch"
             )
-        is_embedded = not input_ids.numel() or model_inputs.get("inputs_embeds") is not None
-        if is_embedded or model_inputs.get("mm_encoder_outputs"):
-            raise ValueError("the prompt has images or embeddings; a drafter decodes text only: give `input_ids` alone")
-        guidance = generation_config.guidance_scale
-        if guidance not in (None, 1) or hasattr(generation_config.watermarking_config, "ngram_len"):
-            raise ValueError(
-                f"guidance_scale is {guidance}, or the watermark is SynthID's, which counts its calls; a drafter "
-                "cannot follow these: leave them out"
-            )
-        num_prompt = input_ids.shape[1]
-        sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
-        max_new_tokens = generation_config.max_length - num_prompt
-        target.refuse_crossing(num_prompt, max_new_tokens)
-        stops = set(stop_tokens(generation_config))
-        text = Continuation(input_ids[0].tolist(), num_prompt, max_new_tokens, stops, sampler)
+        prompt = input_ids[0].tolist()
+        max_new_tokens = generation_config.max_length - len(prompt)
+        target.refuse_crossing(len(prompt), max_new_tokens)
         target.refresh_copies()
+        sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
+        stops = set(stop_tokens(generation_config))
+        text = Continuation(prompt, len(prompt), max_new_tokens, stops, sampler)
         speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
-        written = input_ids[0].tolist()
+        written = input_ids
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for token in (token for step in speculation.steps() for token in step.token_ids):
-            written.append(token)
+            written = torch.cat([written, written.new_tensor([[token]])], dim=1)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-            if bool(stopping_criteria(torch.tensor([written], device=input_ids.device), None).all()):
+            if bool(stopping_criteria(written, None).all()):
                 break
         if streamer is not None:
             streamer.end()
-        return torch.tensor([written], device=input_ids.device)
+        return written
 
     return decode

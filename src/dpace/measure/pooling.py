@@ -103,7 +103,7 @@ def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord
 
 
 def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
-    return nullable(decode_speedup(*_prompt_times(ours), *_prompt_times(theirs)))
+    return nullable(decode_speedup(_prompt_times(ours), _prompt_times(theirs)))
 
 
 def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:

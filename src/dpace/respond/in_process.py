@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from dpace.config import RespondConfig
-from dpace.decode.batch import Batch, RowCaches, check_batch
-from dpace.decode.request import make_continuation
+from dpace.decode.batch import Batch
+from dpace.decode.generation import make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
@@ -55,16 +55,14 @@ def generate_responses(
             make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
             for token_ids, seed in zip(encoded, seeds, strict=True)
         ]
-        check_batch(target, rows)
-        caches = RowCaches(target, None, 1 + max(row.limit for row in rows))
+        batch = Batch(target, None, rows)
     except ValueError:
         if not target.rotation_boundary:
             return _generate_padded(target, encoded, config, seeds)
         pairs = zip(encoded, seeds, strict=True)
         return [_generate_padded(target, [token_ids], config, [seed])[0] for token_ids, seed in pairs]
-    batch = Batch(target, None, rows, caches)
-    batch.prefill()
-    batch.run()
+    for _ in batch.steps():
+        pass
     return [row.token_ids[row.num_prompt :] for row in rows]
 
 

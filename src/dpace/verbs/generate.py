@@ -71,7 +71,7 @@ def run(args: list[str]) -> None:
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.decode import Paces, generate, generate_batch, generate_plain
-    from dpace.decode.request import SamplingOptions
+    from dpace.decode.generation import SamplingOptions
     from dpace.drafter import load_drafter
     from dpace.prompts.prompts import find_prompt
     from dpace.target.chat import encode_chat

@@ -18,19 +18,20 @@ CONFIG = BenchConfig(max_new_tokens=12, temperatures=(0.0, 1.0), widths=("full",
 
 @pytest.fixture
 def target():
-    target = make_target("qwen3")
+    target = make_target("qwen3", max_position_embeddings=512)
     target.tokenizer = make_tokenizer()
     return target
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def lengths(monkeypatch):
     """Nothing is compiled; the longest lengths that were asked for are."""
     found = []
     generate = Decoder.generate
 
     def counted(self, token_ids, **options):
-        found.append((options["max_new_tokens"], self.compile))
+        assert self.compile
+        found.append(options["max_new_tokens"])
         return generate(self, token_ids, **options)
 
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
@@ -43,35 +44,33 @@ def test_it_is_measured_on_an_accelerator_or_where_asked_for(target):
     assert [choice for choice, found in wanted.items() if found] == ["always"]
 
 
-def test_both_baselines_are_in_the_results(target, calls, tmp_path, capsys):
+def test_both_baselines_are_in_the_results(target, lengths, tmp_path, capsys):
     """Same texts, no drafter among the rows, nothing decoded twice; old files have no such column."""
-    drafter = make_drafter(target)
-    results = bench(target, {"d": drafter}, PROMPTS, CONFIG, tmp_path)
+    drafters = {"d": make_drafter(target)}
+    results = bench(target, drafters, PROMPTS, CONFIG, tmp_path)
     assert [row.drafter for row in results.rows] == ["d", "d"]
     assert "compiling the steps of plain decoding" in capsys.readouterr().err
     for row in results.rows:
         assert row.compiled and row.compiled.num_same_text == row.num_responses == 3
         assert row.compiled.decode_speedup == pytest.approx(row.tokens_per_second / row.compiled.tokens_per_second)
-    assert read_results(tmp_path / "results.json") == results
-    number = len(calls)
-    assert number == 2 + 2 * 3 and all(compile for _, compile in calls), "one to compile, one for each prompt"
-    again = bench(target, {"d": drafter}, PROMPTS, CONFIG, tmp_path)
-    assert len(calls) == number and again.rows[0].compiled == results.rows[0].compiled
     path = tmp_path / "results.json"
+    assert read_results(path) == results
+    again = bench(target, drafters, PROMPTS, CONFIG, tmp_path)
+    assert len(lengths) == 2 + 2 * 3, "one to compile, one for each prompt, and none again"
+    assert again.rows[0].compiled == results.rows[0].compiled
     with changed_json(path) as old:
         for row in old["rows"]:
             del row["compiled"]
     assert [row.compiled for row in read_results(path).rows] == [None, None]
 
 
-def test_a_longer_text_gets_longer_caches_before_it_is_timed(calls):
+def test_a_longer_text_gets_longer_caches_before_it_is_timed(target, lengths):
     """By its first tokens."""
-    target = make_target("qwen3", max_position_embeddings=512)
     plain = CompiledPlain(target)
     for length, text in ((12, [5, 6, 7]), (270, [5, 6, 7]), (5, [9] * 300)):
         options = {"max_new_tokens": length, "stop_token_ids": []}
         assert plain.decode(text, **options).token_ids == generate_plain(target, text, **options).token_ids
-    assert [length for length, _ in calls] == [8, 12, 8, 270, 5]
+    assert lengths == [8, 12, 8, 270, 5]
 
 
 def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):
@@ -84,16 +83,13 @@ def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_pat
     assert "left out: no compiler is here\n" in capsys.readouterr().err
 
 
-def test_tables_name_it_where_it_was_measured():
+def test_tables_name_it_where_it_was_measured_and_count_texts_where_the_rule_keeps_them():
     found = CompiledBaseline(
         tokens_per_second=3.0, decode_speedup=1.33, decode_speedup_interval=(None, None), num_same_text=1
     )
     shown = speeds(make_bench(make_row(compiled=found), make_row()))
     assert shown.note.endswith("plain decoding with compiled steps: s dpace full 0: 1.33")
-    assert "compiled" not in speeds(make_bench()).note
-
-
-def test_tables_count_texts_where_the_rule_keeps_them():
     rows = make_row(temperature=1.0, drafter="d, speculative"), make_row(temperature=1.0)
     assert "1 of 1 responses are exactly" in speeds(make_bench(*rows)).note
     assert "are exactly" not in speeds(make_bench(rows[0])).note
+    assert "compiled" not in speeds(make_bench()).note

@@ -10,8 +10,8 @@ from transformers import LogitsProcessorList
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode import generate, generate_batch, generate_plain
+from dpace.decode.generation import Continuation
 from dpace.decode.loop import Speculation
-from dpace.decode.request import Continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRows, load_vocabulary

@@ -9,10 +9,10 @@ import torch
 from dpace.blocks import Reach, build_blocks
 from dpace.decode import generate_plain
 from dpace.decode.decoder import generate_batch
+from dpace.decode.generation import make_continuation
 from dpace.decode.loop import Speculation
 from dpace.decode.pace import Plan
-from dpace.decode.request import make_continuation
-from dpace.decode.steps import Ends, State, draft_step
+from dpace.decode.steps import State, draft_step
 from dpace.drafter import load_drafter
 from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
@@ -99,12 +99,12 @@ def test_rejected_tokens_do_not_push_accepted_ones_out(target):
     token_ids = torch.randint(4, 64, (1, 20))
     features = target.features(token_ids, drafter.target_layer_ids)[:, -drafter.block_size :]
     positions = torch.arange(15, 20)[None]
-    ends = Ends(token_ids[:, 16:17], torch.tensor([[16]]), torch.tensor([[99]]))
+    ends = token_ids[:, 16:17], torch.tensor([[16]]), torch.tensor([[99]])
     scores = []
     for count in (1, drafter.block_size):
         cache = RaggedCache(drafter.config, 30, drafter.dtype, drafter.num_slots, drafter.reaches)
         cache.end = 30
-        state = State(ends, features[:, :count], positions[:, :count])
+        state = State(*ends, features[:, :count], positions[:, :count])
         scores.append(draft_step(drafter, PackedRows(target, None), cache, state, drafter.block_size)[1].scores)
     torch.testing.assert_close(*scores)
 
@@ -118,4 +118,3 @@ def test_the_pace_counts_what_a_window_reads(target):
     next(steps := speculation.steps())
     next(steps)
     assert pace.plan.call_args.args[1] == WINDOW - 1
-    assert pace.learn.call_args.kwargs["num_read"] == WINDOW - 1

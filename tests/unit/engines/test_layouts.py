@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import TypicalLogitsWarper
 
 from dpace.batches.dataset import ResponseDataset
+from dpace.decode.generation import make_continuation
 from dpace.decode.loop import Speculation
-from dpace.decode.request import make_continuation
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows

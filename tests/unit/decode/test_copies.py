@@ -1,4 +1,4 @@
-"""The memory of answers, and decoding with it."""
+"""Copies of the text and of earlier answers, and decoding with them."""
 
 import io
 import itertools
@@ -14,8 +14,10 @@ import pytest
 
 from dpace.cli import main
 from dpace.decode import Decoder, Paces, generate_plain
-from dpace.decode.copies import BYTES_PER_TOKEN, CONTEXT_TOKENS, MAX_MATCH, NUM_KINDS, Copy, Recall
-from dpace.decode.costs import StepCosts
+from dpace.decode.copies import BYTES_PER_TOKEN, CONTEXT_TOKENS, MAX_MATCH, NUM_KINDS, Copy, PromptLookup, Recall
+from dpace.decode.generation import make_continuation
+from dpace.decode.loop import Speculation
+from dpace.decode.pace import StepCosts
 from dpace.drafter.drafter import ANSWERS_FILE, load_drafter
 from dpace.train import finish
 from tests.support.cases import wide
@@ -23,7 +25,38 @@ from tests.support.cases import wide
 FLAT = StepCosts([10.0, 10.1, 10.2, 10.3, 10.4, 10.5], 5.0)
 
 
-def search(answers: list[list[int]], text: list[int], count: int) -> tuple[int, list[int]]:
+def search_text(text, count):
+    """The definition: the longest match, of these the last, and copying token by token."""
+    for length in range(MAX_MATCH, 0, -1):
+        for start in range(len(text) - 1, length - 1, -1):
+            if len(text) >= length and text[start - length : start] == text[-length:]:
+                longer = list(text)
+                for k in range(count):
+                    longer.append(longer[start + k])
+                return length, longer[len(text) :]
+    return 0, []
+
+
+@pytest.mark.parametrize("num_words", [2, 5, 40])
+def test_what_followed_the_last_longest_match_in_the_text_is_proposed(num_words):
+    rng = random.Random(0)
+    text = [rng.randrange(num_words)]
+    lookup = PromptLookup(text)
+    for _ in range(150):
+        count = rng.randrange(0, 9)
+        lookup.read()
+        assert lookup.propose(count) == search_text(text, count)
+        text += [rng.randrange(num_words) for _ in range(rng.randrange(3))]
+
+
+def test_it_finds_out_whether_copying_would_have_been_right():
+    lookup = PromptLookup([1, 2, 3, 4])
+    assert lookup.read() == []
+    lookup.text += [2, 3, 9, 1, 2]
+    assert lookup.read() == [(0, False), (1, True), (2, False), (0, False), (1, True)]
+
+
+def search_answers(answers, text, count):
     """The definition: the last place behind six equal tokens, else behind two, and what followed there."""
     for length in (6, 2):
         for answer in reversed(answers):
@@ -36,17 +69,18 @@ def search(answers: list[list[int]], text: list[int], count: int) -> tuple[int, 
 
 
 @pytest.mark.parametrize("num_words", [3, 12])
-def test_proposals_are_what_followed_the_last_longest_match(num_words):
-    """Against searching all answers; a few are lost where two hashes are equal."""
-    rng, recall = random.Random(0), Recall(1.0)
+def test_what_followed_the_last_longest_match_in_an_answer_is_proposed(num_words):
+    """A few are lost where two hashes are equal."""
+    rng = random.Random(0)
+    recall = Recall(1.0)
     found = []
     answers = []
     for _ in range(60):
         text = [rng.randrange(1, num_words) for _ in range(40)]
-        expected = search(answers, text[:20], 5)
+        expected = search_answers(answers, text[:20], 5)
         proposed = recall.propose(text[:20], 5)
         assert len(proposed.token_ids) == 5 if proposed.match else proposed == Copy()
-        found.append(proposed.match == expected[0] and [*proposed.token_ids][: len(expected[1])] == expected[1])
+        found.append(proposed.match == expected[0] and proposed.token_ids[: len(expected[1])] == (expected[1] or ()))
         recall.add(text, 20)
         answers.append(text[4:])
     assert sum(found) >= 57
@@ -77,34 +111,38 @@ def test_a_full_memory_forgets_the_oldest_and_stays_as_large():
 @pytest.fixture
 def costs(monkeypatch):
     """Steps whose costs are known: copies are nearly free, and this drafter's drafts are not."""
-    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: FLAT)
-    monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_, **__: None)
+    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: FLAT)
+    monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_: None)
     monkeypatch.setattr("dpace.decode.pace.PRIOR_GAIN", 0.5)
 
 
+@pytest.fixture
+def drafter(language_target, random_drafter_folder):
+    return load_drafter(random_drafter_folder, language_target)
+
+
 @pytest.mark.parametrize("temperature", wide([0.0, 1.0], 1.0))
-def test_text_is_equal_with_memory(temperature, costs, language_target, random_drafter_folder, questions):
+def test_text_is_equal_with_memory(temperature, costs, language_target, drafter, questions):
     """Also where the same question comes again, which is then mostly copied; and the memory is of the decoder."""
-    drafter = load_drafter(random_drafter_folder, language_target)
     options = {"max_new_tokens": 24, "temperature": temperature, "seed": 3}
-    passes = {}
+    asked = questions[:4] * 2
+    expected = [generate_plain(language_target, question, **options).token_ids for question in asked]
+    passes = []
     for mib in (0.0, 1.0):
         decoder = Decoder(language_target, drafter, recall_mib=mib)
-        for question in [*questions[:4], *questions[:4]]:
-            expected = generate_plain(language_target, question, **options).token_ids
-            generation = decoder.generate(question, **options)
-            assert generation.token_ids == expected
-            passes[mib] = passes.get(mib, 0) + len(generation.widths)
-    assert passes[1.0] < 0.7 * passes[0.0]
+        found = [decoder.generate(question, **options) for question in asked]
+        assert [one.token_ids for one in found] == expected
+        passes.append(sum(len(one.widths) for one in found))
+    assert passes[1] < 0.7 * passes[0]
 
 
-def test_threads_share_a_decoder(language_target, random_drafter_folder, questions):
+def test_threads_share_a_decoder(language_target, drafter, questions, monkeypatch):
     """Also while its first calls measure the machine; threads give way to one another as often as they can."""
-    decoder = Decoder(language_target, load_drafter(random_drafter_folder, language_target))
+    decoder = Decoder(language_target, drafter)
     expected = [generate_plain(language_target, question, max_new_tokens=20).token_ids for question in questions]
-    found: dict[int, list[int]] = {}
+    found = {}
 
-    def run(first: int) -> None:
+    def run(first):
         for number in [*range(first, len(questions), 2)] * 2:
             found[number] = decoder.generate(questions[number], max_new_tokens=20).token_ids
 
@@ -131,19 +169,18 @@ def test_a_memory_starts_from_the_answers_of_the_training(
     ]
     assert drafter.answers == trained
     assert Paces(1.0).recall(drafter).propose(trained[5:9], 3).token_ids == trained[9:12]
-    assert Paces().recall(drafter) is None
     monkeypatch.setattr(finish, "MAX_ANSWER_TOKENS", 100)
     dataset = finish.ResponseDataset(language_responses[:50], max_length=64, num_anchors=8, seed=0)
     chosen = finish._find_answers(dataset)
     assert len(chosen) <= 100 and chosen[:20] == trained[:20] and chosen != trained[: len(chosen)]
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"token_ids": [64]}', '{"token_ids": []}'])
-def test_a_damaged_file_of_answers_is_refused(text, language_target, random_drafter_folder, tmp_path):
+def test_a_damaged_file_of_answers_is_refused(language_target, random_drafter_folder, tmp_path):
     folder = shutil.copytree(random_drafter_folder, tmp_path / "drafter")
-    (folder / ANSWERS_FILE).write_text(text)
-    with pytest.raises(ValueError, match=r"answers.json .*copy it again, or remove the file"):
-        load_drafter(folder, language_target)
+    for text in ("[1]", '{"token_ids": [64]}', '{"token_ids": []}'):
+        (folder / ANSWERS_FILE).write_text(text)
+        with pytest.raises(ValueError, match=r"answers.json .*copy it again, or remove the file"):
+            load_drafter(folder, language_target)
 
 
 def test_a_chat_copies_from_the_memory(
@@ -152,33 +189,25 @@ def test_a_chat_copies_from_the_memory(
     """`dpace generate --stream` with the answers of a training beside a random drafter, and --recall-mib."""
     folder = shutil.copytree(random_drafter_folder, tmp_path / "drafter")
     shutil.copy(language_drafter_folder / ANSWERS_FILE, folder)
-    flags = f"--target {language_folder} --drafter {folder} --stream --max-new-tokens 20".split()
-    texts, taus, added = {}, {}, []
-    add = Recall.add
-    monkeypatch.setattr(Recall, "add", lambda recall, *text: added.append(text) or add(recall, *text))
+    flags = f"generate --target {language_folder} --drafter {folder} --max-new-tokens 20 --recall-mib".split()
+    found = []
     for mib in ("0", "1"):
         monkeypatch.setattr("sys.stdin", io.StringIO("w3 w51\nw5 w51\n"))
-        assert main(["generate", *flags, "--recall-mib", mib]) == 0
+        assert main([*flags, mib, "--stream"]) == 0
         printed = capsys.readouterr()
-        texts[mib] = printed.out
-        taus[mib] = [float(tau) for tau in re.findall(r"gave ([\d.]+) \(tau\)", printed.err)]
-    assert texts["0"] == texts["1"] and taus["1"][0] > 1.3 * taus["0"][0]
-    assert len(added) == 3  # the answers of the training and both of the chat, and nothing without a memory
-    assert main(["generate", *flags, "--recall-mib", "-1"]) == 1
-    assert "recall-mib" in capsys.readouterr().err
-    for other in (["--width", "full"], ["--compile"]):
-        where = ["--target", str(language_folder), "--drafter", str(folder), "--prompt", "w3"]
-        assert main(["generate", *where, *other, "--recall-mib", "1"]) == 1
-        assert "--recall-mib needs --width auto" in capsys.readouterr().err
+        found.append((printed.out, float(re.findall(r"gave ([\d.]+) \(tau\)", printed.err)[0])))
+    (text, alone), (same, tau) = found
+    assert text == same and tau > 1.3 * alone
+    for wrong in (["-1"], ["1", "--width", "full"], ["1", "--compile"]):
+        assert main([*flags, *wrong, "--prompt", "w3"]) == 1
+        assert "recall-mib" in capsys.readouterr().err
 
 
-def test_an_answer_that_is_stopped_early_is_remembered(costs, language_target, random_drafter_folder, questions):
-    from dpace.decode.loop import Speculation
-    from dpace.decode.request import make_continuation
-
-    drafter, paces = load_drafter(random_drafter_folder, language_target), Paces(1.0)
+def test_an_answer_that_is_stopped_early_is_remembered(costs, language_target, drafter, questions):
+    paces = Paces(1.0)
     text = make_continuation(language_target, questions[0], max_new_tokens=20)
     steps = Speculation(language_target, drafter, text, paces=paces).steps()
     emitted = [token for _ in range(4) for token in next(steps).token_ids]
     steps.close()
     assert paces.recall(drafter).propose(questions[0], 3).token_ids == emitted[:3]
+    assert Paces().recall(drafter) is None

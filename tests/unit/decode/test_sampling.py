@@ -1,0 +1,133 @@
+"""Distributions: of the filters, of drafts with transformers' processors, and of the text that comes out."""
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from dpace.decode import custom_generate
+from dpace.decode.pace import Plan, StepCosts
+from dpace.decode.sampling import Sampler, verify_sampled
+from dpace.drafter.selector import draw_draft
+from dpace.drafter.vocabulary import DraftVocabulary
+from tests.conftest import make_drafter, make_target
+
+VOCAB = 6
+
+
+@pytest.mark.parametrize("filters", [{"temperature": 0.7}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9}])
+def test_filters_are_those_of_transformers(filters):
+    """The distribution of the first token is the one that `model.generate` draws from."""
+    target = make_target("qwen3")
+    ids = torch.tensor([[5, 6, 7]])
+    kept = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None}
+    out = target.model.generate(ids, do_sample=True, max_new_tokens=1, **kept, **{"top_k": 0, **filters})
+    sampler = Sampler(**{"temperature": 1.0, **filters})
+    scores = sampler.scores(target.model(ids).logits[0, -1:].detach(), [5, 6, 7])
+    torch.testing.assert_close(sampler.probs(scores), out.scores[0].softmax(-1))
+
+
+def test_processors_see_the_tokens_that_were_drawn():
+    seen = []
+    processors = LogitsProcessorList([lambda ids, scores: seen.append(ids[0].tolist()) or scores])
+    sampler = Sampler(1.0, processors=processors, seed=0)
+    tokens, probs = draw_draft(torch.randn(3, VOCAB), [4, 5], sampler)
+    drawn = tokens.tolist()
+    prefixes = [[4, 5], [4, 5, drawn[0]], [4, 5, *drawn[:2]]]
+    assert seen == prefixes and probs.shape == (3, VOCAB)
+    sampler.scores(torch.randn(3, VOCAB), prefixes[-1])
+    assert seen[3:] == prefixes
+
+
+def test_the_overlap_is_accepted():
+    """Acceptance of each slot is `sum of min(p, q)` of the processed distributions, by enumeration of the first."""
+    torch.manual_seed(3)
+    draft_logits, target_logits, text = 2 * torch.randn(2, VOCAB), 2 * torch.randn(3, VOCAB), [2, 3]
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)])
+    sampler = Sampler(1.0, processors=processors, seed=1)
+
+    def overlap(slot, prefix):
+        p, q = (sampler.probs(sampler.scores(rows[slot][None], prefix))[0] for rows in (target_logits, draft_logits))
+        return torch.minimum(p, q)
+
+    first = overlap(0, text)
+    expected = sum(float(first[x]) * (1 + float(overlap(1, [*text, x]).sum())) for x in range(VOCAB))
+    accepted, samples = 0, 3000
+    for _ in range(samples):
+        tokens, draft_probs = draw_draft(draft_logits, text, sampler)
+        draft = tokens.tolist()
+        target_probs = sampler.probs(sampler.scores(target_logits, [*text, *draft]))
+        accepted += verify_sampled(draft, draft_probs, target_probs, sampler)[0]
+    assert abs(accepted / samples - expected) < 4 * (1 / samples) ** 0.5  # the number lies in 0 .. 2: deviation <= 1
+
+
+def test_equal_distributions_and_a_draw_that_rounding_rejects_still_give_a_token(monkeypatch):
+    probs = torch.tensor([[0.25, 0.25, 0.5], [0.25, 0.25, 0.5]])
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.ones(count))
+    assert verify_sampled([1], probs[:1], probs, Sampler(1.0, seed=0))[0] == 0
+
+
+def chi_square(counts, probs):
+    """p-value of counts against probabilities, rare cells together."""
+    expected = probs.flatten() * counts.sum()
+    common = expected >= 5
+    found = torch.cat([counts.flatten()[common], counts.flatten()[~common].sum()[None]]).double()
+    wanted = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
+    return chisquare(found, wanted * found.sum() / wanted.sum()).pvalue
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "drafted"),
+    [
+        ("equality", {"temperature": 1.4, "top_p": 0.8}, None),
+        ("speculative", {"no_repeat_ngram_size": 2, "temperature": 1.3}, None),
+        pytest.param("equality", {}, [1, 3], marks=pytest.mark.wide),
+        pytest.param("speculative", {}, [1, 3], marks=pytest.mark.wide),
+        pytest.param("speculative", {"top_p": 0.9}, [1, 3], marks=pytest.mark.wide),
+        pytest.param("speculative", {"repetition_penalty": 1.8}, None, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("samples", [300, pytest.param(1500, marks=pytest.mark.slow)])
+def test_the_text_has_the_targets_distribution(rule, options, drafted, samples, monkeypatch):
+    """Chi-square of the 2nd and 3rd token against transformers' own chain of processors, for cut and whole drafts.
+
+    Also where only some tokens, and those of the prompt, are drafted.
+    """
+    widths = itertools.cycle([3, 4, 2, 1])
+    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: StepCosts([1.0] * 4, 0.1))
+    monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_, **__: Plan(is_drafted=True))
+    monkeypatch.setattr(
+        "dpace.decode.pace.Pace.choose_width",
+        lambda _, plan, confidences: plan._replace(width=min(next(widths), len(confidences) + 1)),
+    )
+    monkeypatch.setattr("dpace.decode.pace.Pace.learn", lambda *_, **__: None)
+    target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=3)
+    target.model.generation_config.eos_token_id = target.model.generation_config.pad_token_id = None
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.mul_(0.2)
+    target.refresh_copies()
+    drafter = make_drafter(target, block_size=4, num_layers=1, num_features=1)
+    drafter.vocabulary = DraftVocabulary(drafted) if drafted else None
+    start = torch.tensor([[4, 5, 6]])
+    call = {"do_sample": True, "max_new_tokens": 4, "top_k": 0, "pad_token_id": 0, **options}
+    given = {}
+    target.model.generate(start, custom_generate=lambda *args, **rest: given.update(rest) or args[1], **call)
+
+    @torch.no_grad()
+    def probs(*tokens):
+        ids = torch.cat([start, torch.tensor([tokens], dtype=torch.long)], dim=1)
+        return torch.softmax(given["logits_processor"](ids, target.model(ids).logits[:, -1].float()), -1)[0].double()
+
+    torch.manual_seed(0)
+    with_drafter = custom_generate(target, drafter, verify_rule=rule, width="auto")
+    counts = torch.zeros(8, 8, 8)
+    for _ in range(samples):
+        counts[tuple(with_drafter(target.model, start, **given)[0, 3:6].tolist())] += 1
+    expected = torch.zeros(8, 8, 8, dtype=torch.double)
+    for a, first in enumerate(probs().tolist()):
+        for b, second in enumerate(probs(a).tolist() if first else []):
+            expected[a, b] = first * second * probs(a, b) if second else 0
+    assert not counts[expected == 0].any()
+    assert chi_square(counts.sum(0), expected.sum(0)) > 0.01
