@@ -123,8 +123,8 @@ class Batch:
         if target.is_spread or implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
             raise ValueError(
                 f"the target's attention is {implementation}, or its layers are on several devices; a batch needs one "
-                "device and a 4-D mask: load it with attn_implementation='sdpa' and no device_map, or decode a prompt at "
-                "a time, with `generate` or without --compile"
+                "device and a 4-D mask: load it with attn_implementation='sdpa' and on one, or decode one prompt "
+                "at a time, with `generate` or without --compile"
             )
         target.refuse_rotation(len(rows), capacity)
         vocabulary = None
@@ -160,15 +160,16 @@ class Batch:
         ends = self._find_ends()
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
         if self.drafter is not None and self.drafter.num_context < features.shape[1]:
-            positions = (ends[1] - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
+            positions = (ends["starts"] - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
             features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
-        self.state = State(*ends, features, positions)
+        self.state = State(**ends, features=features, positions=positions)
         self.drop_done()
 
-    def _find_ends(self) -> Int[Tensor, "3 batch 1"]:
+    def _find_ends(self) -> dict[str, Int[Tensor, "batch 1"]]:
         """Look up which token is the last of each row, where it is, and where the last one may be."""
-        ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
-        return torch.tensor(ends, device=self.target.device).T.contiguous()[..., None]
+        found = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
+        ends = torch.tensor(found, device=self.target.device).T.contiguous()[..., None]
+        return dict(zip(("last_ids", "starts", "limits"), ends, strict=True))
 
     def step(self) -> None:
         """Emit the tokens of one draft and its verification in every row, and drop the rows that are done."""
@@ -196,7 +197,7 @@ class Batch:
                 draft = block[1 : row.remaining + 1]
                 row.take(verify_draft(draft, tokens), tokens, width=len(draft) + 1)
         if not self.is_greedy:
-            self.state = State(*self._find_ends(), state.features, state.positions)
+            self.state = state._replace(**self._find_ends())
         self.drop_done()
 
     def drop_done(self) -> None:

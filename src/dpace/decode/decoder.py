@@ -61,11 +61,11 @@ class Decoder:
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Decode several prompts at once; arguments and errors as in `generate_batch`."""
-        seed = options.pop("seed", None)
+        seed = options.get("seed")
         rows = []
         for number, token_ids in enumerate(prompts):
-            own = None if seed is None else seed + number
-            rows.append(make_continuation(self.target, token_ids, seed=own, **options))
+            own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
+            rows.append(make_continuation(self.target, token_ids, **own))
         if not rows:
             return []
         caches = None
