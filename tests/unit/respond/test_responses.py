@@ -65,7 +65,7 @@ def test_a_target_on_several_devices_reads_padded_rows(target, monkeypatch):
     config = RespondConfig(max_new_tokens=6)
     answers = in_process.generate_responses(target, encoded, config, range(3))
     monkeypatch.setattr(target.model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
-    monkeypatch.setattr(in_process, "Batch", lambda *_: pytest.fail("rows of different lengths"))
+    monkeypatch.setattr(in_process.Batch, "steps", lambda _: pytest.fail("rows of different lengths"))
     assert in_process.generate_responses(target, encoded, config, range(3)) == answers
 
 
