@@ -124,7 +124,8 @@ def bench(
 def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
     """Write results, with the rows of earlier calls for other sets, temperatures, widths, rules or drafters.
 
-    Where anything else of an earlier call differs, its file gets another name, which a message says.
+    Where anything else of an earlier call differs, also the weights of a drafter, its file gets another name, which a
+    message says.
     """
     try:
         earlier = read_results(path)
@@ -132,8 +133,15 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
         earlier = None
     if isinstance(earlier, BenchResults):
         shared = [field.name for field in fields(Provenance) if field.name not in OF_DRAFTERS]
-        if all(getattr(earlier, name) == getattr(results, name) for name in shared):
-            results = _join(earlier, results)
+        kept, now = _weights(earlier), _weights(results)
+        if all(getattr(earlier, name) == getattr(results, name) for name in shared) and {**kept, **now} == {
+            **now,
+            **kept,
+        }:
+            measured = {WAY(row) for row in results.rows}
+            rows = [*(row for row in earlier.rows if WAY(row) not in measured), *results.rows]
+            of_drafters = {name: {**(getattr(earlier, name) or {}), **getattr(results, name)} for name in OF_DRAFTERS}
+            results = replace(results, **of_drafters, rows=rows, comparisons=list(compare_drafters(rows)))
         else:
             aside = path.with_stem(f"{path.stem}-{hash_json(to_json(earlier))[:8]}")
             register_files(path.parent, aside.name)
@@ -143,22 +151,9 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
     return results
 
 
-def _join(earlier: BenchResults, results: BenchResults) -> BenchResults:
-    """Put the rows of earlier results before those that were measured now, without those of drafters that changed."""
-    weights = {name.removesuffix(SPECULATIVE): sha256 for name, sha256 in results.drafters.items()}
-    changed = {
-        name
-        for name, sha256 in earlier.drafters.items()
-        if weights.get(name.removesuffix(SPECULATIVE), sha256) != sha256
-    }
-    measured = {WAY(row) for row in results.rows}
-    kept = [row for row in earlier.rows if WAY(row) not in measured and row.drafter not in changed]
-    rows = [*kept, *results.rows]
-    of_drafters = {}
-    for field in OF_DRAFTERS:
-        both = {**(getattr(earlier, field) or {}), **getattr(results, field)}
-        of_drafters[field] = {row.drafter: both[row.drafter] for row in rows if row.drafter in both}
-    return replace(results, **of_drafters, rows=rows, comparisons=list(compare_drafters(rows)))
+def _weights(results: BenchResults) -> dict[str, str]:
+    """Return the hashes of the drafters' weights, by their names without the rule."""
+    return {name.removesuffix(SPECULATIVE): sha256 for name, sha256 in results.drafters.items()}
 
 
 def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:

@@ -92,45 +92,44 @@ def check_texts(
     Returns:
         The findings, and the greedy generations that verified whole blocks.
     """
-    cases = count(len(prompts), "prompt")
+    seeds = [config.seed + number for number in range(len(prompts))]
     findings = []
 
-    def compare(
-        name: str, temperature: float, texts: Mapping[str, Sequence[list[int]]], expected: Sequence[list[int]]
-    ) -> None:
-        """Add the finding about texts of each way of decoding, one a prompt."""
+    def decode(function: Any, *models: Any, **options: Any) -> list[Generation]:
+        return [function(*models, ids, seed=seed, **options) for ids, seed in zip(encoded, seeds, strict=True)]
+
+    def compare(name: str, temperature: float, texts: Mapping[str, Sequence[Any]], expected: Sequence[Any]) -> None:
+        """Add the finding about the token ids of each way of decoding, one text a prompt."""
         divergences = []
         for how, number in product(texts, range(len(prompts))):
             found = texts[how][number]
             if found != expected[number]:
-                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
+                sampler = Sampler(temperature, seed=seeds[number], device=target.device)
                 where = f"{prompts[number].id}, {how}"
                 divergences.append(find_divergence(target, sampler, where, encoded[number], found, expected[number]))
-        findings.append(text_finding(name, f"{cases} x {', '.join(texts)}", len(texts) * len(prompts), divergences))
-
-    def decode(decoder: Any, *models: Any, **options: Any) -> list[Generation]:
-        return [decoder(*models, ids, seed=config.seed + number, **options) for number, ids in enumerate(encoded)]
+        cases = f"{count(len(prompts), 'prompt')} x {', '.join(texts)}"
+        findings.append(text_finding(name, cases, len(texts) * len(prompts), divergences))
 
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
     ways["width auto"] = {"width": "auto", "paces": Paces()}
-    speculative = {"rule speculative": {"width": "full", "verify_rule": "speculative"}}
+    ways["rule speculative"] = {"width": "full", "verify_rule": "speculative"}
     whole = []
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
         options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
-        tried = ways if temperature else ways | speculative  # which draws another text above temperature 0
-        outs = {
-            how: decode(generate, target, drafter, **options, **arguments)
-            for how, arguments in track(list(tried.items()), f"texts, T={temperature:g}")
-        }
-        whole = whole or outs[f"width {drafter.block_size}"]
+        outs = {}
+        for how, arguments in track(list(ways.items()), f"texts, T={temperature:g}"):
+            outs[how] = decode(generate, target, drafter, **options, **arguments)
         with contextlib.suppress(ValueError):  # layers or attention without batches, which then cannot be wrong
             outs["batch"] = generate_batch(target, drafter, encoded, seed=config.seed, **options)
+        texts = {how: [out.token_ids for out in of_way] for how, of_way in outs.items()}
         plain = [out.token_ids for out in decode(generate_plain, target, **options)]
         if temperature == 0:
+            whole = outs[f"width {drafter.block_size}"]
+            del ways["rule speculative"]  # above temperature 0 it draws another text
             own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
             compare("plain decoding is generate of transformers", temperature, {"plain decoding": plain}, own)
-        compare(name, temperature, {how: [out.token_ids for out in found] for how, found in outs.items()}, plain)
+        compare(name, temperature, texts, plain)
     return findings, whole
 
 

@@ -209,7 +209,7 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
     counts = {record.id: _verifications(record) for record in records} if drafts else {}
     total = Counts.pooled([of_turn for turns in counts.values() for of_turn in turns])
     served = {
-        name: (sum(of_turn.num_emitted for of_turn in turns), sum(of_turn.num_verifications for of_turn in turns))
+        name: [sum(of_turn.num_emitted for of_turn in turns), sum(of_turn.num_verifications for of_turn in turns)]
         for name, turns in counts.items()
     }
     ours = {}

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from dpace.config import BenchConfig
@@ -49,43 +48,42 @@ def test_rules_are_compared_on_the_same_prompts(language_target, language_drafte
 def test_a_second_call_keeps_the_rows_of_the_first(
     language_target, language_drafter, language_prompts, tmp_path, capsys
 ):
-    """Where settings differ, the first results get another name; rows of a drafter with other weights leave."""
+    """Where settings or the weights of a drafter differ, the first results get another name."""
     prompts = make_prompts(language_prompts[50:52])
     config = BenchConfig(max_new_tokens=8, temperatures=(0.0,), widths=("full",))
     other = make_drafter(language_target, block_size=language_drafter.block_size)
 
     def measure(drafter, **changes):
-        return bench(language_target, {"d": drafter}, prompts, replace(config, **changes), tmp_path)
+        results = bench(language_target, {"d": drafter}, prompts, replace(config, **changes), tmp_path)
+        assert read_results(tmp_path / "results.json") == results
+        return [(row.drafter, row.width) for row in results.rows]
 
     measure(language_drafter)
     measure(language_drafter, verify_rules=("speculative",), temperatures=(1.0,))
-    both = measure(language_drafter, widths=(2,))
-    assert [(row.drafter, row.width) for row in both.rows] == [("d", "full"), ("d, speculative", "full"), ("d", 2)]
-    assert set(both.drafters) == set(both.drafter_configs) == {"d", "d, speculative"}
-    assert read_results(tmp_path / "results.json") == both
-    assert [row.width for row in measure(other, widths=(3,)).rows] == [3]
-    assert "had results" not in capsys.readouterr().err
-    measure(other, widths=(3,), max_new_tokens=9)
-    assert "results of other settings, which are now in results-" in capsys.readouterr().err
-    (aside,) = tmp_path.glob("results-*.json")
-    assert [row.width for row in read_results(aside).rows] == [3]
+    assert measure(language_drafter, widths=(2,)) == [("d", "full"), ("d, speculative", "full"), ("d", 2)]
+    assert not capsys.readouterr().err.count("other settings")
+    for number, (drafter, width, length) in enumerate([(other, 3, 8), (other, 3, 9)], start=1):
+        assert measure(drafter, widths=(width,), max_new_tokens=length) == [("d", width)]
+        assert "results of other settings, which are now in results-" in capsys.readouterr().err
+        aside = [read_results(path) for path in tmp_path.glob("results-*.json")]
+        assert sorted(len(results.rows) for results in aside) == [1, 3][-number:]
 
 
 @pytest.mark.parametrize("num_prompts", [3, 6])
 def test_turns_are_drawn_with_their_prompt(num_prompts):
     """Two turns of a prompt say no more of other prompts than one that is twice as long."""
-    speeds = [1.0, 2.0, 4.0, 1.5, 3.0, 2.5]
+    config = BenchConfig(temperatures=(0.0,), widths=("full",))
 
     def measure(num_turns: int, **counts):
-        places = [{"id": str(i), "turn": turn} for i in range(num_prompts) for turn in range(num_turns)]
-        plain = [make_plain(**place, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns) for place in places]
-        ours = [
-            make_response(**place, **counts, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns / speed)
-            for place, speed in zip(places, np.repeat(speeds[:num_prompts], num_turns).tolist(), strict=True)
-        ]
-        prompts = [Prompt(str(i), "s", [[]] * num_turns) for i in range(num_prompts)]
-        records = {record.key: record for record in [*plain, *ours]}
-        (row,) = make_rows(records, prompts, BenchConfig(temperatures=(0.0,), widths=("full",)), {"dpace": 3})
+        records = {}
+        for number, speed in enumerate([1.0, 2.0, 4.0, 1.5, 3.0, 2.5][:num_prompts]):
+            for turn in range(num_turns):
+                place = {"id": str(number), "turn": turn, "decode_tokens": 8 // num_turns}
+                plain = make_plain(**place, decode_seconds=8 / num_turns)
+                ours = make_response(**place, **counts, decode_seconds=8 / num_turns / speed)
+                records |= {record.key: record for record in (plain, ours)}
+        prompts = [Prompt(str(number), "s", [[]] * num_turns) for number in range(num_prompts)]
+        (row,) = make_rows(records, prompts, config, {"dpace": 3})
         return row
 
     two, one = measure(2), measure(1, histogram=[2, 0, 2])

@@ -1,6 +1,7 @@
 """The checks pass where they should, and fail for each kind of bug that they are for."""
 
 import json
+import operator
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,7 @@ import dpace.measure.check
 from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
 from dpace.config import CheckConfig, RespondConfig
-from dpace.decode import Generation, generate_batch, generate_plain
-from dpace.decode.sampling import verify_draft
+from dpace.decode import generate_batch
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
 from dpace.measure.own_text import check_responses, greedy_share, read_greedy
@@ -30,29 +30,21 @@ def prompts(language_prompts) -> list[Prompt]:
     return make_prompts(language_prompts[50:])
 
 
-def other(generation: Generation) -> Generation:
-    """Another token in a text."""
-    generation.token_ids[3] = (generation.token_ids[3] + 1) % 64
-    return generation
-
-
 def failed(findings) -> list[str]:
     return [finding.name for finding in findings if not finding.is_passed]
 
 
 def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts):
+    """The untrained one with a draft vocabulary."""
     findings = check(language_target, language_drafter, prompts, CONFIG)
     assert not failed(findings) and len(findings) == 8
     counts = (n * CONFIG.num_prompts for n in (1, 6, 5))
     assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
-    assert not failed(check(language_target, make_drafter(language_target), prompts, CONFIG))
     tried = ["rule" in finding.cases and "batch" in finding.cases for finding in findings[1:3]]
     assert tried == [True, False], "only what was decoded is named"
-
-
-def test_a_drafter_with_a_draft_vocabulary_passes(language_target, language_drafter, prompts, monkeypatch):
-    monkeypatch.setattr(language_drafter, "vocabulary", DraftVocabulary(range(30)))
-    assert not failed(check(language_target, language_drafter, prompts, CONFIG))
+    untrained = make_drafter(language_target)
+    untrained.vocabulary = DraftVocabulary(range(30))
+    assert not failed(check(language_target, untrained, prompts, CONFIG))
 
 
 @pytest.mark.wide
@@ -75,12 +67,38 @@ def test_the_share_of_greedy_tokens(language_target, language_responses):
     assert shares[0] > 0.99 and shares[1] < 0.9
 
 
-def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):
-    monkeypatch.setattr(
-        dpace.decode.loop, "verify_draft", lambda draft, own: min(len(draft), verify_draft(draft, own) + 1)
-    )
-    found = failed(check(language_target, language_drafter, prompts, CONFIG))
-    assert {"accepted lengths in training are those of decoding"} <= set(found)
+def spoil(function):
+    """Make a way of decoding write another token."""
+
+    def spoilt(*args, **options):
+        found = function(*args, **options)
+        for generation in found if isinstance(found, list) else [found]:
+            generation.token_ids[3] = (generation.token_ids[3] + 1) % 64
+        return found
+
+    return spoilt
+
+
+def accept_more(verify):
+    return lambda draft, own: min(len(draft), verify(draft, own) + 1)
+
+
+FAULTS = {
+    "dpace.decode.loop.verify_draft": (accept_more, "accepted lengths in training are those of decoding", ""),
+    "dpace.measure.check.generate_plain": (spoil, "plain decoding is generate of transformers", "plain decoding"),
+    "dpace.measure.check.generate_batch": (spoil, "text at temperature 0", "batch"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name, language_target, language_drafter, prompts, monkeypatch):
+    """The baseline is wrong as where `respond` once took over the target's penalties."""
+    change, expected, how = FAULTS[name]
+    monkeypatch.setattr(name, change(operator.attrgetter(name.removeprefix("dpace."))(dpace)))
+    findings = check(language_target, language_drafter, prompts, replace(CONFIG, num_prompts=1))
+    assert expected in failed(findings)
+    detail = next(finding.detail for finding in findings if finding.name == expected)
+    assert not how or (f"{how}, token 3" in detail and "NOT A TIE" in detail)
 
 
 def test_another_distribution_is_found(language_target, language_drafter, prompts, monkeypatch):
@@ -131,34 +149,20 @@ def test_the_verb(language_folder, language_target, language_prompts, tmp_path, 
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     make_drafter(language_target).save_pretrained(tmp_path / "drafter")
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])
-    flags = ["--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
-    flags += ["--num-prompts", "1", "--max-new-tokens", "12"]
-    assert main(["check", *flags]) == 0
-    printed = capsys.readouterr()
-    assert [line.split()[:1] for line in printed.out.splitlines()].count(["pass"]) == 8
-    assert "texts, T=0: 5 of 5" in printed.err
-    assert "1 prompt x width 2, " in printed.out
     answers = tmp_path / "r.jsonl"
     write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
-    change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
-    assert main(["check", *flags, "--responses", str(answers)]) == 1
-    assert "failed: responses are of this target. The drafter keeps the text" in capsys.readouterr().err
-    monkeypatch.setattr(
-        "dpace.measure.check.generate_batch", lambda *args, **more: [*map(other, generate_batch(*args, **more))]
-    )
-    assert main(["check", *flags]) == 1
+    ask = ["check", "--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
+    ask += ["--num-prompts", "1", "--max-new-tokens", "12", "--responses", str(answers)]
+    assert main(ask) == 0
     printed = capsys.readouterr()
-    assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err
-
-
-def test_a_baseline_that_is_not_the_targets_is_found(language_target, prompts, monkeypatch):
-    """As where `respond` once took over the target's penalties."""
-    monkeypatch.setattr(
-        "dpace.measure.check.generate_plain", lambda *args, **options: other(generate_plain(*args, **options))
-    )
-    findings = check(language_target, make_drafter(language_target), prompts, replace(CONFIG, num_prompts=1))
-    assert findings[0].name == "plain decoding is generate of transformers" and not findings[0].is_passed
-    assert "token 3" in findings[0].detail and "NOT A TIE" in findings[0].detail
+    assert [line.split()[:1] for line in printed.out.splitlines()].count(["pass"]) == 10
+    assert "texts, T=0: 5 of 5" in printed.err and "1 prompt x width 2, " in printed.out
+    change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
+    assert main(ask) == 1
+    assert "failed: responses are of this target. The drafter keeps the text" in capsys.readouterr().err
+    monkeypatch.setattr("dpace.measure.check.generate_batch", spoil(generate_batch))
+    assert main(ask) == 1
+    assert "failed: text at temperature 0 (float32)" in capsys.readouterr().err
 
 
 def test_kept_responses_are_read_again(language_target, prompts, tmp_path):

@@ -1,7 +1,6 @@
 """The floor of the rejections is exact where it is known, and lies between its two ends where it is estimated."""
 
 import itertools
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +13,10 @@ from dpace.config import ExplainConfig
 from dpace.decode import generate
 from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import PackedRows
-from dpace.measure.floor import distributions, draw_continuations, explain, explain_prompt, fit_blind, score_block
+from dpace.measure.floor import distributions, draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
 from tests.conftest import make_drafter, make_with_head
-from tests.support.files import make_prompts, write_prompts
+from tests.support.files import write_prompts
 
 CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
@@ -33,16 +32,6 @@ def test_no_other_distribution_is_rejected_less(is_drawn):
     rejected = [floor.rejections(probs, other, weights) for other in others]
     least = floor.rejections(probs, best, weights)
     assert min(rejected) >= least - 1e-6 and min(rejected) <= least + 0.1 * is_drawn + 1e-6
-
-
-def markov(num_samples: int, start: torch.Tensor, then: torch.Tensor, num_slots: int, seed: int):
-    """Draw continuations of a chain; returns tokens and the distributions that they were drawn from."""
-    generator = torch.Generator().manual_seed(seed)
-    probs, tokens = [start.expand(num_samples, -1)], []
-    for _ in range(num_slots):
-        tokens.append(torch.multinomial(probs[-1], 1, generator=generator)[:, 0])
-        probs.append(then[tokens[-1]])
-    return torch.stack(tokens, 1), torch.stack(probs[:num_slots], 1)
 
 
 def test_a_token_that_repeats_the_one_before_cannot_be_drafted():
@@ -70,8 +59,19 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
     own = torch.randn(num_slots, num_tokens, generator=generator).softmax(-1)
     if not is_drawn:
         own = torch.nn.functional.one_hot(own.argmax(-1), num_tokens).float()
+
+    def probs_of(paths):
+        return torch.stack([start.expand(len(paths), -1), then[paths[:, 0]], then[paths[:, 1]]], 1)
+
+    def measure(num_samples):
+        paths = torch.multinomial(start.expand(num_samples, -1), 1)
+        while paths.shape[1] < num_slots:
+            paths = torch.cat([paths, torch.multinomial(then[paths[:, -1]], 1)], 1)
+        drafted = own.expand(num_samples, -1, -1)
+        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool(), is_drawn=is_drawn)
+
     paths = torch.tensor(list(itertools.product(range(num_tokens), repeat=num_slots)))
-    probs = torch.stack([start.expand(len(paths), -1), then[paths[:, 0]], then[paths[:, 1]]], 1)
+    probs = probs_of(paths)
     weights = torch.ones(len(paths))
     exact = np.zeros((2, num_slots))
     for slot in range(num_slots):
@@ -80,21 +80,12 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
         fitted = fit_blind(probs[:, slot], shares, is_drawn=is_drawn)
         exact[:, slot] = [floor.rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
         true = probs[:, slot].gather(1, paths[:, slot, None])[:, 0]
-        weights = weights * torch.minimum(
-            true, own[slot][paths[:, slot]] if is_drawn else true * own[slot][paths[:, slot]]
-        )
-    found = []
-    for seed in range(100):
-        tokens, drawn = markov(8, start, then, num_slots, seed)
-        is_end = torch.zeros_like(tokens, dtype=torch.bool)
-        found.append(score_block(drawn, own.expand(8, -1, -1), tokens, is_end, is_drawn=is_drawn))
-    reached, rejected, low, high = np.mean(found, 0)
+        drafts = own[slot][paths[:, slot]]
+        weights = weights * (torch.minimum(true, drafts) if is_drawn else true * drafts)
+    reached, rejected, low, high = np.mean([measure(8) for _ in range(100)], 0)
     assert np.allclose(rejected, exact[0], atol=0.03) and reached[0] == 1
-    assert (low <= exact[1] + 0.01).all() and (high >= exact[1] - 0.01).all()
-    assert high[1] - low[1] > 0.01
-    tokens, drawn = markov(4000, start, then, num_slots, seed=0)
-    many = score_block(drawn, own.expand(4000, -1, -1), tokens, torch.zeros_like(tokens).bool(), is_drawn=is_drawn)
-    assert np.allclose(many[1:], [exact[0], exact[1], exact[1]], atol=0.03)
+    assert (low <= exact[1] + 0.01).all() and (high >= exact[1] - 0.01).all() and high[1] - low[1] > 0.01
+    assert np.allclose(measure(4000)[1:], [exact[0], exact[1], exact[1]], atol=0.03)
 
 
 def test_greedy_rejections_are_those_of_decoding(language_target, language_drafter, questions):
@@ -140,27 +131,7 @@ def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions
     assert torch.allclose(chances, torch.stack([probs for _, probs in drawn]), atol=1e-6)
 
 
-def test_an_interrupted_explanation_goes_on(language_target, language_drafter, language_prompts, tmp_path, monkeypatch):
-    prompts = make_prompts(language_prompts[50:53])
-    config = replace(CONFIG, output=str(tmp_path))
-    whole = explain(language_target, language_drafter, prompts, replace(config, output=str(tmp_path / "whole")))
-    calls = []
-
-    def count(*args):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return explain_prompt(*args)
-
-    monkeypatch.setattr(floor, "explain_prompt", count)
-    with pytest.raises(KeyboardInterrupt):
-        explain(language_target, language_drafter, prompts, config)
-    monkeypatch.setattr(floor, "explain_prompt", explain_prompt)
-    assert explain(language_target, language_drafter, prompts, config).rows == whole.rows
-    assert len(calls) == 2 and read_results(tmp_path / "explain.json").rows == whole.rows
-
-
-def test_the_command_says_where_tau_is_lost(
+def test_the_command_says_where_tau_is_lost_and_goes_on(
     language_folder, random_drafter_folder, language_prompts, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -168,13 +139,18 @@ def test_the_command_says_where_tau_is_lost(
     options = ["--prompts", "prompts.jsonl", "--num-prompts", "6", "--num-blocks", "2", "--num-samples", "4"]
     ask = ["explain", "--target", str(language_folder), "--drafter", str(random_drafter_folder), *options]
     assert main([*ask, "--dry-run"]) == 0 and "prompts: 6" in capsys.readouterr().out
-    assert main([*ask, "--max-new-tokens", "8"]) == 0
+    short = [*ask, "--max-new-tokens", "8"]
+    assert main(short) == 0
     shown = capsys.readouterr().out
     assert "most rejections are the drafter's own" in shown and "explain.json" in shown
+    results = read_results(tmp_path / "dpace-explain" / "explain.json")
+    (kept,) = (tmp_path / "dpace-explain").glob("explain-*.jsonl")
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-2]))
+    assert main(short) == 0 and "sampling: 5 of 6" in capsys.readouterr().err, "two prompts were lost"
+    assert read_results(tmp_path / "dpace-explain" / "explain.json") == results and results.num_samples == 4
     assert main(["report", "dpace-explain"]) == 0
     assert "Where tau is lost" in (tmp_path / "dpace-explain" / "report.html").read_text()
-    assert main([*ask, "--max-new-tokens", "8", "--temperature", "0", "--output", "greedy"]) == 0
+    assert main([*short, "--temperature", "0", "--output", "greedy"]) == 0
     assert "100 to 100 %" in capsys.readouterr().out
-    assert main([*ask, "--max-new-tokens", "1", "--output", "short"]) == 0
+    assert main([*ask, "--max-new-tokens", "1", "--output", "one"]) == 0
     assert "nothing was rejected" in capsys.readouterr().out
-    assert json.loads((tmp_path / "greedy" / "explain.json").read_text())["num_samples"] == 4

@@ -77,19 +77,24 @@ def test_broken_files_are_told(content, message, tmp_path):
         find_results(tmp_path)
 
 
-def test_a_wrong_key_is_named(tmp_path):
-    path = tmp_path / "results.json"
-    write_results(path, COMPARE)
-    with changed_json(path) as value:
-        value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
-    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected 'auto', 'full' or 'copies'"
-    with pytest.raises(ValueError, match=place):
-        read_results(path)
-    write_results(path, BENCH)
-    with changed_json(path) as value:
-        value["rows"][0]["new"] = value["rows"][0].pop("tau")
-    with pytest.raises(ValueError, match=r"there is no key 'rows\[0\].new'"):
-        read_results(path)
+@pytest.mark.parametrize(
+    ("results", "change", "message"),
+    [
+        (
+            COMPARE,
+            lambda value: value["decode"]["rows"][1]["responses"][0].update(width="wide"),
+            r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected one of auto, full, copies or an integer",
+        ),
+        (BENCH, lambda value: value["rows"][0].update(new=1), r"there is no key 'rows\[0\].new'"),
+    ],
+    ids=["value", "key"],
+)
+def test_what_is_wrong_is_named(results, change, message, tmp_path):
+    write_results(tmp_path / "results.json", results)
+    with changed_json(tmp_path / "results.json") as value:
+        change(value)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / "results.json")
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):
