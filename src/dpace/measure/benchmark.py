@@ -133,11 +133,8 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
         earlier = None
     if isinstance(earlier, BenchResults):
         shared = [field.name for field in fields(Provenance) if field.name not in OF_DRAFTERS]
-        kept, now = _weights(earlier), _weights(results)
-        if all(getattr(earlier, name) == getattr(results, name) for name in shared) and {**kept, **now} == {
-            **now,
-            **kept,
-        }:
+        is_same = all(getattr(earlier, name) == getattr(results, name) for name in shared)
+        if is_same and _weights(earlier) | _weights(results) == _weights(results) | _weights(earlier):
             measured = {WAY(row) for row in results.rows}
             rows = [*(row for row in earlier.rows if WAY(row) not in measured), *results.rows]
             of_drafters = {name: {**(getattr(earlier, name) or {}), **getattr(results, name)} for name in OF_DRAFTERS}
