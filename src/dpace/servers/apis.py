@@ -251,8 +251,6 @@ class VllmServer(Server):
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "skip_special_tokens": False,
-            "spaces_between_special_tokens": False,
             "return_token_ids": True,
         }
         return "/v1/completions", body
@@ -306,8 +304,6 @@ class SglangServer(Server):
             "top_p": 1.0,
             "top_k": -1,
             "min_p": 0.0,
-            "skip_special_tokens": False,
-            "spaces_between_special_tokens": False,
         }
         return "/generate", {"input_ids": list(token_ids), "sampling_params": sampling}
 
