@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dpace.drafter.drafter import facts_of, find_shared_tables
 from dpace.drafter.spec import DrafterSpec, own_tables, read_rope
+from dpace.drafter.values import read_object
 from dpace.engines import EngineName, engine_of
-from dpace.engines.published import make_drafter, mapping, read_tensors
+from dpace.engines.published import make_drafter, read_tensors
 from dpace.system.device import dtype_name
 from dpace.system.loading import read_config
 from dpace.system.progress import one_line
@@ -29,6 +30,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 MAX_SHOWN = 300
 """Characters of a value that the table shows."""
+KEEP = "keep it if it was trained so, and serve with dpace, vLLM or llama.cpp: other engines take the target's"
 WRITE = "write the expected value"
 SPELLINGS = {"rope_parameters": ["rope_parameters"], "rope_theta": ["rope_theta", "rope_scaling"]}
 """Keys of the rotary embedding, by the first one of each spelling: an engine reads one spelling or the other."""
@@ -122,8 +124,10 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     if spec is None:
         return None, [*found.values()]
     drafter = read(WEIGHTS, lambda: make_drafter(spec, tensors))
-    tables = check_tables(tensors, target) if drafter else []
-    return spec, [*found.values(), *compare(spec, config, tensors, target), *tables]
+    tables = find_shared_tables(tensors, target) if drafter else {}
+    other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)
+    own = [other._replace(check=f"own {name}") for name, is_shared in tables.items() if not is_shared]
+    return spec, [*found.values(), *compare(spec, config, tensors, target), *own]
 
 
 def compare(
@@ -132,8 +136,7 @@ def compare(
     """Compare a config with the one that dpace would write of its spec for this target."""
     own = replace(spec, **facts_of(target), special_token_ids={})
     expected = own.published(own.config().to_dict()) | dict.fromkeys(SPELLINGS, own.rope)
-    config = {name: value for name, value in found.items() if name not in SPELLINGS}
-    config = {"dtype": config.get("torch_dtype"), **config, **read_spellings(found)}
+    config = {"dtype": found.get("torch_dtype"), **found, **dict.fromkeys(SPELLINGS), **read_spellings(found)}
     stored = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
     facts = {"target": target.short_name, "dtype": dtype_name(target.model.dtype), "thinking": target.thinking}
     expected["dtype"] = " and ".join(sorted(stored)) or config["dtype"]
@@ -165,7 +168,7 @@ def look_up(config: Mapping[str, Any], path: str) -> Any:
     """Return the value of a key, or of `group.key`; None where it says no more than a missing key."""
     *groups, key = path.split(".")
     for group in groups:
-        config = mapping(config.get(group))
+        config = read_object(config, group)
     value = config.get(key)
     return None if str(value) in NEUTRAL and key not in SAID else value
 
@@ -176,13 +179,3 @@ def check_engine(spec: DrafterSpec, name: EngineName) -> Diagnosis:
     fault = engine.fault(spec)
     found, _, fix = (fault or engine.doubt(spec)).partition("; ")
     return Diagnosis(f"engine: {name}", "fails" if fault else "warns" if found else "passes", found, "", fix)
-
-
-def check_tables(tensors: Mapping[str, Tensor], target: Target) -> list[Diagnosis]:
-    """Compare an embedding and a head of the drafter's own with the target's."""
-    fix = "keep it if it was trained so, and serve with dpace, vLLM or llama.cpp: other engines take the target's"
-    return [
-        Diagnosis(f"own {name}", "warns", "another one than the target's", "the target's, or none", fix)
-        for name, is_shared in find_shared_tables(tensors, target).items()
-        if not is_shared
-    ]

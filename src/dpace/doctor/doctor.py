@@ -7,7 +7,6 @@ and as other values would have it.
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,7 +18,7 @@ import torch
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
 from dpace.decode import generate, generate_plain
-from dpace.doctor.checks import CONFIG, WEIGHTS, Diagnosis, Result, attempt, check_engine, check_files
+from dpace.doctor.checks import CONFIG, WEIGHTS, Diagnosis, attempt, check_engine, check_files
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import DrafterSpec, find_layer_id_fault
 from dpace.engines import EngineName
@@ -28,7 +27,7 @@ from dpace.metrics import Acceptance, tau_gain
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, read_responses
 from dpace.system.device import dtype_name
-from dpace.system.progress import count, printable, progress_bar
+from dpace.system.progress import count, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
@@ -48,7 +47,7 @@ LEAST_GAIN = {"sample_from_anchor": 0.2, "is_causal": 0.02, "target_layer_ids": 
 Shifted slots cost a trained drafter most of its tau. A drafter that has learned little gains a little by a shift."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
-Finding = tuple[Result, str] | tuple[Result, str, str, str]
+Finding = tuple[Any, ...]
 """Result, what was found, and where it is wrong what was expected and what to do; see `Diagnosis`."""
 
 
@@ -208,15 +207,18 @@ def diagnose(
         One diagnosis a check that applies.
 
     Raises:
-        ValueError: responses that were named and cannot be read.
+        ValueError: responses that cannot be read.
     """
-    recorded = _find_responses(Path(folder), target, responses)
+    folder = Path(folder)
+    places = [place / "responses.jsonl" for place in (folder, *folder.resolve().parents[:2])]
+    responses = responses or next((place for place in places if place.is_file()), None)
+    recorded = read_responses(responses, len(target.head.weight)) if responses else []
     with progress_bar() as bar:
         task = bar.add_task("examining", total=1 + len(RUN), info="files")
-        spec, diagnoses = check_files(Path(folder), target)
+        spec, diagnoses = check_files(folder, target)
         if spec and engine:
             diagnoses.append(check_engine(spec, engine))
-        trial = spec and Trial(target, Path(folder), spec, recorded)
+        trial = spec and Trial(target, folder, spec, recorded)
         for name, check in RUN.items():
             bar.update(task, advance=1, info=name)
             failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
@@ -226,20 +228,7 @@ def diagnose(
                 found = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
             else:
                 finding, failure = attempt(name, partial(check, trial))
-                found = Diagnosis(name, finding[0], *finding[1:]) if finding else failure
+                found = Diagnosis(name, *finding) if finding else failure
             diagnoses.append(found)
         bar.update(task, advance=1, info="")
     return diagnoses
-
-
-def _find_responses(folder: Path, target: Target, named: str | Path | None) -> list[Response]:
-    """Read the responses that were named, or those of the training, without changing their file."""
-    num_tokens = len(target.head.weight)
-    if named:
-        return read_responses(named, num_tokens)
-    places = [place / "responses.jsonl" for place in (folder, *folder.resolve().parents[:2])]
-    try:
-        return next((read_responses(place, num_tokens) for place in places if place.is_file()), [])
-    except ValueError as error:
-        print(f"tau is not measured: {printable(str(error))}", file=sys.stderr)
-        return []

@@ -85,8 +85,8 @@ def write_card(
         results=results,
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),
         sections=sections.values(),
-        recipe=recipe and _repeat(recipe),
-        objective=recipe and recipe.loss.objective,
+        recipe=recipe,
+        options=recipe and _repeat(recipe),
     )
     write_text((path.parent if path.is_file() else path) / "README.md", text)
 

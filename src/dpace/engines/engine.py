@@ -81,9 +81,8 @@ class Engine:
             if trait not in self.reads:
                 others = " or ".join(f"--to {engine.name}" for engine in all_engines() if trait in engine.reads)
                 plain = ", or without its head, with --plain" if spec.selector else ""
-                value = f" {getattr(spec, trait, '')}".rstrip()
                 return (
-                    f"the drafter has {trait}{value}, which {self.title} does not read, and so would draft wrongly "
+                    f"the drafter has {trait}, which {self.title} does not read, and so would draft wrongly "
                     f"without a message; export it with {others}{plain}"
                 )
         return ""

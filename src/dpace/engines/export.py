@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import find_shared_tables, read_spec
 from dpace.engines import all_engines, engine_of
@@ -21,6 +19,7 @@ from dpace.engines.engine import Engine, Request
 from dpace.engines.published import DEQUANTIZED, make_drafter, without_selector
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files, remove_files
+from dpace.system.provenance import fingerprint
 from dpace.target import Target
 from dpace.target.files import find_adapter, find_target_files
 from dpace.train.identity import RUN_FILE
@@ -90,10 +89,8 @@ def export(folder: str | Path, target: Target, request: Request) -> Exported:
     check_export(folder, request)
     source = read_drafter(folder)
     source.check_target(target)
-    spec = source.spec
-    for name, is_shared in find_shared_tables(source.state_dict(), target).items():
-        if is_shared:
-            spec = replace(spec, **{f"has_own_{name}": False})
+    shared = [name for name, is_shared in find_shared_tables(source.state_dict(), target).items() if is_shared]
+    spec = replace(source.spec, **{f"has_own_{name}": False for name in shared})
     source = make_drafter(spec, source.state_dict())
     tensors = source.state_dict()
     if request.is_plain:
@@ -129,7 +126,7 @@ def lines_to_merge(target: Target, name: str) -> str:
     Returns:
         The lines; empty where the name is not that of an adapter.
     """
-    if not target.name or target.name not in (name, str(Path(name).resolve())) or not find_adapter(target.name):
+    if Path(target.name).resolve() != Path(name).resolve() or not find_adapter(target.name):
         return ""
     return (
         "import peft, transformers\n"
@@ -173,14 +170,8 @@ def _compared(output: Path, drafter: Drafter) -> Iterator[Path]:
     with filling(output) as aside:
         yield aside
         again = read_drafter(aside, num_target_layers=drafter.spec.num_target_layers)
-        found = again.state_dict()
-        wrong = [] if again.spec == drafter.spec else ["the layout"]
-        for name, tensor in drafter.state_dict().items():
-            is_same = tensor.dtype == found[name].dtype
-            if not is_same or not torch.equal(*(one.contiguous().view(torch.uint8) for one in (tensor, found[name]))):
-                wrong.append(name)
-        if wrong:
-            raise ValueError(f"{output} does not read back as it was written ({', '.join(wrong[:3])}); do not serve it")
+        if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
+            raise ValueError(f"{output} does not read back as it was written; do not serve it")
         files = [file.name for file in aside.iterdir()]
     if old := remove_files(output, PATTERNS, keep=files):
         print(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}", file=sys.stderr)

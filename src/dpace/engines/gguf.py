@@ -22,9 +22,10 @@ from torch import Tensor
 
 from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, SPECIAL_TOKENS, DrafterSpec
+from dpace.drafter.values import read_object
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Engine
-from dpace.engines.published import DEQUANTIZED, mapping, to_layer_ids
+from dpace.engines.published import DEQUANTIZED, to_layer_ids
 from dpace.system.loading import translate_library_errors
 
 ARCHITECTURE = "dflash"
@@ -370,7 +371,7 @@ def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
         **{published: get(name) or None for published, name in FIELDS.items()},
         **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
-        "dpace": mapping(ours.get("dpace")),
+        "dpace": read_object(ours, "dpace"),
         "special_token_ids": {name: ours[name] for name in SPECIAL_TOKENS if name in ours},
         "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},

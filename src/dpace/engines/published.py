@@ -8,30 +8,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import TARGET_TABLES, refuse_mask_embedding
 from dpace.drafter.kinds import published_name
 from dpace.drafter.spec import DrafterSpec, own_tables
+from dpace.drafter.values import read_object
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.modeling_dflash import DFlashDraftModel
-from dpace.system.device import dtype_name
 from dpace.system.loading import read_config, refuse_infinite, refuse_mismatch, translate_library_errors
 
 FIX = "copy config and weights again from where they were made, or serve this drafter with the project that did"
 DEQUANTIZED = "dequantized_from"
 """Entry of the record that names the precision of the files that the weights were read from."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 """Entries of the record that were measured with the head."""
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
-
-
-def mapping(value: object) -> dict[str, Any]:
-    """Return the value if it is a dict, else an empty one."""
-    return value if isinstance(value, dict) else {}
 
 
 def to_layer_ids(hidden_state_ids: object) -> list[int]:
@@ -84,7 +77,7 @@ def read_folder(
         spec = DrafterSpec.from_config({**own_tables(tensors), **values, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if quantized := mapping(config.get("quantization_config")):
+    if quantized := read_object(config, "quantization_config"):
         spec = replace(spec, record=spec.record | {DEQUANTIZED: quantized.get("quant_method")})
         tensors = _read_quantized(folder, spec, quantized)
     return spec, tensors
@@ -103,11 +96,8 @@ def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) 
     """
     config = spec.config()
     config.quantization_config = quantized
-    method = quantized.get("quant_method")
-    what = f"the drafter {folder}, which is quantized ({method!r:.50})"
+    what = f"the drafter {folder}, which is quantized ({quantized.get('quant_method')!r:.50})"
     with translate_library_errors(what, "install what is missing, or take a drafter that is not quantized"):
-        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            raise ValueError("transformers does not know this method")
         loaded: Any = DFlashDraftModel.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -120,18 +110,12 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     """Put weights into a drafter as they are, dtype included; tables that the spec calls the target's are left out.
 
     Raises:
-        ValueError: tensors that are missing, unknown, of another shape, quantized or not finite.
+        ValueError: tensors that are missing, unknown, of another shape, no numbers with a point, or not finite.
     """
     unused = TARGET_TABLES - spec.shapes.keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    for name, tensor in tensors.items():
-        if name == "d2t":
-            drafted_tokens(tensor, spec.vocab_size)
-        elif tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} holds {dtype_name(tensor.dtype)}, expected float32, bfloat16 or float16; take "
-                "a drafter whose weights are not quantized"
-            )
+    if "d2t" in tensors:
+        drafted_tokens(tensors["d2t"], spec.vocab_size)
     with translate_library_errors("the drafter", FIX), torch.random.fork_rng():
         with torch.device("meta"):  # where the tensors do not fit, there may be no room for the network
             Drafter(spec.config()).load_state_dict(tensors, assign=True)

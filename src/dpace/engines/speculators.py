@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dpace.drafter.values import read_object
 from dpace.drafter.vocabulary import VOCABULARY_FILE, drafted_tokens, load_vocabulary
-from dpace.engines.published import mapping, read_folder, to_layer_ids
+from dpace.engines.published import read_folder, to_layer_ids
 from dpace.engines.vllm import Vllm
 from dpace.system.loading import read_config
 
@@ -48,7 +49,7 @@ class Speculators(Vllm):
         return super().fault(spec)
 
     def adapt(self, spec, tensors, folder, target):
-        """Add the draft vocabulary as an LM head: the target's rows, in 16 bits where that changes no value."""
+        """Add the draft vocabulary as an LM head: the target's rows."""
         vocabulary = load_vocabulary(folder, spec.vocab_size)
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
             return spec, tensors
@@ -59,9 +60,7 @@ class Speculators(Vllm):
             file=sys.stderr,
         )
         rows = target.head.weight[token_ids.to(target.device)].cpu()
-        short = rows.to(tensors["fc.weight"].dtype)
-        head = short if torch.equal(short.to(rows.dtype), rows) else rows
-        own = {"lm_head.weight": head, "d2t": token_ids - torch.arange(len(token_ids))}
+        own = {"lm_head.weight": rows, "d2t": token_ids - torch.arange(len(token_ids))}
         return replace(spec, draft_vocab_size=len(token_ids)), tensors | own
 
     def write(self, folder, drafter, request, target):
@@ -71,7 +70,7 @@ class Speculators(Vllm):
         full attention too.
         """
         spec = drafter.spec
-        tensors = {name: tensor.contiguous() for name, tensor in drafter.state_dict().items()}
+        tensors = drafter.state_dict()
         if spec.draft_vocab_size:
             tensors["t2d"] = torch.zeros(spec.vocab_size, dtype=torch.bool)
             tensors["t2d"][drafted_tokens(drafter.d2t, spec.vocab_size)] = True
@@ -122,7 +121,7 @@ class Speculators(Vllm):
 
     def target_of(self, path):
         """See `Engine`."""
-        name = mapping(mapping(read_config(path).get("speculators_config")).get("verifier")).get("name_or_path")
+        name = read_object(read_object(read_config(path), "speculators_config"), "verifier").get("name_or_path")
         return name if isinstance(name, str) else None
 
 
@@ -137,7 +136,7 @@ def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[
         raise ValueError(
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
-    inner = mapping(config.get("transformer_layer_config"))
+    inner = read_object(config, "transformer_layer_config")
     is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
     same = ("mask_token_id", "draft_vocab_size", "sample_from_anchor", "quantization_config")
     return {

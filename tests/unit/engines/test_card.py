@@ -165,18 +165,14 @@ def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder,
     lines = re.findall(r"```python\n(.*?)\n```", card, flags=re.DOTALL)[0]
     assert lines in said and lines.count("\n") == 2
     exec(lines, {})
-    merged, target = Target.load("merged"), Target.load("lora")
-    assert merged.sha256 == target.sha256 and merged.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    assert Target.load("merged").sha256 == Target.load("lora").sha256
     assert main(["export", str(folder), *flags, "--target-name", "me/merged"]) == 0
     assert "LoRA" not in capsys.readouterr().err + Path("out/README.md").read_text()
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
-    def fail(self, repo, exist_ok):
-        raise LookupError("Name or service not known")
-
-    monkeypatch.setattr("huggingface_hub.HfApi", type("Api", (), {"create_repo": fail}))
-    with pytest.raises(ValueError, match=r"the Hub does not take it as me/x \(Name or service not known\)"):
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match=r"the Hub does not take it as me/x \(division by zero\)"):
         push(tmp_path, "me/x", [])
 
 

@@ -13,10 +13,10 @@ from llamacpp import run_llamacpp
 from transformers import AutoModel
 
 import dpace.modeling_dflash
-from dpace.cli import main
 from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
+from dpace.engines.export import import_drafter
 from dpace.engines.gguf import write_gguf
 from dpace.engines.published import make_drafter, read_folder
 from dpace.target import Target
@@ -127,17 +127,14 @@ def test_llamacpp_verifies_as_often_as_we_do(case, expected, do_export, language
 
 
 @pytest.mark.parametrize("precision", wide(["q8_0", "q4_0"], "q8_0"))
-def test_quantized_files_are_read_back_and_llamacpp_runs_them(
-    precision, folder, language_folder, target_gguf, language_target, prompts, tmp_path, capsys
+def test_llamacpp_runs_quantized_files(
+    precision, do_export, language_folder, target_gguf, language_target, prompts, tmp_path
 ):
     """With about as many verifications as of the drafter that is read back; llama.cpp rounds inputs too."""
-    flags = ["--target", str(language_folder), "--dtype", precision, "--output", str(tmp_path / "out")]
-    assert main(["export", str(folder), "--to", "gguf", "--target-gguf", str(target_gguf), *flags]) == 0
-    (file,) = (tmp_path / "out").glob(f"*-{precision}.gguf")
-    assert main(["import", str(file), "--target", str(language_folder), "--output", str(tmp_path / "in")]) == 0
-    assert f"quantized weights ({precision.upper()}) are written as float32" in capsys.readouterr().err
+    path = do_export("gguf", dtype=precision).path
+    import_drafter(path, tmp_path / "in", target=str(language_folder))
     ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
-    assert distance(llamacpp_steps(target_gguf, file, prompts), ours) <= 2 * len(prompts)
+    assert distance(llamacpp_steps(target_gguf, path, prompts), ours) <= 2 * len(prompts)
 
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
@@ -153,9 +150,3 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
         ours[offset] = our_steps(language_target, drafter, prompts)
     assert all(distance(found[offset], ours[offset]) <= 1 for offset in found)  # a near tie may fall the other way
     assert all(min(distance(found[0], ours[o]), distance(found[o], ours[0])) >= 3 for o in (-1, 1))
-
-
-def test_llamacpp_refuses_in_one_line(target_gguf, prompts, tmp_path):
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="llama.cpp ended with code"):
-        llamacpp_steps(target_gguf, tmp_path / "broken.gguf", prompts[:1])

@@ -80,7 +80,7 @@ FOLDERS = {
     "config.json is not JSON": raw("config.json", b'{"block_size": 6,'),
     "maximum recursion depth": raw("config.json", b"[" * 100_000),
     "name a JSON file in UTF-8": raw("config.json", b'{"a": "\xff"}'),
-    "it is a device or a pipe": lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
+    "a device or a pipe": lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
     "dflash_config is [1], expected an object": config(dflash_config=[1]),
     "'hot'": config(dpace={"confidence_temperature": "hot"}),
     "of this config: '\\x1b[31m'": rope(ESC),
@@ -93,7 +93,7 @@ FOLDERS = {
     "Unexpected key(s)": weights(lambda tensors: tensors.update({f"{ESC}.weight": torch.zeros(2)})),
     "size mismatch for norm.weight": weights(lambda tensors: tensors.update({"norm.weight": torch.zeros(3)})),
     "has NaN or infinity in norm.weight": weights(lambda tensors: tensors["norm.weight"].fill_(float("nan"))),
-    "holds float64, expected float32": weights(lambda t: t.update({"norm.weight": torch.ones(48).double()})),
+    "Only Tensors of floating point": weights(lambda t: t.update({"norm.weight": torch.ones(48).long()})),
     "write the target's embedding": raw("mask_embedding.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
 }
 """What is said, and what is broken."""

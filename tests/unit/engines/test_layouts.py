@@ -15,8 +15,6 @@ from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
 from dpace.engines.export import read_drafter
 from dpace.measure.heldout import heldout_acceptance
-from tests.conftest import decode_whole
-from tests.support.files import change_config, write_rows
 from tests.unit.engines.conftest import LAYOUTS, TOKENS, own_tables, small_head, with_tables
 
 
@@ -32,19 +30,6 @@ def test_what_is_scored_is_what_is_decoded(layout, folders, expected, language_t
     assert abs(tau - decoded) < 0.4  # of other prompts too, and responses are cut at 32 tokens, texts at 40
     with pytest.raises(ValueError, match="sample_from_anchor is true|of its own, which training does not use"):
         drafter.start_for(language_target)
-
-
-@pytest.mark.wide
-def test_doctor_names_slots_that_begin_at_the_anchor(folders, language_target, language_responses, tmp_path):
-    responses = write_rows(tmp_path / "responses.jsonl", map(vars, language_responses[50:]))
-    folder = change_config(shutil.copytree(folders["anchored"], tmp_path / "x"), dpace=None)
-
-    def failed(**changes) -> list[str]:
-        found = diagnose(change_config(folder, **changes), language_target, responses=responses)
-        return [one.check for one in found if one.result == "fails"]
-
-    assert not failed(query_zero_predicts_next=True, sample_from_anchor=None)
-    assert failed(query_zero_predicts_next=None) == ["measured sample_from_anchor"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
@@ -88,12 +73,8 @@ def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, lang
     ids = tensors["d2t"] + torch.arange(len(TOKENS))
     assert ids.tolist() == sorted(TOKENS) and tensors["t2d"].nonzero().flatten().tolist() == sorted(TOKENS)
     assert torch.equal(tensors["lm_head.weight"].float(), language_target.head.weight[ids])
-    read_drafter(path, num_target_layers=6).save_pretrained(tmp_path / "theirs")
-    ours = load_drafter(folder, language_target)
-    ours.vocabulary = DraftVocabulary(TOKENS)
-    theirs = load_drafter(tmp_path / "theirs", language_target)
-    done = [decode_whole(language_target, drafter, [[4, 20, 51, 5]], max_new_tokens=30) for drafter in (ours, theirs)]
-    assert done[0][0].widths == done[1][0].widths
+    again = read_drafter(path, num_target_layers=6)
+    assert again.spec.draft_vocab_size == len(TOKENS) and again.lm_head is not None
     DraftVocabulary(range(64)).save(tmp_path / "a")  # no part of the target's
     path = do_export("speculators", folder=tmp_path / "a").path
     assert "d2t" not in load_file(path / "model.safetensors")
