@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -133,7 +133,7 @@ def measure_all(target: Target, responses: Sequence[Response], recipe: Recipe, f
     config = BenchConfig(temperatures=(0.0, 1.0), max_new_tokens=6, widths=("full",))
     bench(target, drafters, prompts, config, folder / "bench")
     size = recipe.train.batch_size // ranks.num_ranks()
-    options = {field.name: getattr(recipe, field.name) for field in fields(Recipe)} | {
+    options = vars(recipe) | {
         "output": str(folder / "compare"),
         "prompts": PromptsConfig(path=str(folder.parent / "prompts.jsonl"), num_heldout=3, num_validation=3),
         "train": replace(recipe.train, batch_size=size, feature_cache_gib=1.0),

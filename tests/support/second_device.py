@@ -161,6 +161,9 @@ class _Module(backend_registration._DummyBackendModule):
     def synchronize(self, device=None):
         pass
 
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
 
 def register() -> None:
     """Make it the accelerator of this process."""
@@ -185,7 +188,7 @@ def count_steps(device, run):
     counted = []
     for num_tokens in (1, 5):
         device.operations.clear(), device.waits.clear()
-        generations = run(max_new_tokens=num_tokens, stop_token_ids=[])
+        generations = run(num_tokens=num_tokens, stop_token_ids=[])
         steps = max(len(g.accepted_lengths) for g in generations)
         counted.append(device.operations.copy())
     counted[1].subtract(counted[0])
@@ -227,25 +230,6 @@ def main() -> None:
     dpace.target.probe._refuse_quantized_tables = lambda *_: None  # takes a tensor of another class for a quantized one
     generator = torch.Generator
     torch.Generator = lambda device="cpu": generator()  # torch makes none for a device in Python
-    prompts = [[5, 6, 7, 8, 9], [9, 8, 7], [5, 9, 5, 9, 5, 9, 5]]
-    texts = [[5, 9, 11, 7, 12, 5, 9, 11, 7, 12, 40, 41], [7, 8, 30, 31, 32, 33, 34]]
-    responses = [
-        Response(id=str(i), set="a", messages=[], token_ids=text, response_spans=[[3, len(text)]])
-        for i, text in enumerate(texts)
-    ]
-
-    def step(target, drafter):
-        """A step of the training loop with an objective of one's own, in two micro-batches; all but its reading."""
-        config = TrainConfig(num_anchors=4, batch_size=1, gradient_accumulation_steps=2, max_steps=1)
-        recipe = Recipe(train=config, loss=LossConfig(objective="own:weigh"))
-        datasets = choose_conversations(responses, [], recipe)
-        weigh = make_weigh(recipe.loss, drafter.block_size, lambda slots: slots.token_probs + 0.5)
-        training = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=Path())
-        batches = next(training.batches_of_steps())
-        device.waits.clear()
-        training.take_step(batches)
-        return drafter
-
     alone = mock.Mock(  # accelerate knows no device in Python
         spec=Accelerator,
         num_processes=1,
@@ -255,47 +239,64 @@ def main() -> None:
         reduce=lambda value, **_: value,
     )
     TrainingLoop._make_accelerator = lambda self: alone  # pyright: ignore[reportAttributeAccessIssue]
+    prompts = [[5, 6, 7, 8, 9], [9, 8, 7], [5, 9, 5, 9, 5, 9, 5]]
+    texts = [[5, 9, 11, 7, 12, 5, 9, 11, 7, 12, 40, 41], [7, 8, 30, 31, 32, 33, 34]]
+    responses = [Response(str(i), "a", [], text, [[3, len(text)]]) for i, text in enumerate(texts)]
+    device = SecondDevice()
+    paces = Paces()
 
-    def weights(drafter):
-        return [round(float(p.detach().sum().cpu()), 3) for p in drafter.parameters()]
+    def train(target, drafter):
+        """A step of the training loop with an objective of one's own, in two micro-batches; all but its reading."""
+        config = TrainConfig(num_anchors=4, batch_size=1, gradient_accumulation_steps=2, max_steps=1)
+        recipe = Recipe(train=config, loss=LossConfig(objective="own:weigh"))
+        datasets = choose_conversations(responses, [], recipe)
+        weigh = make_weigh(recipe.loss, drafter.block_size, lambda slots: slots.token_probs + 0.5)
+        loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=Path())
+        batches = next(loop.batches_of_steps())
+        device.waits.clear()
+        loop.take_step(batches)
+        waits = device.waits.copy()
+        sums = [round(float(parameter.detach().sum().cpu()), 3) for parameter in drafter.parameters()]
+        device.waits = waits
+        return sums
 
     def measure(target, drafter):
         data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
         return heldout_acceptance(drafter, target, data).rows.tolist()
 
-    short, paces = {"max_new_tokens": 8}, Paces()
+    def decode(target, drafter, width, num_tokens=8, **options):
+        return generate(target, drafter, prompts[0], width=width, paces=paces, max_new_tokens=num_tokens, **options)
+
     parts = {
-        "plain": lambda t, d: generate_plain(t, prompts[0], **short).token_ids,
-        "full": lambda t, d: generate(t, d, prompts[0], width="full", **short).token_ids,
-        "auto": lambda t, d: generate(t, d, prompts[0], width="auto", paces=paces, **short).token_ids,
-        "batch": lambda t, d: [g.token_ids for g in generate_batch(t, d, prompts, **short)],
+        "plain": lambda t, d: generate_plain(t, prompts[0], max_new_tokens=8).token_ids,
+        "full": lambda t, d: decode(t, d, "full").token_ids,
+        "auto": lambda t, d: decode(t, d, "auto").token_ids,
+        "batch": lambda t, d: [g.token_ids for g in generate_batch(t, d, prompts, max_new_tokens=8)],
         "measure": measure,
-        "train": step,
     }
     kind = {"head": "lilicorr"} if "head" in sys.argv else {}
-    target, drafter = make_target("qwen3"), make_drafter(make_target("qwen3"), **kind)
-    expected = {name: part(target, drafter) for name, part in parts.items() if name != "train"}
-    state = {k: v.clone() for k, v in drafter.state_dict().items()}
-    device = SecondDevice()
-    expected["train"] = weights(step(target, drafter))
-    drafter.load_state_dict(state)
+    target = make_target("qwen3")
+    drafter = make_drafter(target, **kind)
+    expected = {name: part(target, drafter) for name, part in parts.items()}
+    expected["train"] = train(target, copy.deepcopy(drafter))
     found = {}
     with device:
         fast = Target(load(target.model)), load(drafter)
         for name, part in parts.items():
-            device.operations.clear(), device.waits.clear()
-            result = part(fast[0], drafter.to(NAME) if name == "train" else fast[1])
-            waits = dict(device.waits)
-            result = weights(result) if name == "train" else result
-            found[name] = {"is_same": result == expected[name], "waits": waits}
+            device.waits.clear()
+            found[name] = {"is_same": part(*fast) == expected[name], "waits": dict(device.waits)}
+        is_same = train(fast[0], drafter.to(NAME)) == expected["train"]
+        found["train"] = {"is_same": is_same, "waits": dict(device.waits)}
         steps = found["steps"] = {
-            "full": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)]),
-            "auto": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="auto", paces=paces, **n)]),
-            "8 rows": count_steps(device, lambda **n: generate_batch(*fast, 4 * prompts[:2], **n)),
+            "full": count_steps(device, lambda **n: [decode(*fast, "full", **n)]),
+            "auto": count_steps(device, lambda **n: [decode(*fast, "auto", **n)]),
+            "8 rows": count_steps(
+                device, lambda num_tokens, **n: generate_batch(*fast, 4 * prompts[:2], max_new_tokens=num_tokens, **n)
+            ),
         }
         deep = make_target("qwen3", num_hidden_layers=12, layer_types=12 * ["full_attention"])
         fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep), torch.bfloat16)
-        steps["12 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
+        steps["12 layers"] = count_steps(device, lambda **n: [decode(*fast, "full", **n)])
     print(json.dumps(found))
 
 
