@@ -11,7 +11,6 @@ from dpace.config import LossConfig
 from dpace.loss import (
     Slots,
     block_loss,
-    candidate_logits,
     frozen_head_nll,
     frozen_head_nll_reference,
     head_scores,
@@ -73,17 +72,6 @@ def test_soft_losses_equal_the_plain_reference(token_loss, head):
     data = problem(head=head)
     weigh = make_weigh(LossConfig(confidence="overlap"), block_size=6)
     compare(data, 9000, weigh=weigh, token_loss=token_loss, target_hidden=torch.randn(data[0].shape))
-
-
-def test_the_logits_of_a_few_tokens_have_the_gradient_of_all():
-    states, head, labels, _ = problem(head="both")
-    candidates = torch.randint(50, (*labels.shape, 3))
-    states.requires_grad_()
-    found = candidate_logits(states, head, candidates)
-    expected = head.logits(states).gather(-1, candidates)
-    torch.testing.assert_close(found, expected)
-    seed = torch.randn_like(found)
-    torch.testing.assert_close(*(torch.autograd.grad(x, states, seed)[0] for x in (found, expected)))
 
 
 def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
