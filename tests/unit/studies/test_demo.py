@@ -72,11 +72,11 @@ def test_what_is_slower_or_worse_has_a_reason():
 
 
 def test_quick_takes_fewer_prompts_and_steps():
-    whole, quick = (demo_recipe(DemoConfig(quick=is_quick)) for is_quick in (False, True))
-    assert quick.train.max_steps < whole.train.max_steps and quick.output != whole.output
-    assert (quick.objectives, quick.target, quick.drafter) == (whole.objectives, whole.target, whole.drafter)
-    whole, quick = (demo_prompts(DemoConfig(quick=is_quick)) for is_quick in (False, True))
-    assert 0 < len(quick.train) < len(whole.train) and 0 < len(quick.heldout) < len(whole.heldout)
+    whole, quick = DemoConfig(), DemoConfig(quick=True)
+    assert demo_recipe(quick).train.max_steps < demo_recipe(whole).train.max_steps
+    assert demo_recipe(quick).output != demo_recipe(whole).output
+    fewer, prompts = demo_prompts(quick), demo_prompts(whole)
+    assert 0 < len(fewer.train) < len(prompts.train) and 0 < len(fewer.heldout) < len(prompts.heldout)
 
 
 @pytest.mark.parametrize("verb", ["demo", "compare"])

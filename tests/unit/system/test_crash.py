@@ -2,11 +2,10 @@
 
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from safetensors.torch import load_file
 
 from dpace.cli import main
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfig
-from dpace.engines.engine import Request
-from dpace.engines.export import export
 from dpace.respond.answering import write_responses
 from dpace.studies.compare import compare
 from dpace.train.run import make_datasets, train
@@ -37,77 +34,8 @@ QUICK = "train", "respond"
 """Those that take hours; the others write in the same way."""
 
 
-class Runs:
-    """Tiny runs of the verbs, again and again into new folders."""
-
-    def __init__(self, target, target_folder, target_gguf, prompts, responses, drafter_folder, folder):
-        self.target, self.target_folder, self.target_gguf = target, target_folder, target_gguf
-        self.prompts, self.responses, self.drafter = prompts, responses, drafter_folder
-        self.recipe = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, batch_size=4)
-        self.prompts_file, self.folder = folder / "prompts.jsonl", folder
-        write_prompts(self.prompts_file, prompts[:20])
-
-    def prepare(self, name: str, output: Path) -> None:
-        """Make what a run starts from."""
-        output.parent.mkdir(exist_ok=True)
-        if name == "export over another":
-            shutil.copytree(self.exported("speculators"), output)
-
-    def __call__(self, name: str, output: Path) -> None:
-        verb, *words = name.split()
-        getattr(self, verb if verb != "import" else "import_")(output, *words)
-
-    def train(self, output: Path) -> None:
-        datasets = make_datasets(self.target, self.responses[:8], self.responses[50:52], self.recipe)
-        train(self.target, *datasets, self.recipe, output / "drafter")
-
-    def respond(self, output: Path) -> None:
-        config = RespondConfig(max_new_tokens=6, batch_size=2)
-        write_responses(self.target, make_prompts(self.prompts[:6]), output / "responses.jsonl", config)
-
-    def compare(self, output: Path) -> None:
-        options = {name: getattr(self.recipe, name) for name in ("drafter", "loss", "train")}
-        config = CompareConfig(
-            **options,
-            output=str(output),
-            prompts=PromptsConfig(path=str(self.prompts_file), num_heldout=2, num_validation=2),
-            respond=RespondConfig(max_new_tokens=12),
-            bench=BenchConfig(num_prompts=1, max_new_tokens=4, widths=("full",)),
-            objectives=("dflash",),
-            baseline="dflash",
-            seeds=(0,),
-        )
-        compare(self.target, config)
-
-    def bench(self, output: Path) -> None:
-        flags = f"--bench.drafters {self.drafter} --bench.max-new-tokens 4 --bench.widths full 2 --bench.temperatures 0"
-        self.main("bench", f"--prompts.path {self.prompts_file} --prompts.num-heldout 2 --output {output} {flags}")
-
-    def export(self, output: Path, *words: str) -> None:
-        if words == ("over", "another"):
-            words = ("zlab", "--dtype", "bfloat16")
-        flags = f"--target-gguf {self.target_gguf}" if words == ("gguf",) else ""
-        self.main("export", f"{self.drafter} --to {' '.join(words)} --output {output} {flags}")
-
-    def import_(self, output: Path, source: str) -> None:
-        self.main("import", f"{self.exported(source)} --output {output}")
-
-    def exported(self, to: str) -> Path:
-        """The drafter for an engine, written once; the GGUF file for llama.cpp."""
-        folder = self.folder / to
-        if not folder.exists():
-            options = {"name": "d", "target_name": str(self.target_folder)}
-            options |= {"target_gguf": self.target_gguf} if to == "gguf" else {}
-            export(self.drafter, self.target, Request(to=to, output=folder, **options))
-        return next(folder.glob("*.gguf"), folder)
-
-    def main(self, verb: str, words: str) -> None:
-        """Run a verb, and raise what it says when it fails: its last words, in one line."""
-        with redirect_stderr(io.StringIO()) as said:
-            code = main([verb, *words.split(), "--target", str(self.target_folder)])
-        if code:
-            assert "Traceback" not in said.getvalue(), said.getvalue()
-            raise OSError(said.getvalue().strip().rsplit("\n", 1)[-1])
+Runs = tuple[Callable[[str, Path], None], dict[str, Callable[[Path], object]]]
+"""What makes the folder that a run starts from, and the runs by name, each of which takes the folder."""
 
 
 @pytest.fixture(scope="session")
@@ -120,8 +48,63 @@ def runs(
     language_drafter_folder,
     tmp_path_factory,
 ) -> Runs:
-    made = language_target, language_folder, target_gguf, language_prompts, language_responses, language_drafter_folder
-    return Runs(*made, tmp_path_factory.mktemp("crash"))
+    """Tiny runs of the verbs."""
+    folder = tmp_path_factory.mktemp("crash")
+    recipe = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, batch_size=4)
+    prompts = write_prompts(folder / "prompts.jsonl", language_prompts[:20])
+
+    def run_train(output: Path) -> None:
+        datasets = make_datasets(language_target, language_responses[:8], language_responses[50:52], recipe)
+        train(language_target, *datasets, recipe, output / "drafter")
+
+    def run_respond(output: Path) -> None:
+        config = RespondConfig(max_new_tokens=6, batch_size=2)
+        write_responses(language_target, make_prompts(language_prompts[:6]), output / "responses.jsonl", config)
+
+    def run_compare(output: Path) -> None:
+        config = CompareConfig(
+            **{name: getattr(recipe, name) for name in ("drafter", "loss", "train")},
+            output=str(output),
+            prompts=PromptsConfig(path=prompts, num_heldout=2, num_validation=2),
+            respond=RespondConfig(max_new_tokens=12),
+            bench=BenchConfig(num_prompts=1, max_new_tokens=4, widths=("full",)),
+            objectives=("dflash",),
+            baseline="dflash",
+            seeds=(0,),
+        )
+        compare(language_target, config)
+
+    def run_verb(words: str, output: Path) -> None:
+        """Run a verb, and raise what it says when it fails: its last words, in one line."""
+        with redirect_stderr(io.StringIO()) as said:
+            code = main([*words.split(), "--target", str(language_folder), "--output", str(output)])
+        if code:
+            assert "Traceback" not in said.getvalue(), said.getvalue()
+            raise OSError(said.getvalue().strip().rsplit("\n", 1)[-1])
+
+    def run_export(to: str, output: Path) -> None:
+        more = f"--target-gguf {target_gguf}" if to == "gguf" else ""
+        run_verb(f"export {language_drafter_folder} --to {to} {more}", output)
+
+    @cache
+    def exported(to: str) -> Path:
+        run_export(to, folder / to)
+        return folder / to
+
+    def start(name: str, output: Path) -> None:
+        output.parent.mkdir(exist_ok=True)
+        if name == "export over another":
+            shutil.copytree(exported("speculators"), output)
+
+    bench = f"bench --prompts.path {prompts} --prompts.num-heldout 2 --bench.drafters {language_drafter_folder} "
+    bench += "--bench.max-new-tokens 4 --bench.widths full 2 --bench.temperatures 0"
+    over_another = f"export {language_drafter_folder} --to zlab --dtype bfloat16"
+    found = {"train": run_train, "respond": run_respond, "compare": run_compare}
+    found |= {"bench": partial(run_verb, bench), "export over another": partial(run_verb, over_another)}
+    for to in ("zlab", "speculators", "gguf"):
+        found[f"export {to}"] = partial(run_export, to)
+        found[f"import {to}"] = lambda output, to=to: run_verb(f"import {exported(to)}", output)
+    return start, found
 
 
 def end_state(folder: Path) -> dict:
@@ -163,29 +146,25 @@ def without_unused(value):
     return [without_unused(item) for item in value] if isinstance(value, list) else value
 
 
-def operations(runs: Runs, name: str, folder: Path) -> list[str]:
-    """Run undisturbed, to the end, and name the file operations."""
-    return operations_of(lambda: runs(name, folder), folder)
-
-
 def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[str]], list[tuple[int, str]]]) -> None:
     """Die at each point, or have no room from there on, run again, and compare."""
-    undisturbed, folder, rows = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out", []
-    runs.prepare(name, undisturbed)
-    points = choose(operations(runs, name, undisturbed))
+    start, by_name = runs
+    run = by_name[name]
+    undisturbed, folder = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out"
+    start(name, undisturbed)
+    points = choose(operations_of(partial(run, undisturbed), undisturbed))
     expected = end_state(undisturbed)
+    rows = []
     for point, fault in points:
-        runs.prepare(name, folder)
+        start(name, folder)
         stop = fill if fault == "full" else partial(kill, is_torn=fault == "torn")
-        operation = stop(partial(runs, name, folder), folder, point)
-        operations(runs, name, folder)
+        operation = stop(partial(run, folder), folder, point)
+        operations_of(partial(run, folder), folder)
         found = end_state(folder)
         differing = sorted(path for path in {*expected, *found} if expected.get(path, 0) != found.get(path, 0))
-        what = re.sub(r"[0-9]{2,}[.]", "PID.", operation) + (fault and f", {fault}")
-        rows.append(f"{point:4d}  {what:76s} {'; '.join(differing) or 'same'}")
+        rows += [f"{point:4d} {operation} {fault}: {differing}"] if differing else []
         shutil.rmtree(folder)
-    table = f"{name}, {len(rows)} points\n" + "\n".join(rows)
-    assert all(row.endswith(" same") for row in rows), table
+    assert not rows, "\n".join(rows)
 
 
 @pytest.mark.parametrize("name", wide(ALL, *QUICK))
