@@ -188,15 +188,20 @@ def test_a_config_chooses_no_attention_and_the_hubs_bot_no_weights(folder, monke
 # quantized targets
 
 
-def test_fp8_is_read_with_its_scales(base, folder):
-    """In blocks of 128 x 128, as DeepSeek's and Qwen's are; on a CPU, transformers turns it back into plain weights."""
+def write_fp8(base, folder):
+    """Weights of the layers in 8 bits with one scale for each block of 128 x 128, as DeepSeek's and Qwen's are."""
+    shutil.copytree(base[1], folder)
     with changed_weights(folder) as weights:
         for name in [name for name in weights if "proj" in name]:
             scale = weights[name].abs().max() / 448
             weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
             weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    quantized(quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")(folder)
-    target = Target.load(str(folder))
+    return quantized(quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")(folder)
+
+
+def test_fp8_is_read_with_its_scales(base, tmp_path):
+    """On a CPU, transformers turns it back into plain weights."""
+    target = Target.load(str(write_fp8(base, tmp_path / "fp8")))
     weight = base[0].layers[1].mlp.up_proj.weight
     found = target.layers[1].mlp.up_proj.weight.float()
     assert 0 < (found - weight).norm() / weight.norm() < 0.05
