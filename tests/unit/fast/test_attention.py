@@ -67,15 +67,13 @@ def test_keys_that_all_rows_share_are_read_once(queries, kind):
 
 def test_a_mask_is_made_once_for_layers_that_are_alike():
     mask = make_mask(5, "visible")
-    layers = [draw(5), draw(5), draw(5, key_heads=3), draw(5)]
-    for tensors in layers:
-        found, _ = grouped_attention(Layer(), *tensors, mask)
-        groups = [x.repeat_interleave(6 // tensors[1].shape[1], 1) for x in tensors[1:]]
-        expected = torch.nn.functional.scaled_dot_product_attention(tensors[0], *groups, attn_mask=mask).transpose(1, 2)
+    for key_heads in (2, 3, 2):
+        query, key, value = draw(5, key_heads=key_heads)
+        found, _ = grouped_attention(Layer(), query, key, value, mask)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        expected = attend(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    made = dict(mask.repeated)
-    grouped_attention(Layer(), *draw(5), mask)
-    assert mask.repeated == made and [repeated.shape[2] for repeated in made.values()] == [15, 10]
+    assert [repeated.shape[2] for repeated in mask.repeated.values()] == [15, 10]
 
 
 def test_other_cases_are_left_to_sdpa(left_to_sdpa):

@@ -46,50 +46,47 @@ def run(model) -> list[torch.Tensor]:
     return found
 
 
+def skip_without_products(model):
+    if not any(type(module) is PackedLinear for module in model.modules()):
+        pytest.skip("this CPU does not multiply bf16")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KNOWN)
 def test_fused_layers_give_what_those_of_transformers_give(kind, dtype):
     model = make_model(kind, dtype)
-    if not any(type(module) is PackedLinear for module in model.modules()):
-        pytest.skip("this CPU does not multiply bf16")
+    skip_without_products(model)
     expected, parameters = run(model), dict(model.named_parameters())
     assert fuse_layers(model)
-    assert all(isinstance(layer, FusedLayer) and layer.fast for layer in Target(model).layers)
     torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-6)  # in bf16 too: it rounds where they do
     assert dict(model.named_parameters()) == parameters
-    assert not any(type(m) is PackedLinear for layer in Target(model).layers for m in layer.modules())
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 8, 48), (2, 5, 48)])
-def test_a_norm_has_the_bits_of_torchs(shape):
-    model = make_model("llama3.1")
-    assert fuse_layers(model)
-    layer = model.get_decoder().layers[1]
-    norm, rows = layer.post_attention_layernorm, 9 * torch.randn(shape)
-    expected = torch.rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    assert torch.equal(layer.fast.norm(rows, 1), expected) and torch.equal(norm(rows), expected)
+    layers = Target(model).layers
+    assert all(isinstance(layer, FusedLayer) and layer.fast for layer in layers)
+    assert not any(type(module) is PackedLinear for module in layers.modules())
+    norm, rows = layers[1].post_attention_layernorm, 9 * torch.randn(2, 5, 48, dtype=dtype)
+    assert torch.equal(layers[1].fast.norm(rows, 1), norm(rows))
 
 
 @torch.no_grad()
 def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
-    """For one row or several of different lengths; not for prompts, and changed layers."""
-    target = Target(make_model("qwen3"))
-    assert fuse_layers(target.model)
-    target = Target(target.model)
+    """Not for prompts, and changed layers."""
+    model = make_model("qwen3")
+    assert fuse_layers(model)
+    target = Target(model)
     tokens = torch.randint(VOCAB, (1, MAX_QUERIES + 8))
-    cache = TextCache(target.config, tokens.shape[1])
-    target.hidden(tokens[:, : MAX_QUERIES + 1], cache=cache)
     calls = []
     forward = target.decoder.forward
     monkeypatch.setattr(target.decoder, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    target.hidden(tokens[:, -7:-1], cache=cache)
-    target.hidden(tokens[:, -1:], cache=cache)
-    target.hidden(tokens[:, :4], cache=DynamicCache(config=target.config))
+
+    def read(count):
+        target.hidden(tokens[:, :count], cache=DynamicCache(config=target.config))
+
+    read(MAX_QUERIES)
     assert not calls
-    target.hidden(tokens, cache=TextCache(target.config, tokens.shape[1]))
-    target.decoder.layers[0].self_attn.k_proj.weight.mul_(2)
+    read(MAX_QUERIES + 1)
+    target.layers[0].self_attn.k_proj.weight.mul_(2)
     target.refresh_copies()
-    target.hidden(tokens[:, :4], cache=TextCache(target.config, 4))
+    read(4)
     assert len(calls) == 2
 
 
@@ -113,32 +110,25 @@ def test_a_verification_on_cuda_needs_no_mask_of_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [make_drafter, make_with_convolutions])
+@torch.no_grad()
 def test_the_drafters_layers(make, tmp_path, language_target):
+    """Of one block, of several texts, and of a text that is measured, whose slots are many."""
     make(language_target).save_pretrained(tmp_path)
     drafter = load_drafter(tmp_path, language_target)
     assert {type(layer) for layer in drafter.layers} == {FusedDraftLayer}
     plain = copy.deepcopy(drafter)  # copies are not fused
     assert not any(layer.fast for layer in plain.layers)
     width = language_target.hidden_size
-    for batch, masked in [(1, False), (2, False), (2, True)]:
-        inputs = torch.randn(batch, 4, width), torch.randn(batch, 3, 2 * width), torch.arange(7)[None]
-        mask = (torch.rand(batch, 7) > 0.3) | (torch.arange(7) > 2) if masked else None
-        caches = [TextCache(drafter.config, 7) for _ in range(2)]
-        with torch.no_grad():
-            found, expected = (
-                model(*inputs, attention_mask=mask, cache=cache).last_hidden_state
-                for model, cache in zip((drafter, plain), caches, strict=True)
-            )
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        ours, theirs = (cache.layers[1] for cache in caches)
-        assert ours.length == theirs.length > 0
-        torch.testing.assert_close(ours.buffers[0], theirs.buffers[0], rtol=1e-5, atol=1e-6)
-    for slots in (4, MAX_QUERIES + 4):  # those of a text that is measured are many
-        by_slot = torch.ones(1, 1, slots, 3 + slots, dtype=torch.bool).tril(3)
-        inputs = torch.randn(1, slots, width), inputs[1][:1], torch.arange(3 + slots)[None]
-        with torch.no_grad():
-            found, expected = (m(*inputs, attention_mask=by_slot).last_hidden_state for m in (drafter, plain))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    by_slot = [torch.ones(1, 1, slots, 3 + slots, dtype=torch.bool).tril(3) for slots in (4, MAX_QUERIES + 4)]
+    padding = (torch.rand(2, 7) > 0.3) | (torch.arange(7) > 2)
+    for batch, slots, mask in [(1, 4, None), (2, 4, padding), (1, 4, by_slot[0]), (1, MAX_QUERIES + 4, by_slot[1])]:
+        inputs = torch.randn(batch, slots, width), torch.randn(batch, 3, 2 * width), torch.arange(3 + slots)[None]
+        found = []
+        for model in (drafter, plain):
+            cache = TextCache(drafter.config, 3 + slots)
+            hidden = model(*inputs, attention_mask=mask, cache=cache).last_hidden_state
+            found.append([hidden, cache.layers[1].buffers[0]])
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def exchange_module(layer):
@@ -151,7 +141,6 @@ CHANGES = {
     "in place": lambda layer: layer.self_attn.k_proj.weight.mul_(2),
     "adapter": exchange_module,
     "data": lambda layer: setattr(layer.self_attn.o_proj.weight, "data", 2 * layer.self_attn.o_proj.weight.data),
-    "exchanged norm": lambda layer: setattr(layer, "post_attention_layernorm", nn.Identity()),
 }
 
 
@@ -168,7 +157,7 @@ def test_new_weights_are_not_missed(change):
     torch.testing.assert_close(found, run(plain), rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_compiling_and_other_attention_run_the_models_own_code():
+def test_gradients_and_other_attention_run_the_models_own_code():
     model = make_target("llama3.1").model
     tokens = torch.randint(VOCAB, (1, 9))
     expected = model(tokens).logits
@@ -178,12 +167,6 @@ def test_gradients_compiling_and_other_attention_run_the_models_own_code():
     model.get_decoder().set_attn_implementation("eager")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
-        compiled = torch.compile(model.get_decoder().layers[0], backend="eager")
-        rope = tuple(torch.randn(2, 1, 3, 32))
-        rows = torch.randn(1, 3, 48)
-        torch.testing.assert_close(
-            compiled(rows, position_embeddings=rope), model.get_decoder().layers[0](rows, position_embeddings=rope)
-        )
 
 
 @pytest.mark.parametrize(("error", "is_fused"), [(0.0, True), (0.03, False), (float("nan"), False)])
@@ -195,8 +178,7 @@ def test_layers_that_round_otherwise_are_fused_and_wrong_ones_are_not(error, is_
 
     monkeypatch.setattr("dpace.fast.fusion.FusedProducts.norm", norm)
     model = make_model("llama3.1", torch.bfloat16)
-    if not any(type(module) is PackedLinear for module in model.modules()):
-        pytest.skip("this CPU does not multiply bf16")
+    skip_without_products(model)
     for layer in model.get_decoder().layers:
         layer.mlp.down_proj.weight.data *= 1e4
     assert fuse_layers(model) is is_fused
@@ -204,15 +186,13 @@ def test_layers_that_round_otherwise_are_fused_and_wrong_ones_are_not(error, is_
 
 def test_other_models_are_left_as_they_are():
     assert not fuse_layers(make_target("gemma2").model)
-    unpacked = AutoModelForCausalLM.from_config(KNOWN["qwen3"]())
-    assert not fuse_layers(unpacked)
+    assert not fuse_layers(AutoModelForCausalLM.from_config(KNOWN["qwen3"]()))  # not packed
     changed = make_model("qwen3")
     first = changed.get_decoder().layers[0]
     kind = types.new_class("Qwen3DecoderLayer", (type(first),))  # by its name only
     kind.forward = lambda self, *args, **kwargs: 2 * super(kind, self).forward(*args, **kwargs)
-    for layer in changed.get_decoder().layers:
-        layer.__class__ = kind
+    first.__class__ = kind
     expected = run(changed)
     assert not fuse_layers(changed)
     torch.testing.assert_close(run(changed), expected)
-    assert type(first.mlp.up_proj) is PackedLinear and first.mlp.up_proj.fast.product is not None
+    assert type(first) is kind and type(first.mlp.up_proj) is PackedLinear
