@@ -293,9 +293,9 @@ class RaggedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             count = self.num_rows or len(key_states)
-            shapes = [(count, x.shape[1], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
-            self.buffers = [key_states.new_zeros(shape) for shape in shapes]
-            for buffer in self.buffers:
+            for x in (key_states, value_states):
+                buffer = x.new_zeros(count, x.shape[1], self.capacity, x.shape[-1])
+                self.buffers.append(buffer)
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[self.rows, :, self.columns] = states.transpose(1, 2)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CodeGenConfig,
     FalconConfig,
     GPT2Config,
     Llama4TextConfig,
@@ -90,18 +89,10 @@ def test_width_auto_keeps_the_text(family, target):
 def test_plain_decoding_keeps_the_window_only(target, monkeypatch):
     """And not the whole text, which would make the baseline slow."""
     caches = []
-
-    class Noted(TextCache):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            caches.append(self)
-
-    monkeypatch.setattr("dpace.decode.loop.TextCache", Noted)
+    monkeypatch.setattr("dpace.decode.loop.TextCache", lambda *args: caches.append(TextCache(*args)) or caches[0])
     generate_plain(target, SHARED, max_new_tokens=LENGTH)
-    (cache,) = caches
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            assert layer.keys.shape[2] <= layer.sliding_window
+    windows = [layer for layer in caches[0].layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    assert all(layer.keys.shape[2] <= layer.sliding_window for layer in windows)
 
 
 def test_batches_keep_the_text_or_are_refused(family, target):
@@ -153,14 +144,13 @@ def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
 SMALL = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 4}
 
 
-@pytest.mark.parametrize("config", [FalconConfig, CodeGenConfig])
-def test_a_config_without_sizes_that_others_have_gets_a_drafter(config):
-    config = config(**SMALL, num_attention_heads=4, rotary_dim=8, eos_token_id=1, bos_token_id=2)
+def test_a_config_without_sizes_that_others_have_gets_a_drafter():
+    config = FalconConfig(**SMALL, num_attention_heads=4, eos_token_id=1, bos_token_id=2)
     target = Target(AutoModelForCausalLM.from_config(config))
     drafter = make_drafter(target, target_layer_ids=[0, 2])
     assert drafter.spec.intermediate_size == 192
-    ways = generate(target, drafter, [4, 9], max_new_tokens=8), generate_plain(target, [4, 9], max_new_tokens=8)
-    assert ways[0].token_ids == ways[1].token_ids
+    found, expected = (f(target, *x, [4, 9], max_new_tokens=8) for f, *x in ((generate, drafter), (generate_plain,)))
+    assert found.token_ids == expected.token_ids
 
 
 REFUSED = [
@@ -196,12 +186,11 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
         target.features(torch.tensor([SHARED + SHARED] * 2), [0, 2])
 
 
-@pytest.mark.parametrize("family", wide(["llama", "qwen3", "cohere2"], "llama"))
 @pytest.mark.parametrize("part", ["layers.1", "lm_head", "embed_tokens", "norm"])
 @torch.no_grad()
-def test_weights_that_are_changed_in_place_are_seen(family, part):
+def test_weights_that_are_changed_in_place_are_seen(part):
     """Fused layers, packed layers and the head read the new ones."""
-    target = make_sharp_target(family)
+    target = make_sharp_target("llama")
     before = generate_plain(target, SHARED, max_new_tokens=LENGTH).token_ids
     for name, weight in target.model.named_parameters():
         if part in name:
