@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 import pytest
 
 from dpace.measure.records import Provenance, Records, ResponseRecord, ServedRecord, ServerAddress, ServerSetup
-from dpace.system.provenance import Hardware
 from tests.support.files import make_prompts
 from tests.support.rows import make_bench, make_plain, make_response
 
@@ -25,17 +24,7 @@ def test_records_go_on_and_the_last_ones_count(tmp_path):
     assert found == records.rows and found[0.0, "0", 0, "plain", None].decode_seconds == 9.0 and len(found) == 3
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"target_weights_sha256": "0" * 64},
-        {"drafter_configs": {"dpace": "0" * 64}},
-        {"seed": 1},
-        {"hardware": Hardware(device="another", cores=2, torch_threads=2)},
-        None,
-    ],
-    ids=lambda change: next(iter(change or ["prompts"])),
-)
+@pytest.mark.parametrize("change", [{"drafter_configs": {"dpace": "0" * 64}}, {"seed": 1}, None], ids=str)
 def test_records_of_another_measurement_are_neither_taken_nor_lost(change, tmp_path):
     open_records(tmp_path).add(make_plain())
     other = (replace(SETUP, **change), PROMPTS) if change else (SETUP, PROMPTS[:1])

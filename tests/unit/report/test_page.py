@@ -67,6 +67,7 @@ def test_a_folder_of_compare_and_logs_are_read(tmp_path):
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     sections = {section.title: section for section in sections_of(read_results(tmp_path / "results.json"), tmp_path)}
     assert next(iter(sections)) == "Objectives: t, reduction mean, seeds 0, 1"
+    assert [title.partition(" ")[0] for title in sections][1:3] == ["Speed:", "Reach"]
     for title, words in {
         "Acceptance by slot": ("reach rate", "dpace, T=0"),
         "Training": ("tau, validation", "optimizer step"),
@@ -107,25 +108,29 @@ def test_names_are_shown_as_they_are(tmp_path, capsys):
     assert "\x1b" not in out and "[bold]e[/bold]" in out
 
 
-@pytest.mark.parametrize("fault", [{"seed": 1e999}, {"rows": []}], ids=str)
-def test_results_that_are_none_are_refused(fault, folder, capsys):
-    change_json(folder / "results.json", **fault)
-    refused(["report", str(folder)], capsys, "results.json", "measure again")
-    assert not (folder / "report.html").exists()
-
-
-@pytest.mark.parametrize("log", [[{"step": "x"}], "x"], ids=str)
-def test_logs_that_are_none_are_refused(log, folder, capsys):
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("results.json", {"seed": 1e999}),
+        ("results.json", {"rows": []}),
+        ("dpace/trainer_state.json", {"log_history": [{"step": "x"}]}),
+        ("dpace/trainer_state.json", {"log_history": "x"}),
+    ],
+    ids=str,
+)
+def test_files_that_are_none_are_refused(file, change, folder, capsys):
     (folder / "dpace").mkdir()
-    (folder / "dpace" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    refused(["report", str(folder)], capsys, "trainer_state.json")
+    (folder / "dpace" / "trainer_state.json").write_text('{"log_history": []}')
+    change_json(folder / file, **change)
+    refused(f"report {folder}", capsys, file, "again")
+    assert not (folder / "report.html").exists()
 
 
 @pytest.mark.parametrize("output", ["report.md", ".", "results.json/x.html", "mine.html"])
 def test_places_that_are_none_are_refused(output, folder, capsys):
     (folder / "mine.html").write_text("mine")
     before = tree(folder)
-    refused(["report", str(folder), "--output", f"{folder}/{output}"], capsys)
-    refused(["report", f"{folder}/nothing"], capsys, "has no results.json")
+    refused(f"report {folder} --output {folder}/{output}", capsys)
+    refused(f"report {folder}/nothing", capsys, "has no results.json")
     assert tree(folder) == before
     assert main(["report", str(folder)]) == main(["report", str(folder)]) == 0, "its own page is written again"

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dpace.measure.results import Comparison
-from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, tables_of, verdict
+from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, verdict
 from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
     make_bench,
@@ -95,11 +95,6 @@ def test_rows_say_what_they_know():
         "not clear s dpace 2.00 [1.50, 2.50] +10.0 % [+0.0, +20.0] 500 2.00",
         "baseline s dflash 2.00 [1.50, 2.50] - - -",
     ]
-
-
-def test_tables_of_a_comparison_have_those_of_its_decoding():
-    titles = [section.title for section in tables_of(make_compare(make_compared(), decode=make_bench()))]
-    assert [title.partition(" ")[0] for title in titles] == ["Objectives:", "Speed:", "Reach"]
 
 
 def test_advice_follows_from_the_verdicts():
