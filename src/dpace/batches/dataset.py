@@ -123,9 +123,10 @@ class ResponseDataset(torch.utils.data.Dataset):
             seed: of the order, which changes with the epoch.
             is_grouped: take them in `grouped_order` and not at random.
         """
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + self.epoch)).numpy()
         if is_grouped and step_size > 1:
             order = grouped_order(self.lengths, step_size, seed=(seed, self.epoch))
+        else:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + self.epoch)).numpy()
         return [order[start : start + step_size].tolist() for start in range(0, len(order), step_size)]
 
     def __len__(self):

@@ -15,7 +15,7 @@ from typing import Any
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation, is_answer
-from dpace.respond.from_servers import Row, ServerAnswers
+from dpace.respond.from_servers import ServerAnswers
 from dpace.respond.in_process import answer_batches
 from dpace.respond.responses import (
     Response,
@@ -84,11 +84,11 @@ def answer_prompts(
         if config.server:
             meta["servers"] = servers.described if servers else read_meta(path).get("servers")
         if waiting:
-            ranks.from_first(lambda: write_meta(path, meta, prompts, is_complete=False))
+            ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
             mine = [by_id[name] for name in ranks.share(waiting)]
-            rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
+            answers = servers.answers(mine) if servers else _answer_here(target, mine, config)
             own = path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
-            _append_rows(rows, own, len(mine))
+            _append_answers(answers, own, len(mine))
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, left_out))
@@ -97,13 +97,13 @@ def answer_prompts(
 
 def _answer_here(
     target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig
-) -> Iterator[Sequence[Row]]:
+) -> Iterator[Sequence[Response]]:
     """Yield the answers of this process, or those that the prompts come with."""
     if config.source == "own":
         for prompt in prompts:
             conversation = Conversation(target, prompt, config)
             conversation.add_own_answers()
-            yield [(conversation.response, {})]
+            yield [conversation.response]
         return
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
     yield from answer_batches(target, prompts, config)
@@ -145,7 +145,7 @@ def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_
         raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts and not read_meta(path).get("complete"):
         _collect(path, prompts)
-        write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
+        write_meta(path, meta | ({"left_out": left_out} if left_out else {}), is_complete=True)
 
 
 def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -169,12 +169,12 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
         part.unlink()
 
 
-def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> None:
+def _append_answers(answers: Iterator[Sequence[Response]], path: Path, num_prompts: int) -> None:
     """Append answers to a file, and wait for the disk whenever some came."""
     with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
         task = bar.add_task("answering prompts", total=num_prompts, info="")
-        for batch in rows:
-            file.writelines(json.dumps(asdict(row) | more, ensure_ascii=False) + "\n" for row, more in batch)
+        for batch in answers:
+            file.writelines(json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in batch)
             file.flush()
             os.fsync(file.fileno())
             bar.update(task, advance=len(batch))

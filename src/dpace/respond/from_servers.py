@@ -1,14 +1,13 @@
 """Let running servers of the target answer prompts: several servers, many requests at each.
 
-Prompts come in; rows for `responses.jsonl` go out, in the order in which they come. All workers take from one queue of
-prompts. A prompt whose answer is not known to be what the target would have kept is left out.
+Prompts come in; responses go out, in the order in which they come. All workers take from one queue of prompts. A
+prompt whose answer is not known to be what the target would have kept is left out.
 """
 
 import queue
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import tenacity
 
@@ -28,9 +27,6 @@ LONGEST_WAIT = 30.0
 OF_PROMPT = (400, 413, 422)
 """HTTP statuses that refuse one prompt; others refuse all of them."""
 
-Row = tuple[Response, dict[str, Any]]
-"""An answer, and what else its line says: engine, model, and for each turn `stop` or `length`."""
-
 
 class LeftOut(ValueError):
     """A prompt gets no answer, for a reason that is the same for all prompts of a kind.
@@ -45,8 +41,8 @@ class LeftOut(ValueError):
         self.reason = reason
 
 
-def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) -> tuple[list[int], str]:
-    """Return the tokens of an answer, its stop token included, and `stop` or `length`.
+def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Return the tokens of an answer, with the stop token that ended it.
 
     Args:
         answer: some servers give it without the stop token that ended it.
@@ -58,18 +54,18 @@ def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) 
     """
     tokens = answer.token_ids
     if end := answer_end(tokens, stops):
-        return tokens[:end], "stop"
+        return tokens[:end]
     num_told = answer.last.num_tokens
     if num_told not in (None, len(tokens), len(tokens) + answer.is_stopped):
         raise LeftOut("given without its tokens")
     if not answer.is_stopped:
         if len(tokens) < max_new_tokens:
             raise LeftOut("cut by the server, whose context is too short")
-        return tokens, "length"
+        return tokens
     named = stops if answer.last.stop_token is None else [answer.last.stop_token]
     if len(named) != 1 or named[0] not in stops or num_told == len(tokens):
         raise LeftOut("ended by a token that is not known to be a stop token of the target")
-    return [*tokens, *named], "stop"
+    return [*tokens, *named]
 
 
 class ServerAnswers:
@@ -96,15 +92,16 @@ class ServerAnswers:
         self._given_up: set[Server] = set()
         self._waiting: queue.SimpleQueue[Prompt | None] = queue.SimpleQueue()
         """Prompts without an answer; None ends the threads of all servers."""
-        self._results: queue.SimpleQueue[tuple[Prompt, Row | Exception]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Prompt, Response | Exception]] = queue.SimpleQueue()
         """What became of prompts: an answer, `LeftOut`, or what ends the call."""
 
     @property
     def described(self) -> list[dict[str, str | None]]:
         """Engine and model of each kind of server, without addresses, which may change."""
-        return [dict(pairs) for pairs in dict.fromkeys(tuple(_describe(server).items()) for server in self.servers)]
+        kinds = dict.fromkeys((server.engine, server.address.short(server.model or "")) for server in self.servers)
+        return [{"engine": engine, "model": model or None} for engine, model in kinds]
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Response]]:
         """Yield the answers as they come, at once what came since the last time, until every prompt has its end.
 
         Raises:
@@ -122,7 +119,7 @@ class ServerAnswers:
                 while not self._results.empty():
                     recent.append(self._results.get())
                 num_open -= len(recent)
-                yield [result for _, result in recent if isinstance(result, tuple)]
+                yield [result for _, result in recent if isinstance(result, Response)]
                 for prompt, result in recent:
                     if isinstance(result, LeftOut):
                         self.left_out[result.reason] += 1
@@ -152,7 +149,7 @@ class ServerAnswers:
             self._results.put((prompt, result))
         self._waiting.put(prompt)
 
-    def _ask(self, server: Server, prompt: Prompt) -> Row:
+    def _ask(self, server: Server, prompt: Prompt) -> Response:
         """Answer all turns of a prompt."""
         config = self.config
         ask = tenacity.Retrying(
@@ -163,15 +160,12 @@ class ServerAnswers:
         )
         stops = list(self.target.stop_token_ids)
         conversation = Conversation(self.target, prompt, config)
-        reasons = []
         while not conversation.is_answered:
             token_ids = conversation.ask()
             way = (config.max_new_tokens, config.temperature, conversation.seed)
             answer = ask(server.answer, token_ids, *way, stream=False)
-            tokens, reason = tokens_of_answer(answer, stops, config.max_new_tokens)
-            conversation.add(token_ids, tokens)
-            reasons.append(reason)
-        return conversation.response, _describe(server) | {"finish_reasons": reasons}
+            conversation.add(token_ids, tokens_of_answer(answer, stops, config.max_new_tokens))
+        return conversation.response
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Return the seconds until a request is sent again."""
@@ -193,7 +187,3 @@ class ServerAnswers:
                 "run the same command to go on"
             )
         return LeftOut("the server fails for it, and not for others", error)
-
-
-def _describe(server: Server) -> dict[str, str | None]:
-    return {"engine": server.engine, "model": server.model and server.address.short(server.model)}

@@ -15,11 +15,11 @@ from dpace.decode.generation import make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
-from dpace.respond.from_servers import Row
+from dpace.respond.responses import Response
 from dpace.target import Target, answer_end
 
 
-def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Row]]:
+def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Response]]:
     """Answer prompts in batches, turn by turn, and yield each batch."""
     for start in range(0, len(prompts), config.batch_size):
         batch = [Conversation(target, prompt, config) for prompt in prompts[start : start + config.batch_size]]
@@ -29,7 +29,7 @@ def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondCon
             answers = generate_responses(target, encoded, config, seeds)
             for conversation, token_ids, answer in zip(active, encoded, answers, strict=True):
                 conversation.add(token_ids, answer)
-        yield [(conversation.response, {}) for conversation in batch]
+        yield [conversation.response for conversation in batch]
 
 
 @torch.inference_mode()

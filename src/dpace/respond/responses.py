@@ -3,8 +3,8 @@
 Responses come out as dataclasses, and what they depend on as a dictionary: two runs are the same where all of it is.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dpace.config import RespondConfig
-from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json
 from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import quoted
-from dpace.system.provenance import find_versions, hash_file, hash_json, same_run
+from dpace.system.provenance import find_versions, hash_file, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 
@@ -117,7 +116,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The facts of `find_meta`, and those of `write_meta`; empty where there is no such file. `complete` says whether
-        all `num_prompts` prompts were answered; only then `responses_sha256` is the hash of the responses.
+        all prompts were answered; only then `responses_sha256` is the hash of the responses.
 
     Raises:
         ValueError: the file cannot be read.
@@ -199,12 +198,7 @@ def register_answers(path: Path) -> None:
     register_files(path.parent, *names, are_ours=are_ours)
 
 
-def write_meta(path: Path, meta: dict[str, Any], prompts: Sequence[Prompt], *, is_complete: bool) -> None:
+def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
     """Write what made the responses, all or nothing."""
-    state = {
-        "complete": is_complete,
-        "num_prompts": len(prompts),
-        "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
-        "responses_sha256": hash_file(path) if is_complete else None,
-    }
+    state = {"complete": is_complete, "responses_sha256": hash_file(path) if is_complete else None}
     write_json(meta_path(path), meta | state, indent=2)

@@ -60,7 +60,7 @@ class Address:
             parsed = HttpUrl(url.strip())
         except ValidationError:  # whose message may show a password
             parsed = None
-        if parsed is None or parsed.query or parsed.fragment:
+        if parsed is None or parsed.query is not None or parsed.fragment is not None:
             raise ValueError(
                 "the server's address is none with a scheme, a host and a port alone; give http://host:port, without "
                 "? and #"

@@ -134,11 +134,6 @@ def test_servers_give_what_this_process_gives(engine, start, chat, own, tmp_path
     assert min(counts) > 1
     assert write_responses(chat, PROMPTS, path, config) == own[1.0]
     assert counts == [len(stub.requests) for stub in stubs]
-    for line in lines_of(path):
-        reasons = ["stop" if line["token_ids"][end - 1] == EOS else "length" for _, end in line["response_spans"]]
-        assert len(line["finish_reasons"]) == sum(message["role"] == "user" for message in line["messages"])
-        assert line["finish_reasons"][-len(reasons) :] == reasons
-        assert (line["engine"], line["model"]) == (engine, "m")
     meta = read_meta(path)
     assert meta["source"] == "servers" and meta["servers"] == [{"engine": engine, "model": "m"}] and meta["complete"]
 

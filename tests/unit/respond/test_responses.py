@@ -93,7 +93,7 @@ def test_the_meta_file_tells_what_made_the_responses(target, path):
     write_responses(target, PROMPTS, path, CONFIG)
     assert path.read_bytes().startswith(first)
     meta = read_meta(path)
-    assert meta["complete"] is True and meta["num_prompts"] == 7
+    assert meta["complete"] is True
     assert meta["responses_sha256"] == hash_file(path) and meta["target_sha256"] == target.sha256
     before = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
     others = replace(CONFIG, batch_size=1, seed=5)  # greedy answers do not depend on them

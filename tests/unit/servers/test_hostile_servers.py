@@ -96,7 +96,14 @@ def test_what_is_no_server_is_an_error(expected, refused):
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1:9", "file:///etc/passwd", "http://user:secret", "http://127.0.0.1:99999", "http://a:9?key=secret"],
+    [
+        "127.0.0.1:9",
+        "file:///etc/passwd",
+        "http://user:secret",
+        "http://127.0.0.1:99999",
+        "http://a:9?key=secret",
+        "http://a:9?",
+    ],
 )
 def test_addresses_that_are_none_are_refused_and_show_no_password(address):
     with pytest.raises(ValueError, match="give http://host:port") as error:
