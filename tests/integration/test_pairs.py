@@ -391,7 +391,7 @@ def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_comm
     change_json(meta, complete=False)
     assert main(["plan", files["recipe"], "--output", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
+    assert "disk: up to" in printed and "next: dpace respond" in printed and "not all answers are there" in printed
 
 
 def test_training_says_how_many_given_tokens_are_the_targets_choice(files, tmp_path, capsys):

@@ -200,7 +200,7 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     """
     answers = Path(recipe.output) / "responses.jsonl"
     is_answered = bool(read_meta(answers).get("complete"))
-    notes = [] if is_answered else ["no answers yet: each one counts as long as the recipe allows"]
+    notes = [] if is_answered else ["not all answers are there: each counts as long as the recipe allows"]
     if is_answered:
         lengths = known_lengths(choose_conversations(*load_corpus(answers, recipe.prompts), recipe)[0])
     elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():

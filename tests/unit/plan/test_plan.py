@@ -181,11 +181,11 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
     said = capsys.readouterr().out
     assert "does not fit in 20.0 MiB" in said and "largest --train.batch-size that fits: 0" in said
     assert "makes it fit: a lower --train.num-anchors" in said and "time: about " in said
-    assert "17 conversations of 40 tokens" in said and "no answers yet" not in said
+    assert "17 conversations of 40 tokens" in said and "not all answers are there" not in said
     assert said.endswith(f"next: dpace train {' '.join(answered)} --device cpu\n")
     other = ["--output", str(tmp_path / "other"), "--memory=80GB"]
     assert main(["plan", *answered, *other]) == 0
-    assert "17 conversations of 2,0" in (said := capsys.readouterr().out) and "no answers yet" in said
+    assert "17 conversations of 2,0" in (said := capsys.readouterr().out) and "not all answers are there" in said
     assert main(["plan", *answered, *other, "--prompts.path", str(tmp_path / "none.jsonl")]) == 0
     said = capsys.readouterr().out
     assert "no prompts yet" in said and "2 conversations of 3,072 tokens" in said and "fits in 74.5 GiB" in said
