@@ -33,7 +33,7 @@ from tests.support.files import (
     write_rows,
 )
 from tests.unit.respond.test_respond import Stub
-from tests.unit.target.test_target_files import write_adapter, write_fp8
+from tests.unit.target.test_target_files import QUERY, write_adapter, write_fp8
 
 
 class Pair(NamedTuple):
@@ -575,7 +575,8 @@ import {{out}}/theirs --target {{adapter}} --output {{out}}/ours
 def test_every_verb_takes_an_adapter(files, language_target, tmp_path):
     """Also where it has no tokenizer of its own; a run names the weights that it was merged to."""
     pytest.importorskip("peft")
-    down, up = write_adapter(tmp_path / "lora", files["target"], width=48).values()
+    lora = write_adapter(shutil.copytree(files["target"], tmp_path / "base"), width=48)
+    down, up = (load_file(lora / "adapter_model.safetensors")[f"{QUERY}{name}.weight"] for name in "AB")
     server = Stub(language_target, "vllm")
     values = files | {"out": str(tmp_path), "adapter": str(tmp_path / "lora"), "server": server.url}
     try:

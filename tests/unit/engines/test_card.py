@@ -155,7 +155,7 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
 def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    write_adapter(tmp_path / "lora", str(language_folder), width=48)
+    write_adapter(shutil.copytree(language_folder, tmp_path / "base"), width=48)
     flags = ["--target", "lora", "--to", "vllm", "--output", "out"]
     assert main(["export", str(folder), *flags]) == 0
     said = capsys.readouterr().err

@@ -58,7 +58,7 @@ def assert_decodes(target):
     return text
 
 
-def write_adapter(base_folder, **changes):
+def write_adapter(base_folder, width=128, **changes):
     """An adapter as peft writes it, without peft: rank 2 on one layer's query projection."""
     folder = base_folder.parent / "lora"
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_folder)}
@@ -66,7 +66,7 @@ def write_adapter(base_folder, **changes):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     torch.manual_seed(1)
-    weights = {f"{QUERY}A.weight": torch.randn(2, 128), f"{QUERY}B.weight": torch.randn(128, 2)}
+    weights = {f"{QUERY}A.weight": torch.randn(2, width), f"{QUERY}B.weight": torch.randn(128, 2)}
     if changes.get("lora_bias"):
         weights[f"{QUERY}B.bias"] = torch.ones(128)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
