@@ -187,11 +187,6 @@ class DrafterSpec:
             ValueError: a value that no drafter has, or none where one is needed; names it.
         """
         spec = read_values(cls, values)
-        if spec.num_heads % spec.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
-                f"{spec.num_key_value_heads}; {COPY_AGAIN}"
-            )
         if spec.selector:
             spec.selector.check(spec)
         if "sliding_attention" not in spec.layer_types:

@@ -15,7 +15,6 @@ from dpace.loss import Slots
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
-from dpace.target.target import HEAD_INPUT
 from dpace.train.loop import Scorer
 from dpace.train.run import check_recipe, make_datasets, train
 from tests.conftest import make_recipe, make_with_head
@@ -37,10 +36,11 @@ def make_scorer(language_target):
 
 @pytest.fixture
 def batch(language_target, language_responses):
-    """Blocks of three conversations."""
+    """Blocks of three conversations, for a target that likes any token: of random last hidden states."""
     dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
     batch = collate([dataset[i] for i in range(3)], 5)
-    batch["features"] = language_target.features(batch["token_ids"], [1, 3, HEAD_INPUT])
+    features = language_target.features(batch["token_ids"], [1, 3])
+    batch["features"] = torch.cat([features, torch.randn(3, features.shape[1], 48)], dim=-1)
     return batch
 
 
