@@ -68,7 +68,7 @@ def test_from_prompts_to_a_served_drafter(
         patch.setattr(TrainingLoop, "take_step", interrupted)
         assert "run the same command to continue" in run(train, code=130)[1]
     printed = run(train)
-    assert "goes on at step 2" in printed[1] and "training, dpace: " in printed[1]
+    assert "training, dpace: 2 of 30" in printed[1]
     assert "dpace-out/drafter is finished" in run(train)[1]
     refused = run(f"{train} --max-steps 34", code=1)[1]
     found = re.search(r"run `mv (\S+) (\S+)`, then add (--drafter.init [^ ,]+)", refused)
