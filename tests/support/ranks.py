@@ -193,7 +193,8 @@ def on_whole_models(name: str, responses: Sequence[Response], recipe: Recipe, fo
     answer_all(target, responses, recipe, folder)  # first, since nothing has joined the ranks yet
     tell_all()
     train_all(target, responses, recipe, folder, 2)
-    stop_and_go_on(target, responses, recipe, folder)
+    if ranks.num_ranks() == 2:  # with more, gradients are summed in another order after a resume
+        stop_and_go_on(target, responses, recipe, folder)
     keep_features(target, target, make_datasets(responses, recipe)[0], folder / "features")
     measure_all(target, responses, recipe, folder)
 
