@@ -102,7 +102,7 @@ def test_the_bootstrap_over_prompts_is_that_of_scipy(monkeypatch):
         assert widening(count) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("num_prompts", [6, 24])
+@pytest.mark.parametrize("num_prompts", [MIN_PROMPTS, 24])
 def test_an_interval_over_few_prompts_covers_the_truth(num_prompts, monkeypatch):
     """Of a gain on the same prompts; without `widening`, it is 84 % of the time with six of them."""
     monkeypatch.setattr("dpace.metrics.NUM_RESAMPLES", 200)
@@ -126,20 +126,13 @@ def test_the_seeds_part_is_students():
     assert value == pytest.approx(gains.mean())
     theirs = stats.t.interval(0.95, 2, gains.mean(), stats.sem(gains))
     assert ends == pytest.approx(theirs, rel=1e-3)  # -1.4 and 10.3 %: with three seeds, no clear gain
+    generator = np.random.default_rng(0)
+    totals = 1 + generator.random((2, 1, 3, 9))
+    both, prompts = (estimate(part) for part in (totals, totals.sum(2, keepdims=True)))
+    by_seed = totals.sum(-1)[0] / totals.sum(-1)[1]
+    seeds = stats.t.ppf(0.975, 2) * stats.sem(by_seed[0])
+    for whole, part in zip(np.abs(np.array(both[1:]) - both[0]), np.abs(np.array(prompts[1:]) - both[0]), strict=True):
+        assert whole == pytest.approx(np.hypot(part, seeds), rel=1e-3)  # squares are added
+    assert both[1] < both[0] < both[2]
     for degrees in range(1, 60):
         assert student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)
-
-
-@pytest.mark.parametrize(("num_seeds", "of_seeds", "of_prompts"), [(2, 0.1, 0.05), (3, 0.03, 0.3)])
-def test_an_interval_over_few_seeds_covers_the_truth(num_seeds, of_seeds, of_prompts, monkeypatch):
-    """A bootstrap of the seeds covers 69 % with two of them, and 82 % with three."""
-    monkeypatch.setattr("dpace.metrics.NUM_RESAMPLES", 200)
-    generator = np.random.default_rng(0)
-    hits = 0
-    for _ in range(300):
-        seeds, prompts = generator.normal(0, of_seeds, (num_seeds, 1)), generator.normal(0, of_prompts, 40)
-        verifications = generator.integers(5, 30, (num_seeds, 40))
-        tokens = verifications * (2 + seeds + prompts + generator.normal(0, 0.1, (num_seeds, 40)))
-        _, low, high = estimate(np.array([[tokens], [verifications]], float))
-        hits += low <= 2 <= high
-    assert hits / 300 >= 0.92

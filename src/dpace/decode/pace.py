@@ -110,7 +110,7 @@ class Plan(NamedTuple):
     copy: Copy = Copy()
     """The copy that promises most."""
     width: int = 1
-    """Number of tokens to verify: the last token of the text, then those of the draft or of `copy`."""
+    """Number of tokens to verify: the last of the text, then those of `copy` or, once it is made, of the draft."""
     copies: Sequence[Copy] = ()
     """All copies that were found."""
     num_unread: int = 0

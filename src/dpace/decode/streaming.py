@@ -101,8 +101,7 @@ def custom_generate(
         has_embeddings = model_inputs.get("inputs_embeds") is not None or not input_ids.numel()
         refused = {
             "another model than the drafter's target": model is not target.model,
-            "several prompts": len(input_ids) > 1,
-            "beams": generation_config.num_beams > 1,
+            "several prompts or beams": len(input_ids) > 1 or generation_config.num_beams > 1,
             "return_dict_in_generate": generation_config.return_dict_in_generate,
             "a padded prompt": attention_mask is not None and not attention_mask.all(),
             "images or embeddings": has_embeddings or model_inputs.get("mm_encoder_outputs"),

@@ -136,7 +136,7 @@ def test_text_is_equal_with_memory(temperature, costs, language_target, drafter,
     assert passes[1] < 0.7 * passes[0]
 
 
-def test_threads_share_a_decoder(language_target, drafter, questions, monkeypatch):
+def test_threads_share_a_decoder(language_target, drafter, questions):
     """Also while its first calls measure the machine; threads give way to one another as often as they can."""
     decoder = Decoder(language_target, drafter)
     expected = [generate_plain(language_target, question, max_new_tokens=20).token_ids for question in questions]
