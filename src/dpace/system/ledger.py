@@ -26,7 +26,7 @@ LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
 """In a folder that a process writes to: the lock, and who holds it."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
-FULL_DISK = r"os error (28|122)|\d+ requested and \d+ written"
+FULL_DISK = r"os error (27|28|122)|\d+ requested and \d+ written"
 """What safetensors and numpy say where there is no room, or no more of a quota."""
 
 
