@@ -155,8 +155,10 @@ class Batch:
         layer_ids = () if self.drafter is None else self.drafter.target_layer_ids
         prompts = [row.token_ids for row in self.rows]
         hidden, features = read_texts(self.target, prompts, self.caches[0], layer_ids)
-        for row, logits in zip(self.rows, self.target.logits(hidden).split(1), strict=True):
-            row.take(0, row.draw(logits).tolist(), width=0)
+        choices = self.target.logits(hidden).split(1)
+        drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, choices, strict=True)])
+        for row, token in zip(self.rows, drawn.tolist(), strict=True):
+            row.take(0, [token], width=0)
         ends = self._find_ends()
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
         if self.drafter is not None and self.drafter.num_context < features.shape[1]:
