@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -35,10 +35,11 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
     spec = init.spec
-    own = {name: getattr(spec, name) for name in SAME_AS_OPTIONS}
+    own: dict[str, Any] = {option: None for option in vars(recipe.drafter) if option.startswith("head")}
+    own |= {name: getattr(spec, name) for name in SAME_AS_OPTIONS}
     own |= {
         "num_features": len(spec.target_layer_ids),
-        **(spec.selector.options(spec) if spec.selector else {"head": None}),
+        **(spec.selector.options(spec) if spec.selector else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": spec.is_causal is True,  # of all layers
         "norm_scale": 1.0,  # it has a final norm
