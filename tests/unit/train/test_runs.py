@@ -238,7 +238,7 @@ def test_answers_that_are_not_the_targets_are_refused(answered, tmp_path):
         with pytest.raises(ValueError, match=message):
             Answers(recipe, "dpace respond").refuse_others({"target_sha256": "1" * 64, "dtype": "bfloat16"})
 
-    refuse("run the same `dpace respond` command again", complete=False)
+    refuse("run the same command again: `dpace respond`", complete=False)
     refuse("was changed", responses_sha256="0" * 64)
     refuse("other weights of the target")
     refuse('dtype "float32", not "bfloat16"', target_sha256="1" * 64)
