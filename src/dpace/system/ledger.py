@@ -24,6 +24,8 @@ MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
 """In a folder that a process writes to: the lock, and who holds it."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
 FULL_DISK = r"os error (27|28|122)|\d+ requested and \d+ written"
@@ -186,9 +188,25 @@ def _own_lock(path: Path) -> Path:
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[None]:
     """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
-    with filelock.FileLock(_own_lock(path)):
+    lock = _acquire(_own_lock(path), timeout=-1.0)
+    try:
         remove_unfinished(path.parent, f"{path.name}.*")
         yield
+    finally:
+        lock.release()
+
+
+def _acquire(path: Path, timeout: float) -> filelock.BaseFileLock:
+    """Lock a file; where the file system has no locks, another file stands for the lock as long as it is held."""
+    lock = filelock.FileLock(path, is_singleton=True)
+    try:
+        lock.acquire(timeout)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        lock = filelock.SoftFileLock(path.with_suffix(".softlock"), is_singleton=True)
+        lock.acquire(timeout)
+    return lock
 
 
 def cut_unfinished_line(path: Path) -> None:
@@ -213,13 +231,13 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         return
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     holder = folder / HOLDER
-    lock = filelock.FileLock(folder / LOCK, timeout=0.0, is_singleton=True)
     try:
-        lock.acquire()
+        lock = _acquire(folder / LOCK, timeout=0.0)
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
+        stale = f"; if it is gone, remove {error.lock_file}" if error.lock_file.endswith(".softlock") else ""
         raise ValueError(
-            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output"
+            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
         ) from error
     is_first = lock.lock_counter == 1
     try:

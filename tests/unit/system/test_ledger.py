@@ -1,6 +1,7 @@
 """Files are written whole or not at all, by one process at a time, and never over what dpace did not write."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -43,6 +44,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_of_the_file_system_a_file_is_the_lock(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / ".dpace.softlock"
+    with lock_folder(tmp_path), lock_folder(tmp_path), lock_file(tmp_path / "corpus.arrow"):
+        assert path.exists()
+    assert not path.exists()
+    path.write_text("1\nanother-host\n")
+    with pytest.raises(ValueError, match=rf"if it is gone, remove {path}"), lock_folder(tmp_path):
+        pass
 
 
 def test_who_begins_in_a_folder_leaves_the_corpus_to_who_writes_it(tmp_path):
