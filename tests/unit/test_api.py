@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -74,6 +75,22 @@ def test_what_a_function_took_along_is_part_of_its_hash():
     assert source_sha256(torch.no_grad()(ones)) == source_sha256(ones)
     with pytest.raises(ValueError, match="power cannot be recorded"):
         source_sha256(make_power(torch.ones(1)))
+
+
+def test_what_a_function_calls_in_its_module_is_part_of_its_hash(tmp_path, monkeypatch):
+    """Not in a script, whose other lines do not matter."""
+    hashes = []
+    for name in ("__main__", "own"):
+        for value in (1, 2):
+            source = f"def weigh(slots):\n    return helper()\n\ndef helper():\n    return {value}\n"
+            path = tmp_path / f"own{value}.py"
+            path.write_text(source)
+            module = ModuleType(name)
+            module.__file__ = str(path)
+            exec(compile(source, path, "exec"), vars(module))
+            monkeypatch.setitem(sys.modules, "own", module)
+            hashes.append(source_sha256(module.weigh))
+    assert hashes[0] == hashes[1] and hashes[2] != hashes[3]
 
 
 def test_the_examples_train(language_folder, language_prompts, tmp_path, monkeypatch, capsys):

@@ -1,3 +1,6 @@
+import random
+
+import hypothesis
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,6 +9,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from dpace.blocks import (
     MASK_TILE,
+    Reach,
     block_sizes,
     build_blocks,
     build_target_layer_ids,
@@ -81,19 +85,26 @@ def test_dense_and_flex_are_one_rule(example):
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.integers(2, 200), st.integers(3, 700), st.lists(st.integers(0, 30), min_size=1, max_size=3), st.randoms())
-def test_tiles_are_those_of_the_dense_mask(block_size, num_context, counts, random):
+@given(
+    st.integers(2, 200),
+    st.integers(3, 700),
+    st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    st.sampled_from([Reach(), Reach(201), Reach(301, is_causal=True)]),
+    st.randoms(),
+)
+@hypothesis.example(16, 700, [30], Reach(201), random.Random(0))
+def test_tiles_are_those_of_the_dense_mask(block_size, num_context, counts, reach, draws):
     """Any anchors, block size and text: every tile with a visible pair is there, and whole tiles are whole."""
-    anchors = [torch.tensor(sorted(random.sample(range(num_context - 1), min(n, num_context - 1)))) for n in counts]
+    anchors = [torch.tensor(sorted(draws.sample(range(num_context - 1), min(n, num_context - 1)))) for n in counts]
     ids = torch.zeros(len(counts), num_context, dtype=torch.long)
     blocks = build_blocks(ids, ids == 0, [a.long() for a in anchors], block_size)
-    dense = dense_mask(blocks, num_context)[:, 0]
+    dense = dense_mask(blocks, num_context, reach)[:, 0]
     tiles = torch.nn.functional.pad(dense, (0, -dense.shape[2] % MASK_TILE, 0, -dense.shape[1] % MASK_TILE))
     tiles = tiles.unflatten(1, (-1, MASK_TILE)).unflatten(3, (-1, MASK_TILE)).transpose(2, 3).flatten(3)
-    is_seen, is_whole = visible_tiles(blocks, num_context)
+    is_seen, is_whole = visible_tiles(blocks, num_context, reach)
     assert torch.equal(is_seen, tiles.any(-1))
     assert not (is_whole & ~tiles.all(-1)).any()
-    assert torch.equal(flex_mask(blocks, num_context).to_dense()[:, 0].bool(), is_seen)
+    assert torch.equal(flex_mask(blocks, num_context, reach).to_dense()[:, 0].bool(), is_seen)
 
 
 def test_the_mask_of_a_long_text_takes_little_memory():

@@ -21,10 +21,10 @@ SIZES = {"candidate_topk": 3, "hidden_size": 8, "num_layers": 2, "num_heads": 2,
 SIZES |= {"vector_eps": 1e-4, "logit_scale": 8.0}
 
 
-def make_head(block_size=4):
+def make_head(block_size=4, sizes=SIZES, hidden_size=32):
     """A head whose weights follow from their names, as in the published test."""
-    nested = {f"lilicorr_{name}": value for name, value in SIZES.items()}
-    config = SimpleNamespace(hidden_size=32, block_size=block_size, rms_norm_eps=1e-5, dflash_config=nested)
+    nested = {f"lilicorr_{name}": value for name, value in sizes.items()}
+    config = SimpleNamespace(hidden_size=hidden_size, block_size=block_size, rms_norm_eps=1e-5, dflash_config=nested)
     head = LiLiCorr(config).requires_grad_(False)
     for name, parameter in head.named_parameters():
         n, c = torch.arange(parameter.numel(), dtype=torch.float32), sum(name.encode())
@@ -51,6 +51,14 @@ def test_the_published_vector(inputs):
         [1.14475155, 1.14125943, 1.12357390],
     ]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_it_has_as_many_parameters_as_the_published_one():
+    """That of Qwen3-8B, as NVIDIA's Model-Optimizer makes it."""
+    sizes = SIZES | {"candidate_topk": 8, "hidden_size": 1024, "num_heads": 8, "factor_dim": 1024}
+    with torch.device("meta"):
+        head = make_head(16, sizes, hidden_size=4096)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 36_758_794
 
 
 def test_fewer_slots_are_the_first_ones(inputs):
