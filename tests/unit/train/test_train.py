@@ -10,7 +10,7 @@ from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import LossConfig
+from dpace.config import LossConfig, TrainConfig
 from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.measure import heldout
@@ -19,7 +19,7 @@ from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
 from dpace.target.target import HEAD_INPUT
 from dpace.train.finish import measure_and_calibrate
-from dpace.train.loop import TrainingLoop
+from dpace.train.loop import TrainingLoop, num_steps
 from dpace.train.progress import open_trackers
 from dpace.train.run import keep_features, make_datasets, train
 from tests.conftest import make_drafter, make_recipe
@@ -244,3 +244,11 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(
     assert capsys.readouterr().err.count("the tracker trackio failed ('no key'); the training goes on") == 1
     with open_trackers(short(report_to=("wandb",), feature_servers=("http://ann:secret@a:1",))):
         assert Kept.servers[-1] == "['http://a:1']"
+
+
+def test_steps_follow_from_epochs_and_ranks():
+    """As the paper's: 100,000 conversations, two in a step, six times."""
+    paper = TrainConfig(num_epochs=6, batch_size=2)
+    assert num_steps(paper, 100_000) == 300_000
+    assert num_steps(replace(paper, num_epochs=1.5, gradient_accumulation_steps=3), 13, ranks=2) == 3
+    assert num_steps(replace(paper, max_steps=7), 100_000) == 7
