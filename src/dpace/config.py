@@ -95,7 +95,7 @@ def is_custom(objective: str) -> bool:
 
 
 def _refuse_other_form(objective: str) -> str:
-    """Refuse a name that is not of the form of a custom objective."""
+    """Refuse another form than that of a custom objective; the message ends the list of those that there are."""
     if not is_custom(objective):
         raise ValueError("package.module:function")
     return objective

@@ -61,6 +61,9 @@ def read_blocks(page: Path) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 COMMANDS = {command: None for block in BLOCKS for command in block.commands}
+INLINE = [command for page in PAGES for command in re.findall(r"`(dpace \w+ recipe\.yaml[^`]*)`", page.read_text())]
+COMMANDS |= dict.fromkeys(INLINE)
+"""Also those within a sentence; others there only name a verb and an option."""
 
 
 def block_of(language: str) -> str:

@@ -71,8 +71,9 @@ class Decoder:
         caches = None
         if self.compile:
             self.make_room(1 + max(row.limit for row in rows))
-            made = make_caches(self.target, self.drafter, self.columns)
-            caches = self._caches.setdefault(len(rows), made)
+            if len(rows) not in self._caches:
+                self._caches[len(rows)] = make_caches(self.target, self.drafter, self.columns)
+            caches = self._caches[len(rows)]
         batch = Batch(self.target, self.drafter, rows, caches)
         block_size = 1 if self.drafter is None else self.drafter.block_size
         return collect(rows, batch.steps(), block_size, self.target.device)

@@ -68,7 +68,7 @@ def sizes_of(config: Any) -> dict[str, Any]:
     }
 
 
-def attention_of(config: DrafterConfig) -> dict[str, Any]:
+def reach_of(config: DrafterConfig) -> dict[str, Any]:
     """Return `sliding_window`, `layer_types` and `is_causal` of a spec.
 
     Raises:
@@ -181,7 +181,7 @@ class Drafter(DFlashDraftModel):
             ValueError: an option outside its range, or a layer id or mask token that cannot work with this target.
         """
         config = DrafterConfig(**options)
-        own = {name: getattr(config, name) for name in SAME_AS_OPTIONS} | attention_of(config)
+        own = {name: getattr(config, name) for name in SAME_AS_OPTIONS} | reach_of(config)
         own["target_layer_ids"] = tuple(cls.layer_ids(target, config))
         if config.mask_token_id is None:
             own["mask_token_id"] = choose_mask_token(target)

@@ -134,7 +134,8 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
     if isinstance(earlier, BenchResults):
         shared = [field.name for field in fields(Provenance) if field.name not in OF_DRAFTERS]
         is_same = all(getattr(earlier, name) == getattr(results, name) for name in shared)
-        if is_same and _weights(earlier) | _weights(results) == _weights(results) | _weights(earlier):
+        before, now = _weights(earlier), _weights(results)
+        if is_same and all(before[name] == now[name] for name in before.keys() & now.keys()):
             measured = {WAY(row) for row in results.rows}
             rows = [*(row for row in earlier.rows if WAY(row) not in measured), *results.rows]
             of_drafters = {name: {**(getattr(earlier, name) or {}), **getattr(results, name)} for name in OF_DRAFTERS}

@@ -207,7 +207,7 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
         lengths = expected_lengths(split_prompts(recipe.prompts).train, recipe)
     else:
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
-        notes = ["no prompts yet: a batch of the longest conversations stands for them"]
+        notes = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
     plan = plan_recipe(recipe, lengths, memory=memory)
     batch = plan.batch()
     batches = [batch._replace(size=number + 1) for number in range(LARGEST_BATCH)]

@@ -83,7 +83,7 @@ class StepLog:
 
     def __init__(self, block_size: int, device: torch.device):
         self._sums = torch.zeros(4, block_size, device=device)
-        """Of weights, right drafts, negative log-likelihoods and scored slots."""
+        """Sums by slot: weights, right drafts, negative log-likelihoods, scored slots."""
         self._steps: list[dict[str, float]] = []
 
     def add_batch(self, out: SlotScores, is_scored: Tensor) -> None:

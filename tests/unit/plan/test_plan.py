@@ -188,7 +188,11 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
     assert "17 conversations of 2,0" in (said := capsys.readouterr().out) and "not all answers are there" in said
     assert main(["plan", *answered, *other, "--prompts.path", str(tmp_path / "none.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "no prompts yet" in said and "2 conversations of 3,072 tokens" in said and "fits in 74.5 GiB" in said
+    assert (
+        "prompts are not on this machine" in said
+        and "2 conversations of 3,072 tokens" in said
+        and "fits in 74.5 GiB" in said
+    )
     assert "makes it fit" not in said and "--memory" not in said.splitlines()[-1]
 
 
