@@ -1,24 +1,23 @@
 """What is trained on is what the files say."""
 
-import weakref
-from dataclasses import asdict, fields, replace
-from pathlib import Path
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpace.batches.corpus import Corpus, load_corpus, read_corpora
+from dpace.batches.corpus import Answers, Corpus, _batches, load_corpus, read_corpora
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
-from dpace.config import PromptsConfig, RespondConfig
-from dpace.prompts.prompts import Prompt, split_ids
+from dpace.config import PromptsConfig, Recipe
+from dpace.prompts.prompts import split_ids
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
-from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
-from tests.conftest import EOS, make_target, make_tokenizer
+from dpace.system.provenance import hash_file
+from tests.conftest import make_tokenizer
 from tests.support.files import write_rows
 
 
@@ -80,48 +79,36 @@ def test_anchors_are_counted_without_looking_at_tokens(spans, max_length):
     assert dataset.seen_tokens.tolist() == list(range(min(12, max_length))) * bool(kept)
 
 
-def test_own_answers_are_scored_where_the_template_puts_them(tmp_path):
-    """The template ends an answer with the stop token; two answers of a conversation have two spans."""
-    target = make_target("qwen3")
-    target.tokenizer = make_tokenizer()
-    target.tokenizer.chat_template = (
-        "{% for m in messages %}{{ 'ask ' if m.role == 'user' else 'answer ' }}{{ m.content }} "
-        "{{ '<eos> ' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}{{ 'answer' }}{% endif %}"
-    )
-    said = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4")]
-    turn = [{"role": role, "content": content} for role, content in said]
-    config = RespondConfig(source="own")
-    (response,) = write_responses(target, [Prompt("a", "s", [turn], "w5 w6")], tmp_path / "r.jsonl", config)
-    scored = [response.token_ids[start:end] for start, end in response.response_spans]
-    assert scored == [target.tokenizer("w3")["input_ids"] + [EOS], target.tokenizer("w5 w6")["input_ids"] + [EOS]]
-    assert response.messages[-1] == {"role": "assistant", "content": "w5 w6"}
-    target.tokenizer.chat_template = target.tokenizer.chat_template.replace("'answer' }}{% endif", "'w9' }}{% endif")
-    (other,) = write_responses(target, [Prompt("a", "s", [turn[:1]], "w5")], tmp_path / "o" / "r.jsonl", config)
-    assert other.token_ids[-2:] == [*target.tokenizer("w5")["input_ids"], EOS], "the prompt is not the text's beginning"
-    with pytest.raises(ValueError, match="prompt b has no reply at its end"):
-        write_responses(target, [Prompt("b", "s", [turn])], tmp_path / "b" / "r.jsonl", config)
-
-
-def test_few_answers_are_in_memory_together(tmp_path, monkeypatch):
-    """Comparisons read lengths and tokens, and not what was said."""
-    rows = [Response(str(i), "s", [{"role": "user", "content": "q"}], [5] * (i + 2), [[0, 2]]) for i in range(40)]
-    path = Path(write_rows(tmp_path / "responses.jsonl", map(asdict, rows)))
-    living = weakref.WeakSet()
-    most = []
-
-    def make(*values):
-        living.add(response := Response(*values))
-        most.append(len(living))
-        return response
-
-    monkeypatch.setattr("dpace.respond.responses.Response.__hash__", object.__hash__)
-    monkeypatch.setattr("dpace.respond.responses.Response", make)
-    monkeypatch.setattr("dpace.respond.responses.fields", lambda _: fields(Response))
+def test_few_answers_are_in_memory_together(monkeypatch):
+    taken = []
+    rows = ((Response(str(i), "s", [], [5], []), taken.append(i) or 0, i) for i in range(40))
     monkeypatch.setattr("dpace.batches.corpus.BATCH_ROWS", 3)
-    first, second = read_corpora(path, [["30", "7", "none"], ["1"]])
-    assert [first.id(i) for i in range(len(first))] == ["30", "7"] and second.lengths.tolist() == [3]
-    assert len(read_corpora(path, [[one.id for one in rows]])[0]) == 40
-    assert max(most) <= 3 + 3 + 1, "two batches and the next row"
+    assert len(next(_batches(rows))) == len(taken) == 3
+
+
+def test_comparisons_read_parts_in_the_order_of_their_prompts(files):
+    first, second = read_corpora(files[0], [["p20", "p7", "none"], ["p5"]])
+    assert [first.id(i) for i in range(len(first))] == ["p20", "p7"] and second.lengths.tolist() == [8]
+
+
+def test_answers_that_are_not_the_targets_are_refused(files):
+    path, prompts = files
+    meta = path.with_name("responses.meta.json")
+    whole = {"target": "t", "target_sha256": "0", "dtype": "torch.float32", "thinking": False}
+
+    def refuse(message, **changes):
+        meta.write_text(json.dumps({**whole, "responses_sha256": hash_file(path), **changes}))
+        with pytest.raises(ValueError, match=message):
+            answers = Answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
+            answers.refuse_others({"target_sha256": "1", "dtype": "bfloat16"})
+
+    refuse("run the same command again: `dpace respond`", complete=False)
+    refuse("was changed", responses_sha256="0")
+    refuse("other weights of the target")
+    refuse('dtype "float32", not "bfloat16"', target_sha256="1")
+    refuse("thinking true, not false", thinking=True)
+    whole.pop("target")
+    refuse("no meta file .* which target made")
 
 
 def test_one_page_says_what_is_there(files, capsys):

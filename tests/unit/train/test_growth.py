@@ -5,38 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpace.batches.dataset import ResponseDataset, collate, redraw
-from dpace.blocks import Blocks, sample_anchors
+from dpace.batches.dataset import collate, redraw
+from dpace.blocks import Blocks
 from dpace.drafter.views import blocks_hidden
 from dpace.train.run import check_recipe
-from tests.conftest import LANGUAGE_RECIPE, VOCAB, make_drafter, make_recipe, make_target, make_with_convolutions
+from tests.conftest import VOCAB, make_recipe, make_target, make_with_convolutions
+
+
+def with_8_slots(recipe):
+    return replace(recipe, drafter=replace(recipe.drafter, block_size=8))
 
 
 def test_an_objective_that_is_written_for_whole_blocks_is_refused():
-    recipe = replace(LANGUAGE_RECIPE, drafter=replace(LANGUAGE_RECIPE.drafter, block_size=8))
-    check_recipe(recipe, lambda slots: slots.is_scored * torch.ones(8))
-    growing = replace(recipe, train=replace(recipe.train, grow_blocks=True))
+    recipe = with_8_slots(make_recipe(grow_blocks=True))
     with pytest.raises(ValueError, match=r"fails on a batch of shape \(2, 3, 4\)"):
-        check_recipe(growing, lambda slots: slots.is_scored * torch.ones(8))
-
-
-def test_short_blocks_are_more(language_responses):
-    """With 4 slots for 8, twice the blocks, all within the responses; the next epoch's are others."""
-    dataset = ResponseDataset(language_responses[:6], max_length=64, num_anchors=3, seed=0)
-    rows = [dataset[i] for i in range(6)]
-    whole, short = collate(rows, 8), collate([redraw(row, 6) for row in rows], 4)
-    assert short["labels"].shape == (6, 6, 4) and whole["labels"].shape == (6, 3, 8)
-    for row in rows:
-        drawn = redraw(row, 6)["anchors"]
-        assert torch.equal(drawn, redraw(row, 6)["anchors"])
-        assert set(drawn.tolist()) <= set(sample_anchors(row["is_response"]).tolist())
-    dataset.epoch = 1
-    assert not torch.equal(short["anchors"], collate([redraw(dataset[i], 6) for i in range(6)], 4)["anchors"])
+        check_recipe(recipe, lambda slots: slots.is_scored * torch.ones(8))
 
 
 def test_training_takes_short_blocks_first(make_loop):
-    recipe = make_recipe(max_steps=4, num_anchors=4, grow_blocks=True)
-    loop = make_loop(replace(recipe, drafter=replace(recipe.drafter, block_size=8)))
+    """With 4 slots for 8, twice the blocks."""
+    loop = make_loop(with_8_slots(make_recipe(max_steps=4, num_anchors=4, grow_blocks=True)))
     seen = []
     for batches in loop.batches_of_steps():
         seen.append(tuple(batches[0]["is_scored"].shape[1:]))
@@ -45,11 +33,10 @@ def test_training_takes_short_blocks_first(make_loop):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [make_drafter, make_with_convolutions])
-def test_short_blocks_do_not_see_each_other(make):
+def test_short_blocks_do_not_see_each_other():
     """Several blocks of 2 slots at once give what each alone does, with a drafter whose blocks have 4."""
     target = make_target("qwen3")
-    drafter = make(target)
+    drafter = make_with_convolutions(target)
     token_ids, is_response = torch.randint(VOCAB, (20,)), torch.ones(20, dtype=torch.bool)
     row = {"token_ids": token_ids, "is_response": is_response, "features": None, "draw": 5}
     cut = collate([redraw(row, 6)], 2)

@@ -4,25 +4,18 @@ import torch
 from torch import nn
 
 from dpace.config import TrainConfig
-from dpace.train.optimizer import make_optimizer, orthogonalize
-
-
-def test_singular_values_are_near_one():
-    for shape in ((8, 8), (6, 20), (20, 6)):
-        values = torch.linalg.svdvals(orthogonalize(torch.randn(*shape)))
-        assert values.min() > 0.6 and values.max() < 1.3
+from dpace.train.optimizer import make_optimizer
 
 
 def test_steps_are_those_of_torch_optimizers():
     """Matrices against torch.optim.Muon (bf16, hence the tolerance), vectors against AdamW."""
-    torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8))
     theirs = copy.deepcopy(ours)
-    optimizer = make_optimizer(ours, TrainConfig(optimizer="muon", learning_rate=0.02))
+    optimizer = make_optimizer(ours, TrainConfig(optimizer="muon", learning_rate=0.02, weight_decay=2.0))
     matrices = [p for p in theirs.parameters() if p.ndim == 2]
     vectors = [p for p in theirs.parameters() if p.ndim != 2]
     references = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=2.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(vectors, lr=0.02, weight_decay=0.0),
     ]
     start = copy.deepcopy(ours)

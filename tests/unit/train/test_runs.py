@@ -2,29 +2,22 @@
 
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpace.batches.corpus import Answers
-from dpace.cli import main
-from dpace.config import PromptsConfig, Recipe
 from dpace.loss import block_loss
 from dpace.train.checkpoints import is_whole
-from dpace.train.identity import read_run
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_recipe
-from tests.support.files import change_json, changed_json, read_json, write_prompts
+from tests.support.files import changed_json, read_json
 from tests.unit.system.test_ledger import HOLD
 
 
@@ -66,12 +59,8 @@ def unfinished(copied):
     return copied
 
 
-@pytest.fixture
-def same_weights(finished):
-    def check(folder):
-        assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-
-    return check
+def weights_of(folder):
+    return (folder / "model.safetensors").read_bytes()
 
 
 def test_a_finished_run_is_read_and_not_written(copied, run):
@@ -85,11 +74,12 @@ def test_a_finished_run_is_read_and_not_written(copied, run):
 def test_another_run_is_refused_naming_one_difference(copied, run, language_target, monkeypatch):
     def refuse(message, **changes):
         before = files_of(copied)
-        with pytest.raises(ValueError, match=message) as refused:
+        with pytest.raises(ValueError, match=message):
             run(copied, **changes)
-        assert files_of(copied) == before and len(str(refused.value)) < 300 + len(str(copied))
+        assert files_of(copied) == before
 
     refuse("train.seed 42, not 7", seed=7)
+    refuse(r"max_steps 4, not 6; to train it further, run `mv (\S+) (\S+)`, then add --drafter.init \2", max_steps=6)
     with monkeypatch.context() as patch:
         patch.setattr(language_target, "thinking", True)
         refuse("thinking false, not true")
@@ -126,24 +116,21 @@ def test_files_of_others_are_not_touched(name, tmp_path, run):
     assert (tmp_path / name).read_text() == "{}"
 
 
-def test_a_damaged_checkpoint_is_not_taken(unfinished, run, same_weights, capsys):
+def test_a_damaged_checkpoint_is_not_taken(unfinished, run, finished, capsys):
     last = unfinished / "checkpoints" / "checkpoint-4"
-    moments = (last / "optimizer.safetensors").read_bytes()
-    flipped = moments[:-9] + b"x" + moments[-8:]
-    for name, data in (("manifest.json", b"{"), ("optimizer.safetensors", moments[:-9])):
+    for name in ("manifest.json", "optimizer.safetensors"):
         whole = (last / name).read_bytes()
-        (last / name).write_bytes(data)
+        (last / name).write_bytes(b"{")
         assert not is_whole(last)
         (last / name).unlink()
         assert not is_whole(last)
         (last / name).write_bytes(whole)
     assert is_whole(last)
-    (last / "optimizer.safetensors").write_bytes(flipped)
+    (last / name).write_bytes(whole[:-1] + b"x")
     (unfinished / "checkpoints" / ".checkpoint-9.unfinished").mkdir()
     run(unfinished)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err and is_whole(last)
-    assert not list(unfinished.rglob("*.unfinished"))
-    same_weights(unfinished)
+    assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
 
 
 @pytest.mark.parametrize(("what", "value"), [("loss", math.nan), ("gradient", math.inf), ("weights", math.nan)])
@@ -166,10 +153,10 @@ def test_a_number_that_is_not_finite_ends_training(what, value, tmp_path, run, m
     with pytest.raises(ValueError, match=r"step 4.*lower --train.learning-rate"):
         run(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
-    assert is_whole(tmp_path / "checkpoints" / "checkpoint-2") and not (tmp_path / "provenance.json").exists()
+    assert not (tmp_path / "provenance.json").exists()
 
 
-def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, run, same_weights, monkeypatch):
+def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, run, finished, monkeypatch):
     """torchrun sends it on at once, so two in a row are one; a later one ends the step."""
     take_step = TrainingLoop.take_step
 
@@ -190,7 +177,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, run, same_weights
             assert is_whole(tmp_path / folder / "checkpoints" / "checkpoint-3") == has_saved
     assert signal.getsignal(signal.SIGTERM) == before
     run(tmp_path / "a")
-    same_weights(tmp_path / "a")
+    assert weights_of(tmp_path / "a") == weights_of(finished)
 
 
 def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(tmp_path, run, monkeypatch):
@@ -207,67 +194,8 @@ def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(tmp_path,
 
 
 def test_one_writer(tmp_path, run):
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout and other.stdout.readline() == "held\n"
-        try:
-            with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
-                run(tmp_path)
-        finally:
-            other.kill()
-
-
-@pytest.fixture(scope="module")
-def answered(language_folder, language_prompts, tmp_path_factory):
-    """The flags of a run whose prompts are answered."""
-    folder = tmp_path_factory.mktemp("verbs")
-    prompts = write_prompts(folder / "prompts.jsonl", language_prompts[:30])
-    flags = ["--target", str(language_folder), "--prompts.path", prompts, "--respond.max-new-tokens", "16"]
-    flags += ["--drafter.num-layers", "1", "--drafter.block-size", "4", "--train.max-steps", "2"]
-    flags += ["--train.logging-steps", "100", "--train.num-anchors", "4"]
-    assert main(["respond", *flags, "--output", str(folder / "out")]) == 0
-    return folder / "out", flags
-
-
-def test_answers_that_are_not_the_targets_are_refused(answered, tmp_path):
-    out, flags = answered
-    recipe = Recipe(prompts=PromptsConfig(path=flags[3]), output=str(tmp_path / "out"))
-
-    def refuse(message, recipe=recipe, **changes):
-        shutil.copytree(out, tmp_path / "out", dirs_exist_ok=True)
-        change_json(tmp_path / "out" / "responses.meta.json", **changes)
-        with pytest.raises(ValueError, match=message):
-            Answers(recipe, "dpace respond").refuse_others({"target_sha256": "1" * 64, "dtype": "bfloat16"})
-
-    refuse("run the same command again: `dpace respond`", complete=False)
-    refuse("was changed", responses_sha256="0" * 64)
-    refuse("other weights of the target")
-    refuse('dtype "float32", not "bfloat16"', target_sha256="1" * 64)
-    refuse("thinking false, not true", replace(recipe, thinking=True))
-    (out / "responses.meta.json").rename(tmp_path / "meta.json")
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(ValueError, match="no meta file .* which target made"):
-        Answers(replace(recipe, output=str(out)), "dpace respond")
-    (tmp_path / "meta.json").rename(out / "responses.meta.json")
-
-
-def test_a_finished_drafter_is_read_and_trained_further_as_the_message_says(answered, tmp_path, capsys):
-    """With other answers or more steps, the old weights are not passed off as new."""
-    out, flags = answered
-    shutil.copytree(out, tmp_path / "out")
-    drafter = tmp_path / "out" / "drafter"
-    words = ["train", *flags, "--output", str(tmp_path / "out")]
-    assert main(words) == 0
-    before = files_of(drafter)
-    capsys.readouterr()
-    assert main([*words, "--train.logging-steps", "5"]) == 0
-    said = capsys.readouterr()
-    assert "drafter is finished" in said.err and "disk:" not in said.err and "next: dpace bench" in said.out
-    assert main([*words, "--prompts.limit", "9"]) == 1
-    assert "other training answers" in capsys.readouterr().err
-    assert main([*words, "--train.max-steps", "4"]) == 1
-    advice = r"train.max_steps 2, not 4; to train it further, run `mv (\S+) (\S+)`, then add (\S+) (\S+), or"
-    found = re.search(advice, capsys.readouterr().err)
-    assert found and files_of(drafter) == before
-    Path(found[1]).rename(found[2])
-    assert main([*words, "--train.max-steps", "4", found[3], found[4]]) == 0
-    assert (read_run(drafter) or {})["train.max_steps"] == 4
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
+            run(tmp_path)
+        other.kill()
