@@ -70,7 +70,7 @@ def test_a_longer_text_gets_longer_caches_before_it_is_timed(target, lengths):
     for length, text in ((12, [5, 6, 7]), (270, [5, 6, 7]), (5, [9] * 300)):
         options = {"max_new_tokens": length, "stop_token_ids": []}
         assert plain.decode(text, **options).token_ids == generate_plain(target, text, **options).token_ids
-    assert lengths == [8, 12, 8, 270, 5]
+    assert lengths == [8, 12, 8, 270, 5] and plain.decoder.columns == 512
 
 
 def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):

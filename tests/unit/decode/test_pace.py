@@ -1,6 +1,7 @@
 """The rule of width `auto`, against steps whose costs and outcomes are known."""
 
 import itertools
+import operator
 import random
 
 import pytest
@@ -13,54 +14,52 @@ from dpace.decode.pace import Pace, Paces, Plan, StepCosts, best_width, measure_
 from tests.conftest import make_drafter, make_target
 
 COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
+COPIES = [Copy(match, [1] * 7) for match in range(4)]
+"""By the length of the match before them."""
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.lists(st.floats(0.01, 1), min_size=8, max_size=8))
 def test_best_width_is_the_best_of_all(confidences, increments):
     seconds = list(itertools.accumulate(increments))
-    reach = list(itertools.accumulate(confidences, lambda a, b: a * b))
+    reach = list(itertools.accumulate(confidences, operator.mul))
     width, emitted = best_width(reach, seconds)
     counts = [1 + sum(reach[:k]) for k in range(len(reach) + 1)]
     assert emitted == pytest.approx(counts[width - 1])
-    assert emitted / seconds[width - 1] == pytest.approx(max(map(lambda a, b: a / b, counts, seconds)))
+    assert emitted / seconds[width - 1] == pytest.approx(max(map(operator.truediv, counts, seconds)))
 
 
 def seconds_of(costs, width, is_drafted):
     return costs.verify_seconds[width - 1] + is_drafted * costs.draft_seconds
 
 
-def run(pace, steps, draw, *, copies=lambda: [], can_draft=True):
+def run(pace, steps, draw, copies=()):
     """Decode; return tokens in the seconds of a plain step, and the number of drafts.
 
-    `draw` gives the confidences of a step, and how many drafted and how many copied tokens are right.
+    `draw` gives the confidences of a step, and how many drafted tokens are right.
     """
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
-        confidences, right, copied = draw()
-        plan = pace.plan(copies(), can_draft=can_draft)
+        confidences, right = draw()
+        plan = pace.plan(copies)
         if plan.is_drafted:
             plan = pace.choose_width(plan, confidences)
-        accepted = min(right if plan.is_drafted else copied, plan.width - 1)
+        accepted = min(right, plan.width - 1)
         cost = seconds_of(pace.costs, plan.width, plan.is_drafted)
-        pace.learn(plan, [1] * copied + [2], accepted, seconds=cost, lookups=[(0, False)] * (accepted + 1))
+        pace.learn(plan, [2], accepted, seconds=cost, lookups=[(0, False)] * (accepted + 1))
         seconds += cost
         tokens += accepted + 1
         drafts += plan.is_drafted
     return tokens * pace.costs.verify_seconds[0] / seconds, drafts
 
 
-def always(right, confidence=0.9, copied=0):
-    return lambda: ([confidence] * 7, right, copied)
+def always(right, confidence=0.9):
+    return lambda: ([confidence] * 7, right)
 
 
 def learn_copies(pace, match, emitted):
     """Copy seven times the token 1."""
     for _ in range(80):
-        pace.learn(Plan(False, copies=[Copy(match, [1] * 7)]), emitted, 0, seconds=COSTS.verify_seconds[0])
-
-
-def count_drafts(pace, steps, *args):
-    return sum(pace.plan(*args).is_drafted for _ in range(steps))
+        pace.learn(Plan(False, copies=[COPIES[match]]), emitted, 0, seconds=COSTS.verify_seconds[0])
 
 
 @pytest.mark.parametrize(("confidence", "most"), [(0.01, 12), (0.9, 30)])
@@ -102,7 +101,7 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
 
     def draw():
         confidences = [rng.uniform(0.05, best) * 0.85**k for k in range(7)]
-        return confidences, next((k for k, c in enumerate(confidences) if rng.random() > c), 7), 0
+        return confidences, next((k for k, c in enumerate(confidences) if rng.random() > c), 7)
 
     def fixed(width):
         tokens = sum(min(draw()[1], width - 1) + 1 for _ in range(2000)) / 2000
@@ -134,11 +133,10 @@ def test_what_is_copied_is_verified_as_far_as_it_was_right():
     for match, emitted in ((1, [2, 1, 1]), (2, [1, 1, 2]), (3, [1] * 8)):
         learn_copies(pace, match, emitted)
     pace.credit = 0.0
-    assert [pace.plan([Copy(match, [1] * 7)]).width for match in (1, 2, 3)] == [1, 5, 8]
+    assert [pace.plan([copy]).width for copy in COPIES[1:]] == [1, 5, 8]
     assert pace.plan([Copy(3, [1, 1])])[:3] == (False, Copy(3, [1, 1]), 3) and not pace.plan().is_drafted
-    assert pace.plan([Copy(), Copy(1, [1] * 7)])[1:3] == (Copy(1, [1] * 7), 1)  # its kind counts, though none is copied
-    both = [Copy(2, [1] * 7), Copy(3, [1] * 7)]
-    assert pace.plan(both).copy is both[1] and pace.plan(both[::-1]).copy is both[1]
+    assert pace.plan([Copy(), COPIES[1]])[1:3] == (COPIES[1], 1)  # its kind counts, though none is copied
+    assert pace.plan(COPIES).copy == pace.plan(COPIES[::-1]).copy == COPIES[3]
 
 
 def test_drafts_are_compared_with_copies_by_the_match_before_them():
@@ -147,12 +145,12 @@ def test_drafts_are_compared_with_copies_by_the_match_before_them():
     run(pace, 50, always(7, 0.99))
     learn_copies(pace, 2, [1, 1, 2])
     learn_copies(pace, 3, [1] * 8)
-    assert pace.plan([Copy(2, [1] * 7)]).is_drafted
-    assert not pace.plan([Copy(3, [1] * 7)]).is_drafted  # as many tokens, and no time to draft them
+    assert pace.plan([COPIES[2]]).is_drafted
+    assert not pace.plan([COPIES[3]]).is_drafted  # as many tokens, and no time to draft them
     pace = Pace(COSTS)
     for match, right in ((0, 7), (1, 0)) * 150:  # right only where nothing is found in the text
-        run(pace, 1, always(right), copies=lambda match=match: [Copy(match)])
-    assert pace.plan().is_drafted and count_drafts(pace, 100, [Copy(1)]) < 6
+        run(pace, 1, always(right), [Copy(match)])
+    assert pace.plan().is_drafted and sum(pace.plan([Copy(1)]).is_drafted for _ in range(100)) < 6
 
 
 def test_what_was_learned_is_the_callers(monkeypatch):
@@ -170,9 +168,8 @@ def test_what_was_learned_is_the_callers(monkeypatch):
     assert len(measured) == 5
 
 
-@pytest.mark.parametrize("is_sampled", [False, True])
-def test_costs_of_steps(is_sampled):
+def test_costs_of_steps():
     target = make_target("qwen3")
-    costs = measure_costs(target, make_drafter(target, block_size=6), is_sampled)
+    costs = measure_costs(target, make_drafter(target, block_size=6), is_sampled=True)
     assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
     assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
