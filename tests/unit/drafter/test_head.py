@@ -17,59 +17,29 @@ from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
 from tests.conftest import make_drafter, make_target, make_with_head
 
-SIZES = {"candidate_topk": 3, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2.0, "factor_dim": 8}
-SIZES |= {"vector_eps": 1e-4, "logit_scale": 8.0}
 
-
-def make_head(block_size=4, sizes=SIZES, hidden_size=32):
-    """A head whose weights follow from their names, as in the published test."""
+def test_the_published_vector():
+    """With weights that follow from their names."""
+    sizes = {"candidate_topk": 3, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2.0, "factor_dim": 8}
+    sizes |= {"vector_eps": 1e-4, "logit_scale": 8.0}
     nested = {f"lilicorr_{name}": value for name, value in sizes.items()}
-    config = SimpleNamespace(hidden_size=hidden_size, block_size=block_size, rms_norm_eps=1e-5, dflash_config=nested)
-    head = LiLiCorr(config).requires_grad_(False)
+    head = LiLiCorr(SimpleNamespace(hidden_size=32, block_size=4, rms_norm_eps=1e-5, dflash_config=nested))
+    head.requires_grad_(False)
     for name, parameter in head.named_parameters():
         n, c = torch.arange(parameter.numel(), dtype=torch.float32), sum(name.encode())
         parameter.copy_((0.2 * torch.sin(0.17 * n + 0.013 * c)).view(parameter.shape))
-    return head
-
-
-@pytest.fixture
-def inputs():
-    """Those of the published test."""
     embedding = torch.linspace(-1.2, 1.3, 512).view(16, 32)
     candidates = torch.tensor([[2, 5, 9], [6, 3, 1], [4, 7, 8]])
     log_probs = torch.tensor([[-0.4, -1.5, -3.0], [-0.6, -1.7, -2.7], [-0.2, -2.1, -3.4]])
     hidden, anchor = torch.linspace(-0.7, 0.9, 96).view(3, 32), torch.linspace(-0.5, 0.4, 32)
-    return [x[None] for x in (embedding[candidates], log_probs, hidden, anchor)]
-
-
-def test_the_published_vector(inputs):
-    start, pairs = (scores[0] for scores in make_head()(*inputs))
-    found = torch.stack([start, pairs[0, 0], pairs[1, 2]])
+    start, pairs = head(embedding[candidates][None], log_probs[None], hidden[None], anchor[None])
     expected = [
         [-2.00565147, -2.00631571, -2.01010752],
         [1.16437435, 1.16812551, 1.15701485],
         [1.14475155, 1.14125943, 1.12357390],
     ]
+    found = torch.stack([start[0], pairs[0, 0, 0], pairs[0, 1, 2]])
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
-
-
-def test_it_has_as_many_parameters_as_the_published_one():
-    """That of Qwen3-8B, as NVIDIA's Model-Optimizer makes it."""
-    sizes = SIZES | {"candidate_topk": 8, "hidden_size": 1024, "num_heads": 8, "factor_dim": 1024}
-    with torch.device("meta"):
-        head = make_head(16, sizes, hidden_size=4096)
-    assert sum(parameter.numel() for parameter in head.parameters()) == 36_758_794
-
-
-def test_fewer_slots_are_the_first_ones(inputs):
-    """As blocks that grow have: slots and distances keep their weights."""
-    long, short = make_head(), make_head(block_size=3)
-    weights = long.state_dict()
-    weights["slot_embedding"] = weights["slot_embedding"][:, :, :2]
-    weights["relative_slot_bias"] = weights["relative_slot_bias"][:, 1:-1]
-    short.load_state_dict(weights)
-    part = [*(x[:, :2] for x in inputs[:3]), inputs[3]]
-    torch.testing.assert_close(long(*part), short(*part))
 
 
 def test_it_starts_with_gradients_everywhere_and_leaves_the_network_as_it_was():
@@ -99,13 +69,13 @@ def test_a_small_target_gets_a_smaller_head(hidden_size, options, expected):
 
 
 @pytest.mark.parametrize(("num_blocks", "width"), [(1, None), (3, 48)])
-def test_the_fused_head_gives_the_same_scores(num_blocks, width, random_target, tmp_path):
+def test_the_fused_head_gives_the_same_scores(num_blocks, width, tmp_path):
     """Of whole blocks, also after a change of the weights; others take the head's own."""
-    make_with_head(random_target, block_size=5, head_width=width).save_pretrained(tmp_path, dtype=torch.float32)
-    head = load_drafter(tmp_path, random_target).lilicorr
-    hidden_size = random_target.hidden_size
-    inputs = [torch.randn(num_blocks, 4, 4, hidden_size), torch.randn(num_blocks, 4, 4).log_softmax(-1)]
-    inputs += [torch.randn(num_blocks, 4, hidden_size), torch.randn(num_blocks, hidden_size)]
+    target = make_target("qwen3")
+    make_with_head(target, block_size=5, head_width=width).save_pretrained(tmp_path, dtype=torch.float32)
+    head = load_drafter(tmp_path, target).lilicorr
+    inputs = [torch.randn(num_blocks, 4, 4, 48), torch.randn(num_blocks, 4, 4).log_softmax(-1)]
+    inputs += [torch.randn(num_blocks, 4, 48), torch.randn(num_blocks, 48)]
     assert isinstance(head, FusedLattice)
     for _ in range(2):
         with torch.no_grad():
@@ -149,25 +119,26 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
         found.append(draft.lattice.scores)
         return draft
 
+    def watch(function, *args, **options):
+        """What it returns, and the lattices of its drafts."""
+        found.clear()
+        return function(*args, **options), found[:]
+
     monkeypatch.setattr(LatticeSelector, "propose", spy)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
     options = {"max_new_tokens": 9, "stop_token_ids": []}
-    outs = generate_batch(target, drafter, prompts, **options)
-    batched = found[:]
+    outs, batched = watch(generate_batch, target, drafter, prompts, **options)
     for row, (prompt, out) in enumerate(zip(prompts, outs, strict=True)):
-        found.clear()
-        one = generate(target, drafter, prompt, width="full", **options)
-        alone = found[:]
-        assert (one.token_ids, one.accepted_lengths) == (out.token_ids, out.accepted_lengths)
+        one, alone = watch(generate, target, drafter, prompt, width="full", **options)
+        assert one.accepted_lengths == out.accepted_lengths
         for together, single in zip(batched, alone, strict=False):
             if len(together) == 2:
                 torch.testing.assert_close(together[row], single[0], atol=1e-4, rtol=1e-4)
         text = prompt + out.token_ids
         response = Response("a", "set", [], text, [[len(prompt), len(text)]])
         dataset = ResponseDataset([response], max_length=99, num_anchors=None, seed=0)
-        found.clear()
-        list(score_conversation(drafter, target, dataset, 0))
+        _, (trained, *_) = watch(lambda data=dataset: list(score_conversation(drafter, target, data, 0)))
         anchor = 0
         for scores, accepted in zip(alone, out.accepted_lengths, strict=False):
-            torch.testing.assert_close(found[0][anchor], scores[0], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(trained[anchor], scores[0], atol=1e-3, rtol=1e-3)
             anchor += accepted + 1

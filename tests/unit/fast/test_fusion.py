@@ -118,11 +118,11 @@ def test_the_drafters_layers(make, tmp_path, language_target):
     assert {type(layer) for layer in drafter.layers} == {FusedDraftLayer}
     plain = copy.deepcopy(drafter)  # copies are not fused
     assert not any(layer.fast for layer in plain.layers)
-    width = language_target.hidden_size
-    by_slot = [torch.ones(1, 1, slots, 3 + slots, dtype=torch.bool).tril(3) for slots in (4, MAX_QUERIES + 4)]
     padding = (torch.rand(2, 7) > 0.3) | (torch.arange(7) > 2)
-    for batch, slots, mask in [(1, 4, None), (2, 4, padding), (1, 4, by_slot[0]), (1, MAX_QUERIES + 4, by_slot[1])]:
-        inputs = torch.randn(batch, slots, width), torch.randn(batch, 3, 2 * width), torch.arange(3 + slots)[None]
+    for batch, slots, mask in [(1, 4, None), (2, 4, padding), (1, 4, "by slot"), (1, MAX_QUERIES + 4, "by slot")]:
+        if mask == "by slot":
+            mask = torch.ones(1, 1, slots, 3 + slots, dtype=torch.bool).tril(3)
+        inputs = torch.randn(batch, slots, 48), torch.randn(batch, 3, 96), torch.arange(3 + slots)[None]
         found = []
         for model in (drafter, plain):
             cache = TextCache(drafter.config, 3 + slots)
