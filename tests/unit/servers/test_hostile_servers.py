@@ -56,7 +56,6 @@ REPLIES = {
 }
 PAGES = {
     "neither vLLM nor SGLang": send(b"[]"),
-    "sent over": endless(b"x" * 1000),
     "not done in time": endless(b":", 0.05),
     "timed out": lambda handler: threading.Event().wait(2),
     "/props broke off": lambda handler: handler.wfile.write(b"\x00\x01\x02\r\n\r\n"),

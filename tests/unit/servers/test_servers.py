@@ -3,23 +3,19 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import yaml
 
 from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.records import ServedAnswer, ServedRecord
 from dpace.measure.results import Row, read_results, write_results
 from dpace.measure.servers import CONTROL, bench_servers, make_rows
-from dpace.metrics import MIN_PROMPTS
-from dpace.prompts.prompts import Prompt
-from dpace.report.sections import served_verdict, servers, texts_note, with_interval
+from dpace.report.sections import served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_tokenizer
-from tests.support.files import write_prompts
+from tests.support.files import make_prompts, write_prompts
 from tests.support.rows import make_compare, make_plain, make_response, make_row
 from tests.support.stub_server import PAGES, StubServer, pages
 
@@ -35,6 +31,7 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} 5.
 """
 SALTS = {"vllm": "cache_salt", "sglang": "extra_key"}
 GREEDY = BenchConfig(temperatures=(0.0,), max_new_tokens=9, seed=7)
+PROMPTS = make_prompts(f"w{i} w0" for i in range(8))
 
 
 def events(engine: str, tokens: list[int], drafts: bool):
@@ -115,81 +112,61 @@ def measure(tmp_path):
     return rows
 
 
-def encode(prompt: Prompt) -> list[int]:
-    return encode_chat(CHAT, prompt.turns[0])
-
-
-def make_prompts(count=3, turns=1):
-    return [
-        Prompt(f"p{i}", "s", [[{"role": "user", "content": f"w{i} w{t}"}] for t in range(turns)]) for i in range(count)
-    ]
-
-
 @pytest.mark.parametrize("engine", PAGES)
 def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however. Each prompt has a seed of its own."""
     drafter, plain = pair(engine)
-    prompts = make_prompts()
-    (row,) = measure(drafter, plain, prompts)
+    (row,) = measure(drafter, plain, PROMPTS[:3])
     assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
     assert row.num_same_text == row.control_same_text == row.num_responses == 3
     assert row.histogram == ([3, 3, 3] if engine == "sglang" else None)
+    expected = [(encode_chat(CHAT, prompt.turns[0]), 7 + i) for i, prompt in enumerate(PROMPTS[:3])]
     for server, num_passes in ((drafter, 1), (plain, 2)):
         sent = server.bodies[1:]  # the first is a warm-up
         seeds = [body.get("seed") or body["sampling_params"]["sampling_seed"] for body in sent]
-        asked = [(body.get("prompt") or body["input_ids"], seed) for body, seed in zip(sent, seeds, strict=True)]
-        assert sorted(asked) == sorted(num_passes * [(encode(prompt), 7 + i) for i, prompt in enumerate(prompts)])
+        asked = [body.get("prompt") or body["input_ids"] for body in sent]
+        assert sorted(zip(asked, seeds, strict=True)) == sorted(num_passes * expected)
         if engine in SALTS:  # no prompt is in a server's cache, also not the second time
             assert len({body[SALTS[engine]] for body in sent}) == len(sent)
         else:
             assert not any(body["cache_prompt"] for body in sent)
     results = read_results(tmp_path / "servers.json")
     assert results.rows == [row] and results.seed == 7
-    shown, tau = servers(results).rows[0], with_interval(row.tau, *row.tau_interval)
-    found = [shown[name] for name in ("set", "T", "tau [95 %]", "same text (control)")]
-    assert found == ["s", "0", tau, "3/3 (3)"]
+    shown = servers(results).rows[0]
+    assert shown["tau [95 %]"] == "2.00" and shown["same text (control)"] == "3/3 (3)"
 
 
-def test_later_turns_see_the_plain_servers_answers(pair, measure):
+def test_later_turns_see_earlier_answers_and_are_drawn_with_their_prompt(pair, measure):
+    """Of four prompts, six requests are no six prompts: there is no interval."""
     drafter, plain = pair()
     drafter.shift = 1
-    (row,) = measure(drafter, plain, make_prompts(1, turns=2))
-    assert row.num_same_text == 0 and row.control_same_text == row.num_responses == 2
-    (_, *ours), (_, *theirs) = ([body["prompt"] for body in server.bodies] for server in (drafter, plain))
-    first = encode(make_prompts(1)[0])
-    assert theirs == [ours[0], ours[0], ours[1], ours[1]] and len(ours[1]) > len(first) + NUM_TOKENS
-
-
-@pytest.mark.parametrize("count", [4, 6])
-def test_turns_are_drawn_with_their_prompt(count, pair, measure):
-    """Of four prompts, six requests are no six prompts; with six prompts there is an interval."""
-    prompts = make_prompts(count, 2)
-    some = [replace(prompt, turns=prompt.turns[: 1 + number % 2]) for number, prompt in enumerate(prompts)]
-    (row,) = measure(*pair(), some)
-    assert row.num_responses == count * 3 // 2 and row.tau == 2.0
-    assert (None in row.tau_interval) is (None in row.same_text_gain) is (count < MIN_PROMPTS)
+    prompts = [replace(prompt, turns=prompt.turns * (1 + i % 2)) for i, prompt in enumerate(PROMPTS[:4])]
+    (row,) = measure(drafter, plain, prompts)
+    assert row.num_same_text == 0 and row.control_same_text == row.num_responses == 6
+    assert row.tau == 2.0 and row.tau_interval == row.same_text_gain[1:] == (None, None)
+    ours, theirs = ([body["prompt"] for body in server.bodies[1:]] for server in (drafter, plain))
+    assert theirs == [token_ids for token_ids in ours for _ in range(2)]
+    assert len(ours[2]) > len(ours[1]) + NUM_TOKENS
 
 
 def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothing(pair, measure, tmp_path, capsys):
     drafter, plain = pair("llama.cpp")
     config = replace(GREEDY, temperatures=(0.0, 1.0))
-    whole = measure(drafter, plain, make_prompts(), config)
+    measure(drafter, plain, PROMPTS[:3], config)
     (path,) = tmp_path.glob("servers-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]) + lines[-2][:20])  # killed while it wrote
     count = len(drafter.bodies)
-    again = measure(drafter, plain, make_prompts(), config)
+    again = measure(drafter, plain, PROMPTS[:3], config)
     assert len(drafter.bodies) == count + 3  # a warm-up and the two that were lost
-    assert [row.num_verifications for row in again] == [row.num_verifications for row in whole]
-    assert [row.num_responses for row in again] == [3, 3]
-    assert "nothing is asked" not in capsys.readouterr().err
-    measure(drafter, plain, make_prompts(), config)
+    assert [(row.num_responses, row.num_verifications) for row in again] == [(3, 9), (3, 9)]
+    measure(drafter, plain, PROMPTS[:3], config)
     assert f"nothing is asked: {path} has all answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("drafts", "tau", "verdict"), [(True, 2.0, "no tau here"), (False, None, "not known")])
 def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, tau, verdict, start, measure, tmp_path):
-    (row,) = measure(start("vllm", drafts=drafts), None, make_prompts())
+    (row,) = measure(start("vllm", drafts=drafts), None, PROMPTS[:3])
     assert row.tau == tau and row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
     assert row.tokens_per_second > 0 and not texts_note([row])
     (shown,) = servers(read_results(tmp_path / "servers.json")).rows
@@ -199,17 +176,14 @@ def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, 
 
 def test_vllm_tells_the_acceptance_of_each_request(start, measure):
     """With `--per-request-spec-decode-metrics`; else its counters tell what one prompt has added."""
-    prompts = make_prompts(8)
-    (row,) = measure(start("vllm", drafts=True, tells=True), None, prompts)
+    (row,) = measure(start("vllm", drafts=True, tells=True), None, PROMPTS)
     assert row.num_verifications == sum(row.histogram) == 24
-    num_shorter = sum(sum(encode(prompt)) % 2 for prompt in prompts)
-    assert row.tau == pytest.approx((8 * (3 + sum(ACCEPTED)) - 2 * num_shorter) / 24)
+    assert row.tau == pytest.approx((4 * 6 + 4 * 4) / 24), "half of the prompts accept two tokens less"
 
 
 @pytest.mark.parametrize(
     ("repeats", "shift", "texts", "verdict"),
     [
-        (True, 0, (6, 6), "not clear"),
         (True, 1, (0, 6), "less often equal"),
         (False, -1, (0, 0), "not clear"),  # not even the plain server writes its own text again
     ],
@@ -217,7 +191,7 @@ def test_vllm_tells_the_acceptance_of_each_request(start, measure):
 def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts, verdict, start, measure):
     drafter = start("vllm", drafts=True)
     drafter.shift = shift
-    (row,) = measure(drafter, start("vllm", repeats=repeats), make_prompts(6))
+    (row,) = measure(drafter, start("vllm", repeats=repeats), PROMPTS[:6])
     assert (row.num_same_text, row.control_same_text) == texts
     assert row.same_text_gain[0] == pytest.approx((texts[0] - texts[1]) / 6)
     assert texts_note([row]).endswith(f": s {verdict}")
@@ -242,7 +216,7 @@ def measured(*names: str) -> dict[tuple[float, str], Row]:
 def test_tau_here_is_that_of_the_prompts_that_both_have():
     records = [served(str(number), [1, 0], 0.5) for number in range(8)]
     (row,) = make_rows(records, measured(*"2345679", "other"))
-    assert row.tau == 1.5 and row.tau_here == (2.0, 2.0, 2.0)
+    assert row.tau_interval == (row.tau, row.tau) == (1.5, 1.5) and row.tau_here == (2.0, 2.0, 2.0)
     assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
     (row,) = make_rows(records, measured("1", "2"))
     assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
@@ -270,50 +244,45 @@ def test_an_answer_without_drafts_counts_a_token_a_pass():
 
 
 @pytest.fixture
-def recipe(language_folder, language_prompts, tmp_path):
-    """Of eight held-out prompts."""
-    files = {
-        "path": write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4]),
-        "heldout_path": write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58]),
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"target": str(language_folder), "prompts": files}))
-    return path
+def bench(language_folder, language_prompts, tmp_path) -> str:
+    """The command for eight held-out prompts."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4])
+    heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58])
+    return f"bench --target {language_folder} --prompts.path {prompts} --prompts.heldout-path {heldout}"
 
 
 def test_the_verb_shows_tau_served_here_and_in_training(
-    pair, recipe, language_drafter_folder, tmp_path, monkeypatch, capsys
+    pair, bench, language_drafter_folder, tmp_path, monkeypatch, capsys
 ):
     """No proxy is asked, and the server's password is sent and not kept."""
     out = tmp_path / "out"
-    drafter = Path(shutil.copytree(language_drafter_folder, out / "drafter"))
+    drafter = shutil.copytree(language_drafter_folder, out / "drafter")
     (drafter / "trainer_state.json").unlink()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     server, plain = pair()
-    common = f"bench {recipe} --output {out} --temperatures 0 --bench.max-new-tokens 12"
+    common = f"{bench} --output {out} --temperatures 0 --bench.max-new-tokens 12"
     address = server.url.replace("//", "//user:secret@")
-    asked = f"{common} --server {address} --plain-server {plain.url}".split()
+    asked = f"{common} --server {address} --plain-server {plain.url}"
 
-    def said(*args: str) -> str:
-        assert main(list(args)) == 0
+    def said(line: str) -> str:
+        assert main(line.split()) == 0
         return " ".join("".join(capsys.readouterr()).split())
 
     def reason(results) -> str:
         write_results(out / "results.json", results)
-        return said(*asked)
+        return said(asked)
 
-    assert "prompts: 1, sent to the server" in said(*asked, "--num-prompts", "1", "--dry-run") and not server.requests
-    first = said(*asked)
+    assert "prompts: 1, sent to the server" in said(f"{asked} --num-prompts 1 --dry-run") and not server.requests
+    first = said(asked)
     assert f"tau here is not known: {out}/results.json has no results of `dpace bench`; run" in first
-    assert "no tau here" in first
     assert f"tau in training is not known: {drafter}/trainer_state.json has no eval_tau; name" in first
     assert {request.headers["Authorization"] for request in server.requests} == {"Basic dXNlcjpzZWNyZXQ="}
     assert not any("secret" in text for text in (first, *(path.read_text() for path in out.glob("servers*"))))
-    log = [{"step": 1, "eval_tau": 1.25}, {"step": 2, "eval_tau": 1.5}, {"step": 3, "eval_tau": 1.4}]
+    log = [{"step": step, "eval_tau": tau} for step, tau in enumerate((1.25, 1.5, 1.4))]
     (drafter / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    assert main([*common.split(), "--widths", "full"]) == 0
+    said(f"{common} --widths full")
     number = len(server.bodies)
-    again = said(*asked)
+    again = said(asked)
     assert len(server.bodies) == number, "its answers are kept"
     assert "not known" not in again and "tau in training, on validation responses: 1.50" in again
     here, found = read_results(out / "results.json"), read_results(out / "servers.json")
@@ -325,19 +294,16 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert "has no results of `dpace bench`" in reason(make_compare())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--plain-server URL", *(f"--server URL --{flag}" for flag in ("drafters x", "widths auto", "compiled always"))],
-)
-def test_the_verb_wants_the_server_for_its_flags_and_those_only(flags, recipe, capsys):
-    assert main(["bench", str(recipe), *flags.replace("URL", "http://127.0.0.1:9").split()]) == 1
+@pytest.mark.parametrize("flags", ["--plain-server", "--verify-rules speculative --server"])
+def test_the_verb_wants_the_server_for_its_flags_and_those_only(flags, bench, capsys):
+    assert main(f"{bench} {flags} http://127.0.0.1:9".split()) == 1
     assert "--bench.server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("stop", "drafted", "expected"),
     [
-        ("eos", 30, (6, 18)),  # the last draft went on after the end
+        ("eos", 42, (6, 18)),  # the last draft went on after the end
         ("eos", 35, (7, 17)),  # its last token was the end: no bonus token
         ("limit", 35, (6, 18)),
         ("eos", 33, (6, 18)),  # drafts of different lengths tell nothing
