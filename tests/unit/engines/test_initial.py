@@ -9,13 +9,10 @@ import torch
 from dpace.cli import main
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
-from dpace.engines.engine import Request
-from dpace.engines.export import export
 from dpace.engines.initial import start_from
 from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
 from dpace.system.provenance import fingerprint
-from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_drafter, make_recipe, make_target, make_with_convolutions, make_with_head
 from tests.support.files import read_json
@@ -23,26 +20,21 @@ from tests.support.files import read_json
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
 
 
-def recipe_from(init, target_folder, **changes) -> Recipe:
-    drafter = DrafterConfig(init=str(init), **changes)
-    return replace(FEW_STEPS, target=str(target_folder), drafter=drafter)
-
-
 @pytest.fixture
-def started(language_drafter_folder, language_folder):
-    """The recipe and the drafter of a start from the trained one."""
-    return start_from(recipe_from(language_drafter_folder, language_folder), given=())
+def start(language_drafter_folder, language_folder):
+    """The recipe and the drafter of a start, by default from the trained one."""
+
+    def run(init=language_drafter_folder, given=(), **options):
+        drafter = DrafterConfig(init=str(init), **options)
+        return start_from(replace(FEW_STEPS, target=str(language_folder), drafter=drafter), given)
+
+    return run
 
 
-@pytest.mark.parametrize("layout", ["dpace", "speculators"])
-def test_every_layout_gives_the_same_start(
-    layout, language_target, language_folder, language_drafter_folder, language_drafter, tmp_path
+def test_another_layout_gives_the_same_start(
+    start, do_export, language_target, language_drafter_folder, language_drafter
 ):
-    source = language_drafter_folder
-    if layout == "speculators":
-        source = tmp_path / "exported"
-        export(language_drafter_folder, language_target, Request(to=layout, output=source, name="x", target_name="x"))
-    recipe, init = start_from(recipe_from(source, language_folder), given=())
+    recipe, init = start(do_export("speculators", folder=language_drafter_folder).path)
     shape = recipe.drafter
     assert (shape.num_layers, shape.block_size, shape.num_features, shape.norm_scale) == (2, 6, 2, 1.0)
     assert list(shape.target_layer_ids) == language_drafter.target_layer_ids
@@ -51,61 +43,45 @@ def test_every_layout_gives_the_same_start(
 
 
 def test_training_goes_on_where_the_drafter_stood_and_says_so(
-    started, language_target, language_drafter_folder, language_drafter, language_responses, tmp_path
+    start, language_target, language_drafter_folder, language_drafter, language_responses, tmp_path
 ):
-    recipe, init = started
+    recipe, init = start()
     datasets = make_datasets(language_target, language_responses[:40], language_responses[50:], recipe)
-    train(language_target, *datasets, recipe, tmp_path / "d", init=init)
-    log = read_log(tmp_path / "d")
-    trained = next(entry["eval_tau"] for entry in log if "eval_tau" in entry)
+    train(language_target, *datasets, recipe, tmp_path, init=init)
+    trained = next(entry["eval_tau"] for entry in read_log(tmp_path) if "eval_tau" in entry)
     assert trained > 0.8 * language_drafter.config.dpace["tau"] > 1.5
-    assert read_run(tmp_path / "d")["init_sha256"] == fingerprint(init)
-    provenance = read_json(tmp_path / "d" / "provenance.json")
+    provenance = read_json(tmp_path / "provenance.json")
     assert provenance["init"] == str(language_drafter_folder) and provenance["init_sha256"] == fingerprint(init)
-    for other in (None, make_drafter(language_target)):
-        changed = recipe if other else replace(recipe, drafter=replace(recipe.drafter, init=None))
-        with pytest.raises(ValueError, match="other weights to start from"):
-            train(language_target, *datasets, changed, tmp_path / "d", init=other)
+    with pytest.raises(ValueError, match="other weights to start from"):
+        train(language_target, *datasets, recipe, tmp_path, init=make_drafter(language_target))
 
 
 @pytest.mark.parametrize(
     "option, value, own",
-    [
-        ("num_layers", 5, 2),
-        ("num_features", 3, 2),
-        ("block_size", 16, 6),
-        ("target_layer_ids", (0,), r"\(1, 3\)"),
-        ("causal", True, False),
-        ("head", "lilicorr", None),
-        ("head_width", 24, None),
-    ],
+    [("num_features", 3, 2), ("block_size", 16, 6), ("causal", True, False), ("head_width", 24, None)],
 )
-def test_an_option_that_contradicts_is_refused_with_both_values(
-    option, value, own, language_folder, language_drafter_folder
-):
+def test_an_option_that_contradicts_is_refused_with_both_values(option, value, own, start):
     """Where the user set it."""
-    recipe = recipe_from(language_drafter_folder, language_folder, **{option: value})
     flag = f"--drafter.{option.replace('_', '-')}"
-    with pytest.raises(ValueError, match=rf"{flag} is .*, but .* has {own}; leave {flag} out"):
-        start_from(recipe, {f"drafter.{option}"})
-    assert start_from(recipe, given=())
+    with pytest.raises(ValueError, match=rf"{flag} is {value}, but .* has {own}; leave {flag} out"):
+        start(given={f"drafter.{option}"}, **{option: value})
+    assert start(**{option: value})
 
 
-def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(language_target, language_folder, tmp_path):
+def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(start, language_target, tmp_path):
     spec = make_with_head(language_target).spec
     Drafter(replace(spec, selector=replace(spec.selector, candidate_topk=6)).config()).save_pretrained(tmp_path / "six")
     with pytest.raises(ValueError, match=r"(?s)no training takes the sizes of .*six.*train without --drafter.init$"):
-        start_from(recipe_from(tmp_path / "six", language_folder), given=())
+        start(tmp_path / "six")
 
 
-def test_a_recipe_is_causal_where_all_layers_are(language_target, language_folder, tmp_path):
+def test_a_recipe_is_causal_where_all_layers_are(start, language_target, tmp_path):
     """Not where the sliding ones alone are, which no option says."""
     windows = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 8}
     for is_causal in (True, "sliding", False):
         spec = replace(make_drafter(language_target).spec, is_causal=is_causal, **windows)
-        Drafter(spec.config()).save_pretrained(tmp_path / str(is_causal))
-        recipe, _ = start_from(recipe_from(tmp_path / str(is_causal), language_folder), given=())
-        assert recipe.drafter.causal is (is_causal is True)
+        Drafter(spec.config()).save_pretrained(tmp_path)
+        assert start(tmp_path)[0].drafter.causal is (is_causal is True)
 
 
 def test_recipes_and_flags_name_what_they_set(tmp_path):
@@ -116,24 +92,22 @@ def test_recipes_and_flags_name_what_they_set(tmp_path):
 
 
 def test_a_drafter_for_another_target_or_without_its_init_is_refused(
-    started, language_target, language_responses, tmp_path
+    start, language_target, language_responses, tmp_path
 ):
-    recipe, init = started
+    recipe, init = start()
     with pytest.raises(ValueError, match="trained for another target"):
         init.start_for(make_target("qwen3", hidden_size=64))
     datasets = make_datasets(language_target, language_responses[:8], [], recipe)
     with pytest.raises(ValueError, match="dpace.engines.initial.start_from"):
-        train(language_target, *datasets, recipe, tmp_path / "d")
+        train(language_target, *datasets, recipe, tmp_path)
 
 
-def test_more_tokens_in_the_target_do_not_matter(language_drafter):
+def test_more_tokens_in_the_target_do_not_matter():
     """Fine-tuning often adds some; the drafter has no table of its own."""
-    larger = make_target("qwen3", vocab_size=72)
-    start = language_drafter.to(torch.bfloat16).start_for(larger)
-    language_drafter.float()
+    drafter = make_with_convolutions(make_target("qwen3")).bfloat16()
+    drafter.config.dpace = {"tau": 2.0}
+    start = drafter.start_for(make_target("qwen3", vocab_size=72))
     assert start.spec.vocab_size == 72 and start.dtype == torch.float32 and not start.spec.record
-    start = make_with_convolutions(make_target("qwen3")).start_for(larger)
-    assert start.spec.vocab_size == 72
 
 
 def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):
@@ -153,5 +127,5 @@ def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder
     assert main(line.split()) == 0
     assert f"next: dpace respond --target {language_folder} --prompts.path" in capsys.readouterr().err
     for drafter, reason in {"other": "is no folder, and the Hub does not", "drafter/x": "is missing"}.items():
-        assert main([*line.split(), "--drafter", f"someone/{drafter}"]) == 1
+        assert main(f"{line} --drafter someone/{drafter}".split()) == 1
         assert f"--drafter someone/{drafter} {reason}" in capsys.readouterr().err
