@@ -1,10 +1,10 @@
 """The model card, the verbs that write and upload it, and the command of each engine."""
 
 import json
+import os
 import re
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,27 +13,26 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 
 from dpace.cli import main
-from dpace.config import BenchConfig
 from dpace.decode.loop import generate_plain
-from dpace.drafter import load_drafter
 from dpace.drafter.drafter import read_spec
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, engine_of
 from dpace.engines.card import engine_sections
 from dpace.engines.export import import_drafter, push
-from dpace.measure.benchmark import bench
+from dpace.measure.results import write_results
 from dpace.system.ledger import MARKER
+from dpace.system.provenance import fingerprint
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target
-from tests.support.files import make_prompts, read_json
+from tests.support.files import read_json
+from tests.support.rows import make_bench, make_row
 from tests.unit.target.test_target_files import write_adapter
 
-PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
 def test_commands_and_cards_say_what_the_engine_must_know(folders):
-    """Engines count slots in ways of their own, and not all read tables of the drafter's own."""
+    """Engines count slots in ways of their own; not all read tables of the drafter's own, or a scaled rotation."""
     spec, anchored, own = (read_spec(folders[kind]) for kind in ("trained", "anchored", "own"))
 
     def command(name: EngineName, spec: DrafterSpec = spec) -> str:
@@ -47,53 +46,47 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
         assert json.loads(shlex.split(command("vllm", each))[-1])["num_speculative_tokens"] == 5
     for name in ("transformers", "zlab"):
         compile(command(name), name, "eval")
-    sections = engine_sections("published", own, "d", "t")
-    assert sections.keys() == {"vllm", "gguf"}, "the others ignore tables"
+    published = {"vllm", "sglang", "tensorrt", "transformers"}
+    scaled = make_drafter(make_target("llama3.1")).spec
+    for each, names in ((spec, published | {"gguf"}), (own, {"vllm", "gguf"}), (scaled, published)):
+        assert engine_sections("published", each, "d", "t").keys() == names
 
 
 def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
-    do_export, language_target, language_drafter_folder, tmp_path
+    do_export, language_drafter, language_drafter_folder, tmp_path
 ):
-    """Not those of the drafter without its head."""
-    (tmp_path / "run").mkdir()
+    """Not those of another drafter."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
-    asked = make_prompts((f"w{i} w51" for i in range(4)), "language")
-    config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
-    mine, other = load_drafter(source, language_target), make_drafter(language_target, block_size=6)
-    results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
-    done = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit")
-    text = (done.path / "README.md").read_text()
+    rows = [make_row(drafter=name, set="language", tau=tau) for name, tau in (("mine", 2.34), ("other", 3.45))]
+    hashes = {"mine": fingerprint(language_drafter), "other": "0" * 64}
+    write_results(tmp_path / "run" / "results.json", make_bench(*rows, drafters=hashes))
+    text = (do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit").path / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n", 2)[1])
     assert (front["base_model"], front["license"], front["library_name"]) == ("some/target", "mit", "transformers")
     assert {"dflash", "vllm"} <= set(front["tags"])
-    rows = re.findall(r"^\| too few prompts \| language .*$", text, flags=re.MULTILINE)
-    assert len(rows) == 1 and f"| {results.rows[0].tau:.2f} |" in rows[0]
     for part in ("objective `dpace` ([D-PACE]", "max_steps: 120", '"num_speculative_tokens": 5', "not run by us"):
         assert part in text
+    assert re.search(r"\| language .*\| 2.34", text) and "3.45" not in text
     assert str(tmp_path) not in text and "feature_servers" not in text
-    (source.parent / "results.json").write_text("{}")
-    assert "too few prompts" not in (do_export("zlab", folder=source).path / "README.md").read_text()
-
-
-class Api:
-    """Stands in for the Hub: notes what is uploaded."""
-
-    uploads: list
-
-    def create_repo(self, repo, exist_ok):
-        self.uploads.append(repo)
-        return f"https://example.org/{repo}"
-
-    def upload_folder(self, folder_path, repo_id, commit_message, **patterns):
-        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        self.uploads.append(sorted(filter_repo_objects(files, **patterns)))
+    (tmp_path / "run" / "results.json").write_text("{}")
+    assert "2.34" not in (do_export("zlab", folder=source).path / "README.md").read_text()
 
 
 @pytest.fixture
 def uploads(monkeypatch) -> list:
-    monkeypatch.setattr(Api, "uploads", [], raising=False)
+    """What a stand-in for the Hub is given."""
+    given = []
+
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            given.append(repo)
+            return f"https://example.org/{repo}"
+
+        def upload_folder(self, folder_path, repo_id, commit_message, **patterns):
+            given.append(sorted(filter_repo_objects(os.listdir(folder_path), **patterns)))
+
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    return Api.uploads
+    return given
 
 
 @quiet
@@ -122,29 +115,28 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
     """
     (out := tmp_path / "out").mkdir()
     (out / "own.gguf").write_text("mine")
-    flags = ["export", str(folder), "--output", str(out), "--target", str(language_folder), "--push", "me/x"]
-    assert main([*flags, "--to", "zlab"]) == 1 and not uploads
+    command = f"export {folder} --output {out} --target {language_folder} --push me/x"
+    assert main(f"{command} --to zlab".split()) == 1 and not uploads
     assert f"the target {language_folder} is a place on this machine" in capsys.readouterr().err
-    names = {
+    exports = {
         "zlab": {"config.json", "model.safetensors", "modeling_dflash.py"},
-        "gguf": {"dflash-t-float16.gguf"},
+        f"gguf --dtype float16 --target-gguf {target_gguf}": {"dflash-t-float16.gguf"},
         "speculators": {"config.json", "model.safetensors"},
     }
     before: set[str] = set()
-    for to in (*names, "gguf", "zlab"):
-        more = ["--target-gguf", str(target_gguf), "--dtype", "float16"] if to == "gguf" else []
-        assert main([*flags, "--target-name", "me/t", "--to", to, *more]) == 0
+    for to, names in exports.items():
+        assert main(f"{command} --target-name me/t --to {to}".split()) == 0
         files = {path.name: path.read_bytes() for path in out.iterdir() if path.name[0] != "."}
-        assert files.keys() == {*names[to], "README.md", "own.gguf"}
-        assert uploads[-2:] == ["me/x", sorted({*names[to], "README.md"})]
+        assert files.keys() == {*names, "README.md", "own.gguf"}
+        assert uploads[-2:] == ["me/x", sorted({*names, "README.md"})]
         assert not any(str(language_folder.parent).encode() in content for content in files.values())
         assert b'base_model: "me/t"' in files["README.md"]
         printed, said = capsys.readouterr()
-        removed = before - names[to]
+        removed = before - names
         assert all(name in said for name in removed) and ("earlier drafter" in said) == bool(removed)
         assert "tensors read back bit for bit" in printed and "uploaded: https://example.org/me/x" in printed
-        before = names[to]
-    assert set(read_json(out / MARKER)["files"]) == {*names["zlab"], "README.md"}
+        before = names
+    assert set(read_json(out / MARKER)["files"]) == {*before, "README.md"}
     (out / "config.json").unlink()
     shutil.copy(out / "own.gguf", out / "other.gguf")
     with pytest.raises(ValueError, match=r"has other.gguf and own.gguf.*name one"):
@@ -156,8 +148,8 @@ def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder,
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     write_adapter(shutil.copytree(language_folder, tmp_path / "base"), width=48)
-    flags = ["--target", "lora", "--to", "vllm", "--output", "out"]
-    assert main(["export", str(folder), *flags]) == 0
+    command = f"export {folder} --target lora --to vllm --output out"
+    assert main(command.split()) == 0
     said = capsys.readouterr().err
     assert "lora is a LoRA adapter, which engines do not serve as a model; merge it, and name the merged" in said
     card = Path("out/README.md").read_text()
@@ -166,7 +158,7 @@ def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder,
     assert lines in said and lines.count("\n") == 2
     exec(lines, {})
     assert Target.load("merged").sha256 == Target.load("lora").sha256
-    assert main(["export", str(folder), *flags, "--target-name", "me/merged"]) == 0
+    assert main(f"{command} --target-name me/merged".split()) == 0
     assert "LoRA" not in capsys.readouterr().err + Path("out/README.md").read_text()
 
 
@@ -174,9 +166,3 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match=r"the Hub does not take it as me/x \(division by zero\)"):
         push(tmp_path, "me/x", [])
-
-
-def test_the_card_names_only_engines_that_can_read_the_drafter():
-    spec = make_drafter(make_target("llama3.1")).spec
-    assert "--to gguf" in engine_sections("published", replace(spec, rope=PLAIN), "d", "t")["gguf"]
-    assert engine_sections("published", spec, "d", "t").keys() == {"vllm", "sglang", "tensorrt", "transformers"}
