@@ -143,8 +143,4 @@ def do_export(language_target, folders, target_gguf, tmp_path) -> Callable[..., 
 @pytest.fixture
 def edit(folder, tmp_path):
     """Makes a copy of the trained one with another config; None removes a key."""
-
-    def run(path="x", **changes) -> Path:
-        return change_config(shutil.copytree(folder, tmp_path / path), **changes)
-
-    return run
+    return lambda **changes: change_config(shutil.copytree(folder, tmp_path / "x", dirs_exist_ok=True), **changes)

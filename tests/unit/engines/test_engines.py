@@ -17,7 +17,7 @@ from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
 from dpace.engines.export import import_drafter
-from dpace.engines.gguf import write_gguf
+from dpace.engines.gguf import QUANTIZED, write_gguf
 from dpace.engines.published import make_drafter, read_folder
 from dpace.target import Target
 from tests.conftest import EOS
@@ -33,19 +33,16 @@ def decode_and_count(target: Target, decode, prompts) -> Steps:
     steps = []
     for token_ids in prompts:
         calls = []
-        hook = target.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        try:
+        with target.model.register_forward_hook(lambda *_, calls=calls: calls.append(1)):
             output = decode(torch.tensor([token_ids]))
-        finally:
-            hook.remove()
         steps.append((output[0, len(token_ids) :].tolist(), len(calls) - 1))
     return steps
 
 
 def llamacpp_steps(target_gguf: Path, path: Path, prompts, **options) -> Steps:
     """llama.cpp tells how many tokens it drafted: 5 for each verification of a whole block."""
-    options = {"drafter_gguf": path, "num_draft_tokens": 5, **options}
-    answers = run_llamacpp(target_gguf, prompts, max_new_tokens=MAX_NEW_TOKENS, **options)
+    options |= {"drafter_gguf": path, "num_draft_tokens": 5, "max_new_tokens": MAX_NEW_TOKENS}
+    answers = run_llamacpp(target_gguf, prompts, **options)
     assert all(answer.num_drafted % 5 == 0 for answer in answers)
     return [(answer.token_ids, answer.num_drafted // 5) for answer in answers]
 
@@ -109,32 +106,25 @@ def test_the_bundled_module_needs_torch_and_transformers_only():
     assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}
 
 
-HALF_PRECISION = [("trained", "float16"), ("trained", "bfloat16")]
-CASES = [*((kind, "keep") for kind in (*KINDS, *LAYOUTS)), *HALF_PRECISION]
-BY_DEFAULT = [(kind, "keep") for kind in ("random", "convolutions", "causal windows", *LAYOUTS)]
+CASES = [(kind, "keep") for kind in (*KINDS, *LAYOUTS)]
+CASES += [("trained", dtype) for dtype in ("float16", "bfloat16", "q8_0", "q4_0")]
+KEPT = [(kind, "keep") for kind in ("random", "convolutions", "causal windows", *LAYOUTS)]
 
 
-@pytest.mark.parametrize("case", wide(CASES, *BY_DEFAULT), ids=str)
-def test_llamacpp_verifies_as_often_as_we_do(case, expected, do_export, language_target, target_gguf, prompts):
+@pytest.mark.parametrize("case", wide(CASES, *KEPT, ("trained", "q8_0")), ids=str)
+def test_llamacpp_verifies_as_often_as_we_do(
+    case, expected, do_export, language_folder, language_target, target_gguf, prompts, tmp_path
+):
+    """In another precision, as often as with the drafter that is read back; llama.cpp rounds inputs too."""
     kind, dtype = case
+    path = do_export("gguf", kind, dtype=dtype).path
     ours = expected[kind]
     if dtype != "keep":
-        folder = do_export("zlab", kind, dtype=dtype).path
-        ours = our_steps(language_target, load_drafter(folder, language_target), prompts)
-    path = do_export("gguf", kind, dtype=dtype).path
+        import_drafter(path, tmp_path / "in", target=str(language_folder))
+        ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
     theirs = llamacpp_steps(target_gguf, path, prompts, from_anchor=kind == "anchored")
-    assert distance(theirs, ours) <= len(prompts) * (kind != "random")  # a near tie may fall the other way
-
-
-@pytest.mark.parametrize("precision", wide(["q8_0", "q4_0"], "q8_0"))
-def test_llamacpp_runs_quantized_files(
-    precision, do_export, language_folder, target_gguf, language_target, prompts, tmp_path
-):
-    """With about as many verifications as of the drafter that is read back; llama.cpp rounds inputs too."""
-    path = do_export("gguf", dtype=precision).path
-    import_drafter(path, tmp_path / "in", target=str(language_folder))
-    ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
-    assert distance(llamacpp_steps(target_gguf, path, prompts), ours) <= 2 * len(prompts)
+    num_near_ties = (kind != "random") + (dtype in QUANTIZED)  # of a prompt: they may fall the other way
+    assert distance(theirs, ours) <= len(prompts) * num_near_ties
 
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
