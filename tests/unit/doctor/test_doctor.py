@@ -323,14 +323,15 @@ def test_a_text_that_the_drafter_changes_is_named(dtype, result, tmp_path, monke
 
 def test_the_verb_passes_a_trained_drafter(folder, language_folder, language_responses, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
-    write_rows(folder.parents[1] / "responses.jsonl", map(asdict, language_responses))
-    flags = [str(folder), "--target", str(language_folder)]
-    assert main(["doctor", *flags, "--engine", "vllm"]) == 0
+    responses = folder.parents[1] / "responses.jsonl"
+    write_rows(responses, map(asdict, language_responses))
+    command = f"doctor {folder} --target {language_folder}"
+    assert main(f"{command} --engine vllm".split()) == 0
     printed = capsys.readouterr()
     parts = '"num_speculative_tokens": 5', "next: dpace check", "on the responses of the training"
     assert all(text in printed.out for text in (*RUN, *parts))
     assert "examining" in printed.err and "fails" not in printed.out.lower() and "warns" not in printed.out
     change_config(folder, is_causal=True)
-    assert main(["doctor", *flags]) == 1
+    assert main(f"{command} --responses {responses.rename(folder.parent / 'mine.jsonl')}".split()) == 1
     printed = capsys.readouterr()
     assert "FAILS" in printed.out and "failed: accepted length, measured is_causal" in printed.err

@@ -53,9 +53,9 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
 
 
 def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
-    do_export, language_drafter, language_drafter_folder, tmp_path
+    do_export, language_drafter, language_drafter_folder, tmp_path, capsys
 ):
-    """Not those of another drafter."""
+    """Not those of another drafter, and nothing of files that cannot be read."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
     rows = [make_row(drafter=name, set="language", tau=tau) for name, tau in (("mine", 2.34), ("other", 3.45))]
     hashes = {"mine": fingerprint(language_drafter), "other": "0" * 64}
@@ -68,8 +68,12 @@ def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
         assert part in text
     assert re.search(r"\| language .*\| 2.34", text) and "3.45" not in text
     assert str(tmp_path) not in text and "feature_servers" not in text
-    (tmp_path / "run" / "results.json").write_text("{}")
-    assert "2.34" not in (do_export("zlab", folder=source).path / "README.md").read_text()
+    for path in (tmp_path / "run" / "results.json", source / "recipe.yaml"):
+        path.write_text("[]")
+    text = (do_export("zlab", folder=source).path / "README.md").read_text()
+    assert "2.34" not in text and "max_steps" not in text
+    said = capsys.readouterr().err
+    assert all(f"the model card has nothing of {name}: " in said for name in ("results.json", "recipe.yaml"))
 
 
 @pytest.fixture

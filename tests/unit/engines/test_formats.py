@@ -79,9 +79,11 @@ def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch, tmp_
     def write_twice_the_norm(tensors, path, **options):
         write(tensors | {"norm.weight": tensors["norm.weight"] * 2}, path, **options)
 
-    own_layers = property(lambda spec: list(spec.target_layer_ids))
-    changes = [(dpace.engines.speculators, "save_file", write_twice_the_norm)]
-    for change in (*changes, (DrafterSpec, "hidden_state_ids", own_layers)):
+    changes = [
+        (dpace.engines.speculators, "save_file", write_twice_the_norm),
+        (DrafterSpec, "hidden_state_ids", property(lambda spec: list(spec.target_layer_ids))),
+    ]
+    for change in changes:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="does not read back as it was written"):
             patch.setattr(*change)
             do_export("speculators")
@@ -116,24 +118,6 @@ def test_layers_of_which_some_are_causal(folders, do_export, tmp_path):
         assert read_drafter(do_export(to, folder=path).path, num_target_layers=6).spec == spec
     with pytest.raises(ValueError, match="is_causal is not set"):
         do_export("gguf", folder=path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rope_theta": 1.0}, "rope_theta is .* make them equal"),
-        ({"rope_theta": None, "rope_parameters": None}, "no rope_theta; engines would silently take 10000"),
-        ({"architectures": ["DFlash2DraftModel"]}, "no conv_kernel_size"),
-        ({"dflash_config": {"selector_rank": 256}}, "candidate selector of rank 256"),
-        ({"layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
-        ({"layer_types": None, "use_sliding_window": True}, "no layer_types"),
-        ({"dflash_config": {"causal": True}}, "causal is True in dflash_config and False at the top level"),
-        ({"dflash_config": {"use_swa": True}}, "dflash_config.use_swa"),
-    ],
-)
-def test_what_is_not_known_is_not_taken_over(changes, reason, edit):
-    with pytest.raises(ValueError, match=reason):
-        read_drafter(edit(**changes))
 
 
 def test_a_trained_selector_is_refused(tmp_path):

@@ -10,7 +10,6 @@ from transformers import TypicalLogitsWarper
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.generation import make_continuation
 from dpace.decode.loop import Speculation
-from dpace.doctor.doctor import diagnose
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
 from dpace.engines.export import read_drafter
@@ -33,7 +32,7 @@ def test_what_is_scored_is_what_is_decoded(layout, folders, expected, language_t
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_own_tables_give_the_logits_and_are_known_to_doctor(layout, folders, language_target, questions):
+def test_own_tables_give_the_logits(layout, folders, language_target, questions):
     drafter = load_drafter(folders[layout], language_target)
     hidden = torch.randn(5, 48)
     logits = PackedRows(language_target, drafter.vocabulary, questions[0]).spread(drafter.lm_head(hidden))
@@ -41,7 +40,6 @@ def test_own_tables_give_the_logits_and_are_known_to_doctor(layout, folders, lan
     chosen = torch.tensor(TOKENS) if layout == "small" else torch.arange(64)
     torch.testing.assert_close(logits[:, chosen], hidden @ rows.T, rtol=1e-4, atol=1e-4)
     assert layout == "own" or logits.isinf().sum() == 5 * (64 - len(TOKENS))
-    assert {one.check: one.result for one in diagnose(folders[layout], language_target)}["own lm_head"] == "warns"
     text = make_continuation(language_target, [4, 20], temperature=1.0, max_new_tokens=9)
     text.sampler.processors.append(TypicalLogitsWarper())  # it may allow only tokens that a small head does not have
     head = Speculation(language_target, drafter, text, width="full", verify_rule="speculative").draft_rows
@@ -59,8 +57,7 @@ def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, langua
     small = small_head(language_target)
     path = with_tables(language_drafter_folder, tmp_path / "small", small, draft_vocab_size=len(TOKENS))
     start = load_drafter(path, language_target).start_for(language_target)
-    start.save_pretrained(tmp_path / "start")
-    assert start.lm_head is None and start.spec == read_drafter(tmp_path / "start").spec == plain.spec
+    assert start.lm_head is None and start.spec == plain.spec
 
 
 def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, language_target, tmp_path, capsys):
@@ -86,13 +83,9 @@ def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, lang
         ({"d2t": torch.zeros(38, dtype=torch.long) + 30}, {}, "d2t does not have an offset"),
         ({"d2t": -torch.arange(38)}, {}, "d2t does not have an offset"),
         ({"d2t": torch.zeros(38)}, {}, "d2t does not have an offset"),
-        ({}, {"draft_vocab_size": 12}, "size mismatch for lm_head.weight"),
         ({}, {"draft_vocab_size": None}, "Unexpected key.*d2t"),
-        ({}, {"draft_vocab_size": "x"}, "draft_vocab_size is the text 'x'"),
-        ({}, {"markov_rank": 256}, "markov_rank"),
-        ({}, {"attention_sink_bias": True}, "attention_sink_bias"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_its_key(tables, changes, reason, folders, tmp_path):
+def test_offsets_that_name_no_tokens_are_refused(tables, changes, reason, folders, tmp_path):
     with pytest.raises(ValueError, match=reason):
         read_drafter(with_tables(folders["small"], tmp_path / "x", tables, **changes))

@@ -37,7 +37,6 @@ def endless(part: bytes, pause: float = 0.0, status: int = 200):
 
 
 REPLIES = {
-    "broke off after 0 tokens": events(),
     "sent no token": events(END),
     "broke off after 2 tokens": events(TOKEN, TOKEN),
     "(abort)": events(TOKEN, END | {"stop_type": "abort"}),
@@ -56,9 +55,7 @@ REPLIES = {
 }
 PAGES = {
     "neither vLLM nor SGLang": send(b"[]"),
-    "not done in time": endless(b":", 0.05),
     "timed out": lambda handler: threading.Event().wait(2),
-    "/props broke off": lambda handler: handler.wfile.write(b"\x00\x01\x02\r\n\r\n"),
 }
 
 

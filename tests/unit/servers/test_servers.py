@@ -8,9 +8,9 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.measure.records import ServedAnswer, ServedRecord
+from dpace.measure.records import PLAIN, ServedAnswer, ServedRecord
 from dpace.measure.results import Row, read_results, write_results
-from dpace.measure.servers import CONTROL, bench_servers, make_rows
+from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
 from dpace.report.sections import served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
@@ -54,10 +54,9 @@ def events(engine: str, tokens: list[int], drafts: bool):
 class Fake(StubServer):
     """Speaks one engine's dialect; a response is made from the prompt, so that both sides give the same."""
 
-    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False, repeats: bool = True):
+    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False):
         super().__init__(self.page, self.answer)
-        self.engine, self.drafts, self.tells, self.repeats = engine, drafts, tells, repeats
-        self.shift = 0
+        self.engine, self.drafts, self.tells = engine, drafts, tells
 
     @property
     def bodies(self) -> list[dict]:
@@ -71,8 +70,7 @@ class Fake(StubServer):
 
     def answer(self, request):
         prompt = request.body.get("prompt") or request.body["input_ids"]
-        shift = self.shift if self.repeats else len(self.requests)
-        said = list(events(self.engine, [(sum(prompt) + i + shift) % 50 for i in range(NUM_TOKENS)], self.drafts))
+        said = list(events(self.engine, [(sum(prompt) + i) % 50 for i in range(NUM_TOKENS)], self.drafts))
         if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
             accepted = [max(0, count - sum(prompt) % 2) for count in ACCEPTED]  # requests differ in it
             spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": [3]}
@@ -139,10 +137,9 @@ def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
 def test_later_turns_see_earlier_answers_and_are_drawn_with_their_prompt(pair, measure):
     """Of four prompts, six requests are no six prompts: there is no interval."""
     drafter, plain = pair()
-    drafter.shift = 1
     prompts = [replace(prompt, turns=prompt.turns * (1 + i % 2)) for i, prompt in enumerate(PROMPTS[:4])]
     (row,) = measure(drafter, plain, prompts)
-    assert row.num_same_text == 0 and row.control_same_text == row.num_responses == 6
+    assert row.num_same_text == row.control_same_text == row.num_responses == 6
     assert row.tau == 2.0 and row.tau_interval == row.same_text_gain[1:] == (None, None)
     ours, theirs = ([body["prompt"] for body in server.bodies[1:]] for server in (drafter, plain))
     assert theirs == [token_ids for token_ids in ours for _ in range(2)]
@@ -181,30 +178,27 @@ def test_vllm_tells_the_acceptance_of_each_request(start, measure):
     assert row.tau == pytest.approx((4 * 6 + 4 * 4) / 24), "half of the prompts accept two tokens less"
 
 
+def served(name: str, accepted: list[int], seconds: float, texts=([1, 2, 3],) * 3) -> ServedRecord:
+    """A prompt with these accepted lengths, and the texts of the drafter's side and of both passes of the other."""
+    answers = [ServedAnswer(token_ids=text, decode_seconds=seconds, counts=None) for text in texts]
+    answers[0] = replace(answers[0], counts=Counts(len(accepted), sum(accepted)))
+    turn = dict(zip((DRAFTER, PLAIN, CONTROL), answers, strict=True))
+    return ServedRecord(set="s", id=name, temperature=0.0, turns=[turn])
+
+
 @pytest.mark.parametrize(
-    ("repeats", "shift", "texts", "verdict"),
+    ("texts", "counts", "verdict"),
     [
-        (True, 1, (0, 6), "less often equal"),
-        (False, -1, (0, 0), "not clear"),  # not even the plain server writes its own text again
+        (([1, 2], [1, 3], [1, 3]), (0, 6), "less often equal"),
+        (([1, 2], [1, 3], [1, 4]), (0, 0), "not clear"),  # not even the plain server writes its own text again
     ],
 )
-def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts, verdict, start, measure):
-    drafter = start("vllm", drafts=True)
-    drafter.shift = shift
-    (row,) = measure(drafter, start("vllm", repeats=repeats), PROMPTS[:6])
-    assert (row.num_same_text, row.control_same_text) == texts
-    assert row.same_text_gain[0] == pytest.approx((texts[0] - texts[1]) / 6)
+def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdict):
+    (row,) = make_rows([served(str(number), [1], 1.0, texts) for number in range(6)], {})
+    assert (row.num_same_text, row.control_same_text) == counts
+    assert row.same_text_gain[0] == pytest.approx((counts[0] - counts[1]) / 6)
     assert texts_note([row]).endswith(f": s {verdict}")
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
-
-
-def served(name: str, accepted: list[int], seconds: float) -> ServedRecord:
-    """A prompt with these accepted lengths, whose texts are equal."""
-    answer = ServedAnswer(token_ids=[1, 2, 3], decode_seconds=seconds, counts=None)
-    drafted = replace(answer, counts=Counts(len(accepted), sum(accepted)))
-    return ServedRecord(
-        set="s", id=name, temperature=0.0, turns=[{"drafter": drafted, "plain": answer, CONTROL: answer}]
-    )
 
 
 def measured(*names: str) -> dict[tuple[float, str], Row]:
@@ -236,7 +230,7 @@ def test_an_answer_without_drafts_counts_a_token_a_pass():
     """llama.cpp says nothing of drafts where there were none."""
     drafted = served("0", [2, 0], 1.0)
     (sides,) = drafted.turns
-    plain = replace(drafted, id="1", turns=[{**sides, "drafter": sides["plain"]}])  # three tokens
+    plain = replace(drafted, id="1", turns=[{**sides, DRAFTER: sides[PLAIN]}])  # three tokens
     (row,) = make_rows([drafted, plain], {})
     assert (row.tau, row.num_verifications) == ((4 + 2) / 4, 4)
     (row,) = make_rows([plain], {})
