@@ -98,16 +98,15 @@ def test_the_bootstrap_over_prompts_is_that_of_scipy(monkeypatch):
         assert widening(count) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("num_prompts", [MIN_PROMPTS, 24])
-def test_an_interval_over_few_prompts_covers_the_truth(num_prompts, monkeypatch):
-    """Of a gain on the same prompts; without `widening`, it is 84 % of the time with six of them."""
+def test_an_interval_over_few_prompts_covers_the_truth(monkeypatch):
+    """Of a gain on the same prompts; without `widening`, it is 84 % of the time."""
     monkeypatch.setattr("dpace.metrics.NUM_RESAMPLES", 200)
-    generator = np.random.default_rng(num_prompts)
+    generator = np.random.default_rng(0)
     hits = 0
     for _ in range(1500):
-        verifications = generator.integers(10, 40, num_prompts)
-        theirs = 1 + generator.gamma(4, 0.3, num_prompts)
-        ours = theirs * (1.1 + generator.normal(0, 0.2, num_prompts))
+        verifications = generator.integers(10, 40, MIN_PROMPTS)
+        theirs = 1 + generator.gamma(4, 0.3, MIN_PROMPTS)
+        ours = theirs * (1.1 + generator.normal(0, 0.2, MIN_PROMPTS))
         totals = np.array([[[ours * verifications], [theirs * verifications]], [[verifications], [verifications]]])
         _, low, high = estimate(totals, lambda taus: taus[0] / taus[1])
         hits += low <= 1.1 <= high

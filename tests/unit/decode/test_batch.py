@@ -49,30 +49,20 @@ def spoilt(monkeypatch):
     monkeypatch.setattr(RaggedLayer, "update", spoil_first)
 
 
-GREEDY, SAMPLED = {}, {"temperature": 20.0, "top_k": 20}
-CASES = {
-    "qwen3": ("qwen3", 5, GREEDY),
-    "sampled": ("qwen3", 4, SAMPLED),
-    "llama3.1": ("llama3.1", 2, GREEDY),
-    "smollm2": ("smollm2", 5, GREEDY),
-}
-
-
-@pytest.mark.parametrize("case", wide(CASES, "qwen3", "sampled"))
-def test_texts_are_those_of_one_at_a_time(case, spoilt):
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 20.0, "top_k": 20}])
+def test_texts_are_those_of_one_at_a_time(sampling, spoilt):
     """Each with its own seed, also after rows have left, and whatever stands where nothing was written."""
-    family, block_size, sampling = CASES[case]
-    target = make_target(family)
-    drafter = make_drafter(target, block_size=block_size)
+    target = make_target("qwen3")
+    drafter = make_drafter(target, block_size=5)
     rows = [*prompts(), prompts()[0]]
     options = {"max_new_tokens": 25, **sampling}
-    stop = generate_plain(target, rows[0], seed=5, stop_token_ids=[], **options).token_ids[4]
+    ((*_, stop),) = plain_texts(target, rows[:1], seed=5, **{**options, "max_new_tokens": 5})
     options["stop_token_ids"] = [stop]
     alone = [decode_whole(target, drafter, [row], seed=5 + i, **options)[0] for i, row in enumerate(rows)]
     ours = generate_batch(target, drafter, rows, seed=5, **options)
     assert facts(ours) == facts(alone)
     assert len({len(one.token_ids) for one in ours}) > 1
-    assert (ours[0].token_ids == ours[-1].token_ids) == (case != "sampled")
+    assert (ours[0].token_ids != ours[-1].token_ids) == bool(sampling)
     plainly = generate_batch(target, None, rows, seed=5, **options)
     assert facts(plainly) == [(one.token_ids, [], [], []) for one in alone]
     assert generate_batch(target, drafter, [], **options) == []
@@ -88,7 +78,7 @@ def test_eager_attention_and_positions_up_to_the_limit():
     assert [out.token_ids for out in ours] == plain_texts(target, rows, **options)
 
 
-@pytest.mark.parametrize("limit", wide([1, 2, 5, 9, 20], 1, 20))
+@pytest.mark.parametrize("limit", wide([1, 2, 9, 20], 1, 20))
 def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafter, questions, limit):
     """Rows accept different numbers of tokens, and end by a stop token or by the limit, inside blocks."""
     rows = [questions[0], [13, 15, *questions[1]], *questions[2:6]]

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import math
 import random
 import re
@@ -167,8 +168,8 @@ def test_a_memory_starts_from_the_answers_of_the_training(
 
 def test_a_damaged_file_of_answers_is_refused(language_target, random_drafter_folder, tmp_path):
     folder = shutil.copytree(random_drafter_folder, tmp_path / "drafter")
-    for text in ("[1]", '{"token_ids": [64]}', '{"token_ids": []}'):
-        (folder / ANSWERS_FILE).write_text(text)
+    for token_ids in ([64], []):
+        (folder / ANSWERS_FILE).write_text(json.dumps({"token_ids": token_ids}))
         with pytest.raises(ValueError, match=r"answers.json .*copy it again, or remove the file"):
             load_drafter(folder, language_target)
 

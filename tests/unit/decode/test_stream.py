@@ -21,13 +21,8 @@ from dpace.decode.streaming import TextPieces, custom_generate, stream
 from tests.conftest import make_drafter, make_target
 
 
-@pytest.fixture
-def question(language_target) -> list[int]:
-    return language_target.tokenizer("ask w3 w51 answer")["input_ids"]
-
-
-def test_pieces_are_the_text(language_target, language_drafter, question):
-    steps = []
+def test_pieces_are_the_text(language_target, language_drafter, questions):
+    question, steps = questions[0], []
     options = {"max_new_tokens": 20, "width": "full"}
     pieces = list(stream(language_target, language_drafter, question, **options, on_step=steps.append))
     whole = generate(language_target, language_drafter, question, **options)
@@ -97,20 +92,20 @@ def test_what_cannot_be_followed_is_refused_in_custom_generate(match, options):
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
-def test_custom_generate_stops_and_streams(language_target, language_drafter, question, capsys):
+def test_custom_generate_stops_and_streams(language_target, language_drafter, questions, capsys):
     """At a stop string, as the page says, which ends the text anywhere in a block."""
     model, tokenizer = language_target.model, language_target.tokenizer
     letters = {letter: number for number, letter in enumerate(f"{string.ascii_letters}{string.digits}+/")}
     words = Tokenizer(BPE(letters, []))
     words.decoder = Fuse()
     spelled = PreTrainedTokenizerFast(tokenizer_object=words)
-    ids = torch.tensor([question])
+    ids = torch.tensor(questions[:1])
     streamer = TextStreamer(tokenizer, skip_prompt=True)
     decode = custom_generate(language_target, language_drafter, width="full", streamer=streamer)
     options = {"custom_generate": decode, "do_sample": False, "max_new_tokens": 20}
     whole = model.generate(ids, **options)[0].tolist()
-    assert capsys.readouterr().out.split() == tokenizer.decode(whole[len(question) :]).split()
+    assert capsys.readouterr().out.split() == tokenizer.decode(whole[ids.numel() :]).split()
     text = spelled.decode(whole)
-    for end in range(len(question) + 1, len(question) + 9):
+    for end in range(ids.numel() + 1, ids.numel() + 9):
         criteria = StoppingCriteriaList([StopStringCriteria(spelled, [text[end - 2 : end]])])
         assert model.generate(ids, stopping_criteria=criteria, **options)[0].tolist() == whole[:end]

@@ -48,7 +48,6 @@ def test_it_starts_with_gradients_everywhere_and_leaves_the_network_as_it_was():
     assert all(torch.equal(value, drafter.state_dict()[name]) for name, value in plain.state_dict().items())
     log_probs = torch.randn(2, 3, 8).log_softmax(-1)
     start, pairs = drafter.lilicorr(torch.randn(2, 3, 8, 48), log_probs, torch.randn(2, 3, 48), torch.randn(2, 48))
-    assert torch.stack([start.std(), pairs.std()]).min() > 1e-3
     (start.log_softmax(-1)[:, 0].sum() + pairs.log_softmax(-1)[..., 0].sum()).backward()
     assert all(bool(parameter.grad.any()) for parameter in drafter.lilicorr.parameters())
 

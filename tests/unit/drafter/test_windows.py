@@ -97,5 +97,6 @@ def test_the_pace_counts_what_a_window_reads(target):
     pace = Mock(**{"plan.return_value": Plan(is_drafted=True), "choose_width.return_value": Plan(True, width=2)})
     speculation.pace = pace
     next(steps := speculation.steps())
-    next(steps)
+    step = next(steps)
     assert pace.plan.call_args.args[1] == WINDOW - 1
+    assert pace.learn.call_args.args == (Plan(True, width=2), step.token_ids, step.accepted)

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +10,7 @@ from tests.conftest import FAMILIES
 
 
 class Layer(torch.nn.Module):
-    num_key_value_groups, is_causal = 3, True
+    is_causal = True
 
 
 def draw(queries: int, dtype: torch.dtype = torch.float32, key_heads: int = 2):
@@ -41,12 +39,18 @@ def left_to_sdpa(monkeypatch) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "kind"), [(1, "none"), *((q, k) for q in (1, 2, 5) for k in ("visible", "added"))])
-def test_grouped_attention_is_sdpa(queries, kind, dtype, left_to_sdpa):  # which gives something else then
-    tensors, mask = draw(queries, dtype), make_mask(queries, kind, dtype)
-    found, _ = grouped_attention(Layer(), *tensors, mask, scaling=0.3)
-    expected, _ = sdpa_attention_forward(Layer(), *tensors, mask, scaling=0.3)
+def test_grouped_attention_is_sdpa(queries, kind, dtype, left_to_sdpa):
+    """Also in layers that are not alike; the mask is made once for those that are."""
+    mask = make_mask(queries, kind, dtype)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(found, expected, **close)
+    for key_heads in (2, 3, 2):
+        layer = Layer()
+        layer.num_key_value_groups = 6 // key_heads
+        tensors = draw(queries, dtype, key_heads)
+        found, _ = grouped_attention(layer, *tensors, mask, scaling=0.3)
+        expected, _ = sdpa_attention_forward(layer, *tensors, mask, scaling=0.3)
+        torch.testing.assert_close(found, expected, **close)
+    assert queries == 1 or [repeated.shape[2] for repeated in mask.repeated.values()] == [3 * queries, 2 * queries]
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -62,17 +66,6 @@ def test_keys_that_all_rows_share_are_read_once(queries, kind):
     expected = attend_in_groups(query, key, value, mask, 0.3)
     found = attend_in_groups(query, key, value, mask, 0.3, num_shared=70)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_mask_is_made_once_for_layers_that_are_alike():
-    mask = make_mask(5, "visible")
-    for key_heads in (2, 3, 2):
-        query, key, value = draw(5, key_heads=key_heads)
-        found, _ = grouped_attention(Layer(), query, key, value, mask)
-        attend = torch.nn.functional.scaled_dot_product_attention
-        expected = attend(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert [repeated.shape[2] for repeated in mask.repeated.values()] == [15, 10]
 
 
 def test_other_cases_are_left_to_sdpa(left_to_sdpa):
@@ -94,15 +87,12 @@ def test_a_loaded_target_uses_it(language_folder):
     assert NAME not in (language_folder.parent / "saved" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("kept", ["eager", "sdpa"])
-def test_other_implementations_and_models_that_ask_for_sdpa_stay(kept, monkeypatch):
-    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"](), attn_implementation=kept)
-    if kept == "sdpa":
-        monkeypatch.setattr(
-            dpace.fast.attention, "inspect", SimpleNamespace(getsource=lambda _: 'if kind in ("eager", "sdpa"):')
-        )
-    group_heads(model)
-    assert model.config._attn_implementation == kept
-    monkeypatch.undo()
-    group_heads(model)
-    assert model.config._attn_implementation == (NAME if kept == "sdpa" else kept)
+def test_other_implementations_and_models_that_ask_for_sdpa_stay(monkeypatch):
+    eager, sdpa = (
+        AutoModelForCausalLM.from_config(FAMILIES["qwen3"](), attn_implementation=kind) for kind in ("eager", "sdpa")
+    )
+    assert not group_heads(eager) and eager.config._attn_implementation == "eager"
+    with monkeypatch.context() as patch:
+        patch.setattr("inspect.getsource", lambda _: 'if kind in ("eager", "sdpa"):')
+        assert not group_heads(sdpa)
+    assert group_heads(sdpa) and sdpa.config._attn_implementation == NAME

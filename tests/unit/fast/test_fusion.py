@@ -13,7 +13,7 @@ from dpace.fast.cache import TextCache
 from dpace.fast.fusion import FusedDraftLayer, FusedLayer, fuse_layers
 from dpace.fast.packing import PackedLinear, pack_linears
 from dpace.target import Target
-from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_drafter, make_target, make_with_convolutions
+from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_target, make_with_convolutions
 
 KNOWN = {
     **{name: FAMILIES[name] for name in ("llama3.1", "smollm2", "qwen3")},
@@ -109,11 +109,10 @@ def test_a_verification_on_cuda_needs_no_mask_of_numbers(monkeypatch):
     assert {type(mask) for mask in masks if mask is not None} == {CausalBias}
 
 
-@pytest.mark.parametrize("make", [make_drafter, make_with_convolutions])
 @torch.no_grad()
-def test_the_drafters_layers(make, tmp_path, language_target):
+def test_the_drafters_layers(tmp_path, language_target):
     """Of one block, of several texts, and of a text that is measured, whose slots are many."""
-    make(language_target).save_pretrained(tmp_path)
+    make_with_convolutions(language_target).save_pretrained(tmp_path)
     drafter = load_drafter(tmp_path, language_target)
     assert {type(layer) for layer in drafter.layers} == {FusedDraftLayer}
     plain = copy.deepcopy(drafter)  # copies are not fused

@@ -77,10 +77,9 @@ def test_joined_layers_share_one_tensor_and_are_saved_as_before(tmp_path):
     layers = nn.ModuleList(nn.Linear(8, size) for size in (4, 6, 2))
     before, rows = copy.deepcopy(layers), torch.randn(2, 3, 8)
     product = join(list(layers))
-    expected = torch.cat([layer(rows) for layer in before], dim=-1)
-    torch.testing.assert_close(product(rows), expected)
-    layers[1].weight.data.mul_(2)  # the weights are read themselves
-    torch.testing.assert_close(product(rows)[..., 4:10] - layers[1].bias, 2 * (expected[..., 4:10] - layers[1].bias))
+    for both in (before, layers):
+        both[1].weight.data.mul_(2)  # the weights are read themselves
+    torch.testing.assert_close(product(rows), torch.cat([layer(rows) for layer in before], dim=-1))
     safetensors.torch.save_file(layers.state_dict(), tmp_path / "layers")
     assert torch.equal(safetensors.torch.load_file(tmp_path / "layers")["2.weight"], before[2].weight)
 

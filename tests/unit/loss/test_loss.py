@@ -97,7 +97,6 @@ def test_options_reach_the_weights():
     expected = {
         LossConfig(alpha=1.0, alpha_end=0.0): dpace_weights(probs, is_scored, 0.25),
         LossConfig(alpha=0.4, confidence="overlap"): dpace_weights(overlap, is_scored, 0.4),
-        LossConfig(objective="dflash"): dflash_weights(is_scored, 4.0),
         LossConfig(objective="dflash", gamma=3.0): dflash_weights(is_scored, 3.0),
         LossConfig(objective="medusa", base=0.5): medusa_weights(is_scored, 0.5),
     }
