@@ -16,7 +16,7 @@ from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRow
 from dpace.train.finish import measure_and_calibrate
 from tests.conftest import LANGUAGE_RECIPE, make_target
 from tests.support.files import read_json
-from tests.unit.train.test_train import measured, run, short
+from tests.unit.train.test_train import measured, run_recipe, short
 
 
 @pytest.fixture
@@ -48,8 +48,9 @@ def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
 
 def test_training_writes_it_where_it_loses_no_tau(language_target, language_responses, tmp_path, monkeypatch):
     """And it is loaded where it pays."""
-    run(language_target, language_responses, short(), tmp_path)
-    seen = {token for response in language_responses[:21] for token in response.token_ids}
+    parts = language_responses[:21], language_responses[50:52]
+    run_recipe(language_target, *parts, short(), tmp_path)
+    seen = {token for response in parts[0] for token in response.token_ids}
     path = tmp_path / VOCABULARY_FILE
     written = read_json(path)
     assert written["token_ids"] == sorted(seen | set(language_target.stop_token_ids))
@@ -58,7 +59,7 @@ def test_training_writes_it_where_it_loses_no_tau(language_target, language_resp
         ours = load_drafter(tmp_path, language_target, all_tokens=all_tokens)
         assert (ours.vocabulary is not None) == is_used
     assert ours.vocabulary.token_ids.tolist() == written["token_ids"]
-    data = measured(language_responses[50:52])
+    data = measured(parts[1])
     ((_, temperature),) = measure_and_calibrate(ours, language_target, data, [ours.vocabulary.token_ids])
     assert ours.confidence_temperature == written["confidence_temperature"] == temperature
     for values, message in (({"token_ids": [3, 64]}, r"0 \.\. 63; copy"), ({"confidence_temperature": 0}, "above 0")):
@@ -87,5 +88,6 @@ def test_none_is_written_that_loses_tau_or_for_a_drafter_that_started_from_anoth
     if not init:
         monkeypatch.setattr("dpace.train.finish.MAX_TAU_LOSS", -0.5)
     recipe = replace(short(), drafter=replace(LANGUAGE_RECIPE.drafter, init=init))
-    run(language_target, language_responses, recipe, tmp_path, init=language_drafter if init else None)
+    parts = language_responses[:21], language_responses[50:52]
+    run_recipe(language_target, *parts, recipe, tmp_path, init=language_drafter if init else None)
     assert (tmp_path / "provenance.json").exists() and not (tmp_path / VOCABULARY_FILE).exists()
