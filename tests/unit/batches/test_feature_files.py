@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -69,17 +70,11 @@ def test_rows_are_those_of_the_target_and_rounded_ones_are_near_and_smaller(
     assert share * whole <= found <= (share + 0.1) * whole
 
 
-def test_only_new_texts_are_computed(keep, no_target, monkeypatch):
+def test_only_new_texts_are_computed(keep, no_target):
     keep(6)
-    asked, features = [], Target.features
-
-    def counted(self, token_ids, *args, **kwargs):
-        asked.append(len(token_ids))
-        return features(self, token_ids, *args, **kwargs)
-
-    monkeypatch.setattr(Target, "features", counted)
-    keep(10)
-    assert sum(asked) == 4
+    with mock.patch.object(Target, "features", autospec=True, side_effect=Target.features) as features:
+        keep(10)
+    assert sum(len(call.args[1]) for call in features.call_args_list) == 4
     no_target()
     assert len(keep(10).features) == 10 and len(keep(3).features) == 3
 

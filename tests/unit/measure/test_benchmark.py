@@ -1,7 +1,5 @@
 """A benchmark of two drafters with several widths, and what its rows say."""
 
-from dataclasses import replace
-
 import pytest
 
 from dpace.config import BenchConfig
@@ -10,18 +8,30 @@ from dpace.measure.pooling import make_rows, pool_seeds
 from dpace.measure.results import read_results
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.prompts.prompts import Prompt
-from dpace.report.sections import comparison
 from tests.conftest import make_drafter
 from tests.support.files import make_prompts
-from tests.support.rows import make_compare, make_plain, make_response
+from tests.support.rows import make_plain, make_response
 
 
-def test_widths_and_drafters_are_compared(language_target, language_drafter, language_prompts, tmp_path):
+@pytest.fixture
+def measure(language_target, language_prompts, tmp_path):
+    """Measure drafters greedily, with whole blocks."""
+
+    def measure(drafters, num_prompts=6, **options):
+        config = BenchConfig(**{"max_new_tokens": 16, "temperatures": (0.0,), "widths": ("full",), **options})
+        return bench(language_target, drafters, make_prompts(language_prompts[50:][:num_prompts]), config, tmp_path)
+
+    return measure
+
+
+@pytest.fixture
+def other(language_target, language_drafter):
+    return make_drafter(language_target, block_size=language_drafter.block_size)
+
+
+def test_widths_and_drafters_are_compared(measure, language_drafter, other):
     """A narrow verification accepts less; every drafter is compared with the first."""
-    drafters = {"good": language_drafter, "bad": make_drafter(language_target, block_size=language_drafter.block_size)}
-    prompts = make_prompts(language_prompts[50:56])
-    config = BenchConfig(max_new_tokens=24, temperatures=(0.0,), widths=("full", 2, 3))
-    results = bench(language_target, drafters, prompts, config, tmp_path)
+    results = measure({"good": language_drafter, "bad": other}, widths=("full", 2, 3), max_new_tokens=24)
     rows = {row.width: row for row in results.rows if row.drafter == "good"}
     for width in (2, 3):
         assert rows[width].num_same_text == rows[width].num_responses == 6
@@ -31,42 +41,32 @@ def test_widths_and_drafters_are_compared(language_target, language_drafter, lan
     assert all(c.tau_gain[0] < 0 and c.tau_gain[2] < 0 for c in results.comparisons)
 
 
-def test_rules_are_compared_on_the_same_prompts(language_target, language_drafter, language_prompts, tmp_path):
+def test_rules_are_compared_on_the_same_prompts(measure, language_drafter):
     """One command gives both rows, paired; the default rule has no name of its own."""
-    config = BenchConfig(
-        max_new_tokens=16, temperatures=(2.0,), widths=("full",), verify_rules=("equality", "speculative")
-    )
-    prompts = make_prompts(language_prompts[50:56])
-    results = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
+    results = measure({"d": language_drafter}, temperatures=(2.0,), verify_rules=("equality", "speculative"))
     assert [row.drafter for row in results.rows] == ["d", "d, speculative"] == list(results.drafters)
     assert [row.num_same_text == 6 for row in results.rows] == [True, False]
-    assert {(c.drafter, c.baseline) for c in results.comparisons} == {("d, speculative", "d")}
-    assert all(None not in c.tau_gain for c in results.comparisons) and all(row.tau > 1 for row in results.rows)
-    assert len(set(results.drafters.values())) == 1
+    (comparison,) = results.comparisons
+    assert (comparison.drafter, comparison.baseline) == ("d, speculative", "d") and None not in comparison.tau_gain
+    assert all(row.tau > 1 for row in results.rows) and len(set(results.drafters.values())) == 1
 
 
-def test_a_second_call_keeps_the_rows_of_the_first(
-    language_target, language_drafter, language_prompts, tmp_path, capsys
-):
+def test_a_second_call_keeps_the_rows_of_the_first(measure, language_drafter, other, tmp_path, capsys):
     """Where settings or the weights of a drafter differ, the first results get another name."""
-    prompts = make_prompts(language_prompts[50:52])
-    config = BenchConfig(max_new_tokens=8, temperatures=(0.0,), widths=("full",))
-    other = make_drafter(language_target, block_size=language_drafter.block_size)
 
-    def measure(drafter, **changes):
-        results = bench(language_target, {"d": drafter}, prompts, replace(config, **changes), tmp_path)
+    def rows_with(drafter, **options):
+        results = measure({"d": drafter}, num_prompts=2, **options)
         assert read_results(tmp_path / "results.json") == results
         return [(row.drafter, row.width) for row in results.rows]
 
-    measure(language_drafter)
-    measure(language_drafter, verify_rules=("speculative",), temperatures=(1.0,))
-    assert measure(language_drafter, widths=(2,)) == [("d", "full"), ("d, speculative", "full"), ("d", 2)]
-    assert not capsys.readouterr().err.count("other settings")
-    for number, (drafter, width, length) in enumerate([(other, 3, 8), (other, 3, 9)], start=1):
-        assert measure(drafter, widths=(width,), max_new_tokens=length) == [("d", width)]
+    rows_with(language_drafter)
+    rows_with(language_drafter, verify_rules=("speculative",), temperatures=(1.0,))
+    assert rows_with(language_drafter, widths=(2,)) == [("d", "full"), ("d, speculative", "full"), ("d", 2)]
+    assert "other settings" not in capsys.readouterr().err
+    for length, num_aside in ((16, 1), (9, 2)):
+        assert rows_with(other, widths=(3,), max_new_tokens=length) == [("d", 3)]
         assert "results of other settings, which are now in results-" in capsys.readouterr().err
-        aside = [read_results(path) for path in tmp_path.glob("results-*.json")]
-        assert sorted(len(results.rows) for results in aside) == [1, 3][-number:]
+        assert len([*tmp_path.glob("results-*.json")]) == num_aside
 
 
 @pytest.mark.parametrize("num_prompts", [3, 6])
@@ -99,4 +99,3 @@ def test_three_seeds_that_differ_show_no_gain():
     row = pool_seeds("s", "dpace", 8, 0.0, ours, [theirs] * 3)
     assert row.gain == pytest.approx((0.044, -0.0145, 0.1025), abs=2e-4)
     assert row.tau_interval == pytest.approx((1.566 - 0.0877, 1.566 + 0.0877), abs=2e-4)
-    assert comparison(make_compare(row)).rows[0]["verdict"] == "not clear"

@@ -40,25 +40,21 @@ def test_a_token_that_repeats_the_one_before_cannot_be_drafted():
     probs = torch.zeros(8, 2, 3)
     probs[:, 0, :2] = 0.5
     probs[torch.arange(8), 1, tokens[:, 1]] = 1.0
+    drafted = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).expand(8, -1, -1)
     is_end = torch.zeros(8, 2, dtype=torch.bool)
-    for second, rejected in (([0.5, 0.5, 0.0], 0.5), ([0.0, 0.0, 1.0], 1.0), ([1.0, 0.0, 0.0], 0.5)):
-        drafted = torch.tensor([[0.5, 0.5, 0.0], second]).expand(8, -1, -1)
-        found = score_block(probs, drafted, tokens, is_end, is_drawn=True)
-        assert np.allclose(found, [[1, 1], [0, rejected], [0, 0.5], [0, 0.5]], atol=1e-6)
+    found = score_block(probs, drafted, tokens, is_end, is_drawn=True)
+    assert np.allclose(found, [[1, 1], [0, 1], [0, 0.5], [0, 0.5]], atol=1e-6)
     is_end[:4, 0] = True  # half of the texts end
     assert score_block(probs, drafted, tokens, is_end, is_drawn=True)[0].tolist() == [1.0, 0.5]
 
 
-@pytest.mark.parametrize("is_drawn", [True, False])
-def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
+def test_the_floor_of_a_chain_lies_between_its_ends():
     """All paths with their probabilities give the exact floor; few samples of them give bounds."""
     num_tokens, num_slots = 5, 3
     generator = torch.Generator().manual_seed(1)
     start = torch.rand(num_tokens, generator=generator).softmax(-1)
     then = (3 * torch.randn(num_tokens, num_tokens, generator=generator)).softmax(-1)
     own = torch.randn(num_slots, num_tokens, generator=generator).softmax(-1)
-    if not is_drawn:
-        own = torch.nn.functional.one_hot(own.argmax(-1), num_tokens).float()
 
     def probs_of(paths):
         return torch.stack([start.expand(len(paths), -1), then[paths[:, 0]], then[paths[:, 1]]], 1)
@@ -68,7 +64,7 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
         while paths.shape[1] < num_slots:
             paths = torch.cat([paths, torch.multinomial(then[paths[:, -1]], 1)], 1)
         drafted = own.expand(num_samples, -1, -1)
-        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool(), is_drawn=is_drawn)
+        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool(), is_drawn=True)
 
     paths = torch.tensor(list(itertools.product(range(num_tokens), repeat=num_slots)))
     probs = probs_of(paths)
@@ -77,11 +73,10 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
     for slot in range(num_slots):
         # The chance of a path up to here, accepted as it is drafted, spread over what comes behind it.
         shares = weights / num_tokens ** (num_slots - slot)
-        fitted = fit_blind(probs[:, slot], shares, is_drawn=is_drawn)
+        fitted = fit_blind(probs[:, slot], shares, is_drawn=True)
         exact[:, slot] = [floor.rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
         true = probs[:, slot].gather(1, paths[:, slot, None])[:, 0]
-        drafts = own[slot][paths[:, slot]]
-        weights = weights * (torch.minimum(true, drafts) if is_drawn else true * drafts)
+        weights = weights * torch.minimum(true, own[slot][paths[:, slot]])
     reached, rejected, low, high = np.mean([measure(8) for _ in range(100)], 0)
     assert np.allclose(rejected, exact[0], atol=0.03) and reached[0] == 1
     assert (low <= exact[1] + 0.01).all() and (high >= exact[1] - 0.01).all() and high[1] - low[1] > 0.01
@@ -105,8 +100,8 @@ def test_a_head_is_explained_too(language_target, questions):
     """Its drafts are drawn one after the other, and its first slot is reached always."""
     drafter = make_with_head(language_target, block_size=5)
     found = explain_prompt(language_target, drafter, questions[0], CONFIG, seed=0)
-    assert found.shape[1:] == (4, 4) and np.allclose(found[:, 0, 0], 1)
-    assert (found[:, 1] <= found[:, 0] + 1e-6).all() and (found[:, 2] <= found[:, 3]).all()
+    assert np.allclose(found[:, 0, 0], 1)
+    assert (found[:, 1] <= found[:, 0] + 1e-6).all()
 
 
 def test_continuations_have_the_distribution_of_their_text(language_target, questions):
@@ -136,21 +131,22 @@ def test_the_command_says_where_tau_is_lost_and_goes_on(
 ):
     monkeypatch.chdir(tmp_path)
     write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:57])
-    options = ["--prompts", "prompts.jsonl", "--num-prompts", "6", "--num-blocks", "2", "--num-samples", "4"]
-    ask = ["explain", "--target", str(language_folder), "--drafter", str(random_drafter_folder), *options]
-    assert main([*ask, "--dry-run"]) == 0 and "prompts: 6" in capsys.readouterr().out
-    short = [*ask, "--max-new-tokens", "8"]
-    assert main(short) == 0
-    shown = capsys.readouterr().out
+    ask = ["--target", str(language_folder), "--drafter", str(random_drafter_folder), "--prompts", "prompts.jsonl"]
+    ask += ["--num-prompts", "6", "--num-blocks", "2", "--num-samples", "4"]
+
+    def explain(*options):
+        assert main(["explain", *ask, *options]) == 0
+        return capsys.readouterr()
+
+    assert "prompts: 6" in explain("--dry-run").out
+    shown = explain("--max-new-tokens", "8").out
     assert "most rejections are the drafter's own" in shown and "explain.json" in shown
-    results = read_results(tmp_path / "dpace-explain" / "explain.json")
-    (kept,) = (tmp_path / "dpace-explain").glob("explain-*.jsonl")
+    folder = tmp_path / "dpace-explain"
+    results = read_results(folder / "explain.json")
+    (kept,) = folder.glob("explain-*.jsonl")
     kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-2]))
-    assert main(short) == 0 and "sampling: 5 of 6" in capsys.readouterr().err, "two prompts were lost"
-    assert read_results(tmp_path / "dpace-explain" / "explain.json") == results and results.num_samples == 4
+    assert "sampling: 5 of 6" in explain("--max-new-tokens", "8").err, "two prompts were lost"
+    assert read_results(folder / "explain.json") == results and results.num_samples == 4
     assert main(["report", "dpace-explain"]) == 0
-    assert "Where tau is lost" in (tmp_path / "dpace-explain" / "report.html").read_text()
-    assert main([*short, "--temperature", "0", "--output", "greedy"]) == 0
-    assert "100 to 100 %" in capsys.readouterr().out
-    assert main([*ask, "--max-new-tokens", "1", "--output", "one"]) == 0
-    assert "nothing was rejected" in capsys.readouterr().out
+    assert "Where tau is lost" in (folder / "report.html").read_text()
+    assert "nothing was rejected" in explain("--max-new-tokens", "1", "--output", "one").out

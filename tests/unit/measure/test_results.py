@@ -33,7 +33,7 @@ COMPARE = make_compare(make_compared(), decode=BENCH)
 SERVERS = make_servers(make_served())
 
 
-@pytest.mark.parametrize("results", [BENCH, COMPARE, SERVERS], ids=lambda results: type(results).__name__)
+@pytest.mark.parametrize("results", [BENCH, COMPARE, SERVERS])
 def test_what_is_written_is_read(results, tmp_path):
     write_results(tmp_path / "results.json", results)
     assert find_results(tmp_path) == [results] and [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -77,24 +77,13 @@ def test_broken_files_are_told(content, message, tmp_path):
         find_results(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("results", "change", "message"),
-    [
-        (
-            COMPARE,
-            lambda value: value["decode"]["rows"][1]["responses"][0].update(width="wide"),
-            r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected ",
-        ),
-        (BENCH, lambda value: value["rows"][0].update(new=1), r"there is no key 'rows\[0\].new'"),
-    ],
-    ids=["value", "key"],
-)
-def test_what_is_wrong_is_named(results, change, message, tmp_path):
-    write_results(tmp_path / "results.json", results)
-    with changed_json(tmp_path / "results.json") as value:
-        change(value)
-    with pytest.raises(ValueError, match=message):
-        read_results(tmp_path / "results.json")
+def test_what_is_wrong_is_named(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, COMPARE)
+    with changed_json(path) as value:
+        value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
+    with pytest.raises(ValueError, match=r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected "):
+        read_results(path)
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):

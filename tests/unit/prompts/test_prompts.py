@@ -1,6 +1,7 @@
 """Prompts of every format say the same, and no prompt is in two parts."""
 
 import re
+from dataclasses import replace
 
 import make_prompts
 import pytest
@@ -17,7 +18,6 @@ from dpace.prompts.prompts import (
     split_ids,
     split_prompts,
 )
-from tests.support import files
 from tests.support.files import write_prompts, write_rows
 
 
@@ -33,7 +33,6 @@ FORMS = [
     ({"turns": ["q", "and?"]}, [[user("q")], [user("and?")]], None),
     ({"messages": [SYSTEM, user("q"), REPLY]}, [[SYSTEM, user("q")]], "a"),
     ({"messages": [user("q"), {**REPLY, "reason": "r"}]}, [[user("q")]], {**REPLY, "reason": "r"}),
-    ({"conversations": [SYSTEM, user("q"), REPLY]}, [[SYSTEM, user("q")]], "a"),
     ({"conversations": [{"from": a, "value": b, "weight": None} for a, b in SHAREGPT]}, [[SYSTEM, user("q")]], "a"),
     ({"instruction": "Sort.", "input": "2", "output": "1"}, [[user("Sort.\n\nInput:\n2")]], "1"),
     ({"instruction": "Sort.", "input": "", "output": ""}, [[user("Sort.")]], None),
@@ -92,23 +91,22 @@ def test_one_prompt_of_a_file(tmp_path):
         find_prompt(f"{path}#z")
 
 
-def test_answers_to_other_prompts_are_no_data(tmp_path, capsys):
+def test_without_answers_the_page_of_data_ends_with_the_command_for_them(tmp_path, capsys):
     path = write_prompts(tmp_path / "p.jsonl", (f"q{i}" for i in range(40)))
-    row = {"id": "other", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[1, 3]]}
-    write_rows(tmp_path / "responses.jsonl", [row])
+    (tmp_path / "responses.jsonl").touch()
     assert main(["data", "--output", str(tmp_path), "--prompts.path", path]) == 0
     out = capsys.readouterr().out
     assert "responses.jsonl has no answers to these prompts" in out and "next: dpace respond" in out
 
 
 def test_a_fixed_share_is_held_out(tmp_path):
-    path = write_prompts(tmp_path / "p.jsonl", (f"q{i}" for i in range(40)))
-    parts = split_prompts(PromptsConfig(path=path))
+    config = PromptsConfig(path=write_prompts(tmp_path / "p.jsonl", (f"q{i}" for i in range(40))))
+    parts = split_prompts(config)
     assert [len(part) for part in parts] == [33, 3, 4]
     assert len({prompt.id for part in parts for prompt in part}) == 40
-    assert split_prompts(PromptsConfig(path=path)) == parts
-    assert [[prompt.id for prompt in part] for part in parts] == list(split_ids(PromptsConfig(path=path))[:3])
-    few = split_prompts(PromptsConfig(path=path, num_validation=0, num_heldout=2, limit=5))
+    assert split_prompts(config) == parts
+    assert [[prompt.id for prompt in part] for part in parts] == list(split_ids(config)[:3])
+    few = split_prompts(replace(config, num_validation=0, num_heldout=2, limit=5))
     assert [len(part) for part in few] == [5, 0, 2]
     with pytest.raises(ValueError, match="at least 10"):
         split_prompts(PromptsConfig(path=write_prompts(tmp_path / "few.jsonl", "a")))
@@ -118,12 +116,12 @@ def test_copies_stay_in_one_part(tmp_path, capsys):
     """Under other ids, with keys in another order, and with white space around."""
     rows = []
     for i in range(40):
-        rows.append({"id": f"a{i}", "messages": [user(f"q\u00e9{i}")]})
-        rows.append({"id": f"b{i}", "messages": [{"content": f" qe\u0301{i}\n", "role": "user"}]})
-        rows.append({"id": f"c{i}", "turns": [f"q\u00e9{i}", "and then?"]})
+        rows.append({"messages": [user(f"q\u00e9{i}")]})
+        rows.append({"messages": [{"content": f" qe\u0301{i}\n", "role": "user"}]})
+        rows.append({"turns": [f"q\u00e9{i}", "and then?"]})
     parts = split_prompts(PromptsConfig(path=write_rows(tmp_path / "p.jsonl", rows)))
     texts = [{hash_text(prompt) for prompt in part} for part in parts]
-    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    assert len(set.union(*texts)) == sum(map(len, texts)) == 40
     assert [len(part) for part in parts] == [3 * 33, 3, 4], (
         "a copy is measured once and trained on as often as it is there"
     )
@@ -147,19 +145,18 @@ def test_demo_parts_are_what_the_script_writes_and_share_no_text_and_no_value(tm
         for name, values in pools["train"].items():
             assert not set(values.split("|")) & set(pools["heldout"][name].split("|")), name
     make_prompts.main([str(tmp_path), "train", "heldout", "tuning"])
-    texts = {}
-    for part in ("train", "heldout", "tuning"):
-        texts[part] = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / f"{part}.jsonl")}
-        if part != "tuning":
-            assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
-    assert len(texts["heldout"]) == 100 and not texts["heldout"] & (texts["train"] | texts["tuning"])
-    numbers = [{n for text in texts[part] for n in re.findall(r"\d+", text)} for part in ("train", "heldout")]
+    files = {part: tmp_path / f"{part}.jsonl" for part in ("train", "heldout", "tuning")}
+    train, heldout, tuning = ({p.turns[-1][-1]["content"] for p in read_prompts(path)} for path in files.values())
+    for part in ("train", "heldout"):
+        assert files[part].read_text() == demo_path(part).read_text()
+    assert len(heldout) == 100 and not heldout & (train | tuning)
+    numbers = [set(re.findall(r"\d+", " ".join(texts))) for texts in (train, heldout)]
     assert not numbers[0] & numbers[1]
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("हिन्दी में बताओ", 3), ("ภาษา", 4), ("日本語 now", 4), ("café au lait", 3), ("cafe\u0301 au lait", 3)],
+    [("हिन्दी में बताओ", 3), ("ภาษา", 4), ("日本語 now", 4), ("cafe\u0301 au lait", 3)],
 )
 def test_words_of_all_scripts(text, count):
     assert len(_split_words(text)) == count
@@ -176,8 +173,8 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
     path = write_prompts(tmp_path / "p.jsonl", rows)
     config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)
     split = split_ids(config)
-    assert split.dropped["in the public sets"] == {"41": "1", "42": "3"} and "43" in split.train + split.heldout
-    assert not {"41", "42"} & set(split.train)
+    assert split.dropped["in the public sets"] == {"41": "1", "42": "3"}
+    assert sorted(split.train + split.heldout, key=int) == [str(i) for i in (*range(1, 41), 43)]
     split_prompts(config)
     assert "2 prompts left out: in the public sets" in capsys.readouterr().err
 
@@ -185,19 +182,18 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
 def test_held_out_prompts_of_a_public_set_stay_and_are_not_counted_as_left_out(tmp_path):
     texts = [" ".join(f"word{i}of{number}" for i in range(15)) for number in range(40)]
     path = write_prompts(tmp_path / "p.jsonl", texts)
-    public = write_prompts(tmp_path / "public.jsonl", texts[:30])
-    split = split_ids(PromptsConfig(path=path, decontaminate=(public,)))
+    split = split_ids(PromptsConfig(path=path, decontaminate=(write_prompts(tmp_path / "public.jsonl", texts[:30]),)))
     left_out = split.dropped["in the public sets"]
-    kept = {*split.train, *split.validation, *split.heldout}
-    assert left_out and not kept & left_out.keys() and len(kept) + len(left_out) == 40
+    names = [*split.train, *split.validation, *split.heldout, *left_out]
+    assert left_out and len(names) == len(set(names)) == 40
 
 
 def test_a_prompt_of_two_public_sets_is_found(tmp_path):
     """Word for word, and in other words around it."""
     both = [write_prompts(tmp_path / name, [PUBLIC]) for name in ("a.jsonl", "b.jsonl")]
     more = write_prompts(tmp_path / "c.jsonl", [f"Please answer. {PUBLIC}"])
-    (prompt,) = files.make_prompts([f"A note says: {PUBLIC}."])
-    assert all(PublicTexts(names).find(prompt) == "1" for names in (both[:1], both, [*both, more]))
+    prompt = Prompt("a", "s", [[user(f"A note says: {PUBLIC}.")]])
+    assert all(PublicTexts(names).find(prompt) == "1" for names in (both, [*both, more]))
 
 
 def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
@@ -206,4 +202,4 @@ def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
     assert public.find(Prompt("a", "s", [chat], "Well.")) == "1", "a reply to it is trained on"
     assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
     result = {"role": "tool", "content": PUBLIC}
-    assert public.find(Prompt("a", "s", [[user("Go on."), REPLY, result]])) is None, "which the user did not say"
+    assert public.find(Prompt("a", "s", [[user("Go on."), result]])) is None, "which the user did not say"

@@ -34,14 +34,6 @@ def path(tmp_path_factory):
 
 
 @SETTINGS
-@given(turns=st.lists(st.lists(SAID, min_size=1, max_size=3), min_size=1, max_size=4), is_ascii=st.booleans())
-def test_prompts_come_back(path, turns, is_ascii):
-    """Every character of Unicode, line ends of other standards among them."""
-    path.write_bytes("".join(json.dumps({"turns": row}, ensure_ascii=is_ascii) + "\n" for row in turns).encode())
-    assert [[turn[0]["content"] for turn in prompt.turns] for prompt in read_prompts(path)] == turns
-
-
-@SETTINGS
 @given(value=JSON, key=st.sampled_from(["prompt", "turns", "messages", "id", "set", "tools"]))
 def test_other_prompts_are_refused_with_their_line(path, value, key):
     path.write_text(json.dumps({key: value} if key in ("prompt", "turns", "messages") else {"prompt": "a", key: value}))

@@ -1,25 +1,21 @@
 """Answers of running servers are those of this process, whatever the servers and the processes suffer."""
 
-import json
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from dpace.config import RespondConfig
 from dpace.decode.loop import generate_plain
-from dpace.prompts.prompts import Prompt
 from dpace.respond import from_servers
-from dpace.respond.answering import answer_prompts, write_responses
+from dpace.respond.answering import write_responses
 from dpace.respond.in_process import generate_responses
 from dpace.respond.responses import read_meta, read_responses
-from dpace.servers.apis import connect
 from dpace.servers.transport import Address
-from dpace.target.chat import ChatTokenizer
+from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import EOS
-from tests.support import files
+from tests.support.files import make_prompts
 from tests.support.stub_server import PAGES, StubServer, pages
 from tests.unit.respond.test_responses import make_small
 
@@ -27,13 +23,11 @@ CONFIG = RespondConfig(max_new_tokens=8, batch_size=4, retry_seconds=20.0)
 SEEDS = {"vllm": "seed", "llama.cpp": "seed", "sglang": "sampling_seed"}
 
 
-def make_prompts(count: int) -> list[Prompt]:
-    """Every fourth has two turns."""
-    texts = [f"w{i} w{(7 * i) % 50}" for i in range(count)]
-    return [replace(one, turns=one.turns * (1 + (i % 4 == 3))) for i, one in enumerate(files.make_prompts(texts))]
-
-
-PROMPTS = make_prompts(10)
+PROMPTS = [
+    replace(prompt, turns=prompt.turns * (1 + (i % 4 == 3)))
+    for i, prompt in enumerate(make_prompts(f"w{i} w{(7 * i) % 50}" for i in range(10)))
+]
+"""Every fourth has two turns."""
 
 
 class Stub(StubServer):
@@ -85,9 +79,15 @@ def target():
 
 
 @pytest.fixture
-def chat(target):
-    """The same target without weights."""
-    return ChatTokenizer("", target.tokenizer, stop_token_ids=[EOS], context=64)
+def answer(target, tmp_path):
+    """Let servers answer; the target here has no weights."""
+    chat = ChatTokenizer("", target.tokenizer, stop_token_ids=[EOS], context=64)
+
+    def answer(*stubs, prompts=PROMPTS, name="r", **options):
+        config = replace(CONFIG, server=tuple(stub.url for stub in stubs), **options)
+        return write_responses(chat, prompts, tmp_path / f"{name}.jsonl", config)
+
+    return answer
 
 
 @pytest.fixture
@@ -116,130 +116,118 @@ def own(target, tmp_path_factory):
     return found
 
 
-def at(*stubs: Stub, **options) -> RespondConfig:
-    return replace(CONFIG, server=tuple(stub.url for stub in stubs), **options)
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_are_those_of_plain_decoding_with_the_prompts_seed(temperature, target, own):
+    """So they do not depend on the batch."""
+    seeds = []
+    for response, prompt in zip(own[temperature], PROMPTS, strict=True):
+        assert response.token_ids[: response.response_spans[0][0]] == encode_chat(target, prompt.turns[0])
+        assert [m["role"] for m in response.messages] == ["user", "assistant"] * len(prompt.turns)
+        conversation = from_servers.Conversation(target, prompt, CONFIG)
+        for start, end in response.response_spans:
+            seeds.append(conversation.seed)
+            options = {"max_new_tokens": 8, "temperature": temperature, "seed": seeds[-1]}
+            expected = generate_plain(target, response.token_ids[:start], **options).token_ids
+            assert response.token_ids[start:end] == expected
+            conversation.num_answers += 1
+    assert len(set(seeds)) == len(seeds) == sum(len(prompt.turns) for prompt in PROMPTS)
 
 
 @pytest.mark.parametrize("engine", PAGES)
-def test_servers_give_what_this_process_gives(engine, start, chat, own, tmp_path):
+def test_servers_give_what_this_process_gives(engine, start, answer, own, tmp_path):
     """Also sampled, since each prompt has its seed; several servers share the prompts, and none is asked twice."""
-    stubs, path = [start(engine), start(engine)], tmp_path / "responses.jsonl"
-    config = at(*stubs, temperature=1.0)
-    assert write_responses(chat, PROMPTS, path, config) == own[1.0]
+    stubs = [start(engine), start(engine)]
+    assert answer(*stubs, temperature=1.0) == own[1.0]
     counts = [len(stub.requests) for stub in stubs]
     assert min(counts) > 1
-    assert write_responses(chat, PROMPTS, path, config) == own[1.0]
+    assert answer(*stubs, temperature=1.0) == own[1.0]
     assert counts == [len(stub.requests) for stub in stubs]
-    meta = read_meta(path)
+    meta = read_meta(tmp_path / "r.jsonl")
     assert meta["source"] == "servers" and meta["servers"] == [{"engine": engine, "model": "m"}] and meta["complete"]
 
 
-def test_sampled_answers_are_those_of_plain_decoding_with_the_prompts_seed(target, own, tmp_path):
-    """So they do not depend on the batch."""
-    seeds = []
-    for response, prompt in zip(own[1.0], PROMPTS, strict=True):
-        seeds.append(from_servers.Conversation(target, prompt, CONFIG).seed)
-        start, end = response.response_spans[0]
-        if len(prompt.turns) == 1:
-            options = {"max_new_tokens": 8, "temperature": 1.0, "seed": seeds[-1]}
-            expected = generate_plain(target, response.token_ids[:start], **options).token_ids
-            assert response.token_ids[start:end] == expected
-    assert len(set(seeds)) == len(PROMPTS)
-    config = replace(CONFIG, temperature=1.0, batch_size=3)
-    assert write_responses(target, PROMPTS[5:], tmp_path / "r.jsonl", config) == own[1.0][5:]
-
-
 @pytest.mark.parametrize("engine", PAGES)
-def test_a_stop_token_may_be_named_and_other_tokens_may_not_be_missing(engine, start, chat, own, tmp_path, capsys):
-    stub, path = start(engine), tmp_path / "responses.jsonl"
+def test_a_stop_token_may_be_named_and_other_tokens_may_not_be_missing(engine, start, answer, own, tmp_path, capsys):
+    stub = start(engine)
     stub.shown = lambda tokens: [token for token in tokens if token != EOS]
-    assert write_responses(chat, PROMPTS, path, at(stub)) == own[0.0]
+    assert answer(stub) == own[0.0]
     lacking = own[0.0][2].token_ids[own[0.0][2].response_spans[0][0] :]
     stub.shown = lambda tokens: [] if tokens == lacking else tokens
-    left_out = answer_prompts(chat, PROMPTS, tmp_path / "two" / "responses.jsonl", at(stub))
-    assert left_out == {"given without its tokens": 1} and "prompt 2 is left out: given" in capsys.readouterr().err
-    found = read_responses(tmp_path / "two" / "responses.jsonl")
-    assert found == [one for one in own[0.0] if one.id != "2"]
-    assert read_meta(tmp_path / "two" / "responses.jsonl")["left_out"] == left_out
+    assert answer(stub, name="two") == [one for one in own[0.0] if one.id != "2"]
+    assert "prompt 2 is left out: given" in capsys.readouterr().err
+    assert read_meta(tmp_path / "two.jsonl")["left_out"] == {"given without its tokens": 1}
 
 
-def test_requests_at_once_are_bounded_by_the_batch_size(start, chat, tmp_path):
+def test_requests_at_once_are_bounded_by_the_batch_size(start, answer):
     stub = start(rush=threading.Barrier(4))
     prompts = [prompt for prompt in PROMPTS if len(prompt.turns) == 1]
-    assert len(prompts) == 8 and len(write_responses(chat, prompts, tmp_path / "r.jsonl", at(stub))) == 8
+    assert len(answer(stub, prompts=prompts)) == len(prompts) == 8
     assert stub.most_running == 4
 
 
-def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, chat, own, tmp_path):
+def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, answer, own):
     cut = ({}, 200, {"Content-Length": "99"})
     busy = [({}, status, {"Retry-After": "1"}) for status in (429, 503)]
     faults = iter([None, *busy, ({}, 500), ({}, 502), cut])
     stub = start(fault=lambda *_: next(faults, None))
-    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub, batch_size=1)) == own[0.0]
+    assert answer(stub, batch_size=1) == own[0.0]
     times = [request.seen_at for request in stub.requests]
     assert times[2] - times[1] >= 0.99 and times[3] - times[2] >= 0.99
 
 
-def test_a_server_that_dies_leaves_its_prompts_to_the_others(start, chat, own, tmp_path):
+def test_a_server_that_dies_leaves_its_prompts_to_the_others(start, answer, own):
     dying = start()
     dying.fault = lambda *_: len(dying.requests) > 2 and ({}, 503) or None
-    config = at(dying, start("vllm"), retry_seconds=0.1)
-    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0]
+    assert answer(dying, start("vllm"), retry_seconds=0.1) == own[0.0]
 
 
-def test_without_any_server_the_call_ends_and_the_same_call_goes_on(start, chat, own, tmp_path):
+def test_without_any_server_the_call_ends_and_the_same_call_goes_on(start, answer, own, tmp_path):
     stub, path = start(), tmp_path / "r.jsonl"
     stub.fault = lambda *_: len(stub.requests) > 5 and ({}, 503) or None
     with pytest.raises(ValueError, match=r"refuses \(503\).*asked again for 0.1 seconds; finished answers are kept"):
-        write_responses(chat, PROMPTS, path, at(stub, retry_seconds=0.1))
+        answer(stub, retry_seconds=0.1)
     assert 0 < len(read_responses(path)) < len(PROMPTS) and read_meta(path)["complete"] is False
-    assert write_responses(chat, PROMPTS, path, at(start("sglang"))) == own[0.0]
+    assert answer(start("sglang")) == own[0.0]
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, own, tmp_path, capsys):
+def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, answer, own, capsys):
     bad = own[0.0][4].token_ids[: own[0.0][4].response_spans[0][0]]
     stub = start(fault=lambda prompt, _: ({"error": "too odd"}, status) if prompt == bad else None)
-    config = at(stub, retry_seconds=0.3, batch_size=1)
-    found = write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config)
+    options = {"retry_seconds": 0.3, "batch_size": 1}
+    found = answer(stub, **options)
     assert found == [one for one in own[0.0] if one.id != "4"]
     assert "prompt 4 is left out: " in capsys.readouterr().err
-    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == found, "where it is the only one left, too"
+    assert answer(stub, **options) == found, "where it is the only one left, too"
     stub.fault = lambda *_: None
-    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0], "the same call asks it again"
+    assert answer(stub) == own[0.0], "the same call asks it again"
 
 
-def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, chat, tmp_path):
+def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, answer):
     stub = start("sglang")
-    meta = {"completion_tokens": 1, "finish_reason": {"type": "length"}}
-    stub.words = lambda _: {"output_ids": [5], "meta_info": meta}
-    with pytest.raises(ValueError, match="no prompt was answered: cut by the server"):
-        write_responses(chat, PROMPTS[:2], tmp_path / "a" / "r.jsonl", at(stub))
-    meta["finish_reason"] = {"type": "stop", "matched": 5}
-    with pytest.raises(ValueError, match="not known to be a stop token"):
-        write_responses(chat, PROMPTS[:2], tmp_path / "b" / "r.jsonl", at(stub))
+    for reason, said in (
+        ({"type": "length"}, "no prompt was answered: cut by the server"),
+        ({"type": "stop", "matched": 5}, "not known to be a stop token"),
+    ):
+        meta = {"completion_tokens": 1, "finish_reason": reason}
+        stub.words = lambda _, meta=meta: {"output_ids": [5], "meta_info": meta}
+        with pytest.raises(ValueError, match=said):
+            answer(stub, prompts=PROMPTS[:2])
 
 
-def test_the_key_is_sent_and_is_neither_shown_nor_kept(start, chat, tmp_path, monkeypatch, capsys):
+def test_the_key_is_sent_and_is_neither_shown_nor_kept(start, answer, tmp_path, monkeypatch, capsys):
     """Also where a server repeats it."""
     key = "sk-verysecretkey123"
     monkeypatch.setenv("DPACE_API_KEY", key)
     stub = start(fault=lambda prompt, _: (f"{'x ' * 140}{key}", 400) if prompt == [4, 8, 20, 5] else None)
     monkeypatch.setitem(PAGES["llama.cpp"], "/props", {"model_alias": f"m {key}"})
-    assert len(write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub))) == len(PROMPTS) - 1
+    assert len(answer(stub)) == len(PROMPTS) - 1
     assert {request.headers.get("Authorization") for request in stub.requests} == {f"Bearer {key}"}
-    shown = "".join(path.read_text() for path in tmp_path.iterdir()) + "".join(capsys.readouterr())
+    shown = "".join(path.read_text() for path in tmp_path.iterdir()) + capsys.readouterr().err
     assert "***" in shown and "sk-" not in shown
     stub.fault = lambda *_: (key, 401)
     with pytest.raises(ValueError, match=r'refuses \(401\): "\*\*\*"; set DPACE_API_KEY'):
-        write_responses(chat, make_prompts(12), tmp_path / "r.jsonl", at(stub))
-    stub.get = lambda request: request.send({}, 401)
-    with pytest.raises(ValueError, match=r"refuses \(401\).*set DPACE_API_KEY"):
-        connect(stub.url)
+        answer(stub)
     monkeypatch.setenv("DPACE_API_KEY", f"{key}\nX: y")
     with pytest.raises(ValueError, match="DPACE_API_KEY has characters that no key has; set it to the key alone$"):
         Address("http://x")
@@ -249,9 +237,9 @@ def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
     """Files of three ranks, of which one was appended already and one ends with a torn line."""
     path = tmp_path / "responses.jsonl"
     write_responses(target, PROMPTS, path, CONFIG)
-    lines = sorted(path.read_text().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
+    lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]))
     for rank, text in enumerate(["".join(lines[2:4]), "".join(lines[4:6]) + lines[6][:30], "".join(lines[6:8])]):
         (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
     assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]
-    assert len(lines_of(path)) == len(PROMPTS) and not list(tmp_path.glob("*rank*"))
+    assert not list(tmp_path.glob("*rank*"))

@@ -1,18 +1,17 @@
 """The target's answers in this process, and what made them: a call goes on after another one of the same run only."""
 
-import copy
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpace.cli import main
 from dpace.config import RespondConfig
-from dpace.decode.loop import generate_plain
 from dpace.respond import in_process
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import read_meta, read_responses
@@ -20,7 +19,7 @@ from dpace.system.provenance import hash_file
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from tests.conftest import EOS, PAD, make_tokenizer
-from tests.support.files import make_prompts
+from tests.support.files import change_json, make_prompts
 
 CONFIG = RespondConfig(max_new_tokens=4, batch_size=3)
 PROMPTS = make_prompts(f"w{i} w5" for i in range(7))
@@ -45,18 +44,14 @@ def path(tmp_path):
     return tmp_path / "out" / "responses.jsonl"
 
 
-def test_batched_answers_are_those_of_one_at_a_time(target, path):
-    """Also those of a second turn."""
-    prompts = [*PROMPTS[:4], replace(PROMPTS[4], turns=[*PROMPTS[0].turns, *PROMPTS[1].turns])]
-    responses = write_responses(target, prompts, path, CONFIG)
-    for response, prompt in zip(responses, prompts, strict=True):
-        assert response.token_ids[: response.response_spans[0][0]] == encode_chat(target, prompt.turns[0])
-        assert response.response_spans[-1][1] == len(response.token_ids)
-        assert [m["role"] for m in response.messages] == ["user", "assistant"] * len(prompt.turns)
-        assert len(response.response_spans) == len(prompt.turns)
-        for start, end in response.response_spans:
-            expected = generate_plain(target, response.token_ids[:start], max_new_tokens=4).token_ids
-            assert response.token_ids[start:end] == expected
+@pytest.fixture
+def write(target, path):
+    """Let the target answer prompts."""
+
+    def write(prompts=PROMPTS, path=path, **options):
+        return write_responses(target, prompts, path, replace(CONFIG, **options))
+
+    return write
 
 
 def test_a_target_on_several_devices_reads_padded_rows(target, monkeypatch):
@@ -69,128 +64,102 @@ def test_a_target_on_several_devices_reads_padded_rows(target, monkeypatch):
     assert in_process.generate_responses(target, encoded, config, range(3)) == answers
 
 
-def test_an_interrupted_call_goes_on(target, path, monkeypatch):
-    whole = write_responses(target, PROMPTS, path, CONFIG)
+def test_an_interrupted_call_goes_on(write, path):
+    whole = write()
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:20])  # killed while writing
-    answered = []
-    generate = in_process.generate_responses
-    monkeypatch.setattr(
-        in_process, "generate_responses", lambda _, ids, *k: answered.append(len(ids)) or generate(_, ids, *k)
-    )
-    assert write_responses(target, PROMPTS, path, CONFIG) == whole
-    assert answered == [3]
+    with mock.patch.object(in_process, "generate_responses", side_effect=in_process.generate_responses) as answered:
+        assert write() == whole
+    assert [len(call.args[1]) for call in answered.call_args_list] == [3]
     assert read_responses(path) == whole, "in the order of the prompts"
     path.write_text(path.read_text().rstrip("\n"))  # written by hand
     assert read_responses(path) == whole and not path.read_text().endswith("\n"), "reading changes nothing"
     with pytest.raises(ValueError, match="id '0', but to another text"):
-        write_responses(target, [*make_prompts(["w9 w52"]), *PROMPTS[1:]], path, CONFIG)
+        write([*make_prompts(["w9 w52"]), *PROMPTS[1:]])
 
 
-def test_the_meta_file_tells_what_made_the_responses(target, path):
-    write_responses(target, PROMPTS[:4], path, CONFIG)
-    first = path.read_bytes()
-    write_responses(target, PROMPTS, path, CONFIG)
-    assert path.read_bytes().startswith(first)
-    meta = read_meta(path)
-    assert meta["complete"] is True
-    assert meta["responses_sha256"] == hash_file(path) and meta["target_sha256"] == target.sha256
-    before = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
-    others = replace(CONFIG, batch_size=1, seed=5)  # greedy answers do not depend on them
-    write_responses(target, PROMPTS, path, others)
-    write_responses(target, PROMPTS[:3], path, CONFIG)
-    assert before == {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
+def test_the_meta_file_tells_what_made_the_responses(write, target, path):
+    def times():
+        return {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
+
+    write()
+    expected = {"complete": True, "responses_sha256": hash_file(path), "target_sha256": target.sha256}
+    assert read_meta(path).items() >= expected.items()
+    before = times()
+    write(PROMPTS[:3], batch_size=1, seed=5)
+    assert times() == before, "greedy answers do not depend on these options"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"temperature": 0.5}, "temperature 1.0, not 0.5; set --respond.temperature as it was"),
-        ({"max_new_tokens": 5}, "max_new_tokens 4, not 5; set --respond.max-new-tokens as it was"),
-        ({"seed": 1}, "seed 0, not 1; set --respond.seed as it was"),
-        ({"source": "own"}, 'source "target", not "own"; set --respond.source and --respond.server as they were'),
-        ("thinking", "thinking false, not true; set --thinking as it was"),
-        ("one weight", r"other weights of the target \(sha256 \w{12}, not \w{12}\); name another folder"),
-        ("dtype", 'dtype "torch.float32", not "torch.bfloat16"; set --dtype as it was'),
-        ("template", "other chat template"),
-        ("tokenizer", "other tokenizer"),
-    ],
-)
-def test_another_run_is_refused_by_name(target, path, change, words):
-    config = replace(CONFIG, temperature=1.0)
-    write_responses(target, PROMPTS[:2], path, config)
+OTHERS = {
+    "temperature": (0.5, "temperature 0.5, not 1.0; set --respond.temperature as it was"),
+    "max_new_tokens": (5, "max_new_tokens 5, not 4; set --respond.max-new-tokens as it was"),
+    "seed": (1, "seed 1, not 0; set --respond.seed as it was"),
+    "source": ("own", 'source "own", not "target"; set --respond.source and --respond.server as they were'),
+    "thinking": (False, "thinking false, not true; set --thinking as it was"),
+    "target_sha256": ("0", r"other weights of the target \(sha256 0, not \w{12}\); name another folder"),
+    "dtype": ("torch.bfloat16", 'dtype "torch.bfloat16", not "torch.float32"; set --dtype as it was'),
+    "chat_template_sha256": ("0", "other chat template"),
+    "tokenizer_sha256": ("0", "other tokenizer"),
+}
+"""What a file may have been made with, and how the message says it."""
+
+
+@pytest.mark.parametrize("fact", OTHERS)
+def test_another_run_is_refused_by_name(fact, write, target, path):
+    target.thinking = True
+    write(temperature=1.0)
+    other, words = OTHERS[fact]
+    change_json(path.with_name("responses.meta.json"), **{fact: other})
     files = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    if change == "thinking":
-        target.thinking = True
-    elif change == "one weight":
-        target = copy.deepcopy(target)
-        target.model.model.norm.weight.data[0] += 1
-    elif change == "dtype":
-        target = Target(make_small().model.to(torch.bfloat16), target.tokenizer)
-    elif change == "template":
-        target.tokenizer.chat_template += " "
-    elif change == "tokenizer":
-        target.tokenizer.add_tokens(["more"])
-    else:
-        config = replace(config, **change)
     with pytest.raises(ValueError, match=f"was made by '' with {words}"):
-        write_responses(target, PROMPTS[:2], path, config)
+        write(temperature=1.0)
     assert files == {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
 
-def test_responses_of_unknown_origin_are_refused(target, path):
-    write_responses(target, PROMPTS, path, CONFIG)
+def test_responses_of_unknown_origin_are_refused(write, path):
+    write()
     whole = path.read_text()
     path.write_text(whole.replace(": [", ":  [", 1))
     with pytest.raises(ValueError, match="was changed after dpace wrote it"):
-        write_responses(target, PROMPTS, path, CONFIG)
+        write()
     path.write_text(whole)
     path.with_name("responses.meta.json").unlink()
     with pytest.raises(ValueError, match="has no responses.meta.json that tells"):
-        write_responses(target, PROMPTS, path, CONFIG)
+        write()
 
 
-def test_answers_that_were_copied_are_not_answered_again(target, path, monkeypatch):
+def test_answers_that_were_copied_are_not_answered_again(write, path, monkeypatch):
     """The file and its meta file, into another folder; what was changed there may be another program's."""
-    whole = write_responses(target, PROMPTS, path, CONFIG)
-    for name in ("same", "changed"):
-        shutil.copytree(path.parent, path.with_name(name), ignore=shutil.ignore_patterns(".*"))
+    whole = write()
+    copy = shutil.copytree(path.parent, path.with_name("copy"), ignore=shutil.ignore_patterns(".*")) / path.name
     monkeypatch.setattr("dpace.respond.answering._answer_here", lambda *_: pytest.fail("answered again"))
-    assert write_responses(target, PROMPTS, path.with_name("same") / path.name, CONFIG) == whole
-    changed = path.with_name("changed") / path.name
-    changed.write_bytes(changed.read_bytes() + b"\n")
+    assert write(path=copy) == whole
+    copy.with_name(".dpace.json").unlink()
+    copy.write_bytes(copy.read_bytes() + b"\n")
     with pytest.raises(ValueError, match="was not written by dpace"):
-        write_responses(target, PROMPTS, changed, CONFIG)
+        write(path=copy)
 
 
-def test_every_turn_counts_against_the_context(target, path):
+def test_every_turn_counts_against_the_context(write, path):
     (prompt,) = make_prompts(["w1 " * 10])
     with pytest.raises(ValueError, match="prompt 0 has 6. tokens; with 5 answers of up to 4 new tokens"):
-        write_responses(target, [*PROMPTS, replace(prompt, turns=prompt.turns * 5)], path, CONFIG)
+        write([*PROMPTS, replace(prompt, turns=prompt.turns * 5)])
     assert not path.exists(), "refused before work starts"
-    assert write_responses(target, [replace(prompt, turns=prompt.turns * 3)], path, CONFIG)
+    assert write([replace(prompt, turns=prompt.turns * 3)])
 
 
-def start_verb(body: str) -> subprocess.Popen:
-    """`dpace respond`, whose work is `body`."""
-    work = f"import sys, time, types, dpace.cli\ndef run(args):\n    print('ready', flush=True)\n    {body}\n"
-    work += "sys.modules['dpace.verbs.respond'] = types.SimpleNamespace(run=run)\nsys.exit(dpace.cli.main(['respond']))"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", work], **pipes)
+def test_sigterm_is_an_interrupt(monkeypatch, capsys):
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main(["respond"]) == 143
+    said = "dpace respond: interrupted; what is on disk is kept: run the same command to continue\n"
+    assert capsys.readouterr().err == said and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_sigterm_is_an_interrupt(number, expected):
-    with start_verb("time.sleep(60)") as process:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == expected
-    assert err == "dpace respond: interrupted; what is on disk is kept: run the same command to continue\n"
-
-
-def test_a_reader_that_has_enough_is_no_failure():
-    with start_verb("while True: print('x' * 99)") as process:
-        assert process.stdout and process.stderr and process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == "" and process.wait(timeout=30) == 141
+def test_a_reader_that_has_enough_is_no_failure(tmp_path, monkeypatch, capsys):
+    """What is still to be printed goes nowhere."""
+    monkeypatch.setattr("dpace.verbs.respond.run", mock.Mock(side_effect=BrokenPipeError))
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        out.write("x")
+        assert main(["respond"]) == 141
+    assert (tmp_path / "out").read_text() == capsys.readouterr().err == ""

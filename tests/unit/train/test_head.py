@@ -8,7 +8,6 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import LossConfig
-from dpace.drafter.selector import Selector
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import Slots
@@ -129,10 +128,7 @@ def test_the_log_says_what_the_head_could_gain(language_target, language_respons
     found = heldout_acceptance(drafter, language_target, datasets[1])
     names = ("eval_tau", "eval_tau_top", "eval_tau_oracle")
     assert [entry[name] for name in names] == pytest.approx([found.tau, *found.bounds], abs=0.01)
-    drafter.selector = Selector(drafter)
-    plain = heldout_acceptance(drafter, language_target, datasets[1])
-    assert (plain.tau, plain.bounds) == (found.bounds[0], ())
-    assert found.bounds[1] > max(found.tau, plain.tau)
+    assert found.bounds[1] > max(found.tau, found.bounds[0])
 
 
 @pytest.mark.parametrize("loss", [{"token_loss": "kl"}, {"confidence": "overlap"}])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpace.loss import block_loss
 from dpace.train.checkpoints import is_whole
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
@@ -133,21 +132,18 @@ def test_a_damaged_checkpoint_is_not_taken(unfinished, run, finished, capsys):
     assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
 
 
-@pytest.mark.parametrize(("what", "value"), [("loss", math.nan), ("gradient", math.inf), ("weights", math.nan)])
-def test_a_number_that_is_not_finite_ends_training(what, value, tmp_path, run, monkeypatch):
+@pytest.mark.parametrize("what", ["gradient", "weights"])
+def test_a_number_that_is_not_finite_ends_training(what, tmp_path, run, monkeypatch):
     """The last good checkpoint stays."""
     take_step = TrainingLoop.take_step
 
     def spoilt(self, batches):
-        is_last = self.state.global_step == 3
-        with monkeypatch.context() as patch:
-            if is_last and what == "loss":
-                patch.setattr("dpace.train.loop.block_loss", lambda *a, **k: value * block_loss(*a, **k))
-            if is_last and what == "gradient":
-                self.drafter.norm.weight.register_hook(lambda grad: grad + value)
-            take_step(self, batches)
+        weight, is_last = self.drafter.norm.weight, self.state.global_step == 3
+        if is_last and what == "gradient":
+            weight.register_hook(lambda grad: grad + math.inf)
+        take_step(self, batches)
         if is_last and what == "weights":
-            self.drafter.norm.weight.data[0] = value
+            weight.data[0] = math.nan
 
     monkeypatch.setattr(TrainingLoop, "take_step", spoilt)
     with pytest.raises(ValueError, match=r"step 4.*lower --train.learning-rate"):
