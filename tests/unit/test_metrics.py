@@ -31,14 +31,12 @@ def test_hand_counted():
         Acceptance.of_prompts([])
 
 
-def test_unlike_prompts_have_wide_intervals():
-    alike = Acceptance([[5, 5, 0, 0]] * 20, 4)
-    unlike = Acceptance([[10, 0, 0, 0], [0, 10, 0, 0]] * 10, 4)
-    assert alike.interval() == (alike.tau, alike.tau) and (alike.reach_interval() == alike.reach_rate).all()
-    low, high = unlike.interval()
-    assert low < unlike.tau == alike.tau < high
-    low, high = unlike.reach_interval()
-    assert 0 < low[0] < unlike.reach_rate[0] == 0.5 < high[0] < 1 and low[1] == high[1] == 0
+def test_the_interval_of_a_reach_rate_is_that_of_tau():
+    """Which is 1 above it where a block has one draft token."""
+    run = Acceptance([[3, 1], [1, 3]] * 10, 2)
+    ends = run.reach_interval()[:, 0]
+    assert ends == pytest.approx(np.array(run.interval()) - 1)
+    assert ends[0] < run.reach_rate[0] == 0.5 < ends[1]
 
 
 def test_few_prompts_and_no_verification_give_no_interval():

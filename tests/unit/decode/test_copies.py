@@ -1,7 +1,6 @@
 """Copies of the text and of earlier answers, and decoding with them."""
 
 import io
-import itertools
 import json
 import math
 import random
@@ -22,7 +21,6 @@ from dpace.decode.pace import StepCosts
 from dpace.drafter.drafter import ANSWERS_FILE, load_drafter
 from dpace.target import chat
 from dpace.train import finish
-from tests.support.cases import wide
 
 FLAT = StepCosts([10.0, 10.1, 10.2, 10.3, 10.4, 10.5], 5.0)
 
@@ -59,8 +57,7 @@ def search_answers(answers, text, count):
     for length in (6, 2):
         for answer in reversed(answers):
             for end in range(len(answer) - 1, CONTEXT_TOKENS - 1, -1):
-                equal = itertools.takewhile(lambda k, answer=answer, end=end: answer[end - k] == text[-k], range(1, 17))
-                match = len(list(equal))
+                match = [*(answer[end - k] == text[-k] for k in range(1, 17)), False].index(False)
                 if match >= length:
                     return MAX_MATCH + int(math.log2(match)), answer[end : end + count]
     return 0, []
@@ -118,10 +115,9 @@ def drafter(language_target, random_drafter_folder):
     return load_drafter(random_drafter_folder, language_target)
 
 
-@pytest.mark.parametrize("temperature", wide([0.0, 1.0], 1.0))
-def test_text_is_equal_with_memory(temperature, costs, language_target, drafter, questions):
+def test_text_is_equal_with_memory(costs, language_target, drafter, questions):
     """Also where the same question comes again, which is then mostly copied; and the memory is of the decoder."""
-    options = {"max_new_tokens": 24, "temperature": temperature, "seed": 3}
+    options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}
     asked = questions[:4] * 2
     expected = [generate_plain(language_target, question, **options).token_ids for question in asked]
     passes = []

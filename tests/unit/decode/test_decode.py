@@ -21,7 +21,9 @@ def test_greedy_text_is_the_targets(random_target, block_size):
     options = {"max_new_tokens": 20, "stop_token_ids": []}
     assert generate_plain(random_target, PROMPT, **options).token_ids == expected
     for width in ("full", 2, "auto"):
-        assert generate(random_target, drafter, PROMPT, width=width, **options).token_ids == expected
+        ours = generate(random_target, drafter, PROMPT, width=width, **options)
+        assert ours.token_ids == expected
+        assert width == "auto" or ours.widths[0] == (2 if width == 2 else block_size)
 
 
 @pytest.fixture
@@ -64,15 +66,8 @@ def test_a_text_ends_anywhere_in_a_block(oracle):
             assert sum(ours.emitted_lengths) == count - 1 == ours.acceptance.emitted_tokens.sum()
 
 
-@pytest.mark.parametrize(
-    ("turns", "rule", "temperature"),
-    [
-        ([False], "speculative", 0.5),
-        ([False, False, True], "equality", 0.5),
-        ([False, False, True], "speculative", 0.0),
-    ],
-)
-def test_copies_of_the_text_keep_it(turns, rule, temperature, monkeypatch):
+@pytest.mark.parametrize(("turns", "rule"), [([False], "speculative"), ([False, False, True], "equality")])
+def test_copies_of_the_text_keep_it(turns, rule, monkeypatch):
     """The drafter's later features are right, with copies only and with a draft in each third step."""
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
@@ -89,9 +84,9 @@ def test_copies_of_the_text_keep_it(turns, rule, temperature, monkeypatch):
     seen = []
     forward = drafter.forward
     monkeypatch.setattr(drafter, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
-    options = {"max_new_tokens": 60, "stop_token_ids": [], "temperature": temperature, "seed": 3}
+    options = {"max_new_tokens": 60, "stop_token_ids": [], "temperature": 0.5, "seed": 3}
     ours = generate(target, drafter, PROMPT * 4, verify_rule=rule, **options)
-    if rule == "equality" or temperature == 0:
+    if rule == "equality":
         assert ours.token_ids == generate_plain(target, PROMPT * 4, **options).token_ids
     assert 0 < ours.num_copied <= sum(ours.accepted_lengths)
     text = torch.tensor([PROMPT * 4 + ours.token_ids])
@@ -112,25 +107,6 @@ def test_copies_alone_never_draft(monkeypatch):
     monkeypatch.setattr("dpace.decode.loop.draft_step", lambda *_: pytest.fail("a block was drafted"))
     ours = generate(target, drafter, PROMPT[:5] * 4, width="copies", **options)
     assert ours.token_ids == plain.token_ids and ours.num_copied == sum(ours.accepted_lengths) > 0
-
-
-@pytest.mark.parametrize(
-    "filters",
-    wide([{}, {"temperature": 2.0, "top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}], {}),
-)
-def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, questions):
-    """With any width: the position's random numbers are the same."""
-    options = {"temperature": 1.5, **filters, "max_new_tokens": 24, "stop_token_ids": []}
-    accepted = 0
-    for seed, ids in enumerate(questions[:4]):
-        options["seed"] = seed
-        plain = generate_plain(language_target, ids, **options).token_ids
-        for width in ("full", 3, "auto"):
-            ours = generate(language_target, language_drafter, ids, width=width, **options)
-            assert ours.token_ids == plain
-            accepted += sum(ours.accepted_lengths)
-            assert width != 3 or max(ours.widths) == 3 > max(ours.accepted_lengths)
-    assert accepted > 20  # else nothing is tested
 
 
 @pytest.mark.parametrize(

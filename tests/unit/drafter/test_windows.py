@@ -77,10 +77,9 @@ def test_rejected_tokens_do_not_push_accepted_ones_out(target):
     """Where slot 0 predicts, a block verifies one token more than the smallest window sees."""
     drafter = make_drafter(target, sliding_window=5)
     drafter.config.dflash_config["sample_from_anchor"] = True
-    token_ids = torch.randint(4, 64, (1, 20))
-    features = target.features(token_ids, drafter.target_layer_ids)[:, -drafter.block_size :]
+    features = torch.randn(1, drafter.block_size, 2 * target.hidden_size)
     positions = torch.arange(15, 20)[None]
-    ends = token_ids[:, 16:17], torch.tensor([[16]]), torch.tensor([[99]])
+    ends = [torch.tensor([[value]]) for value in (7, 16, 99)]
     scores = []
     for count in (1, drafter.block_size):
         cache = RaggedCache(drafter.config, 30, drafter.dtype, drafter.num_slots, drafter.reaches)
