@@ -26,6 +26,7 @@ from dpace.target import Target
 from tests.conftest import decode_whole, make_with_head
 from tests.support.files import change_config, read_json
 
+SETTINGS = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
 
 
@@ -65,13 +66,11 @@ def test_engine_verifies_as_often_as_we_do(
     python_of(engine)
     drafter = load_drafter(language_drafter_folder, language_target, all_tokens=True)
     ours = decode_whole(language_target, drafter, questions, max_new_tokens=40)
-    settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": drafter.block_size - 1, "max_model_len": 256}
-    request = {"target": str(language_folder), "prompts": questions, **settings}
     formats = {"vllm": ["vllm", "speculators"], "mlx": ["zlab"]}[engine]
     for to, offset in [*((to, 0) for to in formats), (formats[0], -1), (formats[0], 1)]:
         out = tmp_path / f"dflash-{to}{offset:+d}"
         write(to, language_drafter_folder, language_target, out, offset=offset)
-        found = ask(engine, tmp_path, **request, drafter=str(out))
+        found = ask(engine, tmp_path, target=str(language_folder), prompts=questions, drafter=str(out), **SETTINGS)
         assert found["texts"] == [mine.token_ids for mine in ours]
         differences = [abs(steps - len(mine.widths)) for steps, mine in zip(found["steps"], ours, strict=True)]
         allowed = {"vllm": 1, "mlx": 0}[engine]  # vLLM drafts once more, or not, where a response ends
@@ -109,8 +108,7 @@ def test_vllm_drafts_with_our_draft_vocabulary_as_we_do(
         drafter = load_drafter(folder, language_target, all_tokens=True)
         done = decode_whole(language_target, drafter, questions, max_new_tokens=40)
         steps.append([len(out.widths) for out in done])
-    settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
-    found = ask("vllm", tmp_path, target=str(language_folder), prompts=questions, drafter=str(out), **settings)
+    found = ask("vllm", tmp_path, target=str(language_folder), prompts=questions, drafter=str(out), **SETTINGS)
     assert found["texts"] == [out.token_ids for out in done]
     # vLLM drafts once more, or not, where a response ends
     assert all(abs(a - b) <= 1 for a, b in zip(found["steps"], steps[0], strict=True))

@@ -32,18 +32,18 @@ from tests.support.files import make_prompts
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SERVE = """
-import sys
+import json, sys
 from llamacpp import make_server
-server = make_server(sys.argv[1], sys.argv[2] or None, num_draft_tokens=int(sys.argv[3]), is_exact=bool(sys.argv[4:]))
+server = make_server(**json.loads(sys.argv[1]))
 print(server.listening_address, flush=True)
 sys.stdin.read()
 """
 
 
 @contextmanager
-def llamacpp(target: Path, drafter: Path | str = "", num_draft_tokens: int = 0, *, is_exact=False) -> Iterator[str]:
+def llamacpp(target: Path, **options) -> Iterator[str]:
     """The address of llama.cpp's server in a process of its own."""
-    command = [sys.executable, "-c", SERVE, str(target), str(drafter), str(num_draft_tokens), *["exact"] * is_exact]
+    command = [sys.executable, "-c", SERVE, json.dumps({"target": str(target), **options})]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, cwd=BENCHMARKS, **pipes) as process:
         try:
@@ -57,12 +57,12 @@ def vllm(python: str, target: str, drafter: Path, num_draft_tokens: int) -> Iter
     """The address of vLLM's server, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
     speculative = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": num_draft_tokens}
-    options = {"model": target, "dtype": "float32", "max-model-len": 1024, "max-num-seqs": 2}
-    options |= {"port": address.rpartition(":")[2], "speculative-config": json.dumps(speculative)}
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    options = f"--model {target} --port {port} --dtype float32 --max-model-len 1024 --max-num-seqs 2 --enforce-eager"
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
+    command += ["--speculative-config", json.dumps(speculative)]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     ask = tenacity.Retrying(wait=tenacity.wait_fixed(1), stop=tenacity.stop_after_delay(600))
     with subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True) as process:
@@ -93,11 +93,11 @@ def answers(folder: Path) -> list[dict]:
 def test_llamacpp_reports_what_we_count(
     language_target, language_drafter_folder, language_drafter, language_prompts, target_gguf, tmp_path
 ):
-    names = {"name": "x", "target_name": "x", "target_gguf": target_gguf}
-    request = Request(to="gguf", output=tmp_path / "gguf", **names)
-    exported = export(language_drafter_folder, language_target, request)
+    request = Request(to="gguf", output=tmp_path / "gguf", name="x", target_name="x", target_gguf=target_gguf)
+    drafter = str(export(language_drafter_folder, language_target, request).path)
     prompts = make_prompts(language_prompts[50:56])
-    with llamacpp(target_gguf, exported.path, 5) as address, llamacpp(target_gguf) as plain:
+    served = llamacpp(target_gguf, drafter=drafter, num_draft_tokens=5)
+    with served as address, llamacpp(target_gguf) as plain:
         row = measure(language_target, prompts, address, plain, tmp_path, 40)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
     ours = decode_whole(language_target, language_drafter, encoded, max_new_tokens=40)
