@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 import dpace.engines.speculators
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.engine import Request
-from dpace.engines.export import export, import_drafter, read_drafter
-from dpace.engines.gguf import ENGINE, open_target_gguf
+from dpace.engines.export import import_drafter, read_drafter
+from dpace.engines.gguf import ENGINE, QUANTIZED, open_target_gguf
 from dpace.engines.published import read_folder
-from tests.conftest import make_drafter, make_target, make_with_convolutions, write_target_gguf
+from tests.conftest import make_target, make_with_convolutions
 from tests.support.files import change_config, changed_weights, read_json
 from tests.unit.engines.conftest import HEADS, LAYOUTS, RECORD, WINDOWS
 from tests.unit.target.test_target_files import write_fp8
@@ -36,6 +35,7 @@ TO = ("zlab", "speculators", "gguf")
 CASES = [(to, kind, "keep") for to in TO for kind in (*WINDOWS, "convolutions", *LAYOUTS)]
 CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *HEADS)] + [(to, "head", "keep") for to in TO[1:]]
 CASES += [(to, "trained", dtype) for to in TO for dtype in ("bfloat16", "float16")]
+CASES += [("gguf", "convolutions", dtype) for dtype in QUANTIZED]
 
 
 @pytest.mark.parametrize(("to", "kind", "dtype"), CASES)
@@ -52,10 +52,14 @@ def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(
     files = load_file(tmp_path / "again" / "model.safetensors")
     assert files.keys() == before.state_dict().keys()
     for name, tensor in before.state_dict().items():
-        is_kept = dtype == "keep" or (to == "gguf" and tensor.dim() != 2)
+        if dtype in QUANTIZED and tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
+            assert 0 < (files[name] - tensor).norm() < 0.1 * tensor.norm(), name
+            continue
+        is_kept = dtype in ("keep", *QUANTIZED) or (to == "gguf" and tensor.dim() != 2)
         expected = tensor if is_kept else tensor.to(getattr(torch, dtype))
         assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
-    assert again.spec == before.spec and again.spec.record == RECORD
+    assert again.spec == before.spec
+    assert again.spec.record == RECORD | ({"dequantized_from": dtype.upper()} if dtype in QUANTIZED else {})
     assert again.spec.special_token_ids == before.spec.special_token_ids != {}
 
 
@@ -159,20 +163,3 @@ def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, targ
     monkeypatch.setattr(gguf.GGUFWriter, "add_array", lambda *arguments: None)
     with pytest.raises(ValueError, match="no list that says which layers have it"):
         do_export("gguf", "windows")
-
-
-@pytest.mark.parametrize("dtype", ["q8_0", "q5_0", "q4_0"])
-def test_quantized_matrices_are_read_back(dtype, tmp_path):
-    """Also the zeros of DFlash2's selector; vectors, and matrices whose rows are no blocks of 32, are in fp32."""
-    target = make_target("qwen3", hidden_size=64)
-    file = write_target_gguf(target, tmp_path / "target.gguf")
-    make_drafter(target, conv_kernel_size=2).save_pretrained(tmp_path / "x")
-    request = Request(to="gguf", output=tmp_path / "y", name="y", target_name="a/t", target_gguf=file, dtype=dtype)
-    path = export(tmp_path / "x", target, request).path
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-    assert (kinds["selector_hidden.weight"], kinds["output_norm.weight"]) == (dtype.upper(), "F32")
-    before = read_drafter(tmp_path / "x").state_dict()
-    again = read_drafter(path, num_target_layers=6)
-    assert again.spec.record["dequantized_from"] == dtype.upper()
-    for name, tensor in again.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0.02 if tensor.dim() == 2 else 0)

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 
 from dpace.drafter import Drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
@@ -54,10 +53,6 @@ def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
     card = (path / "README.md").read_text()
     assert "| head | LiLiCorr, over the 4 best tokens" in card
     assert "--to gguf --plain" in card and "from transformers" not in card
-    theirs = AutoModel.from_pretrained(path, trust_remote_code=True)
-    inputs = torch.randn(2, 5, 4, 48), torch.randn(2, 5, 4), torch.randn(2, 5, 48), torch.randn(2, 48)
-    for found, expected in zip(theirs.lilicorr(*inputs), drafter.lilicorr(*inputs), strict=True):
-        torch.testing.assert_close(found, expected)
 
 
 def test_older_names_are_read(kind, drafter, folders, tmp_path):

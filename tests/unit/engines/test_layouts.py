@@ -70,8 +70,6 @@ def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, lang
     ids = tensors["d2t"] + torch.arange(len(TOKENS))
     assert ids.tolist() == sorted(TOKENS) and tensors["t2d"].nonzero().flatten().tolist() == sorted(TOKENS)
     assert torch.equal(tensors["lm_head.weight"].float(), language_target.head.weight[ids])
-    again = read_drafter(path, num_target_layers=6)
-    assert again.spec.draft_vocab_size == len(TOKENS) and again.lm_head is not None
     DraftVocabulary(range(64)).save(tmp_path / "a")  # no part of the target's
     path = do_export("speculators", folder=tmp_path / "a").path
     assert "d2t" not in load_file(path / "model.safetensors")
