@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpace.batches.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.views import blocks_hidden
 from dpace.engines.engine import Request
 from dpace.engines.export import Exported, export
 from dpace.target import Target
-from tests.conftest import EOS, decode_whole, make_drafter, make_with_head
+from dpace.train.loop import TrainingLoop
+from dpace.train.run import check_recipe, make_datasets
+from tests.conftest import EOS, decode_whole, make_drafter, make_recipe, make_with_head
 from tests.support.files import change_config, changed_weights
 
 WINDOWS = {
@@ -34,6 +34,8 @@ RECORD = {"confidence_temperature": 1.5, "tau": 2.5, "target": "a"}
 """What a training leaves in the config."""
 MAX_NEW_TOKENS = 40
 """More than any response here has, so that no engine drafts less at the end."""
+quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+"""For what transformers and peft warn of."""
 Steps = list[tuple[list[int], int]]
 """Text and number of verifications of each prompt."""
 
@@ -43,19 +45,14 @@ def our_steps(target: Target, drafter: Drafter, prompts) -> Steps:
     return [(out.token_ids, len(out.widths)) for out in done]
 
 
-def train_from_anchor(target: Target, drafter: Drafter, responses) -> None:
-    """Teach slot 0 to predict the token behind the anchor, with a loop of a few lines."""
+def train_from_anchor(target: Target, drafter: Drafter, responses, checkpoints: Path) -> None:
+    """Teach slot 0 to predict the token behind the anchor, as no verb does."""
     for values in (vars(drafter.config), drafter.config.dflash_config):
         values["sample_from_anchor"] = True
-    optimizer = torch.optim.AdamW(drafter.train().requires_grad_().parameters(), lr=5e-3)
-    dataset = ResponseDataset(responses, max_length=64, num_anchors=12, seed=0)
-    for step in range(50):
-        rows = [dataset[(8 * step + i) % len(dataset)] for i in range(8)]
-        hidden, blocks = blocks_hidden(drafter, target, collate(rows, drafter.block_size))[:2]
-        logits = target.head.logits(hidden[blocks.is_scored])
-        torch.nn.functional.cross_entropy(logits, blocks.labels[blocks.is_scored]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    recipe = make_recipe(max_steps=50)
+    parts = make_datasets(target, responses, [], recipe)
+    drafter.train().requires_grad_()
+    TrainingLoop(drafter, target, *parts, recipe, weigh=check_recipe(recipe), checkpoints=checkpoints).run()
 
 
 def small_head(target: Target, change: float = 0.0) -> dict[str, torch.Tensor]:
@@ -98,7 +95,7 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
                 if "_conv." in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
             if kind == "anchored":
-                train_from_anchor(language_target, drafter, language_responses[:50])
+                train_from_anchor(language_target, drafter, language_responses[:50], made / "checkpoints")
             drafter.config.dpace = RECORD
             drafter.save_pretrained(made / kind)
         small = small_head(language_target, 0.01)
@@ -138,9 +135,3 @@ def do_export(language_target, folders, target_gguf, tmp_path) -> Callable[..., 
         return export(folder or folders[kind], language_target, request)
 
     return run
-
-
-@pytest.fixture
-def edit(folder, tmp_path):
-    """Makes a copy of the trained one with another config; None removes a key."""
-    return lambda **changes: change_config(shutil.copytree(folder, tmp_path / "x", dirs_exist_ok=True), **changes)

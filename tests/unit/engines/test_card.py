@@ -26,9 +26,8 @@ from dpace.target import Target
 from tests.conftest import make_drafter, make_target
 from tests.support.files import read_json
 from tests.support.rows import make_bench, make_row
+from tests.unit.engines.conftest import quiet
 from tests.unit.target.test_target_files import write_adapter
-
-quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
 def test_commands_and_cards_say_what_the_engine_must_know(folders):
@@ -147,7 +146,7 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
         import_drafter(out, tmp_path / "again", target=str(language_folder))
 
 
-@quiet  # of peft
+@quiet
 def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)

@@ -23,9 +23,7 @@ from dpace.target import Target
 from tests.conftest import EOS
 from tests.support.cases import wide
 from tests.support.files import read_json
-from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps
-
-quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps, quiet
 
 
 def decode_and_count(target: Target, decode, prompts) -> Steps:

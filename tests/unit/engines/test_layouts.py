@@ -23,10 +23,10 @@ def test_what_is_scored_is_what_is_decoded(layout, folders, expected, language_t
     is_anchored = layout == "anchored"
     assert (drafter.num_slots, drafter.first_slot, drafter.block_size) == (6 - is_anchored, not is_anchored, 6)
     assert drafter.spec.num_draft_tokens == 5
-    dataset = ResponseDataset(language_responses[50:], max_length=10**9, num_anchors=None, seed=0)
+    dataset = ResponseDataset(language_responses[50:56], max_length=10**9, num_anchors=None, seed=0)
     decoded = sum(len(text) - 1 for text, _ in expected[layout]) / sum(steps for _, steps in expected[layout])
     tau = heldout_acceptance(drafter, language_target, dataset).tau
-    assert abs(tau - decoded) < 0.4  # of other prompts too, and responses are cut at 32 tokens, texts at 40
+    assert tau == pytest.approx(decoded, abs=0.1)  # a near tie may fall the other way
     with pytest.raises(ValueError, match="sample_from_anchor is true|of its own, which training does not use"):
         drafter.start_for(language_target)
 
