@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from dpace.measure.records import Provenance, Records, ResponseRecord, ServedRecord, ServerAddress, ServerSetup
+from dpace.measure.records import Provenance, Records, ResponseRecord
 from tests.support.files import make_prompts
 from tests.support.rows import make_bench, make_plain, make_response
 
@@ -34,11 +34,7 @@ def test_records_of_another_measurement_are_neither_taken_nor_lost(other, tmp_pa
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path):
-    setup = ServerSetup(
-        target="t", servers={"drafter": ServerAddress(url="http://x", engine="vllm")}, max_new_tokens=4, seed=0
-    )
-    asked = tmp_path / "servers.jsonl", ServedRecord, setup, PROMPTS
-    with Records(*asked).path.open("a") as file:
+    with open_records(tmp_path).path.open("a") as file:
         file.write('{"set": "s"}\n')
-    with pytest.raises(ValueError, match=r"servers-\w{8}.jsonl:2: .* is missing.*; remove the line"):
-        Records(*asked)
+    with pytest.raises(ValueError, match=r"bench-\w{8}.jsonl:2: .* is missing.*; remove the line"):
+        open_records(tmp_path)
