@@ -43,9 +43,7 @@ def published(mask):
     ("weigh", "alpha", "mask", "expected"),
     [
         (dpace_weights, 0.5, "1111", [2.453375, 1.503375, 0.790875, 0.363375]),
-        (dpace_confidence_only_weights, 0.5, "1111", [0.95, 0.7125, 0.4275, 0.363375]),
         (dpace_confidence_only_weights, 0.5, "1101", [0.95, 0.7125, 0, 0.605625]),
-        (dpace_continuation_only_weights, 0.5, "1111", [2.5825, 2.11, 1.85, 1]),
         (dpace_continuation_only_weights, 0.5, "1101", [2.3875, 1.85, 0, 1]),
         (bv_weights, 1.0, "1111", [1, 0.75, 0.5, 0.25]),
     ],
