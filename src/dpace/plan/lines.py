@@ -29,6 +29,7 @@ from dpace.respond.conversation import own_messages
 from dpace.respond.responses import iterate_responses, read_meta
 from dpace.system.progress import count
 from dpace.train.checkpoints import checkpoint_folders
+from dpace.train.identity import is_finished
 from dpace.train.run import choose_conversations
 
 START = timedelta(seconds=15)
@@ -160,8 +161,10 @@ def train_lines(plan: TrainingPlan, folder: Path) -> list[str]:
     return [*lines, f"goes on at step {done + 1:,}"] if done else lines
 
 
-def comparison_lines(config: CompareConfig, parts: PromptParts, num_drafters: int) -> list[str]:
+def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
     """Write what `dpace compare` or `dpace demo` takes: to answer, to train drafters, and to decode with them.
+
+    `folders` are those of the drafters, finished ones too.
 
     Raises:
         ValueError: the disk has no room for it, or the drafter cannot work with this target.
@@ -169,14 +172,16 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, num_drafters: in
     prompts = sum(parts, [])
     waiting = [] if config.respond.server else waiting_for_answers(config, prompts)
     plan = plan_recipe(config, expected_lengths(parts.train, config))
-    num_answers = num_decodings(config, parts.heldout, num_drafters // len(config.seeds))
+    num_waiting = sum(not is_finished(folder) for folder in folders)
+    num_answers = num_decodings(config, parts.heldout, len(folders) // len(config.seeds))
     time = time_line(
         answers=answering_seconds(config, plan, waiting),
-        training=num_drafters * plan.seconds,
+        training=num_waiting * plan.seconds,
         decoding=plan.answering_seconds(num_answers, config.bench.max_new_tokens),
     )
-    disk = disk_line(config.output, answer_bytes(config, prompts) + num_drafters * plan.disk_bytes)
-    return [prompts_line(parts), f"drafters: {num_drafters}", *training_lines(plan), time, disk]
+    disk = disk_line(config.output, answer_bytes(config, prompts) + len(folders) * plan.disk_bytes)
+    drafters = f"drafters: {len(folders) - num_waiting} kept, {num_waiting} to come"
+    return [prompts_line(parts), drafters, *training_lines(plan), time, disk]
 
 
 def training_lines(plan: TrainingPlan) -> list[str]:

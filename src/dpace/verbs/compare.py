@@ -23,13 +23,13 @@ def run(args: list[str]) -> None:
             f"--train.target-shard is {config.train.target_shard}, and `dpace compare` decodes, which needs the whole "
             "target on each rank; leave it out, or train each objective with `dpace train`"
         )
-    num_drafters = len(check_output(config, init))
+    drafters = [cell_folder(config.output, cell) for cell in check_output(config, init)]
     check_trackers(config.train.report_to)
     parts = split_prompts(config.prompts)
     decoded = first_of_each_set(parts.heldout, config.bench.num_prompts)
     for prompts, limits in ((decoded, config.bench), (sum(parts, []), config.respond)):
         refuse_unreadable(config, prompts, limits.max_new_tokens, args)
-    if announce(comparison_lines(config, parts, num_drafters), args):
+    if announce(comparison_lines(config, parts, drafters), args):
         return
     results = compare(load_target(config), config, parts=parts, init=init)
     if not ranks.end():

@@ -22,11 +22,11 @@ def run(args: list[str]) -> None:
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
-    num_drafters = len(check_output(recipe))
+    drafters = [cell_folder(output, cell) for cell in check_output(recipe)]
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
     refuse_unreadable(recipe, sum(parts, []), recipe.respond.max_new_tokens, args)
-    if announce(comparison_lines(recipe, parts, num_drafters), args):
+    if announce(comparison_lines(recipe, parts, drafters), args):
         return
     demo = run_demo(load_target(recipe), recipe, parts)
     tables, remarks = findings(demo)
