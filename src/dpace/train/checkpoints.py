@@ -116,7 +116,7 @@ def is_whole(folder: Path) -> bool:
     """Return whether every file of a checkpoint is there as it was written."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, LookupError):
         return False
     return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
 

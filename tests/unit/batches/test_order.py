@@ -24,5 +24,6 @@ def test_at_most_a_twentieth_is_padding():
     lengths = np.minimum(np.exp(rng.normal(6, 0.9, 4000)).astype(int) + 20, 3072)
     steps = [grouped_order(lengths, 8, seed=(42, epoch)).reshape(-1, 8) for epoch in range(2)]
     assert all(lengths.sum() > 0.95 * 8 * lengths[of_epoch].max(1).sum() for of_epoch in steps)
+    assert np.mean(np.diff(lengths[steps[0]].mean(1)) < 0) > 0.4  # not the short ones first
     first, second = (set(map(frozenset, of_epoch.tolist())) for of_epoch in steps)
     assert len(first & second) < len(first) / 20

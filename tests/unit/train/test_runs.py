@@ -120,8 +120,9 @@ def test_a_damaged_checkpoint_is_not_taken(unfinished, run, finished, capsys):
     last = unfinished / "checkpoints" / "checkpoint-4"
     for name in ("manifest.json", "optimizer.safetensors"):
         whole = (last / name).read_bytes()
-        (last / name).write_bytes(b"{")
-        assert not is_whole(last)
+        for damaged in (b"{", b"{}", b'{"files": {}}'):
+            (last / name).write_bytes(damaged)
+            assert not is_whole(last)
         (last / name).unlink()
         assert not is_whole(last)
         (last / name).write_bytes(whole)
