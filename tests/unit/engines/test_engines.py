@@ -89,11 +89,10 @@ def test_transformers_and_zlab_decode_with_the_exported_folder_as_we_do(
     assert decode_and_count(language_target, with_transformers, prompts) == expected[kind]
     zlab = importlib.import_module("dflash.model")
     network = getattr(zlab, read_json(path / "config.json")["architectures"][0])
-    theirs, info = network.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    theirs = network.from_pretrained(path, dtype=torch.float32).eval()
 
     def with_zlab(inputs):
-        return zlab.dflash_generate(theirs.eval(), language_target.model, inputs, MAX_NEW_TOKENS, [EOS], 0.0)
+        return zlab.dflash_generate(theirs, language_target.model, inputs, MAX_NEW_TOKENS, [EOS], 0.0)
 
     assert decode_and_count(language_target, with_zlab, prompts) == expected[kind]
 
@@ -125,16 +124,13 @@ def test_llamacpp_verifies_as_often_as_we_do(
     assert distance(theirs, ours) <= len(prompts) * num_near_ties
 
 
-def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
+def test_llamacpp_reads_the_layers_that_are_named(folder, expected, language_target, target_gguf, prompts, tmp_path):
     """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
     spec, weights = read_folder(folder)
-    found, ours = {}, {}
-    for offset in (-1, 0, 1):
-        ids = tuple(layer + offset for layer in spec.target_layer_ids)
-        drafter = make_drafter(replace(spec, target_layer_ids=ids), weights)
-        path = tmp_path / f"{offset}.gguf"
-        write_gguf(path, drafter, target_gguf)
-        found[offset] = llamacpp_steps(target_gguf, path, prompts)
-        ours[offset] = our_steps(language_target, drafter, prompts)
-    assert all(distance(found[offset], ours[offset]) <= 1 for offset in found)  # a near tie may fall the other way
-    assert all(min(distance(found[0], ours[o]), distance(found[o], ours[0])) >= 3 for o in (-1, 1))
+    neighbours = tuple(layer + 1 for layer in spec.target_layer_ids)
+    drafter = make_drafter(replace(spec, target_layer_ids=neighbours), weights)
+    path = tmp_path / "x.gguf"
+    write_gguf(path, drafter, target_gguf)
+    found = llamacpp_steps(target_gguf, path, prompts)
+    assert distance(found, our_steps(language_target, drafter, prompts)) <= 1  # a near tie may fall the other way
+    assert distance(found, expected["trained"]) >= 3
