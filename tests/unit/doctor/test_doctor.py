@@ -78,7 +78,6 @@ NAMED = {
 CONFIGS = [
     *(({name: value}, name) for name, value in NAMED.items()),
     ({"rope_theta": 1e6, "rope_parameters.rope_theta": 1e6}, "rope_parameters, rope_theta"),
-    ({"rope_parameters.partial_rotary_factor": 0.5}, "rope_parameters"),
     ({"num_hidden_layers": 1, "layer_types": None}, f"layer_types, {WEIGHTS}"),
     ({"block_size": 1}, "loads"),
     ({"block_size": "8"}, CONFIG),
@@ -87,7 +86,6 @@ CONFIGS = [
     ({"use_sliding_window": True, "sliding_window": 2048}, "sliding_window, use_sliding_window"),
     ({"hidden_size": 64}, f"hidden_size, {WEIGHTS}"),
     ({"vocab_size": 65}, "vocab_size, loads"),
-    ({"num_target_layers": 7}, "num_target_layers, loads"),
 ]
 """Values of the config, and the checks that name them."""
 
@@ -161,8 +159,6 @@ def test_scaling_of_rope_and_logits_is_compared(tmp_path):
     make_drafter(target).save_pretrained(tmp_path)
     set_values(tmp_path, {"rope_scaling": None})
     check_faults(tmp_path, target, "rope_theta")
-    set_values(tmp_path, {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}})
-    check_faults(tmp_path, target, "rope_parameters, rope_theta")
     target = make_chat_target("gemma2")
     make_drafter(target).save_pretrained(tmp_path)
     (found,) = [d for d in diagnose(tmp_path, target, engine="vllm") if d.result == "warns"]

@@ -73,7 +73,6 @@ def test_each_engine_is_told_in_its_own_counting(do_export, folder, language_dra
     assert served["proposal_methods"][0]["speculative_tokens"] == 5
     assert served["verifier"]["name_or_path"] == "some/target"
     assert config["sliding_window_non_causal"] is True
-    assert config["transformer_layer_config"]["head_dim"] == 32
 
 
 def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch, tmp_path):

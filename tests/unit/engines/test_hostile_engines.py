@@ -69,7 +69,6 @@ FOLDERS = {
     "dflash_config is [1], expected an object": config(dflash_config=[1]),
     "'hot'": config(dpace={"confidence_temperature": "hot"}),
     "of this config: '\\x1b[31m'": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
-    "`head_dim`=33": config(head_dim=33),
     "'pad_token_id' with value 'x'": config(pad_token_id="x"),
     "make them equal": config(rope_theta=1.0),
     "no rope_theta; engines would silently take 10000": config(rope_theta=None, rope_parameters=None),
@@ -84,7 +83,6 @@ FOLDERS = {
     "are damaged": raw("model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
     "Unexpected key(s)": weights(lambda tensors: tensors.update({f"{ESC}.weight": torch.zeros(2)})),
     "has NaN or infinity in norm.weight": weights(lambda tensors: tensors["norm.weight"].fill_(float("nan"))),
-    "Only Tensors of floating point": weights(lambda t: t.update({"norm.weight": torch.ones(48).long()})),
     "write the target's embedding": raw("mask_embedding.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
 }
 """What is said, and what is broken."""

@@ -35,20 +35,20 @@ PROMPTS = make_prompts(f"w{i} w0" for i in range(8))
 
 
 def events(engine: str, tokens: list[int], drafts: bool):
-    """A response in an engine's words."""
+    """A response in an engine's words, those that are read."""
     if engine == "vllm":
         for part in (tokens[:1], tokens[1:4], tokens[4:]):
-            yield {"choices": [{"text": "x", "token_ids": part}]}
+            yield {"choices": [{"token_ids": part}]}
         yield {"choices": [], "usage": {"completion_tokens": len(tokens)}}
     elif engine == "sglang":
         spec = {"spec_verify_ct": len(ACCEPTED), "spec_accept_histogram": [1, 1, 1]} if drafts else {}
         for end in (1, 4, len(tokens)):
-            yield {"text": "x", "output_ids": tokens[:end], "meta_info": {"completion_tokens": end, **spec}}
+            yield {"output_ids": tokens[:end], "meta_info": {"completion_tokens": end, **spec}}
     else:
         for token in tokens:
-            yield {"content": "x", "tokens": [token], "stop": False}
+            yield {"tokens": [token]}
         spec = {"draft_n": 9, "draft_n_accepted": sum(ACCEPTED)} if drafts else {}
-        yield {"content": "", "tokens": [], "stop": True, "timings": {"predicted_n": len(tokens), **spec}}
+        yield {"stop": True, "timings": {"predicted_n": len(tokens), **spec}}
 
 
 class Fake(StubServer):
