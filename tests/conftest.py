@@ -93,19 +93,18 @@ def make_drafter(target: Target, seed: int = 0, **options) -> Drafter:
 
 def make_with_convolutions(target: Target, **options) -> Drafter:
     """A drafter whose convolutions do something."""
-    drafter = make_drafter(target, conv_kernel_size=2, **options)
-    with torch.no_grad():
-        for name, parameter in drafter.named_parameters():
-            if "_conv." in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return drafter
+    return _stir(make_drafter(target, conv_kernel_size=2, **options), "_conv.")
 
 
 def make_with_head(target: Target, **options) -> Drafter:
     """A drafter whose head does something."""
-    drafter = make_drafter(target, **{"head": "lilicorr", "head_candidates": 4, **options})
-    with torch.no_grad():
-        for parameter in drafter.lilicorr.parameters():
+    return _stir(make_drafter(target, **{"head": "lilicorr", "head_candidates": 4, **options}), "lilicorr.")
+
+
+@torch.no_grad()
+def _stir(drafter: Drafter, part: str) -> Drafter:
+    for name, parameter in drafter.named_parameters():
+        if part in name:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return drafter
 
@@ -218,11 +217,9 @@ def train_on_language(model, tokenizer) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
     for _ in range(200):
-        rows = []
-        for _ in range(16):
-            question, answer = language_text(rng)
-            rows.append(tokenizer(f"ask {question} answer {answer} <eos>")["input_ids"])
-        token_ids = torch.tensor(rows)
+        pairs = (language_text(rng) for _ in range(16))
+        texts = [f"ask {question} answer {answer} <eos>" for question, answer in pairs]
+        token_ids = torch.tensor(tokenizer(texts)["input_ids"])
         labels = token_ids.clone()
         labels[:, :4] = -100  # the question
         loss = model(input_ids=token_ids, labels=labels).loss
@@ -281,10 +278,8 @@ def write_target_gguf(target: Target, path: Path) -> Path:
         "value_length": config.head_dim,
         "layer_norm_rms_eps": config.rms_norm_eps,
         "rope_freq_base": config.rope_parameters["rope_theta"],
-        "file_type": gguf.LlamaFileType.ALL_F32,
         "tokenizer_model": "llama",
         "token_list": [f"w{i}" for i in range(VOCAB)],
-        "token_scores": [0.0] * VOCAB,
         "token_types": [gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (VOCAB - 4),
         "eos_token_id": EOS,
         "bos_token_id": 2,

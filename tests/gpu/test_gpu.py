@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_step import time_training
 from transformers import AutoModelForCausalLM
 
 from dpace import modeling_dflash
-from dpace.blocks import build_blocks, dense_mask, flex_mask
+from dpace.blocks import build_blocks
 from dpace.config import LossConfig
 from dpace.decode import Decoder, Paces, generate, generate_batch, generate_plain
 from dpace.decode.generation import read_clock
 from dpace.drafter import load_drafter
-from dpace.drafter.views import draft_block
+from dpace.drafter.views import blocks_hidden
 from dpace.fast.speed_up import speed_up
 from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
 from dpace.loss.objective import make_weigh
+from dpace.system.device import TILED
 from dpace.target import Target
 from dpace.target.head import LmHead
 from dpace.train.loop import TrainingLoop
@@ -32,13 +32,14 @@ pytestmark = [
     pytest.mark.usefixtures("unchecked_types"),
 ]
 GPU = torch.device("cuda")
+drawn_and_not = pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
 
 
 @pytest.fixture
 def pair(language_folder, language_drafter_folder):
     """A target and its drafter on the GPU, in fp32, where texts are equal token for token."""
     target = Target.load(str(language_folder), dtype=torch.float32)
-    assert target.device.type == "cuda"
+    assert target.device.type == "cuda" and all(layer.fast for layer in target.layers)
     return target, load_drafter(language_drafter_folder, target)
 
 
@@ -51,10 +52,6 @@ def gpu_target(dtype, **changes):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     speed_up(model)
     return Target(model)
-
-
-def encode(target, prompts):
-    return [target.tokenizer(f"ask {text} answer")["input_ids"] for text in prompts]
 
 
 @pytest.mark.parametrize(("block_size", "head_dim"), [(4, 16), (16, 16), (10, 16), (16, 128), (16, 256)])
@@ -70,15 +67,12 @@ def test_the_mask_of_tiles_trains_as_the_dense_one(block_size, head_dim, monkeyp
     ids = torch.randint(4, 64, (2, 301), device=GPU)
     blocks = build_blocks(ids, ids > 0, [torch.arange(0, 300, 7), torch.arange(5, 200, 31)], block_size)
     features = torch.randn(2, 301, len(drafter.target_layer_ids) * target.hidden_size, device=GPU)
-    context = torch.arange(301, device=GPU).expand(2, -1)
-    slots = blocks.input_ids(drafter.mask_token_id).flatten(1, 2)
     found = []
-    for make_mask in (dense_mask, flex_mask):
+    for tiled_devices in ((), TILED):
+        monkeypatch.setattr("dpace.drafter.views.TILED", tiled_devices)
         drafter.zero_grad()
-        places = torch.cat([context, blocks.position_ids.flatten(1)], dim=1)
-        mask = make_mask(blocks, 301)
-        hidden = draft_block(drafter, target, slots, features, position_ids=places, attention_mask=mask).hidden
-        hidden = hidden.unflatten(1, blocks.labels.shape[1:])[blocks.is_block]
+        out = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": ids, "features": features})
+        hidden = out.hidden[blocks.is_block]
         hidden.square().sum().backward()
         found.append([hidden, *(parameter.grad for parameter in drafter.parameters())])
     for dense, tiled in zip(*found, strict=True):
@@ -113,12 +107,12 @@ def test_the_compiled_tile_of_the_loss_equals_the_reference(dtype, softcap):
         assert error <= 1.1 * allowed + 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
-def test_text_is_that_of_plain_decoding(pair, language_prompts, options):
+@drawn_and_not
+def test_text_is_that_of_plain_decoding(pair, questions, options):
     """In fp32, for every verification length; greedy text is that of transformers, too."""
     target, drafter = pair
     paces = Paces()
-    for row in encode(target, language_prompts[50:56]):
+    for row in questions[:6]:
         plain = generate_plain(target, row, max_new_tokens=24, **options).token_ids
         for width in ("full", "auto", 3):
             found = generate(target, drafter, row, width=width, paces=paces, max_new_tokens=24, **options)
@@ -130,19 +124,18 @@ def test_text_is_that_of_plain_decoding(pair, language_prompts, options):
 
 
 @pytest.mark.parametrize("is_drafted", [True, False])
-def test_compiled_steps_are_compiled_once(pair, language_prompts, is_drafted):
-    """Twelve calls after the first two recompile nothing, replay CUDA graphs, and give the text of plain decoding."""
+def test_compiled_steps_are_compiled_once(pair, questions, is_drafted):
+    """Eight calls after the first two recompile nothing, replay CUDA graphs, and give the text of plain decoding."""
     from torch._dynamo.utils import counters
 
     target, drafter = pair
-    rows = encode(target, language_prompts[:14])
     decoder = Decoder(target, drafter if is_drafted else None, compile=True)
-    for row in rows[:2]:
+    for row in questions[:2]:
         decoder.generate(row, max_new_tokens=24)
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = [decoder.generate(row, max_new_tokens=24).token_ids for row in rows[2:]]
-    assert found == [generate_plain(target, row, max_new_tokens=24).token_ids for row in rows[2:]]
+        found = [decoder.generate(row, max_new_tokens=24).token_ids for row in questions[2:]]
+    assert found == [generate_plain(target, row, max_new_tokens=24).token_ids for row in questions[2:]]
     assert not counters["stats"]["unique_graphs"] and not counters["inductor"]["cudagraph_skips"]
 
 
@@ -169,17 +162,11 @@ def test_verifying_behind_a_long_text_shares_its_keys(monkeypatch):
     assert seconds[0] < seconds[1], seconds
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_layer_of_a_target_is_fused(dtype, language_folder):
-    target = Target.load(str(language_folder), dtype=dtype)
-    assert "fused layers" in target.speed_ups and all(layer.fast for layer in target.layers)
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
-def test_compiled_drafts_give_the_text_of_plain_decoding(pair, language_prompts, options):
+@drawn_and_not
+def test_compiled_drafts_give_the_text_of_plain_decoding(pair, questions, options):
     """A step's graph reads no result that an earlier graph has freed; one prompt and several, greedy and drawn."""
     target, drafter = pair
-    rows = encode(target, language_prompts[50:54])
+    rows = questions[:4]
     decoder = Decoder(target, drafter, compile=True, max_length=200)
     expected = [out.token_ids for out in generate_batch(target, drafter, rows, max_new_tokens=24, **options)]
     for _ in range(3):
@@ -208,13 +195,3 @@ def test_the_host_waits_once_in_a_training_step(language_responses):
             torch.cuda.set_sync_debug_mode("default")
         waits.append(sum("synchronizing" in str(each.message) for each in found))
     assert waits[-1] == 1, waits
-
-
-def test_parts_of_a_training_step_by_the_devices_clock():
-    """In bf16 with the mask of tiles, as `benchmarks/gpu.py` measures it; memory is near what is planned."""
-    target = gpu_target(torch.bfloat16)
-    train = replace(LANGUAGE_RECIPE.train, batch_size=2, num_anchors=64, max_length=250)
-    _, found = time_training(target, replace(LANGUAGE_RECIPE, train=train), 12, peak=1e15)
-    assert all(seconds > 0 for seconds in found["part_seconds"].values())
-    assert 0 < found["mfu"] < 1
-    assert found["planned_memory_bytes"] < 2 * found["peak_memory_bytes"]

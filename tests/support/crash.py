@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import safetensors.torch
 
 GROWING = ("open", "append", "save", "fsync", "mkdir")
@@ -47,8 +48,7 @@ class Disk:
         """Count an operation, or end the run."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
-        path = os.fspath(path)
-        path = path.decode() if isinstance(path, bytes) else path
+        path = os.fsdecode(path)
         if not os.path.abspath(path).startswith(self.folder) or path.endswith((".dpace.lock", ".dpace.holder")):
             return
         if self.is_dead:
@@ -75,7 +75,7 @@ class Disk:
         def changing(name):
             def call(path, *args, **kwargs):
                 tear = (lambda: _halve(path)) if name == "fsync" else None
-                self.happens(name, path if not kwargs.get("dir_fd") else f"{self.folder}/{path}", tear=tear)
+                self.happens(name, path, tear=tear)
                 return real[name](path, *args, **kwargs)
 
             return call
@@ -151,13 +151,9 @@ def operations_of(run: Callable[[], object], folder: Path) -> list[str]:
 def kill(run: Callable[[], object], folder: Path, at: int, *, is_torn: bool = False) -> str:
     """Run and die at an operation; say which it was."""
     disk = Disk(folder, at, is_torn=is_torn)
-    try:
-        with disk.watching(), mock.patch.object(os, "getpid", lambda: 2**22 + 1):  # of no process, and not of the next
-            run()
-    except Killed:
-        pass
-    else:
-        raise AssertionError(f"operation {at} of {len(disk.operations)} was not reached")
+    of_no_process = mock.patch.object(os, "getpid", lambda: 2**22 + 1)  # and not of the next
+    with pytest.raises(Killed), disk.watching(), of_no_process:
+        run()
     gc.collect()  # a dead process holds no lock
     return disk.operations[-1]
 

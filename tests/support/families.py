@@ -26,8 +26,9 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
     "tie_word_embeddings": False,
+    "initializer_range": 0.25,
 }
-PLAIN_SHAPE = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+"""What all have, unless their own settings say otherwise."""
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -37,46 +38,34 @@ LINEAR = {
 }
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOW = {"sliding_window": 8}
+MIXED_WINDOW = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 CONFIGS = {
-    "llama": ("LlamaConfig", SHAPE),
-    "qwen2": ("Qwen2Config", PLAIN_SHAPE),
-    "qwen3": ("Qwen3Config", SHAPE),
-    "qwen3 sliding": (
-        "Qwen3Config",
-        {**SHAPE, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8},
-    ),
-    "mistral sliding": ("MistralConfig", {**SHAPE, "sliding_window": 8}),
-    "mixtral": ("MixtralConfig", {**SHAPE, **EXPERTS}),
-    "qwen3 moe": ("Qwen3MoeConfig", {**SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
-    "gpt-oss": ("GptOssConfig", {**SHAPE, **EXPERTS, **MIXED_WINDOW}),
-    "gemma2": ("Gemma2Config", {**SHAPE, "sliding_window": 8, "query_pre_attn_scalar": 12}),
-    "gemma3": ("Gemma3TextConfig", {**SHAPE, **MIXED_WINDOW, "query_pre_attn_scalar": 12}),
-    "cohere2": ("Cohere2Config", {**PLAIN_SHAPE, **MIXED_WINDOW}),
-    "granite": ("GraniteConfig", {**PLAIN_SHAPE, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
-    "olmo2": ("Olmo2Config", PLAIN_SHAPE),
-    "phi3": ("Phi3Config", PLAIN_SHAPE),
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3 sliding": ("Qwen3Config", {**WINDOW, "use_sliding_window": True, "max_window_layers": 2}),
+    "mistral sliding": ("MistralConfig", WINDOW),
+    "mixtral": ("MixtralConfig", EXPERTS),
+    "qwen3 moe": ("Qwen3MoeConfig", ROUTED),
+    "gpt-oss": ("GptOssConfig", {**EXPERTS, **MIXED_WINDOW}),
+    "gemma2": ("Gemma2Config", {**WINDOW, "query_pre_attn_scalar": 12}),
+    "gemma3": ("Gemma3TextConfig", {**MIXED_WINDOW, "query_pre_attn_scalar": 12}),
+    "cohere2": ("Cohere2Config", MIXED_WINDOW),
+    "granite": ("GraniteConfig", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    "olmo2": ("Olmo2Config", {}),
+    "phi3": ("Phi3Config", {}),
     "lfm2": (
         "Lfm2Config",
-        {**PLAIN_SHAPE, "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 64, "block_multiple_of": 16},
+        {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 64, "block_multiple_of": 16},
     ),
-    "qwen3.5": ("Qwen3_5TextConfig", {**SHAPE, **LINEAR}),
-    "qwen3-next": (
-        "Qwen3NextConfig",
-        {
-            **SHAPE,
-            **LINEAR,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-        },
-    ),
-    "falcon-h1": ("FalconH1Config", {**SHAPE, **MAMBA, "mamba_d_ssm": 64, "mamba_d_head": 16}),
+    "qwen3.5": ("Qwen3_5TextConfig", LINEAR),
+    "qwen3-next": ("Qwen3NextConfig", {**LINEAR, **ROUTED, "shared_expert_intermediate_size": 32}),
+    "falcon-h1": ("FalconH1Config", {**MAMBA, "mamba_d_ssm": 64, "mamba_d_head": 16}),
     "granite-4-h": (
         "GraniteMoeHybridConfig",
         {
-            **PLAIN_SHAPE,
             **MAMBA,
             "mamba_d_head": 24,
             "layer_types": ["mamba", "attention"] * 2,
@@ -88,7 +77,6 @@ CONFIGS = {
     "jamba": (
         "JambaConfig",
         {
-            **PLAIN_SHAPE,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "expert_layer_period": 2,
@@ -111,42 +99,31 @@ VISION |= {"image_size": 16, "patch_size": 8}
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 48, "intermediate_size": 32}
 QWEN_VISION |= {"patch_size": 8}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}}
-ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GROUPED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
 GROUPED |= {"n_shared_experts": 1, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+LATENT |= {"num_key_value_heads": 4, "head_dim": 8}
 PER_LAYER = {"global_head_dim": 12, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 MORE = {
-    "qwen2.5-vl": ("Qwen2_5_VLConfig", {**PLAIN_SHAPE, **MROPE}, QWEN_VISION),
-    "qwen3-vl moe": (
-        "Qwen3VLMoeConfig",
-        {**SHAPE, **MROPE, **ROUTED},
-        {**QWEN_VISION, "deepstack_visual_indexes": [0]},
-    ),
+    "qwen2.5-vl": ("Qwen2_5_VLConfig", MROPE, QWEN_VISION),
+    "qwen3-vl moe": ("Qwen3VLMoeConfig", {**MROPE, **ROUTED}, {**QWEN_VISION, "deepstack_visual_indexes": [0]}),
     "gemma3 vl": (
         "Gemma3Config",
-        {**SHAPE, **MIXED_WINDOW, "model_type": "gemma3_text", "query_pre_attn_scalar": 12},
+        {**MIXED_WINDOW, "model_type": "gemma3_text", "query_pre_attn_scalar": 12},
         {**VISION, "model_type": "siglip_vision_model"},
     ),
-    "llava": ("LlavaConfig", {**SHAPE, "model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}),
-    "mistral3": (
-        "Mistral3Config",
-        {**SHAPE, "model_type": "mistral", "sliding_window": 8},
-        {**VISION, "model_type": "pixtral"},
-    ),
+    "llava": ("LlavaConfig", {"model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}),
+    "mistral3": ("Mistral3Config", {**WINDOW, "model_type": "mistral"}, {**VISION, "model_type": "pixtral"}),
     "internvl": (
         "InternVLConfig",
-        {**PLAIN_SHAPE, "model_type": "qwen2"},
+        {"model_type": "qwen2"},
         {**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
     ),
-    "smolvlm": ("SmolVLMConfig", {**SHAPE, "model_type": "llama"}, VISION),
-    "deepseek-v3": ("DeepseekV3Config", {**PLAIN_SHAPE, "num_key_value_heads": 4, **LATENT, **GROUPED}),
-    "glm4 moe": ("Glm4MoeConfig", {**SHAPE, **GROUPED}),
-    "gemma4": ("Gemma4TextConfig", {**SHAPE, **MIXED_WINDOW, **PER_LAYER, "num_kv_shared_layers": 2}),
-    "qwen3.5 moe": (
-        "Qwen3_5MoeTextConfig",
-        {**SHAPE, **LINEAR, **ROUTED, "shared_expert_intermediate_size": 32},
-    ),
+    "smolvlm": ("SmolVLMConfig", {"model_type": "llama"}, VISION),
+    "deepseek-v3": ("DeepseekV3Config", {**LATENT, **GROUPED}),
+    "glm4 moe": ("Glm4MoeConfig", GROUPED),
+    "gemma4": ("Gemma4TextConfig", {**MIXED_WINDOW, **PER_LAYER, "num_kv_shared_layers": 2}),
+    "qwen3.5 moe": ("Qwen3_5MoeTextConfig", {**LINEAR, **ROUTED, "shared_expert_intermediate_size": 32}),
 }
 """Mixtures of experts, and models that also read images, whose text is tried out once."""
 ALWAYS = ("qwen2.5-vl", "gemma3 vl", "mistral3", "deepseek-v3", "gemma4")
@@ -157,7 +134,7 @@ def make_sharp_target(family: str, **changes) -> Target:
     """A random target with large weights: its next token depends on all of its context."""
     torch.manual_seed(3)
     name, settings, *vision = CONFIGS.get(family) or MORE[family]
-    kind, settings = getattr(transformers, name), {**settings, "initializer_range": 0.25, **changes}
+    kind, settings = getattr(transformers, name), {**SHAPE, **settings, **changes}
     if vision:
         settings = {"text_config": settings, "vision_config": vision[0], "tie_word_embeddings": False}
     config = kind(**settings)

@@ -13,6 +13,19 @@ from safetensors.torch import load_file, save_file
 
 from dpace.prompts.prompts import Prompt
 
+HOLD = """
+import sys, time
+from dpace.system.ledger import lock_folder
+with lock_folder(sys.argv[1]), lock_folder(sys.argv[1]):
+    pass
+with lock_folder(sys.argv[1]):
+    with lock_folder(sys.argv[1]):
+        pass
+    print("held", flush=True)
+    time.sleep(60)
+"""
+"""A program that holds a folder, also where it has locked it twice, until it is killed."""
+
 
 def make_prompts(texts: Iterable[str], name: str = "s") -> list[Prompt]:
     """Prompts of one turn each, numbered from 0."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from dpace.batches.corpus import Corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
-from dpace.measure.benchmark import bench
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response
@@ -89,13 +89,9 @@ def stop_and_go_on(target: Target, responses: Sequence[Response], recipe: Recipe
         again = folder / f"{name}-again"
         job = make_job(recipe, name, 2)
         datasets = make_datasets(responses, job)
-        is_stopped = False
-        with mock.patch.object(TrainingLoop, "take_step", signalled):
-            try:
-                train(target, *datasets, job, again)
-            except KeyboardInterrupt:
-                is_stopped = True
-        assert is_stopped and (again / "checkpoints" / "checkpoint-1").exists()
+        with mock.patch.object(TrainingLoop, "take_step", signalled), pytest.raises(KeyboardInterrupt):
+            train(target, *datasets, job, again)
+        assert (again / "checkpoints" / "checkpoint-1").exists()
         train(target, *datasets, job, again)
         ranks.barrier()
         for file in ("model.safetensors", f"checkpoints/checkpoint-{job.train.max_steps}/optimizer.safetensors"):
@@ -127,17 +123,13 @@ def keep_features(target: Target, whole: Target, dataset: ResponseDataset, folde
 
 
 def measure_all(target: Target, responses: Sequence[Response], recipe: Recipe, folder: Path) -> None:
-    """Decode, and compare two objectives; each rank has a share, and all have the results."""
-    prompts = [Prompt(one.id, one.set, [[one.messages[0]]]) for one in responses[:5]]
-    drafters = {"d": Drafter.from_target(target, num_layers=1, block_size=4)}
-    config = BenchConfig(temperatures=(0.0, 1.0), max_new_tokens=6, widths=("full",))
-    bench(target, drafters, prompts, config, folder / "bench")
+    """Compare two objectives, and decode; each rank has a share, and all have the results."""
     size = recipe.train.batch_size // ranks.num_ranks()
     options = vars(recipe) | {
         "output": str(folder / "compare"),
         "prompts": PromptsConfig(path=str(folder.parent / "prompts.jsonl"), num_heldout=3, num_validation=3),
         "train": replace(recipe.train, batch_size=size, feature_cache_gib=1.0),
-        "bench": replace(config, num_prompts=2, temperatures=(0.0,)),
+        "bench": BenchConfig(num_prompts=3, temperatures=(0.0, 1.0), max_new_tokens=6, widths=("full",)),
         "respond": replace(recipe.respond, max_new_tokens=12),
     }
     compare(target, CompareConfig(**options, objectives=("dpace",), baseline="dflash", seeds=(0,)))
@@ -146,18 +138,11 @@ def measure_all(target: Target, responses: Sequence[Response], recipe: Recipe, f
 def tell_all() -> None:
     """What one rank tells the others, a failure among it."""
 
-    def fail() -> None:
-        raise OSError(28, "No space left on device", "x")
-
     rank, count = dist.get_rank(), dist.get_world_size()
     assert (ranks.rank(), ranks.num_ranks(), ranks.is_first()) == (rank, count, rank == 0)
     assert ranks.gather(rank) == list(range(count)) and ranks.from_first(lambda: rank) == 0
-    try:
-        ranks.from_first(fail)
-    except OSError as error:
-        assert error.filename == "x"
-    else:
-        raise AssertionError("the failure of rank 0 is unknown here")
+    with pytest.raises(OSError, match="No space left on device: 'x'"):
+        ranks.from_first(mock.Mock(side_effect=OSError(28, "No space left on device", "x")))
 
 
 def check_shares_of_a_drafter(loop: TrainingLoop) -> None:

@@ -1,6 +1,7 @@
 """Records and rows of results with everything that a test does not care about filled in."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dpace.measure.records import ResponseRecord, ServerAddress
@@ -34,18 +35,21 @@ _RESPONSE = ResponseRecord(
     prefill_seconds=0.5,
     same_text=True,
 )
+_DRAFTED: dict[str, Any] = {
+    "set": "s",
+    "drafter": "dpace",
+    "temperature": 0.0,
+    "block_size": 3,
+    "histogram": [1, 0, 1],
+    "tau": 2.0,
+    "tau_interval": (1.5, 2.5),
+    "reach_rate": [0.5, 0.5],
+}
 _ROW = Row(
-    drafter="dpace",
+    **_DRAFTED,
     width="full",
-    set="s",
-    temperature=0.0,
     num_responses=1,
-    block_size=3,
-    histogram=[1, 0, 1],
     num_without_bonus=0,
-    tau=2.0,
-    tau_interval=(1.5, 2.5),
-    reach_rate=[0.5, 0.5],
     share_copied=0.0,
     tokens_per_second=4.0,
     plain_tokens_per_second=2.0,
@@ -57,21 +61,15 @@ _ROW = Row(
     plain_responses=[],
 )
 _COMPARED = ComparedRow(
-    set="s",
-    drafter="dpace",
-    temperature=0.0,
+    **_DRAFTED,
     num_prompts=1,
-    block_size=3,
-    histogram=[1, 0, 1],
-    tau=2.0,
-    tau_interval=(1.5, 2.5),
     tau_by_seed=[2.0],
-    reach_rate=[0.5, 0.5],
     gain=(0.1, 0.0, 0.2),
     gain_by_seed=[0.1],
     step_seconds=0.5,
     peak_memory_bytes=None,
 )
+_UNKNOWN = (None, None, None)
 _SERVED = ServerRow(
     set="s",
     temperature=0.0,
@@ -80,35 +78,21 @@ _SERVED = ServerRow(
     tau_interval=(None, None),
     num_verifications=None,
     histogram=None,
-    tau_here=(None, None, None),
-    tau_over_here=(None, None, None),
+    tau_here=_UNKNOWN,
+    tau_over_here=_UNKNOWN,
     tokens_per_second=1.0,
     plain_tokens_per_second=None,
     num_same_text=None,
     control_same_text=None,
-    same_text_gain=(None, None, None),
+    same_text_gain=_UNKNOWN,
 )
 
 
-def make_response(**changes: Any) -> ResponseRecord:
-    return replace(_RESPONSE, **changes)
-
-
-def make_plain(**changes: Any) -> ResponseRecord:
-    nothing = {"accepted_lengths": [], "widths": [], "histogram": []}
-    return replace(_RESPONSE, **{"drafter": "plain", "width": None, **nothing, **changes})
-
-
-def make_row(**changes: Any) -> Row:
-    return replace(_ROW, **{"responses": [make_response()], "plain_responses": [make_plain()], **changes})
-
-
-def make_compared(**changes: Any) -> ComparedRow:
-    return replace(_COMPARED, **changes)
-
-
-def make_served(**changes: Any) -> ServerRow:
-    return replace(_SERVED, **changes)
+make_response = partial(replace, _RESPONSE)
+make_plain = partial(replace, _RESPONSE, drafter="plain", width=None, accepted_lengths=[], widths=[], histogram=[])
+make_row = partial(replace, _ROW, responses=[make_response()], plain_responses=[make_plain()])
+make_compared = partial(replace, _COMPARED)
+make_served = partial(replace, _SERVED)
 
 
 def make_compare(*rows: ComparedRow, **changes: Any) -> CompareResults:

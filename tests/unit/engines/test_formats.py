@@ -135,7 +135,7 @@ def test_a_trained_selector_is_refused(tmp_path):
 
 def test_quantized_weights_are_imported_as_plain_numbers(folder, tmp_path, capsys):
     """As transformers reads them."""
-    quantized = write_fp8((None, folder), tmp_path / "fp8")
+    quantized = write_fp8(folder, tmp_path / "fp8")
     with pytest.raises(ValueError, match="method 'fp8'.*dpace import"):
         Drafter.from_pretrained(quantized)
     found = import_drafter(quantized, tmp_path / "plain").state_dict()

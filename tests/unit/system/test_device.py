@@ -20,12 +20,11 @@ def on_second_device(request):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("part", ["plain", "full", "auto", "batch", "measure", "train"])
-def test_a_second_device_computes_the_same_and_nothing_is_left_behind(part, on_second_device):
-    assert on_second_device[part]["is_same"]
+def test_a_second_device_computes_the_same_and_nothing_is_left_behind(on_second_device):
+    assert on_second_device["is_same"] == dict.fromkeys(("plain", "full", "auto", "batch", "measure", "train"), True)
 
 
-@pytest.mark.parametrize(("part", "limit"), [("full", 1), ("auto", 2), ("8 rows", 1), ("12 layers", 1)])
+@pytest.mark.parametrize(("part", "limit"), [("auto", 2), ("8 rows", 1), ("12 layers", 1)])
 def test_the_host_waits_at_most_so_often_in_a_step(part, limit, on_second_device):
     """For the tokens that the target chose and, with width `auto`, for confidences; also for the first token."""
     found = on_second_device["steps"][part]
@@ -42,7 +41,7 @@ def test_a_step_has_few_operations(on_second_device):
 
 def test_the_host_waits_once_in_a_training_step(on_second_device):
     """For its sums; and in transformers, which looks for packed texts, for each micro-batch of hidden states."""
-    waits = on_second_device["train"]["waits"]
+    waits = on_second_device["waits"]
     assert {place.partition(":")[0]: count for place, count in waits.items()} == {"loop.py": 1, "target.py": 2}
 
 

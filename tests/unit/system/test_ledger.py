@@ -4,9 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
-import time
 
 import pytest
 from safetensors import SafetensorError
@@ -26,6 +23,7 @@ from dpace.system.ledger import (
     write_text,
     writing,
 )
+from tests.support.files import write_prompts
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -62,9 +60,8 @@ def test_without_locks_of_the_file_system_a_file_is_the_lock(number, tmp_path, m
 
 
 def test_who_begins_in_a_folder_leaves_the_corpus_to_who_writes_it(tmp_path):
-    prompts, responses = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(20)))
-    responses.write_text("")
+    prompts = write_prompts(tmp_path / "prompts.jsonl", map(str, range(20)))
+    (tmp_path / "responses.jsonl").touch()
     corpus, other = tmp_path / "corpus.arrow", tmp_path / "other.json"
     register_files(tmp_path, corpus.name)
     with lock_file(corpus), writing(corpus) as ours, writing(other) as killed:
@@ -74,39 +71,8 @@ def test_who_begins_in_a_folder_leaves_the_corpus_to_who_writes_it(tmp_path):
             assert ours.exists() and not killed.exists()
         killed.touch()
     ours.touch()  # as a killed process leaves it
-    load_corpus(responses, PromptsConfig(path=str(prompts)))
+    load_corpus(tmp_path / "responses.jsonl", PromptsConfig(path=prompts))
     assert corpus.exists() and not ours.exists()
-
-
-HOLD = """
-import sys, time
-from dpace.system.ledger import lock_folder
-with lock_folder(sys.argv[1]), lock_folder(sys.argv[1]):
-    pass
-with lock_folder(sys.argv[1]):
-    with lock_folder(sys.argv[1]):
-        pass
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_one_writer_at_a_time(tmp_path):
-    """A process may lock a folder twice, and holds it until the first lock ends; a killed one holds nothing."""
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout and other.stdout.readline() == "held\n"
-    expected = f"process {other.pid} on .* is writing to .* with --output$"
-    with pytest.raises(ValueError, match=expected), lock_folder(tmp_path):
-        pass
-    other.kill()
-    other.communicate()
-    for _ in range(50):
-        try:
-            with lock_folder(tmp_path):
-                return
-        except ValueError:
-            time.sleep(0.1)
-    raise AssertionError("the lock of a killed process was never free")
 
 
 def test_a_line_that_is_not_finished_is_left_out_and_cut(tmp_path):

@@ -10,19 +10,13 @@ from transformers.utils import logging
 from dpace.drafter import Drafter
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target import Target
-from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.files import change_config, changed_weights
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+@pytest.fixture
+def folders(language_folder, random_drafter_folder) -> dict:
     """A target's and its drafter's folder; tests change copies."""
-    folder = tmp_path_factory.mktemp("models")
-    target = make_target("qwen3")
-    target.model.save_pretrained(folder / "target")
-    make_tokenizer().save_pretrained(folder / "target")
-    make_drafter(target).save_pretrained(folder / "drafter")
-    return folder
+    return {"target": language_folder, "drafter": random_drafter_folder}
 
 
 LOADERS = {"target": lambda folder: Target.load(str(folder)), "drafter": Drafter.from_pretrained}
@@ -37,7 +31,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", LOADERS)
 def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_path):
-    folder = shutil.copytree(folders / kind, tmp_path / kind)
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
     change, message = FAULTS[fault]
     with changed_weights(folder) as weights:
         change(weights, NAMES[kind])
@@ -55,7 +49,7 @@ def test_no_bar_of_transformers_is_shown(folders, tmp_path):
     before = logging.set_tqdm_hook(lambda factory, args, options: shown.append(options) or factory(*args, **options))
     try:
         for kind, load in LOADERS.items():
-            loaded = load(folders / kind)
+            loaded = load(folders[kind])
         loaded.save_pretrained(tmp_path)
         assert not shown
         DFlashDraftModel.from_pretrained(tmp_path)
@@ -67,7 +61,7 @@ def test_no_bar_of_transformers_is_shown(folders, tmp_path):
 def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path):
     """A target's file may have heads for other uses."""
     for kind in ("target", "drafter"):
-        shutil.copytree(folders / kind, tmp_path / kind)
+        shutil.copytree(folders[kind], tmp_path / kind)
         with changed_weights(tmp_path / kind) as weights:
             weights["other.weight"] = torch.ones(3)
     Target.load(str(tmp_path / "target"))
@@ -75,12 +69,13 @@ def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path)
         Drafter.from_pretrained(tmp_path / "drafter")
 
 
-def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
-    """`auto_map` is not followed, and attention stays torch's own."""
-    shutil.copytree(folders / "target", tmp_path / "t")
+def test_no_code_and_no_attention_of_a_config(folders, tmp_path, monkeypatch):
+    """`auto_map` is not followed, and attention stays torch's own; the Hub's bot converts no pickle."""
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    shutil.copytree(folders["target"], tmp_path / "t")
     (tmp_path / "t" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     change_config(tmp_path / "t", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
-    expected = Target.load(str(folders / "target")).model.config._attn_implementation
+    expected = Target.load(str(folders["target"])).model.config._attn_implementation
     assert expected != "eager"
     for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         change_config(tmp_path / "t", **{name: "eager"})
@@ -90,4 +85,4 @@ def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
     change_config(tmp_path / "t", model_type="evil")
     with pytest.raises(ValueError):
         Target.load(str(tmp_path / "t"))
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists() and os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"

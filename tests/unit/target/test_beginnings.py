@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import dpace.target.beginnings as beginnings
 from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate_plain
-from dpace.fast.cache import RaggedCache, fill_places
+from dpace.fast.cache import RaggedCache
 from dpace.target.beginnings import find_shared, read_texts
 from tests.conftest import decode_whole, make_drafter, make_target
 
@@ -83,7 +83,3 @@ def test_a_batch_that_begins_alike_keeps_each_text():
     plain = generate_batch(target, None, TEXTS, **options)
     assert [out.token_ids for out in plain] == [token_ids for token_ids, _ in expected]
     assert len({len(out.token_ids) for out in found}) > 1, "some rows leave early"
-
-
-def test_the_last_rows_take_the_places_of_those_that_leave():
-    assert [fill_places(kept) for kept in ([1, 0, 1, 1], [0, 0, 1], [0], [1, 1])] == [[0, 3, 2], [2], [], [0, 1]]

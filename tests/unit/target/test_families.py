@@ -1,5 +1,7 @@
 """Greedy text equals `model.generate` on every family, with drafts that are sometimes right, or is refused."""
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dpace.config import RespondConfig
-from dpace.decode import Paces, custom_generate, generate, generate_batch, generate_plain
+from dpace.decode import custom_generate, generate, generate_batch, generate_plain
 from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
@@ -48,15 +50,36 @@ def target(family):
 
 def own_text(target, prompt: list[int]) -> list[int]:
     """The target's greedy text by transformers' own `generate`, made once for each prompt."""
-    texts = vars(target).setdefault("own_texts", {})
-    if tuple(prompt) not in texts:
-        options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": None}
-        texts[tuple(prompt)] = target.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-    return texts[tuple(prompt)]
+    return _own_text(target, tuple(prompt))
 
 
-def test_plain_and_drafted_text_is_the_targets(family, target, monkeypatch):
-    """Drafts that are right, wrong, and wrong in between; prompts shorter and longer than the windows."""
+@cache
+def _own_text(target, prompt: tuple[int, ...]) -> list[int]:
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": None}
+    return target.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+
+def assert_answers(target, prompts):
+    """Those of one batch are the target's own texts."""
+    answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH), range(len(prompts)))
+    assert answers == [own_text(target, prompt) for prompt in prompts]
+
+
+def decode_with_faults(target, prompt, text, every, width="full") -> int:
+    """Decode a text by drafts of which every so many tokens one is wrong; give how many were accepted."""
+    with pytest.MonkeyPatch.context() as patch:
+        drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
+        Oracle(patch, drafter, target, prompt + text, lambda n: n % every == every - 1)
+        out = generate(target, drafter, prompt, max_new_tokens=len(text), width=width)
+    assert out.token_ids == text
+    return sum(out.accepted_lengths)
+
+
+def test_plain_and_drafted_text_is_the_targets(family, target):
+    """Drafts that are right, wrong, and wrong in between; prompts shorter and longer than the windows.
+
+    Of drafts that are right, width `auto` chooses how much is verified.
+    """
     accepted = 0
     for prompt, everies in (([5, 9, 12, 7, 30], (3,)), (SHARED, (1, 3, 100))):
         text = own_text(target, prompt)
@@ -67,23 +90,8 @@ def test_plain_and_drafted_text_is_the_targets(family, target, monkeypatch):
                 make_drafter(target, target_layer_ids=[0, 2])
             continue
         for every in everies:
-            with monkeypatch.context() as patch:
-                drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
-                Oracle(patch, drafter, target, prompt + text, lambda n, every=every: n % every == every - 1)
-                out = generate(target, drafter, prompt, max_new_tokens=LENGTH, width="full")
-                assert out.token_ids == text
-                accepted += sum(out.accepted_lengths)
+            accepted += decode_with_faults(target, prompt, text, every, "auto" if every == 100 else "full")
     assert family in NOT_DRAFTED_FOR or accepted > 40
-
-
-@pytest.mark.wide
-def test_width_auto_keeps_the_text(family, target):
-    if family in NOT_DRAFTED_FOR:
-        pytest.skip(NOT_DRAFTED_FOR[family])
-    drafter, paces = make_drafter(target, block_size=4, target_layer_ids=[0, 2]), Paces()
-    prompt = SHARED + SHARED
-    text = own_text(target, prompt)
-    assert generate(target, drafter, prompt, max_new_tokens=LENGTH, paces=paces).token_ids == text
 
 
 def test_plain_decoding_keeps_the_window_only(target, monkeypatch):
@@ -108,9 +116,8 @@ def test_batches_keep_the_text_or_are_refused(family, target):
 
 def test_answers_are_the_targets_own(target):
     """In one batch, of different lengths, with a beginning that all share and without."""
-    for prompts in ([[*SHARED, *rest] for rest in ([5], [9, 12, 7, 30], [40, 41])], [[5, 9], SHARED, [12] * 9]):
-        answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH), range(len(prompts)))
-        assert answers == [own_text(target, prompt) for prompt in prompts]
+    assert_answers(target, [[*SHARED, *rest] for rest in ([5], [9, 12, 7, 30], [40, 41])])
+    assert_answers(target, [[5, 9], SHARED, [12] * 9])
 
 
 def test_drawn_answers_of_padded_rows_are_those_of_their_seeds():
@@ -130,15 +137,12 @@ def test_features_do_not_depend_on_what_is_read_together(target):
 @pytest.mark.parametrize(
     "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 )
-def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
+def test_experts_and_vision_language_models_keep_their_text(name):
     """Drafts of which every third token is wrong, behind a text longer than the windows."""
     target = make_sharp_target(name)
     text = own_text(target, SHARED)[:16]
     assert len(set(text)) > 3, "a text that repeats itself shows nothing"
-    drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
-    Oracle(monkeypatch, drafter, target, SHARED + text, lambda n: n % 3 == 2)
-    out = generate(target, drafter, SHARED, max_new_tokens=16, width="full")
-    assert out.token_ids == text and sum(out.accepted_lengths) > 5
+    assert decode_with_faults(target, SHARED, text, every=3) > 5
 
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 4}
@@ -149,8 +153,8 @@ def test_a_config_without_sizes_that_others_have_gets_a_drafter():
     target = Target(AutoModelForCausalLM.from_config(config))
     drafter = make_drafter(target, target_layer_ids=[0, 2])
     assert drafter.spec.intermediate_size == 192
-    found, expected = (f(target, *x, [4, 9], max_new_tokens=8) for f, *x in ((generate, drafter), (generate_plain,)))
-    assert found.token_ids == expected.token_ids
+    plain = generate_plain(target, [4, 9], max_new_tokens=8)
+    assert generate(target, drafter, [4, 9], max_new_tokens=8).token_ids == plain.token_ids
 
 
 REFUSED = [
@@ -208,6 +212,4 @@ def test_answers_do_not_depend_on_the_length_of_others(kind):
     rope = {"rope_type": kind, "rope_theta": 10000.0, **factors}
     family, boundary = ("phi3", "original_") if kind == "longrope" else ("llama", "")
     target = make_sharp_target(family, rope_parameters=rope, **{f"{boundary}max_position_embeddings": 32})
-    prompts = [SHARED, [5, 9, 3], SHARED + SHARED, [5, 9]]
-    answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH), range(len(prompts)))
-    assert answers == [own_text(target, prompt) for prompt in prompts]
+    assert_answers(target, [SHARED, [5, 9, 3], SHARED + SHARED, [5, 9]])

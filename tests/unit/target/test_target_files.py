@@ -1,9 +1,8 @@
 """Targets that people have: LoRA adapters, quantized, for images too, on several devices; or a reason in one line."""
 
 import json
-import os
 import shutil
-import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +11,11 @@ from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dpace.config import Recipe
 from dpace.decode import generate, generate_plain
 from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
+from dpace.plan.training import plan_target
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.files import find_adapter
@@ -74,7 +75,6 @@ def write_adapter(base_folder, width=128, **changes):
 
 
 def test_a_lora_adapter_is_merged(base, folder):
-    pytest.importorskip("peft")
     lora = write_adapter(folder)
     down, up = (load_file(lora / "adapter_model.safetensors")[f"{QUERY}{name}.weight"] for name in "AB")
     target = Target.load(str(lora))
@@ -93,20 +93,10 @@ def test_a_lora_adapter_is_merged(base, folder):
 
 
 def incomplete_adapter(folder):
-    pytest.importorskip("peft")
     lora = write_adapter(folder)
     with changed_weights(lora, "adapter_model.safetensors") as weights:
         weights[f"{QUERY}A.weight".replace("1", "2")] = weights.pop(f"{QUERY}A.weight")
     return lora
-
-
-def adapter_that_cannot_be_merged(folder):
-    pytest.importorskip("peft")
-    return write_adapter(folder, lora_bias=True)
-
-
-def adapter_of_quantized(folder):
-    return write_adapter(change_config(folder, quantization_config={"quant_method": "fp8"}))
 
 
 def to_pickle(folder, name="model"):
@@ -117,11 +107,6 @@ def to_pickle(folder, name="model"):
     return folder
 
 
-def pickled_adapter(folder):
-    pytest.importorskip("peft")
-    return to_pickle(write_adapter(folder), "adapter_model")
-
-
 def lacks_a_file(folder):
     files = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")
     files["model.norm.weight"] = "model-00002-of-00002.safetensors"
@@ -130,39 +115,41 @@ def lacks_a_file(folder):
     return folder
 
 
-def write_text(folder, name, text):
-    (folder / name).write_text(text)
-    return folder
+def raw(name, text):
+    return lambda folder: (folder / name).write_text(text) and folder
+
+
+def adapter(**changes):
+    return lambda folder: write_adapter(folder, **changes)
 
 
 def quantized(**settings):
     return lambda folder: change_config(folder, quantization_config=settings)
 
 
-PICKLE = r"no weights in safetensors, and a pickle \(\*.bin\) is not read, .* save_pretrained"
-REFUSED = [
-    (lambda folder: write_adapter(folder, peft_type="PREFIX_TUNING"), "of kind 'PREFIX_TUNING' .* expected LORA"),
-    (lambda folder: write_adapter(folder, base_model_name_or_path=None), "with base null, expected LORA"),
-    (lambda folder: write_adapter(folder, base_model_name_or_path="/no/model"), "base .* there is no folder /no/model"),
-    (incomplete_adapter, "lack base_model.model.model.layers.1"),
-    (adapter_that_cannot_be_merged, "without what cannot be merged"),
-    (adapter_of_quantized, "whose weights are quantized; merging would round them anew"),
-    (to_pickle, PICKLE),
-    (lambda folder: to_pickle(change_config(folder, transformers_weights="pytorch_model.bin")), PICKLE),
-    (pickled_adapter, PICKLE),
-    (lacks_a_file, "model-00002-of-00002.safetensors"),
-    (lambda folder: write_text(folder, "generation_config.json", '{"eos'), "generation_config.json is not JSON"),
-    (lambda folder: write_text(folder, "generation_config.json", '{"eos_token_id": "a"}'), "eos_token_id is 'a', exp"),
-    (lambda folder: write_text(folder, "tokenizer.json", "{"), "cannot load the target .*: Expecting property name"),
-    (quantized(quant_method="none"), "quantized in a way that transformers does not have .*'none'"),
-    (quantized(quant_method="awq", bits=4, group_size=128), "pip install gptqmodel"),
-]
+REFUSED = {
+    "of kind 'PREFIX_TUNING' .* expected LORA": adapter(peft_type="PREFIX_TUNING"),
+    "with base null, expected LORA": adapter(base_model_name_or_path=None),
+    "base .* there is no folder /no/model": adapter(base_model_name_or_path="/no/model"),
+    "lack base_model.model.model.layers.1": incomplete_adapter,
+    "without what cannot be merged": adapter(lora_bias=True),
+    "whose weights are quantized; merging would": lambda f: write_adapter(quantized(quant_method="fp8")(f)),
+    r"no weights in safetensors, and a pickle \(\*.bin\) is not read": to_pickle,
+    "since it may run code": lambda f: to_pickle(change_config(f, transformers_weights="pytorch_model.bin")),
+    "name the folder that save_pretrained writes": lambda f: to_pickle(write_adapter(f), "adapter_model"),
+    "model-00002-of-00002.safetensors": lacks_a_file,
+    "generation_config.json is not JSON": raw("generation_config.json", '{"eos'),
+    "eos_token_id is 'a', exp": raw("generation_config.json", '{"eos_token_id": "a"}'),
+    "cannot load the target .*: Expecting property name": raw("tokenizer.json", "{"),
+    "quantized in a way that transformers does not have .*'none'": quantized(quant_method="none"),
+    "pip install gptqmodel": quantized(quant_method="awq", bits=4, group_size=128),
+}
 
 
-@pytest.mark.parametrize(("change", "words"), REFUSED, ids=[words for _, words in REFUSED])
-def test_what_cannot_be_read_is_refused_in_one_line(change, words, folder, monkeypatch):
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_line(words, folder, monkeypatch):
     monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
-    name = str(change(folder))
+    name = str(REFUSED[words](folder))
     with pytest.raises((ValueError, OSError), match=words) as error:
         _ = Target.load(name).stop_token_ids
     assert "\n" not in str(error.value)
@@ -171,51 +158,38 @@ def test_what_cannot_be_read_is_refused_in_one_line(change, words, folder, monke
             ChatTokenizer.load(name)
 
 
-def test_an_adapter_needs_peft(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="peft"):
-        Target.load(str(write_adapter(folder)))
-
-
-def test_a_config_chooses_no_attention_and_the_hubs_bot_no_weights(folder, monkeypatch):
-    """transformers would load the named kernel; and, of a pickle, what the bot proposes as a change."""
-    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
-    target = Target.load(str(change_config(folder, _attn_implementation="someone/kernel")), device_map="auto")
-    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
-    assert not target.is_spread and target.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # quantized targets
 
 
-def write_fp8(base, folder):
-    """Weights of the layers in 8 bits with one scale for each block of 128 x 128, as DeepSeek's and Qwen's are."""
-    shutil.copytree(base[1], folder)
-    with changed_weights(folder) as weights:
+def write_fp8(folder, copy):
+    """A copy whose layers have weights in 8 bits, one scale for each block of 128 x 128, as DeepSeek and Qwen do."""
+    shutil.copytree(folder, copy)
+    with changed_weights(copy) as weights:
         for name in [name for name in weights if "proj" in name]:
             scale = weights[name].abs().max() / 448
             weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
             weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    return quantized(quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")(folder)
+    return quantized(quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")(copy)
 
 
 def test_fp8_is_read_with_its_scales(base, tmp_path):
     """On a CPU, transformers turns it back into plain weights."""
-    target = Target.load(str(write_fp8(base, tmp_path / "fp8")))
+    target = Target.load(str(write_fp8(base[1], tmp_path / "fp8")))
     weight = base[0].layers[1].mlp.up_proj.weight
     found = target.layers[1].mlp.up_proj.weight.float()
     assert 0 < (found - weight).norm() / weight.norm() < 0.05
     assert_decodes(target)
 
 
-@pytest.mark.parametrize("method", ["bnb-4", "torchao-int8"])
-def test_quantized_layers_run_as_they_are(method, base, tmp_path):
-    if method == "bnb-4":
-        pytest.importorskip("bitsandbytes")
-        config = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    else:
-        quantization = pytest.importorskip("torchao.quantization")
-        config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+@pytest.mark.parametrize(
+    ("package", "make_config"),
+    [
+        ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_4bit=True)),
+        ("torchao.quantization", lambda torchao: transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())),
+    ],
+)
+def test_quantized_layers_run_as_they_are(package, make_config, base, tmp_path):
+    config = make_config(pytest.importorskip(package))
     options = {"quantization_config": config, "device_map": {"": "cpu"}, "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(base[1], **options)
     target = Target.load(str(write(model, tmp_path / "quantized")))
@@ -264,10 +238,13 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_vision_language_model_is_used_for_text(tmp_path):
+    """And planned for, from its config alone."""
     model = make_sharp_target("qwen3-vl moe").model
-    target = Target.load(str(write(model, tmp_path / "vl")))
-    assert type(target.model) is type(model) and count_layers(str(tmp_path / "vl")) == 4
+    name = str(write(model, tmp_path))
+    target = Target.load(name)
+    assert type(target.model) is type(model) and count_layers(name) == 4
     assert_decodes(target)
+    assert plan_target(Recipe(target=name)).target.num_layers == 4 and ChatTokenizer.load(name).context == 256
 
 
 # devices
@@ -280,32 +257,23 @@ def test_hooks_of_accelerate_run_in_every_pass(base):
     places = dict.fromkeys([*parts, *(f"model.layers.{i}" for i in range(4))], "cpu")
     model = dispatch_model(model, places, force_hooks=True)
     assert speed_up(model) == []
-    target, ran = Target(model), []
+    target = Target(model)
     assert assert_decodes(target) == assert_decodes(base[0])
     for layer in target.layers:
-        forward = layer._hf_hook.pre_forward
-        layer._hf_hook.pre_forward = lambda *a, forward=forward, **kw: (ran.append(1), forward(*a, **kw))[1]
+        layer._hf_hook.pre_forward = Mock(side_effect=layer._hf_hook.pre_forward)
     generate_plain(target, PROMPT, max_new_tokens=LENGTH)
-    assert len(ran) == 4 * LENGTH
+    assert [layer._hf_hook.pre_forward.call_count for layer in target.layers] == 4 * [LENGTH]
 
 
 @pytest.mark.parametrize(("places", "is_refused"), [([0, 1], False), ([0, "cpu"], True), (["cpu"], False)])
 def test_a_target_that_is_in_part_on_no_gpu_is_refused(places, is_refused, base, monkeypatch):
     """Where all is on the CPU, there is no GPU; with ranks, each would take all GPUs."""
-    load = AutoModelForCausalLM.from_pretrained
-
-    def load_in_parts(*args, **options):
-        model, info = load(*args, **options)
-        model.hf_device_map = dict(enumerate(places))
-        return model, info
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_in_parts)
-    options = {"device_map": "auto"}
+    monkeypatch.setattr("transformers.PreTrainedModel.hf_device_map", dict(enumerate(places)), raising=False)
     if is_refused:
         with pytest.raises(ValueError, match="does not fit into the GPUs: its parts would be on 0, cpu"):
-            Target.load(str(base[1]), **options)
+            Target.load(str(base[1]))
     else:
-        assert Target.load(str(base[1]), **options).is_spread == (len(places) > 1)
+        assert Target.load(str(base[1])).is_spread == (len(places) > 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun starts several"):
-        Target.load(str(base[1]), **options)
+        Target.load(str(base[1]), device_map="auto")

@@ -57,10 +57,11 @@ def on_one_rank(language_target, responses, tmp_path_factory):
 
 
 def measured_in(folder):
-    """What benchmarks find out, apart from times and from what measured it."""
-    bench, compare = (read_results(folder / name / "results.json") for name in ("bench", "compare"))
-    rows = [*bench.rows, *compare.decode.rows]
-    decoded = [(row.temperature, row.histogram, [one.token_ids for one in row.responses]) for row in rows]
+    """What a comparison finds out, apart from times and from what measured it."""
+    compare = read_results(folder / "compare" / "results.json")
+    decoded = [
+        (row.temperature, row.histogram, [one.token_ids for one in row.responses]) for row in compare.decode.rows
+    ]
     return decoded, [(row.drafter, row.histogram, row.gain) for row in compare.rows]
 
 
