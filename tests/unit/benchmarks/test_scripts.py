@@ -1,112 +1,95 @@
-"""Each script of benchmarks/ starts by its command line, at its smallest size; study.py is in `test_study.py`."""
+"""Each script of benchmarks/ starts by its command line, at its smallest size."""
 
 import json
 import re
+import shlex
 import sys
 
 import pytest
 
 from dpace.prompts.public_sets import SETS
+from tests.support.cases import wide
 from tests.support.files import write_rows
-from tests.support.scripts import BENCHMARKS, run_script
+from tests.support.scripts import run_script
 
-SCRIPTS = {path.name for path in BENCHMARKS.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+DECODE = "decode.py {target} {drafter} --rounds 1 --prompts 1 --tokens 4"
+DECODE += " --ways 'dpace, width' 'random drafter' T=1 transformers 'drafts alone'"
+ENGINES = "engines.py {target} {drafter} --gguf {gguf} --rounds 1 --prompts 1 --tokens 6 --precisions float16"
+LOSS = "loss.py --shape 8192 64 32 --rounds 1"
+SERVER = "respond.py --seconds 0.001 --concurrencies 1 2"
+BEGINNINGS = "respond.py --beginnings --target {target} --prompts 6 --tokens 4 --batch-size 4"
+OVERHEAD = "overhead.py 1 {target}"
+PAPER = "paper.py {out} --small --data-dir {data} --num-prompts 12 --tiny --target {target}"
+STUDY = "study.py --data {data} --output {out} --target {target} --blocks 8 --steps 400 1600 --seeds 0 --scale 0.0025"
+STUDY += " --objectives spec-auf"
+OF_A_STEP = " ".join(rf"{name} [\d.]+ ms [\d.]+ GFLOP \d+% of that.*" for name in ("drafter", "loss", "whole step"))
+WAYS = "plain, dpace, auto, drafts alone, random drafter, auto"
+PRINTED = {
+    DECODE: [
+        f"(dpace, auto, over the best of {WAYS}: .*){{2}}",
+        *(f" {way}[ ,]" for way in ("dpace, width 2", "T=1: dpace, auto", "transformers, DFlash")),
+    ],
+    ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],
+    LOSS: [" 8192 64 32 frozen-head ", "frozen-head over checkpointed: time"],
+    SERVER: [r" 1 [\d.]+ 1\.00 2 [\d.]+ [\d.]+$"],
+    BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
+    OVERHEAD: [r"(tokens dpace [\d.]+ ms x [\d.]+ \[.*){2}", f"({OF_A_STEP}){{2}}"],
+    PAPER: [r"dpace 3 1 .* 2\.96, 4\.19, \+8\.5%"],
+    STUDY: ["6 drafters to train", "written: .*study.md"],
+}
+"""What each prints; white space counts as one space."""
+REFUSED = {
+    "zlab.py target drafter": "^z-lab's package `dflash` is not installed: pip install .*$",
+    "gpu.py --random": "^torch finds no accelerator here; this benchmark is for one GPU$",
+    "study.py --output {out} --objectives no-such": "there is no objective no-such; choose from dflash, dpace, ",
+}
 
 
-def test_each_script_is_named_by_a_page_or_started_by_another():
-    root = BENCHMARKS.parent
-    pages = "".join(page.read_text() for page in [root / "README.md", *(root / "docs").glob("*.md")])
-    inner = {"engines_child.py", "llamacpp.py", "make_prompts.py", "respond_server.py"}
-    named = {name for name in SCRIPTS if f"benchmarks/{name}" in pages}
-    assert named | inner == SCRIPTS
+@pytest.fixture
+def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatch, capsys):
+    """Run a script, and give what it printed."""
+    (data := tmp_path / "data").mkdir()
+    for name in SETS:
+        write_rows(data / f"{name}.jsonl", [{"turns": [f"w{i} w50"]} for i in range(3)])
+    for name in ("gsm8k", "math", "mbpp"):
+        write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])
+    names = {"target": endless_folder, "drafter": random_drafter_folder, "gguf": target_gguf, "data": data}
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(command: str) -> str:
+        run_script(*shlex.split(command.format(**names, out=tmp_path / "out")))
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
-def test_decode(endless_folder, random_drafter_folder, monkeypatch, capsys):
-    size = "--rounds 1 --prompts 1 --tokens 4".split()
-    ways = ["--ways", "dpace, width", "random drafter", "T=1", "transformers", "drafts alone"]
-    monkeypatch.setenv("COLUMNS", "90")
-    run_script("decode.py", endless_folder, random_drafter_folder, *size, *ways)
-    table = capsys.readouterr().out
-    for way in ("plain", "dpace, auto", "dpace, width 2", "T=1: dpace, auto", "transformers, DFlash"):
-        assert way in table
-    parts = "plain, dpace, auto, drafts alone, random drafter, auto"
-    assert " ".join(table.split()).count(f"dpace, auto, over the best of {parts}: ") == 2
+@pytest.mark.parametrize("command", wide(PRINTED, DECODE, LOSS, SERVER, BEGINNINGS))
+def test_a_script_prints_what_it_measured(command, run):
+    printed = run(command)
+    for pattern in PRINTED[command]:
+        assert re.search(pattern, printed), printed
 
 
 @pytest.mark.wide
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_engines(language_folder, language_drafter_folder, target_gguf, monkeypatch, capsys):
-    """All that are installed give one text and one tau."""
-    monkeypatch.setenv("COLUMNS", "150")
-    size = ["--rounds", "1", "--prompts", "1", "--tokens", "6", "--precisions", "float16"]
-    run_script("engines.py", language_folder, language_drafter_folder, "--gguf", target_gguf, *size)
-    printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if re.search(r" 2/2 +2/2 ", line)]
-    assert {row.split(",")[0].strip() for row in rows} >= {"dpace", "transformers", "llama.cpp"}
-    whole = [line for line in rows if "width auto" not in line]
-    assert len({re.search(r" 2/2 +2/2 +(\S+)", line)[1] for line in whole}) == 1, "tau"
-    assert "vLLM, not installed" in printed
-
-
-def test_zlab_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dflash", None)
-    with pytest.raises(SystemExit, match="^z-lab's package `dflash` is not installed: pip install .*$"):
-        run_script("zlab.py", "target", "drafter")
-
-
-def test_gpu_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="^torch finds no accelerator here; this benchmark is for one GPU$"):
-        run_script("gpu.py", "--random")
-
-
-def test_loss(capsys):
-    run_script("loss.py", "--shape", "8192", "64", "32", "--rounds", "1")
-    printed = capsys.readouterr().out
-    assert re.search(r"^ +8192 +64 +32 +frozen-head ", printed, re.MULTILINE)
-    assert "frozen-head over checkpointed: time" in printed
-
-
-@pytest.mark.wide
-def test_overhead(language_folder, capsys):
-    run_script("overhead.py", "1", language_folder)
-    printed = capsys.readouterr().out
-    assert len(re.findall(r"tokens  dpace +[\d.]+ ms  x [\d.]+ \[", printed)) == 2
-    for name in ("drafter", "loss", "backward pass", "clipping, optimizer", "whole step"):
-        assert len(re.findall(rf"^  {name} +[\d.]+ ms +[\d.]+ GFLOP +\d+% of that$", printed, re.MULTILINE)) == 2
-
-
-def test_respond_by_shared_beginnings(language_folder, capsys):
-    size = "--prompts 6 --tokens 4 --batch-size 4".split()
-    run_script("respond.py", "--beginnings", "--target", language_folder, *size)
-    table = capsys.readouterr().out
-    assert "; 6 of 6 texts equal" in table and "; 2 of 2 texts equal" in table
-
-
-def test_respond_from_a_server(capsys):
-    run_script("respond.py", "--seconds", "0.001", "--concurrencies", "1", "2")
-    assert re.search(r"^ +1 +[\d.]+ +1\.00\n +2 +[\d.]+ +[\d.]+$", capsys.readouterr().out, re.MULTILINE)
-
-
-@pytest.mark.wide
-def test_paper(language_folder, tmp_path, monkeypatch, capsys):
-    """At its small size, on tiny files of its sets; the same command again trains nothing."""
-    monkeypatch.setenv("COLUMNS", "160")
-    for name in SETS:
-        write_rows(tmp_path / f"{name}.jsonl", [{"turns": ["w1 w51"]}])
-    write_rows(tmp_path / "x_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(12)])
-    out = tmp_path / "out"
-    size = ["--num-prompts", "12", "--tiny", "--target", language_folder]
+@pytest.mark.parametrize("command", [PAPER, STUDY])
+def test_the_same_command_trains_nothing(command, run, tmp_path):
     written = []
     for _ in range(2):
-        run_script("paper.py", out, "--small", "--data-dir", tmp_path, *size)
-        written.append([path.stat().st_mtime_ns for path in sorted(out.glob("*/*/model.safetensors"))])
-        assert re.search(r"dpace +3 1 .* 2\.96, 4\.19, \+8\.5%", capsys.readouterr().out)
-    assert written[0] == written[1] and len(written[0]) == 2
+        run(command)
+        written.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")})
+    assert written[0] == written[1] and len(written[0]) > 1
 
 
-def test_make_prompts(tmp_path):
-    run_script("make_prompts.py", tmp_path, "tuning")
-    rows = (tmp_path / "tuning.jsonl").read_text().splitlines()
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_script_says_what_it_needs(command, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dflash", None)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(SystemExit, match=REFUSED[command]):
+        run(command)
+
+
+def test_make_prompts(run, tmp_path):
+    run("make_prompts.py {out} tuning")
+    rows = (tmp_path / "out" / "tuning.jsonl").read_text().splitlines()
     assert len(rows) == 32 and {json.loads(row)["set"] for row in rows} == {"notes", "problems"}

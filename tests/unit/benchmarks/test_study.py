@@ -14,7 +14,6 @@ import study_report
 from dpace.measure.results import write_heldout
 from dpace.metrics import Acceptance
 from dpace.report.sections import percent
-from tests.support.files import write_rows
 from tests.support.rows import make_response, make_row
 from tests.support.scripts import run_script
 
@@ -46,9 +45,6 @@ def output(tmp_path):
                 write_heldout(folder, names, rows)
                 log = {"log_history": [{"step": steps, "step_seconds": seconds * (1 + seed)}]}
                 (folder / "trainer_state.json").write_text(json.dumps(log))
-                facts = {"target": "a/b", "conversations": 9, "versions": {"torch": "2"}}
-                facts["hardware"] = {"cores": 2, "device": "x"}
-                (folder / "provenance.json").write_text(json.dumps(facts))
     return tmp_path
 
 
@@ -64,31 +60,6 @@ def test_the_pages_commands_name_what_there_is(tmp_path, capsys):
     for args in commands:
         run_script("study.py", *args, "--output", tmp_path, "--dry-run")
     assert capsys.readouterr().out.count("drafters to train") == len(commands) >= 5
-
-
-def test_an_unknown_objective_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="there is no objective no-such; choose from dflash, dpace, "):
-        run_script("study.py", "--output", tmp_path, "--objectives", "no-such")
-
-
-@pytest.mark.wide
-def test_a_miniature_trains_and_the_same_command_only_reports(language_folder, tmp_path, capsys):
-    data = tmp_path / "data"
-    data.mkdir()
-    for name in ("gsm8k", "math", "mbpp"):
-        write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])
-    for name in ("gsm8k", "math500", "mbpp"):
-        write_rows(data / f"{name}.jsonl", [{"turns": [f"w{i} w50"]} for i in range(3)])
-    size = "--blocks 8 --steps 400 1600 --seeds 0 --scale 0.0025 --objectives spec-auf --target".split()
-    written = []
-    for _ in range(2):
-        run_script("study.py", "--data", data, "--output", tmp_path / "out", *size, language_folder)
-        found = study_report.find_cells(tmp_path / "out")
-        written.append({cell: (path / "model.safetensors").stat().st_mtime_ns for cell, path in found.items()})
-    assert written[0] == written[1] and len(written[0]) == 6
-    printed = capsys.readouterr().out
-    assert "6 drafters to train" in printed and "0 drafters to train" in printed
-    assert "| spec-auf | 4 |" in (tmp_path / "out" / "study.md").read_text()
 
 
 def test_gains_at_equal_seconds_are_over_twice_the_steps(output):
@@ -109,13 +80,12 @@ def test_equal_seconds_take_the_budgets_that_the_seeds_share(output):
     assert gain == pytest.approx([-1 / 9] * 3)
 
 
-def test_products_in_bf16_are_those_of_training_only(tmp_path):
-    plans = [study.make_plan(tmp_path, None, 1.0, products) for products in ("float32", "bfloat16")]
-    assert [plan.recipe.train.products for plan in plans] == ["float32", "bfloat16"]
+def test_a_study_in_other_products_is_refused(tmp_path):
+    plan = study.make_plan(tmp_path, None, 1.0, "bfloat16")
+    assert plan.recipe.train.products == "bfloat16"
     (tmp_path / "study.json").write_text('{"scale": 1.0, "products": "float32"}')
-    study.refuse_other_study(plans[0])
     with pytest.raises(SystemExit, match="holds a study with --products float32, not bfloat16; name another --output"):
-        study.refuse_other_study(plans[1])
+        study.refuse_other_study(plan)
 
 
 def test_the_kind_that_is_kept_apart_counts_in_no_other_number(output):

@@ -1,8 +1,8 @@
 """What is said before a run starts: memory, steps, time and disk, and that nothing starts with `--dry-run`."""
 
 import json
-import re
 from dataclasses import asdict, replace
+from shutil import disk_usage
 from types import SimpleNamespace
 
 import pytest
@@ -15,16 +15,16 @@ from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan.lines import answering_seconds
+from dpace.plan.lines import answer_bytes, answering_seconds, disk_line
 from dpace.plan.speed import Machine, Speed, measure_speed
 from dpace.plan.training import TrainingPlan, known_lengths, plan_recipe
+from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, known_settings
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
 from tests.conftest import make_tokenizer
-from tests.support.families import make_sharp_target
-from tests.support.files import make_prompts, write_prompts, write_rows
+from tests.support.files import make_prompts, write_rows
 from tests.support.memory import peak_bytes
 
 SHAPES = {
@@ -147,81 +147,68 @@ def files(folder) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in names}
 
 
-@pytest.mark.parametrize("verb", ["respond", "train", "compare", "bench", "check"])
+TELLS = {
+    "respond": "answers: 4 kept, 16 to come\ntime: about ",
+    "train": "goes on at step 900,001\n",
+    "compare": "drafters: 9\n",
+    "bench": "answers: ",
+    "check": "answers: ",
+}
+
+
+@pytest.mark.parametrize("verb", TELLS)
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(verb, answered, tmp_path, capsys):
     """There are no weights, so that any work would fail."""
-    (tmp_path / "out" / "drafter").mkdir()
-    before = files(tmp_path)
-    options = answered if verb != "respond" else [*answered, "--output", str(tmp_path / "other")]
+    out = tmp_path / "out"
+    for name in ("checkpoint-900000", "checkpoint-900000-of-the-user"):
+        (out / "drafter" / "checkpoints" / name).mkdir(parents=True)
+    options = answered
+    if verb == "respond":
+        lines = (out / "responses.jsonl").read_text().splitlines(keepends=True)
+        (out / "responses.jsonl").write_text("".join(lines[:4]))
     if verb == "check":
-        options = ["--prompts", answered[-1], "--target", answered[1], "--drafter", str(tmp_path / "out")]
+        options = ["--prompts", answered[-1], "--target", answered[1], "--drafter", str(out)]
+    before = files(tmp_path)
     assert main([verb, *options, "--dry-run"]) == 0, capsys.readouterr().err
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    lines = said.splitlines()
     assert 1 <= len(lines) <= 7 and all(len(line.replace(str(tmp_path), "")) <= 80 for line in lines), lines
-    assert any(line.startswith("time: ") for line in lines) and files(tmp_path) == before
-
-
-@pytest.mark.parametrize("verb", ["respond", "compare", "bench"])
-def test_a_dry_run_refuses_prompts_that_the_target_would_refuse(verb, answered, tmp_path, capsys):
-    (tmp_path / "out" / "drafter").mkdir()
-    output = ["--output", str(tmp_path / "other")] if verb != "bench" else []
-    group = "bench" if verb == "bench" else "respond"
-    assert main([verb, *answered, *output, "--dry-run", f"--{group}.max-new-tokens", "40000"]) == 1
-    assert "of up to 40000 new tokens it passes the target's limit of 32768" in capsys.readouterr().err
-
-
-def test_a_training_says_where_it_goes_on(answered, tmp_path, capsys):
-    (tmp_path / "out" / "drafter" / "checkpoints" / "checkpoint-900000").mkdir(parents=True)
-    assert main(["train", *answered, "--dry-run", "--train.max-steps", "1000000"]) == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.endswith("goes on at step 900,001\n")
+    assert "disk: up to " in said or verb in ("bench", "check")
+    assert "time: about " in said and TELLS[verb] in said and files(tmp_path) == before
 
 
 def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsys):
-    assert main(["plan", *answered, "--memory", "20MiB", "--device", "cpu"]) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
+    def plan(*options: str) -> str:
+        assert main(["plan", *answered, *options]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    said = plan("--memory", "20MiB", "--device", "cpu")
     assert "does not fit in 20.0 MiB" in said and "largest --train.batch-size that fits: 0" in said
     assert "makes it fit: a lower --train.num-anchors" in said and "time: about " in said
     assert "17 conversations of 40 tokens" in said and "not all answers are there" not in said
     assert said.endswith(f"next: dpace train {' '.join(answered)} --device cpu\n")
     other = ["--output", str(tmp_path / "other"), "--memory=80GB"]
-    assert main(["plan", *answered, *other]) == 0
-    assert "17 conversations of 2,0" in (said := capsys.readouterr().out) and "not all answers are there" in said
-    assert main(["plan", *answered, *other, "--prompts.path", str(tmp_path / "none.jsonl")]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "prompts are not on this machine" in said
-        and "2 conversations of 3,072 tokens" in said
-        and "fits in 74.5 GiB" in said
-    )
+    said = plan(*other)
+    assert "17 conversations of 2,0" in said and "not all answers are there" in said and "next: dpace respond" in said
+    said = plan(*other, "--prompts.path", str(tmp_path / "none.jsonl"))
+    assert "prompts are not on this machine" in said and "fits in 74.5 GiB" in said
+    assert "2 conversations of 3,072 tokens" in said
     assert "makes it fit" not in said and "--memory" not in said.splitlines()[-1]
-
-
-def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
-    make_sharp_target("qwen2.5-vl").model.config.save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    command = ["respond", "--target", str(tmp_path), "--prompts.path", "demo", "--output", str(tmp_path / "out")]
-    assert main([*command, "--respond.max-new-tokens", "8", "--dry-run"]) == 0, capsys.readouterr().err
-
-
-def test_answers_that_are_kept_are_not_counted(answered, tmp_path, capsys):
-    path = tmp_path / "out" / "responses.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
-    assert main(["respond", *answered, "--dry-run"]) == 0
-    assert "answers: 4 kept, 16 to come\ntime: about " in capsys.readouterr().out
 
 
 def test_answers_compute_each_token_once_or_read_the_copies_of_weights_in_each_step(tmp_path):
     plan, _ = make_loop(SOFT, tmp_path)
     recipe = replace(plan.recipe, respond=RespondConfig(max_new_tokens=10, batch_size=2))
     prompts = make_prompts(["x" * 400] * 3)
-    tokens = sum(len(str(prompt.turns)) for prompt in prompts) / 4 + 3 * 10
-    fast = SPEED._replace(bytes_per_second=1e30)
-    each = 2 * plan.target.model.num_parameters() / fast.flops
-    on = replace(plan, machine=plan.machine._replace(speed=fast))
-    assert answering_seconds(recipe, on, prompts) == pytest.approx(tokens * each)
-    on = replace(plan, machine=plan.machine._replace(speed=SPEED._replace(flops=1e30)))
-    step = plan.target_bytes / 2 / SPEED.bytes_per_second
-    assert answering_seconds(recipe, on, prompts) == pytest.approx(2 * 10 * step)
+
+    def seconds(**speed: float) -> float:
+        machine = plan.machine._replace(speed=SPEED._replace(**speed))
+        return answering_seconds(recipe, replace(plan, machine=machine), prompts)
+
+    num_tokens = sum(len(str(prompt.turns)) for prompt in prompts) / 4 + 3 * 10
+    work = num_tokens * 2 * plan.target.model.num_parameters()
+    assert seconds(bytes_per_second=1e30) == pytest.approx(work / SPEED.flops)
+    assert seconds(flops=1e30) == pytest.approx(2 * 10 * plan.target_bytes / 2 / SPEED.bytes_per_second)
 
 
 def test_the_speed_follows_from_the_least_time(monkeypatch):
@@ -231,44 +218,18 @@ def test_the_speed_follows_from_the_least_time(monkeypatch):
     assert speed == pytest.approx((2 * 512 * 1024 * 1024 * 50, 4 * 2**25 * 50))
 
 
-@pytest.mark.wide
-def test_the_announced_disk_is_a_bound(language_folder, language_prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpace.plan.speed.measure_speed", lambda *_: SPEED)
-    path = write_prompts(tmp_path / "prompts.jsonl", language_prompts)
-    args = ["compare", "--target", str(language_folder), "--output", str(tmp_path / "out"), "--seeds", "0"]
-    args += ["--prompts.path", path, "--respond.max-new-tokens", "8", "--drafter.num-layers", "1"]
-    args += ["--objectives", "dpace", "--train.max-steps", "2", "--train.num-anchors", "4", "--bench.num-prompts", "1"]
-    args += ["--bench.max-new-tokens", "8", "--bench.temperatures", "0"]
-    assert main(args) == 0
-    said = capsys.readouterr().err
-    assert re.search("time: about .*start .*, answers .*, training .*, decoding ", said)
-    (needed,) = re.findall(r"disk: up to ([\d.]+) MiB", said)
-    written = sum(each.stat().st_size for each in (tmp_path / "out").rglob("*") if each.is_file())
-    assert written < float(needed) * 2**20
-
-
-def test_answers_take_no_more_disk_than_announced(language_folder, tmp_path, capsys):
+def test_answers_take_no_more_disk_than_announced(language_target, tmp_path):
     """Where prompts are longer than answers too, and while the file is put in order."""
-    rows = ({"messages": [{"role": "user", "content": f"w{i} " * 90}], "id": str(i)} for i in range(12))
-    path = write_rows(tmp_path / "prompts.jsonl", rows)
-    out = tmp_path / "out"
-    args = ["respond", "--target", str(language_folder), "--output", str(out), "--prompts.path", path]
-    assert main([*args, "--respond.max-new-tokens", "2"]) == 0
-    (needed,) = re.findall(r"disk: up to ([\d.]+) KiB", capsys.readouterr().err)
-    written = sum(each.stat().st_size for each in out.glob("responses*"))
-    assert 2 * written < float(needed) * 2**10
+    recipe = Recipe(respond=RespondConfig(max_new_tokens=2))
+    prompts = make_prompts(f"w{i} " * 90 for i in range(12))
+    write_responses(language_target, prompts, tmp_path / "responses.jsonl", recipe.respond)
+    written = sum(path.stat().st_size for path in tmp_path.glob("responses*"))
+    assert 2 * written < answer_bytes(recipe, prompts)
 
 
-@pytest.mark.parametrize(("tracker", "fix"), [("wandb", "pip install wandb"), ("abacus", "does not know")])
-def test_a_tracker_is_missed_before_any_work(tracker, fix, answered, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpace.train.progress.get_available_trackers", list)
-    assert main(["train", *answered, "--train.report-to", tracker]) == 1
-    assert fix in capsys.readouterr().err and not (tmp_path / "out" / "drafter").exists()
-
-
-def test_a_full_disk_is_seen_before_any_work(answered, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpace.plan.lines.free_disk", lambda _: 1000)
-    for verb in ("train", "compare"):
-        assert main([verb, *answered]) == 1
-        assert "make room" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "drafter").exists()
+def test_a_full_disk_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(1000))
+    free = disk_usage(tmp_path).free
+    assert disk_line(tmp_path, 1000).startswith(f"disk: up to 1000 B in {tmp_path}, ")
+    with pytest.raises(ValueError, match="make room, or name another"):
+        disk_line(tmp_path / "new" / "folder", 2 * free)

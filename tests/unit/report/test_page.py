@@ -82,8 +82,9 @@ def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
     """No verification, no speed: `-` and null, never NaN, and no warning."""
     config = BenchConfig(max_new_tokens=1, temperatures=(0.0,))
     drafters = {"a": language_drafter, "b": language_drafter}
-    results = bench(language_target, drafters, make_prompts(language_prompts[:7]), config, tmp_path)
-    row = read_results(tmp_path / "results.json").rows[0]
+    bench(language_target, drafters, make_prompts(language_prompts[:7]), config, tmp_path)
+    results = read_results(tmp_path / "results.json")
+    row = results.rows[0]
     assert row.tau is row.decode_speedup is row.published.tau is None and row.tau_interval == (None, None)
     assert results.comparisons[0].tau_gain == (None, None, None)
     first = speeds(results).rows[0]
@@ -93,8 +94,7 @@ def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
 
 def test_names_are_shown_as_they_are(tmp_path, capsys):
     """In the page, in the Markdown and in the terminal's tables."""
-    named = [make_row(set=NAME, drafter=NAME, responses=[make_response(set=NAME)], plain_responses=[make_plain()])]
-    results = make_bench(*named, drafters={NAME: "0" * 64}, target=f"t/{NAME}")
+    results = make_bench(make_row(set=NAME, drafter=NAME), drafters={NAME: "0" * 64}, target=f"t/{NAME}")
     write_results(tmp_path / "results.json", results)
     assert main(["report", str(tmp_path)]) == 0
     markdown = "\n\n".join(map(to_markdown, tables_of(results)))

@@ -11,7 +11,6 @@ from tests.support.rows import (
     make_bench,
     make_compare,
     make_compared,
-    make_response,
     make_row,
     make_served,
     make_servers,
@@ -28,7 +27,6 @@ def tables():
         **NAMES,
         block_size=16,
         reach_rate=[1.0] * 15,
-        responses=[make_response(prompt_tokens=3000, histogram=[1] * 16)],
         tau=12.34,
         tau_interval=INTERVAL,
         decode_speedup=10.0,
@@ -98,17 +96,16 @@ def test_rows_say_what_they_know():
 
 
 def test_advice_follows_from_the_verdicts():
-    def results(**intervals):
-        return make_bench(*(make_row(set=name, decode_speedup_interval=ends) for name, ends in intervals.items()))
+    faster, slower = (1.1, 1.3), (0.7, 0.9)
+    ends = {"faster": faster, "slower": slower, "not clear": (0.9, 1.1), "too few prompts": (None, None)}
+    assert all(verdict(interval) == words for words, interval in ends.items())
 
-    ends_of = {"faster": (1.1, 1.3), "slower": (0.7, 0.9), "not clear": (0.9, 1.1), "too few prompts": (None, None)}
-    for words, ends in ends_of.items():
-        assert verdict(ends) == words
-        said = "faster than plain decoding on a" if words == "faster" else "nothing here is clearly faster"
-        assert advice(results(a=ends)).startswith(said)
-    mixed = results(a=(1.1, 1.3), b=(0.7, 0.9))
-    assert "on a, but not clearly on b: measure more prompts there" in advice(mixed)
-    slower = make_row(decode_speedup_interval=(0.7, 0.9))
-    for width, said in {"copies": "nothing here", "auto": "faster than plain decoding on s"}.items():
-        faster = make_row(width=width, decode_speedup_interval=(1.1, 1.3))
-        assert advice(make_bench(faster, slower)).startswith(said), "copies need no drafter"
+    def advise(*rows) -> str:
+        named = (make_row(set=name, width=width, decode_speedup_interval=interval) for name, width, interval in rows)
+        return advice(make_bench(*named))
+
+    better, worse = ("a", "auto", faster), ("b", "auto", slower)
+    assert advise(better) == "faster than plain decoding on a"
+    assert "on a, but not clearly on b: measure more prompts there" in advise(better, worse)
+    for rows in ([worse], [worse, ("b", "copies", faster)]):
+        assert advise(*rows).startswith("nothing here is clearly faster"), "copies need no drafter"
