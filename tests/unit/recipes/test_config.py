@@ -1,4 +1,3 @@
-import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from dpace.config import Recipe
 from dpace.recipes import RECIPES
 from dpace.recipes.flags import command, next_command, parse
 from dpace.recipes.recipe_file import read_recipe, write_recipe
-from dpace.recipes.validation import UsageError
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -21,30 +19,6 @@ def test_recipes_parse_and_are_found_by_name(name, capsys):
     assert parse(Recipe, "train", [name]) == recipe
     assert next_command("bench", "train", [name, "--seed", "7", "--dry-run"]) == f"dpace bench {name} --train.seed 7"
     assert main(["--help"]) == 0 and name in capsys.readouterr().out
-
-
-def test_a_recipe_of_no_name_is_refused():
-    with pytest.raises(UsageError, match="no recipe named 'qwen3-4b'; .*qwen3-4b-3l"):
-        parse(Recipe, "train", ["qwen3-4b"])
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ("--learning-rat", "--train.learning-rate"),
-        ("--epochs", "--train.num-epochs"),
-        ("--qqq", None),
-    ],
-)
-def test_a_near_miss_suggests_the_option(given, meant):
-    with pytest.raises(UsageError, match=given) as caught:
-        parse(Recipe, "train", [given, "3"])
-    assert re.findall(r"did you mean (\S+)\?", str(caught.value)) == ([meant] if meant else [])
-
-
-def test_the_version_is_the_packages(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"dpace {dpace.__version__}\n"
 
 
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):
@@ -61,7 +35,10 @@ def test_passwords_of_addresses_are_written_nowhere(tmp_path):
 
 
 def test_exit_codes_of_usage(capsys):
-    assert main(["--help"]) == 0 and "usage: dpace" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert usage.startswith("usage: dpace") and max(map(len, usage.splitlines())) <= 80
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"dpace {dpace.__version__}\n"
     assert main([]) == 2
     assert main(["fly"]) == 2 and "unknown verb 'fly'; choose one" in capsys.readouterr().err
     assert main(["trian"]) == 2 and "did you mean train?" in capsys.readouterr().err
