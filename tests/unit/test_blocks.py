@@ -87,9 +87,10 @@ def test_dense_and_flex_are_one_rule(example):
 @hypothesis.example(16, 700, [30], Reach(201), random.Random(0))
 def test_tiles_are_those_of_the_dense_mask(block_size, num_context, counts, reach, draws):
     """Any anchors, block size and text: every tile with a visible pair is there, and whole tiles are whole."""
-    anchors = [torch.tensor(sorted(draws.sample(range(num_context - 1), min(n, num_context - 1)))) for n in counts]
+    places = range(num_context - 1)
+    anchors = [torch.tensor(sorted(draws.sample(places, min(n, len(places)))), dtype=torch.long) for n in counts]
     ids = torch.zeros(len(counts), num_context, dtype=torch.long)
-    blocks = build_blocks(ids, ids == 0, [a.long() for a in anchors], block_size)
+    blocks = build_blocks(ids, ids == 0, anchors, block_size)
     dense = dense_mask(blocks, num_context, reach)[:, 0]
     tiles = torch.nn.functional.pad(dense, (0, -dense.shape[2] % MASK_TILE, 0, -dense.shape[1] % MASK_TILE))
     tiles = tiles.unflatten(1, (-1, MASK_TILE)).unflatten(3, (-1, MASK_TILE)).transpose(2, 3).flatten(3)
