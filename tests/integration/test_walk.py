@@ -1,6 +1,8 @@
 """A newcomer's way through the commands on the tiny target: each one follows what the one before printed."""
 
+import re
 import shlex
+import shutil
 
 import pytest
 import yaml
@@ -48,6 +50,11 @@ def test_from_prompts_to_an_exported_drafter(run, language_folder, language_prom
     printed = run(train)
     assert "training, dpace: 1 of 30" in printed[1]
     assert "dpace-out/drafter is finished" in run(train)[1]
+    refused = run(f"{train} --max-steps 34", code=1)[1]
+    found = re.search(r"run `mv (\S+) (\S+)`, then add (--drafter.init [^ ,]+)", refused)
+    assert found, refused
+    shutil.move(found[1], found[2])
+    printed = run(f"{train} --max-steps 34 {found[3]}")
     printed = run(next_of(printed))
     assert "decoding: " in printed[1] and "the target's code: packed weights, grouped heads, fused layers" in printed[1]
     generate = next_of(printed)

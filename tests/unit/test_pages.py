@@ -112,6 +112,21 @@ def test_every_verb_is_shown():
     assert {"make demo", "pip install ."} <= set(COMMANDS) and len(STARTED) == 4
 
 
+def test_a_printed_tau_is_not_that_of_copies_alone():
+    """Width `auto` copies earlier text too: what prints its tau prints the copied tokens, or takes whole drafts."""
+    shown = [page.read_text() for page in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]]
+    for text in shown:
+        if re.search(r"print\(.*acceptance\.tau", text):
+            assert "num_copied" in text or 'width="full"' in text
+
+
+def test_each_benchmark_is_named_or_started_by_another():
+    text = "".join(page.read_text() for page in PAGES)
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    inner = {"engines_child.py", "llamacpp.py", "make_prompts.py", "respond_server.py"}
+    assert scripts == inner | {name for name in scripts if f"benchmarks/{name}" in text}
+
+
 def test_lines_of_prompts_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(block_of("json"))
