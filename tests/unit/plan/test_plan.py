@@ -150,7 +150,7 @@ def files(folder) -> dict:
 TELLS = {
     "respond": "answers: 4 kept, 16 to come\ntime: about ",
     "train": "goes on at step 900,001\n",
-    "compare": "drafters: 0 kept, 9 to come\n",
+    "compare": "drafters: 1 kept, 8 to come\n",
     "bench": "answers: ",
     "check": "answers: ",
 }
@@ -162,6 +162,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(verb, answered, tmp_
     out = tmp_path / "out"
     for name in ("checkpoint-900000", "checkpoint-900000-of-the-user"):
         (out / "drafter" / "checkpoints" / name).mkdir(parents=True)
+    (finished := out / "dflash" / "seed-1").mkdir(parents=True)
+    (finished / "provenance.json").write_text("{}")
     options = answered
     if verb == "respond":
         lines = (out / "responses.jsonl").read_text().splitlines(keepends=True)
