@@ -48,13 +48,16 @@ def test_a_token_that_repeats_the_one_before_cannot_be_drafted():
     assert score_block(probs, drafted, tokens, is_end, is_drawn=True)[0].tolist() == [1.0, 0.5]
 
 
-def test_the_floor_of_a_chain_lies_between_its_ends():
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
     """All paths with their probabilities give the exact floor; few samples of them give bounds."""
     num_tokens, num_slots = 5, 3
     generator = torch.Generator().manual_seed(1)
     start = torch.rand(num_tokens, generator=generator).softmax(-1)
     then = (3 * torch.randn(num_tokens, num_tokens, generator=generator)).softmax(-1)
     own = torch.randn(num_slots, num_tokens, generator=generator).softmax(-1)
+    if not is_drawn:
+        own = torch.nn.functional.one_hot(own.argmax(-1), num_tokens).float()
 
     def probs_of(paths):
         return torch.stack([start.expand(len(paths), -1), then[paths[:, 0]], then[paths[:, 1]]], 1)
@@ -64,7 +67,7 @@ def test_the_floor_of_a_chain_lies_between_its_ends():
         while paths.shape[1] < num_slots:
             paths = torch.cat([paths, torch.multinomial(then[paths[:, -1]], 1)], 1)
         drafted = own.expand(num_samples, -1, -1)
-        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool(), is_drawn=True)
+        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool(), is_drawn=is_drawn)
 
     paths = torch.tensor(list(itertools.product(range(num_tokens), repeat=num_slots)))
     probs = probs_of(paths)
@@ -73,10 +76,11 @@ def test_the_floor_of_a_chain_lies_between_its_ends():
     for slot in range(num_slots):
         # The chance of a path up to here, accepted as it is drafted, spread over what comes behind it.
         shares = weights / num_tokens ** (num_slots - slot)
-        fitted = fit_blind(probs[:, slot], shares, is_drawn=True)
+        fitted = fit_blind(probs[:, slot], shares, is_drawn=is_drawn)
         exact[:, slot] = [floor.rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
         true = probs[:, slot].gather(1, paths[:, slot, None])[:, 0]
-        weights = weights * torch.minimum(true, own[slot][paths[:, slot]])
+        drafts = own[slot][paths[:, slot]]
+        weights = weights * (torch.minimum(true, drafts) if is_drawn else true * drafts)
     reached, rejected, low, high = np.mean([measure(8) for _ in range(100)], 0)
     assert np.allclose(rejected, exact[0], atol=0.03) and reached[0] == 1
     assert (low <= exact[1] + 0.01).all() and (high >= exact[1] - 0.01).all() and high[1] - low[1] > 0.01
@@ -149,4 +153,5 @@ def test_the_command_says_where_tau_is_lost_and_goes_on(
     assert read_results(folder / "explain.json") == results and results.num_samples == 4
     assert main(["report", "dpace-explain"]) == 0
     assert "Where tau is lost" in (folder / "report.html").read_text()
+    assert "100 to 100 %" in explain("--max-new-tokens", "8", "--temperature", "0", "--output", "greedy").out
     assert "nothing was rejected" in explain("--max-new-tokens", "1", "--output", "one").out

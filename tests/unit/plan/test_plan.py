@@ -1,6 +1,7 @@
 """What is said before a run starts: memory, steps, time and disk, and that nothing starts with `--dry-run`."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from shutil import disk_usage
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
 from tests.conftest import make_tokenizer
-from tests.support.files import make_prompts, write_rows
+from tests.support.files import make_prompts, write_prompts, write_rows
 from tests.support.memory import peak_bytes
 
 SHAPES = {
@@ -218,6 +219,22 @@ def test_the_speed_follows_from_the_least_time(monkeypatch):
     monkeypatch.setattr("dpace.plan.speed.Timer.blocked_autorange", lambda *_, **__: times)
     speed = measure_speed.__wrapped__(torch.device("cpu"), torch.float32)
     assert speed == pytest.approx((2 * 512 * 1024 * 1024 * 50, 4 * 2**25 * 50))
+
+
+@pytest.mark.wide
+def test_the_announced_disk_is_a_bound(language_folder, language_prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dpace.plan.speed.measure_speed", lambda *_: SPEED)
+    path = write_prompts(tmp_path / "prompts.jsonl", language_prompts)
+    args = ["compare", "--target", str(language_folder), "--output", str(tmp_path / "out"), "--seeds", "0"]
+    args += ["--prompts.path", path, "--respond.max-new-tokens", "8", "--drafter.num-layers", "1"]
+    args += ["--objectives", "dpace", "--train.max-steps", "2", "--train.num-anchors", "4", "--bench.num-prompts", "1"]
+    args += ["--bench.max-new-tokens", "8", "--bench.temperatures", "0"]
+    assert main(args) == 0
+    said = capsys.readouterr().err
+    assert re.search("time: about .*start .*, answers .*, training .*, decoding ", said)
+    (needed,) = re.findall(r"disk: up to ([\d.]+) MiB", said)
+    written = sum(each.stat().st_size for each in (tmp_path / "out").rglob("*") if each.is_file())
+    assert written < float(needed) * 2**20
 
 
 def test_answers_take_no_more_disk_than_announced(language_target, tmp_path):
