@@ -63,7 +63,7 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None
         ValueError: see `load_custom` and `source_sha256`.
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if name not in NO_RESULT}
-    if recipe.drafter.head is None:  # options of a head, whose defaults have changed, say nothing then
+    if recipe.drafter.head is None:  # options of a head change nothing then, and older runs have other defaults
         settings = {name: value for name, value in settings.items() if ".head_" not in name}
     settings[STEP_SIZE] = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * ranks.num_ranks()
     settings["init_sha256"] = None if init is None else fingerprint(init)
