@@ -54,14 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     if verb == "--version":
         print(f"dpace {dpace.__version__}")
         return 0
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return 0
     if verb not in VERBS:
-        is_help = verb in ("-h", "--help")
-        if argv and not is_help:
+        if argv:
             meant = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean {meant[0]}?" if meant else "choose one of those below"
             print(f"unknown verb {ascii(verb)}; {hint}\n", file=sys.stderr)
-        print(USAGE, file=sys.stdout if is_help else sys.stderr)
-        return 0 if is_help else 2
+        print(USAGE, file=sys.stderr)
+        return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # bars of transformers and others fill a log

@@ -175,21 +175,15 @@ class Answers:
         if not self.path.exists():
             raise ValueError(self._none())
         self.meta = read_meta(self.path)
-        if self.meta.get("complete") is False:
-            raise ValueError(
-                f"{self.path} holds the answers of an interrupted `dpace respond`; run the same command again: "
-                f"`{respond}`"
-            )
         fault = None
-        if "target" not in self.meta:
+        if self.meta.get("complete") is False:
+            fault = "holds the answers of an interrupted `dpace respond`"
+        elif "target" not in self.meta:
             fault = "has no meta file beside it that says which target made the answers"
         elif self.meta.get("responses_sha256") not in (None, hash_file(self.path)):
             fault = "was changed after `dpace respond` wrote it"
         if fault:
-            raise ValueError(
-                f"{self.path} {fault}; put it back as it was, or write the answers again, into another folder, with "
-                f"`{respond}`"
-            )
+            raise ValueError(f"{self.path} {fault}; run `{respond}`, which goes on with it or says what to do")
         self.refuse_others({"thinking": recipe.thinking})
 
     def _none(self) -> str:
@@ -218,7 +212,7 @@ class Answers:
             "train on the target's own answers: set --target, --dtype and --thinking as they were, or write new "
             f"answers into another folder with `{self.respond}`"
         )
-        same_run(answered, compared, f"the answers in {self.path} were made", way_out, {})
+        same_run(answered, compared, f"the answers in {self.path} were made", way_out)
 
 
 def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus]:

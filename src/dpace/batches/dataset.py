@@ -19,7 +19,7 @@ from torch import Tensor
 from dpace.batches.corpus import Corpus
 from dpace.blocks import build_blocks, sample_anchors
 from dpace.respond.responses import Response
-from dpace.system.progress import progress_bar
+from dpace.system.progress import track
 from dpace.target import Target
 from dpace.target.beginnings import find_shared
 from dpace.target.target import HEAD_INPUT
@@ -67,8 +67,8 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
         """The different tokens of all conversations, ascending."""
-        parts = [np.unique(self.token_ids(index).numpy()) for index in range(len(self))]
-        return torch.from_numpy(np.unique(np.concatenate([np.zeros(0, np.int64), *parts])))
+        parts = [self.token_ids(index).unique() for index in range(len(self))]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *parts]).unique()
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
         """Return the tokens of a conversation."""
@@ -108,11 +108,8 @@ class ResponseDataset(torch.utils.data.Dataset):
         self, compute: Compute, batches: Sequence[Sequence[int]], title: str
     ) -> Iterator[tuple[int, Tensor]]:
         """Compute features batch by batch, and yield those of each conversation with its number."""
-        with progress_bar() as bar:
-            task = bar.add_task(title, total=sum(map(len, batches)), info="")
-            for batch in batches:
-                yield from zip(batch, compute([self.token_ids(number) for number in batch]), strict=True)
-                bar.update(task, advance=len(batch))
+        for batch in track(batches, title, size=len):
+            yield from zip(batch, compute([self.token_ids(number) for number in batch]), strict=True)
 
     def steps(self, step_size: int, *, seed: int, is_grouped: bool) -> list[list[int]]:
         """Choose the conversations of each step of the epoch, by number; the last step may have fewer.

@@ -9,9 +9,7 @@ Both must see the same folder.
 """
 
 import hashlib
-import json
 import shutil
-import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -90,14 +88,7 @@ class ServerFeatures:
         """Let one of the servers compute the hidden states of a text, and refuse what are not these."""
         server = self.servers[number % len(self.servers)]
         token_ids = text.tolist()
-        body = {
-            "model": server.model,
-            "prompt": token_ids,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "return_token_ids": True,
-        }
-        (reply,) = server.address.events("/v1/completions", body, 1 + len(token_ids))
+        (reply,) = server.address.events(*server.request(token_ids, 1, 0.0, 0), len(token_ids))
         params: Any = reply and reply.get("kv_transfer_params")
         path = params.get("hidden_states_path") if isinstance(params, dict) else None
         if not isinstance(path, str) or not path.endswith(".safetensors"):
@@ -156,18 +147,12 @@ class FeatureFiles(Sequence[Tensor]):
         return len(self.names)
 
     def __getitem__(self, index: Any) -> Any:
-        """Read a row, "seq feature", and compare it with its checksum.
-
-        Raises:
-            ValueError: the file was changed.
-        """
+        """Read a row, "seq feature"."""
         name = self.names[index]
-        path, checksum = self.rows[name]
-        row = self.open(path).get_tensor(name)
-        if _checksum(row) != checksum:
-            raise ValueError(f"{path} is damaged; delete it, and the same command computes its rows again")
+        file = self.open(self.rows[name])
+        row = file.get_tensor(name)
         if row.dtype == torch.float8_e4m3fn:
-            row = row.float() * self.open(path).get_tensor(name + SCALE)[:, None]
+            row = row.float() * file.get_tensor(name + SCALE)[:, None]
         return row.to(self.dtype)
 
 
@@ -192,7 +177,8 @@ def keep_on_disk(
     of_layers = [[layer for layer in layer_ids if layer != HEAD_INPUT], HEAD_INPUT in layer_ids]
     facts = [of_target, *of_layers, dtype, made_by]
     rows = Path(config.feature_files) / hash_json(facts)[:16]
-    names = [_hash_text(dataset.token_ids(i)) for i in range(len(dataset))]
+    texts = (dataset.token_ids(i).numpy().tobytes() for i in range(len(dataset)))
+    names = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
     with lock_folder(rows):
         missing = ranks.from_first(lambda: set(names) - _index_rows(rows).keys())
         if missing:
@@ -215,27 +201,17 @@ def keep_on_disk(
     dataset.kept = [*layer_ids]
 
 
-def _hash_text(token_ids: Tensor) -> str:
-    return hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()[:32]
-
-
-def _checksum(row: Tensor) -> int:
-    return zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def _index_rows(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Find the file and the checksum of each row."""
-    rows: dict[str, tuple[Path, int]] = {}
+def _index_rows(folder: Path) -> dict[str, Path]:
+    """Find the file of each row."""
+    rows: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {})["crc32"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+                rows |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is no file of hidden states, or a damaged one ({error}); delete it, and the same command "
-                "computes its rows again"
+                f"{path} is damaged ({error}); delete it, and the same command computes its rows again"
             ) from error
-        rows |= {name: (path, checksum) for name, checksum in found.items()}
     return rows
 
 
@@ -274,6 +250,5 @@ def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[
 
 def _write_rows(folder: Path, rows: dict[str, Tensor]) -> None:
     """Write rows as one file, named after the first."""
-    checksums = {name: _checksum(row) for name, row in rows.items() if not name.endswith(SCALE)}
     with writing(folder / f"{next(iter(rows))}.safetensors") as unfinished:
-        save_file(rows, unfinished, metadata={"crc32": json.dumps(checksums)})
+        save_file(rows, unfinished)

@@ -18,7 +18,7 @@ from pydantic import Field
 from dpace.config import BenchConfig, ExplainConfig, RespondConfig, Width
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
-from dpace.recipes.validation import from_json, json_object, optional, to_json
+from dpace.recipes.validation import from_json, json_object, to_json
 from dpace.respond.conversation import Conversation
 from dpace.servers.apis import Counts
 from dpace.system import ranks
@@ -47,11 +47,11 @@ class Setup:
     target: str
     max_new_tokens: int
     seed: int
-    prompt_seeds: str | None = optional()
+    prompt_seeds: str | None = None
     """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
-    tokenizer_sha256: str | None = optional()
-    chat_template_sha256: str | None = optional()
-    thinking: bool | None = optional()
+    tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+    thinking: bool | None = None
 
 
 @json_object
@@ -60,9 +60,9 @@ class Provenance(Setup):
 
     drafters: dict[str, str]
     """Hashes of their weights, by name."""
-    target_weights_sha256: str | None = optional()
+    target_weights_sha256: str | None = None
     """`dpace.target.Target.sha256`."""
-    drafter_configs: dict[str, str] | None = optional()
+    drafter_configs: dict[str, str] | None = None
     """Hashes of the drafters' configs, by name."""
     engine: str
     dtype: str
@@ -77,9 +77,9 @@ class ServerAddress:
     url: str
     engine: str
     """What it turned out to be."""
-    model: str | None = optional()
+    model: str | None = None
     """What it calls its model, where it says so."""
-    version: str | None = optional()
+    version: str | None = None
     """Which version of the engine runs, where it says so."""
 
 

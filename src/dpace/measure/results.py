@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dpace.config import Width
 from dpace.measure.records import Count, ExplainSetup, Provenance, ResponseRecord, ServerSetup, acceptance_of
 from dpace.metrics import Acceptance
-from dpace.recipes.validation import from_json, json_object, optional, to_json
+from dpace.recipes.validation import from_json, json_object, to_json
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
 
 SCHEMA_VERSION = 1
@@ -100,7 +100,7 @@ class Row(DraftedRow):
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
-    compiled: CompiledBaseline | None = optional()
+    compiled: CompiledBaseline | None = None
     """None where it was not measured, as on a CPU."""
 
     @property
@@ -319,7 +319,7 @@ class Heldout:
     block_size: int
     histogram: list[list[Count]]
     num_without_bonus: list[Count]
-    responses_sha256: str | None = optional()
+    responses_sha256: str | None = None
     """Hash of the responses; older versions lack it."""
 
     def acceptance(self, ids: Sequence[str]) -> Acceptance | None:

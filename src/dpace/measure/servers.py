@@ -6,7 +6,6 @@ beside that of this process and of training, with speeds and with the number of 
 """
 
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -153,7 +152,7 @@ def rows_here(path: Path, setup: Setup) -> dict[tuple[float, str], Row]:
     if not isinstance(results, BenchResults):
         raise ValueError(f"{path} has no results of `dpace bench`; run the command without --bench.server too")
     now = {field.name: getattr(setup, field.name) for field in fields(Setup)}
-    same_run(vars(results), now, f"{path} was measured", "give both commands the same options", {})
+    same_run(vars(results), now, f"{path} was measured", "give both commands the same options")
     rows = [row for row in results.rows if row.width == "full" and row.verify_rule == "equality"]
     drafters = {row.drafter for row in rows}
     if len(drafters) != 1:
@@ -182,10 +181,9 @@ def find_tau_in_training(folder: Path) -> float:
 def _ask_server(
     server: Server, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float, seed: int
 ) -> ServedAnswer:
-    """Send token ids to a server, with a salt of their own: they are new to its cache."""
+    """Send token ids to a server, and find the verifications of its answer."""
     before = server.counters()
-    more = server.measured(uuid.uuid4().hex)
-    answer = server.answer(token_ids, max_new_tokens, temperature, seed, more=more)
+    answer = server.answer(token_ids, max_new_tokens, temperature, seed)
     after = server.counters()
     counts = answer.counts
     if counts is None and before and after and after.num_verifications > before.num_verifications:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpace.system.ledger import read_jsonl, read_text, unique_keys
+from dpace.system.ledger import read_jsonl, read_object
 from dpace.system.progress import describe_error, one_line, quoted
 
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
@@ -110,22 +110,10 @@ def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Iterable[tu
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path)
     elif path.suffix == ".json":
-        rows = _read_list(path)
+        rows = read_object(path, "write one list of prompts, or call a file of JSON lines .jsonl", list)
     else:
         return f"{path}:", read_jsonl(path)
     return f"{name}, row ", enumerate(rows, start=1)
-
-
-def _read_list(path: Path) -> list[Any]:
-    """Read a JSON file that holds one list."""
-    text = read_text(path, "a JSON file")
-    try:
-        rows = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fix it, or call a file of JSON lines .jsonl") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds no list; write one list of prompts, or call a file of JSON lines .jsonl")
-    return rows
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -174,17 +162,15 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
             answer = last["content"] if last.keys() == {"role", "content"} else last
         turns = [messages]
     elif kind == "turns":
-        given = _check_list(row[kind], kind)
-        turns = [[_parse_message(turn if isinstance(turn, dict) else _ask(turn))] for turn in given]
-    elif kind == "instruction":
-        message = _parse_message(_ask(row[kind]))
-        if extra := row.get("input"):
-            message["content"] += f"\n\nInput:\n{extra}"
-        turns = [[message]]
-        if output := row.get("output"):
-            answer = _parse_message({"role": "assistant", "content": output})["content"]
+        turns = [[_parse_message(turn)] for turn in _check_list(row[kind], kind)]
     else:
-        turns = [[_parse_message(_ask(row[kind]))]]
+        message = _parse_message(row[kind])
+        turns = [[message]]
+        if kind == "instruction":
+            if extra := row.get("input"):
+                message["content"] += f"\n\nInput:\n{extra}"
+            if output := row.get("output"):
+                answer = _parse_message(output)["content"]
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
@@ -196,14 +182,12 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
     return Prompt(_check_name(row, "id", default_id), name, turns, answer or None)
 
 
-def _ask(text: Any) -> dict[str, Any]:
-    """Return the user's message of a text."""
-    return {"role": "user", "content": text}
-
-
 def _parse_message(message: Any) -> dict[str, Any]:
-    """Read a message: a role and a text in either spelling; it may have calls of tools, and other keys."""
-    message = dict(message) if isinstance(message, dict) else {}
+    """Read a message: a role and a text in either spelling; it may have calls of tools, and other keys.
+
+    A text alone is what the user says.
+    """
+    message = dict(message) if isinstance(message, dict) else {"role": "user", "content": message}
     if "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
     if message.get("role") == "function_call":

@@ -33,13 +33,11 @@ class PromptParts(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Ids of prompts by their purpose, and why others are left out."""
+    """Ids of prompts in their files, by purpose, and why others are left out."""
 
     train: list[str]
     validation: list[str]
     heldout: list[str]
-    names: dict[str, str]
-    """New ids of held-out prompts whose own ones are those of training prompts."""
     dropped: dict[str, dict[str, str]]
     """By the reason: ids of prompts that are left out, each with the prompt that it is like."""
     num_answers: int
@@ -67,11 +65,11 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     if not split.train:
         raise ValueError(f"{path} has no prompt left to train on; add some, or leave fewer out")
     by_id = {prompt.id: prompt for prompt in prompts}
-    own = by_id if heldout is None else {prompt.id: prompt for prompt in heldout}
+    measured = by_id if heldout is None else _rename(heldout, by_id.keys())
     return PromptParts(
         [by_id[name] for name in split.train],
         [by_id[name] for name in split.validation],
-        [replace(own[name], id=split.names.get(name, name)) for name in split.heldout],
+        [measured[name] for name in split.heldout],
     )
 
 
@@ -114,7 +112,6 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
         if public and (like := public.find(prompt)):
             of_public[prompt.id] = like
     groups = _group(texts)
-    names: dict[str, str] = {}
     if heldout is None:
         measured = _take_out(groups, config.num_heldout, seed=0)
         if not measured:
@@ -132,7 +129,6 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
                 f"{groups[shared[0]][0]!r} of {path}; remove it from one of the files"
             )
         measured = list(others.values())
-        names = _rename({same[0] for same in measured}, texts.keys())
     validation = _take_out(groups, config.num_validation, seed=1)
     chosen = [first for first, *_ in validation]
     rest = [name for name, key in texts.items() if key in groups]
@@ -141,7 +137,6 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
         [name for name in rest if name not in of_public][: config.limit],
         [name for name in chosen if name not in of_public],
         [first for first, *_ in measured],
-        names,
         {
             "copies of held-out or validation prompts": {
                 copy: first for first, *copies in (*measured, *validation) for copy in copies
@@ -181,12 +176,13 @@ def _take_out(groups: dict[bytes, list[str]], limit: int, *, seed: int) -> list[
     return [groups.pop(keys[number]) for number in sorted(chosen)]
 
 
-def _rename(heldout: Set[str], taken: Set[str]) -> dict[str, str]:
-    """Return new ids of the held-out prompts whose own ones training prompts have."""
+def _rename(heldout: Sequence[Prompt], taken: Set[str]) -> dict[str, Prompt]:
+    """Return held-out prompts by their ids, with new ones where training prompts have these."""
+    ids = {prompt.id for prompt in heldout}
     prefix = "heldout/"
-    while any(prefix + name in taken | heldout for name in taken & heldout):
+    while any(prefix + name in taken | ids for name in taken & ids):
         prefix += "heldout/"
-    return {name: prefix + name for name in taken & heldout}
+    return {prompt.id: replace(prompt, id=prefix + prompt.id) if prompt.id in taken else prompt for prompt in heldout}
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

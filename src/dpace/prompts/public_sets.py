@@ -111,11 +111,9 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
                 "--bench.sets-dir"
             )
         own = Path(folder or "") / f"{name}.jsonl"
-        rows = []
-        if known and (folder is None or not own.exists()):
-            rows = _download(known) if folder is None else _read_files(known, Path(folder))
+        rows = _read_rows(known, folder) if known and (folder is None or not own.exists()) else []
         if rows:
-            found = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(rows)])
+            found = _with_text(name, [_to_prompt(name, i, row) for i, row in enumerate(rows)])
         else:
             begin = f"{name}/"  # ids are unique in a file only
             found = [
@@ -127,10 +125,22 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
     return prompts
 
 
-def _read_files(known: PublicSet, folder: Path) -> list[dict[str, Any]]:
-    """Read the files of a set in a folder as their authors name them; none for sets without categories."""
-    paths = [folder / file for file in known.files if (folder / file).exists()]
-    return [{"category": path.stem, **row} for path in paths for _, row in read_jsonl(path)]
+def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[dict[str, Any]]:
+    """Read the rows of a set from the Hub, or from those files of its authors that a folder has.
+
+    From the Hub they come file by file where it has no configurations but files.
+    """
+    if folder is None and (known.name or not known.files):
+        return load_from_hub(known.path, known.name, known.split, WAY_OUT)
+    rows: list[dict[str, Any]] = []
+    for file in known.files:
+        if folder is None:
+            of_file = load_from_hub(known.path, None, known.split, WAY_OUT, file)
+        else:
+            path = Path(folder) / file
+            of_file = (row for _, row in read_jsonl(path)) if path.exists() else ()
+        rows += ({"category": Path(file).stem, **row} for row in of_file)
+    return rows
 
 
 def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -145,7 +155,7 @@ def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     return kept
 
 
-def _read_row(name: str, number: int, row: Any) -> Prompt:
+def _to_prompt(name: str, number: int, row: Any) -> Prompt:
     """Turn a row of a dataset into a prompt."""
     known = SETS[name]
     try:
@@ -158,11 +168,3 @@ def _read_row(name: str, number: int, row: Any) -> Prompt:
             f"row {number} of {known.path} has no text where {name} has its prompts ({type(error).__name__}: {error}); "
             f"the dataset has changed: {WAY_OUT}"
         ) from error
-
-
-def _download(source: PublicSet) -> Any:
-    """Download the rows of a dataset from the Hub, file by file where it has no configurations but files."""
-    if source.name or not source.files:
-        return load_from_hub(source.path, source.name, source.split, WAY_OUT)
-    by_file = {file: load_from_hub(source.path, None, source.split, WAY_OUT, file) for file in source.files}
-    return [{"category": Path(file).stem, **row} for file, rows in by_file.items() for row in rows]

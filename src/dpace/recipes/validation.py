@@ -9,11 +9,12 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from dpace.config import STRICT
 from dpace.system.progress import quoted
@@ -32,21 +33,9 @@ def json_object(kind: Any) -> Any:
     return dataclass(kind, frozen=True, kw_only=True)
 
 
-def optional() -> Any:
-    """Declare a field whose key is left out of the file where the field is None."""
-    return field(default=None, metadata={"is_optional": True})
-
-
 def to_json(value: Any) -> Any:
     """Return dataclasses as objects and tuples as lists; what `from_json` reads."""
-    if is_dataclass(value):
-        items = ((entry, getattr(value, entry.name)) for entry in fields(value))
-        return {e.name: to_json(v) for e, v in items if v is not None or not e.metadata.get("is_optional")}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    return value
+    return to_jsonable_python(value)
 
 
 def from_json(kind: type[Kind], value: Any) -> Kind:

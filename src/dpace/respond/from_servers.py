@@ -71,9 +71,9 @@ def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) 
 class ServerAnswers:
     """Running servers, each asked no more than `batch_size` prompts at any time.
 
-    A request that a server cannot answer now is sent again, later with each failure and as late as the server wants
-    (`Retry-After`), for `retry_seconds`. Then the prompt is left out where the server still answers a prompt of one
-    token. A server that does not is given up, and others take its prompts; with the last one the call ends.
+    A request that a server cannot answer now is sent again, later with each failure, for `retry_seconds`. Then the
+    prompt is left out where the server still answers a prompt of one token. A server that does not is given up, and
+    others take its prompts; with the last one the call ends.
 
     Args:
         target: its tokenizer and its chat template make the prompts; the servers get and give token ids.
@@ -94,12 +94,6 @@ class ServerAnswers:
         """Prompts without an answer; None ends the threads of all servers."""
         self._results: queue.SimpleQueue[tuple[Prompt, Response | Exception]] = queue.SimpleQueue()
         """What became of prompts: an answer, `LeftOut`, or what ends the call."""
-
-    @property
-    def described(self) -> list[dict[str, str | None]]:
-        """Engine and model of each kind of server, without addresses, which may change."""
-        kinds = dict.fromkeys((server.engine, server.address.short(server.model or "")) for server in self.servers)
-        return [{"engine": engine, "model": model or None} for engine, model in kinds]
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Response]]:
         """Yield the answers as they come, at once what came since the last time, until every prompt has its end.
@@ -155,7 +149,7 @@ class ServerAnswers:
         ask = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
             stop=tenacity.stop_after_delay(config.retry_seconds),
-            wait=self._wait,
+            wait=tenacity.wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
             reraise=True,
         )
         stops = list(self.target.stop_token_ids)
@@ -166,13 +160,6 @@ class ServerAnswers:
             answer = ask(server.answer, token_ids, *way, stream=False)
             conversation.add(token_ids, tokens_of_answer(answer, stops, config.max_new_tokens))
         return conversation.response
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Return the seconds until a request is sent again."""
-        error = state.outcome and state.outcome.exception()
-        assert isinstance(error, Unavailable)
-        growing = tenacity.wait_random_exponential(FIRST_WAIT, LONGEST_WAIT)
-        return min(max(growing(state), error.retry_after), self.config.retry_seconds)
 
     def _judge(self, server: Server, prompt: Prompt, error: Unavailable) -> Exception | None:
         """Tell a prompt that fails from a server that does, by a prompt of one token; None where others take it."""

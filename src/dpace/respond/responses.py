@@ -4,15 +4,15 @@ Responses come out as dataclasses, and what they depend on as a dictionary: two 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+import pydantic
 
-from dpace.config import RespondConfig
-from dpace.recipes.validation import from_json
+from dpace.config import STRICT, RespondConfig
+from dpace.recipes.validation import explain
 from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
@@ -23,9 +23,9 @@ MAX_TOKENS = 2**31
 """Tokens that a target may have: their numbers are kept in 32 bits."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Response:
-    """One conversation with the target's answers: a line of `responses.jsonl`."""
+    """One conversation with the target's answers: a line of `responses.jsonl`; its types are checked."""
 
     id: str
     set: str
@@ -40,10 +40,6 @@ class Response:
         messages = iter(self.messages)
         turns = [[*islice(messages, length + 1)][:length] for length in lengths]  # without the answer behind each
         return [*filter(None, [*turns, [*messages]])]
-
-
-_VALUES = TypeAdapter(tuple[str, str, list[dict[str, Any]], list[int], list[list[int]]])
-"""Types of a response's fields, in their order; quicker than `from_json`, which says what is wrong."""
 
 
 def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Response]:
@@ -66,16 +62,13 @@ def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterato
     ids: set[str] = set()
     for number, row in read_jsonl(path, is_growing=True):
         try:
-            values = {name: row[name] for name in names if name in row}
-            try:
-                response = Response(*_VALUES.validate_python(tuple(values.values()), strict=True))
-            except ValidationError:
-                response = from_json(Response, values)
+            response = Response(**{name: row[name] for name in names if name in row})
             _check_numbers(response, num_tokens)
             if response.id in ids:
                 raise ValueError(f"the id {response.id!r} occurs twice, expected unique ids")
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}; write the file again with `dpace respond`") from error
+            reason = explain(error, Response) if isinstance(error, pydantic.ValidationError) else error
+            raise ValueError(f"{path}:{number}: {reason}; write the file again with `dpace respond`") from error
         ids.add(response.id)
         yield response
 
@@ -95,15 +88,6 @@ def _check_numbers(response: Response, num_tokens: int) -> None:
 
 INFORMATIVE = ("target", "servers", "revision", "versions")
 """Facts in `responses.meta.json` for people: responses with others are continued."""
-WAYS_OUT = {
-    "thinking": "set --thinking as it was",
-    "dtype": "set --dtype as it was",
-    "max_new_tokens": "set --respond.max-new-tokens as it was",
-    "temperature": "set --respond.temperature as it was",
-    "seed": "set --respond.seed as it was",
-    "source": "set --respond.source and --respond.server as they were",
-}
-"""How to go on with a setting that was changed; others cannot be set back."""
 
 
 def meta_path(path: str | Path) -> Path:
@@ -151,7 +135,7 @@ def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> dict[str
         target: its weights and their precision are not known where servers answer.
         config: of the answers.
     """
-    origin: dict[str, Any] = {"servers": None}  # known once they answer
+    origin = {}
     if not config.server and isinstance(target, Target):
         origin = {
             "revision": getattr(target.model.config, "_commit_hash", None),
@@ -180,7 +164,8 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     if not old:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
     now = {key: value for key, value in meta.items() if key not in INFORMATIVE}
-    same_run({"source": "target"} | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
+    way_out = f"set this as it was, {other}"
+    same_run({"source": "target"} | old, now, f"{path} was made by {old.get('target')!r}", way_out)
 
 
 def register_answers(path: Path) -> None:
@@ -201,4 +186,4 @@ def register_answers(path: Path) -> None:
 def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
     """Write what made the responses, all or nothing."""
     state = {"complete": is_complete, "responses_sha256": hash_file(path) if is_complete else None}
-    write_json(meta_path(path), meta | state, indent=2)
+    write_json(meta_path(path), meta | state)

@@ -8,12 +8,12 @@ import contextlib
 import json
 import re
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import pydantic
 from pydantic import BaseModel, NonNegativeInt
@@ -122,11 +122,10 @@ class Server(ABC):
             ValueError: what is none of this engine's; or another one of `UNREADABLE`.
         """
 
-    def measured(self, salt: str) -> dict:
+    def measured(self) -> dict:
         """Return what a measured request adds to the body; by default nothing.
 
-        Args:
-            salt: the server finds the prompt in its cache only where a request with the same salt had it.
+        A salt that no other request has lets the server find nothing of the prompt in its cache.
         """
         return {}
 
@@ -142,7 +141,6 @@ class Server(ABC):
         seed: int,
         *,
         stream: bool = True,
-        more: dict[str, Any] | None = None,
     ) -> Answer:
         """Send one prompt and read its response to the end.
 
@@ -151,9 +149,8 @@ class Server(ABC):
             max_new_tokens: of the response.
             temperature: 0 for greedy text.
             seed: of the draws.
-            stream: let the tokens come one by one, whose times are wanted. In one piece they are less work for both
-                sides, and a stop token that is not given is an answer too.
-            more: further keys of the body, see `measured`.
+            stream: measure the request: its tokens come one by one, and nothing of the prompt comes from a cache. In
+                one piece they are less work for both sides, and a stop token that is not given is an answer too.
 
         Raises:
             Refused: the server refuses the request.
@@ -161,7 +158,7 @@ class Server(ABC):
             ValueError: it sends no token, more than asked or one outside the vocabulary.
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
-        body = body | {"stream": stream} | (more or {})
+        body |= {"stream": stream} | (self.measured() if stream else {})
         with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
             answer = self._collect(events, max_new_tokens)
         if not answer.token_ids and (stream or not answer.last.num_tokens):
@@ -270,9 +267,9 @@ class VllmServer(Server):
             counts=counts,
         )
 
-    def measured(self, salt):
+    def measured(self):
         """See `Server`."""
-        return {"cache_salt": salt, "stream_options": {"include_usage": True}}
+        return {"cache_salt": uuid.uuid4().hex, "stream_options": {"include_usage": True}}
 
     def counters(self):
         """See `Server`."""
@@ -314,9 +311,7 @@ class SglangServer(Server):
         reason = meta.get("finish_reason") or {}
         counts = None
         if verified := meta.get("spec_verify_ct"):
-            accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
-            if accepted is None:
-                accepted = max(0, meta["completion_tokens"] - 1 - verified)
+            accepted = max(0, meta["completion_tokens"] - 1 - verified)  # each emits one token more, after the prompt's
             histogram = meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram")
             counts = Counts(verified, accepted, histogram)
         return Reply(
@@ -328,9 +323,9 @@ class SglangServer(Server):
             counts=counts,
         )
 
-    def measured(self, salt):
+    def measured(self):
         """See `Server`."""
-        return {"extra_key": salt}
+        return {"extra_key": uuid.uuid4().hex}
 
 
 class LlamacppServer(Server):

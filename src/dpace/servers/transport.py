@@ -1,4 +1,4 @@
-"""Requests to servers that may be slow, broken or elsewhere: bounded in time and size.
+"""Requests to servers that may be slow, broken or elsewhere: bounded in time.
 
 An address and a request come in; a page, an answer or its events go out, or one line that tells what went wrong.
 """
@@ -21,8 +21,6 @@ SECONDS_PER_TOKEN = 5.0
 """Seconds for each token asked for, beside `TIMEOUT_SECONDS`, until an answer must be complete; no server is slower."""
 PAGE_SECONDS = 30.0
 """Until a page such as `/metrics` must be complete; servers write them from memory."""
-MAX_RESPONSE_BYTES = 2**30
-"""Most bytes of an answer. SGLang repeats in each event all that came before, which is half of that at 8192 tokens."""
 MAX_SHOWN = 300
 """Most characters of a server's text that a message repeats."""
 API_KEY = "DPACE_API_KEY"
@@ -39,11 +37,6 @@ class Refused(ValueError):
 
 class Unavailable(ValueError):
     """The server does not answer now, and may answer the same request later."""
-
-    def __init__(self, message: str, retry_after: float = 0.0):
-        super().__init__(message)
-        self.retry_after = retry_after
-        """Seconds that the server asks to wait for; 0 where it does not say."""
 
 
 class Address:
@@ -71,14 +64,11 @@ class Address:
         if not key.isascii() or not key.isprintable():
             raise ValueError(f"{API_KEY} has characters that no key has; set it to the key alone")
         headers = {"Accept-Encoding": "identity"}
-        login = None
-        if address.userinfo:
-            login = (address.username, address.password)
-        elif key:
+        if key:
             headers["Authorization"] = f"Bearer {key}"
         self._secret = address.password or key
         self._client = httpx.Client(
-            auth=login,
+            auth=(address.username, address.password) if address.userinfo else None,  # takes the key's place
             headers=headers,
             trust_env=False,
             verify=ssl.create_default_context(),  # this machine's certificates, not those that come with httpx
@@ -100,7 +90,6 @@ class Address:
         Raises:
             Refused: the server has no such page.
             Unavailable: nothing answers, or not in time.
-            ValueError: an answer without end.
         """
         with self._open(path, PAGE_SECONDS) as chunks:
             return b"".join(chunks).decode(errors="replace")
@@ -113,7 +102,7 @@ class Address:
         Raises:
             Refused: the server refuses the request.
             Unavailable: it does not answer, or breaks off.
-            ValueError: it sends what is no event, or sends without end.
+            ValueError: it sends what is no event.
         """
         with self._open(path, TIMEOUT_SECONDS + SECONDS_PER_TOKEN * max_new_tokens, body) as chunks:
             if not body.get("stream"):
@@ -165,8 +154,6 @@ class Address:
     def _chunks(self, url: str, response: httpx.Response, end: float) -> Iterator[bytes]:
         """Yield the bytes of an answer as they come."""
         for chunk in response.iter_raw():
-            if response.num_bytes_downloaded > MAX_RESPONSE_BYTES:
-                raise ValueError(f"{url} sent over {MAX_RESPONSE_BYTES:,} bytes; see whether it is the right server")
             if time.monotonic() > end:
                 raise Unavailable(f"{url} was not done in time; see the server's log")
             yield chunk
@@ -180,8 +167,7 @@ class Address:
         text = next(response.iter_raw(), b"")
         message = f"{url} refuses ({status}): {self.short(text) or self.short(response.reason_phrase)}"
         if status in (408, 429) or status >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise Unavailable(message, float(wait) if wait.isdecimal() else 0.0)
+            raise Unavailable(message)
         if status in (401, 403):
             message += f"; set {API_KEY} to the key that it wants"
         raise Refused(message, status)

@@ -46,19 +46,19 @@ def read_text(path: str | Path, what: str) -> str:
         return Path(path).read_bytes().decode("utf-8-sig")
 
 
-def read_object(path: Path, fix: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def read_object(path: Path, fix: str, kind: type = dict) -> Any:
+    """Read a file that holds one JSON object, or a value of another kind.
 
     Raises:
-        ValueError: it cannot be read, or is not a JSON object.
+        ValueError: it cannot be read, or is none of this kind.
     """
     text = read_text(path, "a JSON file")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); {fix}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected an object; {fix}")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected {kind.__name__}; {fix}")
     return value
 
 
@@ -72,14 +72,14 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
         is_growing: leave out a last line that its writer has not finished.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not a JSON object or names a key twice.
+        ValueError: the file cannot be read, or a line is not a JSON object.
     """
     with _reading(path, "a JSONL file"), Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=unique_keys)
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:  # undecodable, no JSON, an endless number, a deep list
                 if is_growing and not line.endswith(b"\n"):
                     return
@@ -100,15 +100,6 @@ def _reading(path: str | Path, what: str) -> Iterator[None]:
     except (OSError, UnicodeDecodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ValueError(f"cannot read {path}: {reason}; name {what} in UTF-8") from error
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON, and refuse a key that stands in it twice; a hook of `json.loads`."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return row
 
 
 @contextlib.contextmanager
@@ -147,13 +138,13 @@ def writing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any, *, indent: int = 1) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON, all or nothing.
 
     Raises:
         ValueError: NaN or infinity, which JSON does not have.
     """
-    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sync(path: str | Path) -> None:

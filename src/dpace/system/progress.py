@@ -1,10 +1,9 @@
 """Write to a terminal: the progress bar of long work, and texts that cannot steer it."""
 
-import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -34,31 +33,23 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 
 class _LinesInPlaceOfABar(Progress):
-    """A bar of rich that draws nothing and writes lines: the first step, then one in `LINE_SECONDS`, and the end.
-
-    The field `first` of a task has the steps that were done before it began.
-    """
+    """A bar of rich that draws nothing and writes lines: the first step, then one in `LINE_SECONDS`, and the end."""
 
     def update(self, task_id: TaskID, **options: Any) -> None:
         """Move on, and write a line if it is time for one."""
         super().update(task_id, **options)
         task = self.tasks[task_id]
         elapsed = task.elapsed or 0.0
-        if elapsed - task.fields.get("written", -math.inf) < LINE_SECONDS and not task.finished:
+        if elapsed - task.fields.get("written", -LINE_SECONDS) < LINE_SECONDS and not task.finished:
             return
         task.fields["written"] = elapsed
-        total = task.total or 0
-        rate = (task.completed - task.fields.get("first", 0)) / elapsed if elapsed else 0.0
-        line = f"{task.description}: {task.completed:g} of {total:g} in {_clock(elapsed)}, {rate:.3g} a second"
-        if rate and not task.finished:
-            line += f", ETA {_clock((total - task.completed) / rate)}"
-        info = task.fields.get("info")
+        line = f"{task.description}: {task.completed:g} of {task.total:g} in {timedelta(seconds=int(elapsed))}"
+        if task.speed:
+            line += f", {task.speed:.3g} a second"
+        if task.time_remaining:
+            line += f", ETA {timedelta(seconds=task.time_remaining)}"
+        info = task.fields["info"]
         print(printable(f"{line}; {info}" if info else line), file=sys.stderr, flush=True)
-
-
-def _clock(seconds: int | float) -> timedelta:
-    """Return a time that is shown as hours, minutes and seconds."""
-    return timedelta(seconds=int(seconds))
 
 
 def progress_bar(is_shown: bool = True) -> Progress:
@@ -82,19 +73,22 @@ def progress_bar(is_shown: bool = True) -> Progress:
         expand=True,
         disable=not is_terminal,
         get_time=time.monotonic,
+        speed_estimate_period=3600.0,  # seconds; some steps take minutes
     )
 
 
-def track(items: Sequence[Item], title: str, *, done: int = 0) -> Iterator[Item]:
+def track(
+    items: Sequence[Item], title: str, *, done: int = 0, size: Callable[[Item], int] = lambda _: 1
+) -> Iterator[Item]:
     """Yield items, and show how many are done; nothing is shown without a title.
 
-    `done` were done before, and do not count for the ETA.
+    `done` were done before, and do not count for the ETA. An item counts as `size` says.
     """
     with progress_bar(is_shown=bool(title)) as bar:
-        task = bar.add_task(title, total=done + len(items), completed=done, first=done, info="")
+        task = bar.add_task(title, total=done + sum(map(size, items)), completed=done, info="")
         for item in items:
             yield item
-            bar.update(task, advance=1)
+            bar.update(task, advance=size(item))
 
 
 def count(number: int, noun: str) -> str:

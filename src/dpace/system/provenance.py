@@ -105,7 +105,9 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def same_run(kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str, ways: Mapping[str, str]) -> None:
+def same_run(
+    kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str, ways: Mapping[str, str] | None = None
+) -> None:
     """Refuse to go on with files that were made in another way.
 
     A run is described by facts: its settings, and hashes of what is too long to compare. They are computed once a
@@ -117,7 +119,7 @@ def same_run(kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out
         now: the facts of this command, as JSON would give them back.
         what: names the files, up to the word `with`: "out/drafter holds a run".
         way_out: what the user can do in any case.
-        ways: what the user can do first, for some of the facts: {"seed": "set --respond.seed as it was"}.
+        ways: what the user can do first, for some of the facts: {"train.seed": "set --train.seed as it was"}.
 
     Raises:
         ValueError: one line, with the first difference: "out/drafter holds a run with train.seed 42, not 7; name
@@ -131,5 +133,5 @@ def same_run(kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out
         if name.endswith("_sha256"):
             thing = HASHED.get(name, name.removesuffix("_sha256").replace("_", " "))
             difference = f"other {thing} (sha256 {str(found)[:12]}, not {str(value)[:12]})"
-        way = f"{ways[name]}, or " if name in ways else ""
+        way = f"{ways[name]}, or " if ways and name in ways else ""
         raise ValueError(f"{what} with {difference}; {way}{way_out}")

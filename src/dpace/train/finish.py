@@ -93,7 +93,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         vocabulary.save(folder)
     write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
     write_state(folder / STATE, loop.state)
-    write_json(folder / "provenance.json", provenance, indent=2)
+    write_json(folder / "provenance.json", provenance)
 
 
 def _find_answers(dataset: ResponseDataset) -> list[int]:

@@ -238,7 +238,7 @@ class TrainingLoop:
         done = state.global_step
         with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
             title = f"training, {self.loss.objective}"
-            task = bar.add_task(title, total=state.max_steps, completed=done, first=done, info="")
+            task = bar.add_task(title, total=state.max_steps, completed=done, info="")
             for batches in self.batches_of_steps():
                 if self.interrupt.is_asked:
                     break

@@ -6,7 +6,7 @@ command that comes next. Heavy imports stand behind the arguments, so that `--he
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpace.config import Recipe, TargetShard
 from dpace.recipes.flags import DRY_RUN
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dpace.prompts.prompts import Prompt
     from dpace.target import Target
     from dpace.target.chat import ChatTokenizer
+
+TARGET_OPTIONS = ("target", "dtype", "device", "device_map", "thinking")
+"""Options that say which target is loaded, and how."""
 
 
 def announce(lines: Sequence[str], args: Sequence[str]) -> bool:
@@ -29,7 +32,7 @@ def announce(lines: Sequence[str], args: Sequence[str]) -> bool:
     return is_dry
 
 
-def refuse_unreadable(recipe: Recipe, prompts: Iterable["Prompt"], max_new_tokens: int, args: Sequence[str]) -> None:
+def refuse_unreadable(config: Any, prompts: Iterable["Prompt"], max_new_tokens: int, args: Sequence[str]) -> None:
     """Refuse with `--dry-run` the prompts that a verb refuses once its target is loaded; it takes the tokenizer alone.
 
     Raises:
@@ -39,11 +42,13 @@ def refuse_unreadable(recipe: Recipe, prompts: Iterable["Prompt"], max_new_token
     from dpace.respond.conversation import refuse_long_prompts
 
     if DRY_RUN in args:
-        refuse_long_prompts(load_chat(recipe), prompts, max_new_tokens)
+        refuse_long_prompts(load_chat(config), prompts, max_new_tokens)
 
 
-def load_target(recipe: Recipe, *, shard: TargetShard = "none") -> "Target":
-    """Find and load the target of a recipe; `shard` is how it is spread over several ranks.
+def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":
+    """Find and load the target that the options of a verb name; `shard` is how it is spread over several ranks.
+
+    Where a verb lacks an option of `TARGET_OPTIONS`, that of a recipe counts.
 
     Raises:
         ValueError: see `dpace.target.locate.find_target`.
@@ -53,6 +58,7 @@ def load_target(recipe: Recipe, *, shard: TargetShard = "none") -> "Target":
     from dpace.target import Target
     from dpace.target.locate import find_target
 
+    recipe = Recipe(**{name: value for name, value in vars(config).items() if name in TARGET_OPTIONS})
     return Target.load(
         find_target(recipe.target),
         dtype=getattr(torch, recipe.dtype, None),  # None for auto
@@ -63,9 +69,9 @@ def load_target(recipe: Recipe, *, shard: TargetShard = "none") -> "Target":
     )
 
 
-def load_chat(recipe: Recipe) -> "ChatTokenizer":
-    """Find and load the tokenizer of a recipe's target, without its weights."""
+def load_chat(config: Any) -> "ChatTokenizer":
+    """Find and load the tokenizer of the target that the options of a verb name, without its weights."""
     from dpace.target.chat import ChatTokenizer
     from dpace.target.locate import find_target
 
-    return ChatTokenizer.load(find_target(recipe.target), recipe.thinking)
+    return ChatTokenizer.load(find_target(config.target), config.thinking)

@@ -1,5 +1,6 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,15 +80,18 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
 
     config, output = recipe.bench, Path(recipe.output)
     refuse_other_results(output / "results.json", BenchResults)
-    folders = [find_drafter(name, "--bench.drafters") for name in config.drafters]
-    if not folders:
+    named = config.drafters
+    if not named:
         own = output / "drafter"
         if not own.exists():
             raise ValueError(f"there is no drafter {own}; train one, or name one with --bench.drafters")
         if not config.sets:
             _refuse_trained_prompts(recipe, own)
-        folders = [str(own)]
-    names = drafter_names(config.drafters or folders)
+        named = (str(own),)
+    folders = [find_drafter(name, "--bench.drafters") for name in named]
+    paths = [Path(name).absolute() for name in named]
+    common = os.path.commonpath([path.parent for path in paths])
+    names = [str(path.relative_to(common)) for path in paths]
     refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
     if announce(decoding_lines(recipe, num_decodings(recipe, prompts, len(names)), config.max_new_tokens), args):
         return
@@ -99,8 +103,7 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
     if not ranks.end():
         return
     _show(results, f"{output}/results.json")
-    first = (config.drafters or folders)[0]
-    print("next:", command("generate", target=recipe.target, drafter=first, thinking=recipe.thinking, prompt=PROMPT))
+    print("next:", command("generate", target=recipe.target, drafter=named[0], thinking=recipe.thinking, prompt=PROMPT))
 
 
 def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
@@ -122,18 +125,4 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     trained = read_recipe(drafter / "recipe.yaml")
     way_out = "the held-out prompts may be among them; give the prompts and options of the training"
     now = data_facts(*choose_conversations(*load_corpus(answers, recipe.prompts), trained))
-    same_run(kept, now, f"{drafter} holds a run", way_out, {})
-
-
-def drafter_names(folders: Sequence[str]) -> list[str]:
-    """Name drafters by the shortest ends of their paths that differ, such as seed-42, or dpace/seed-42.
-
-    Raises:
-        ValueError: a folder is there twice.
-    """
-    paths = [Path(folder).resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")
-    lengths = range(1, max(len(path.parts) for path in paths) + 1)
-    ends = (["/".join(path.parts[-length:]) for path in paths] for length in lengths)
-    return next(names for names in ends if len(set(names)) == len(names))
+    same_run(kept, now, f"{drafter} holds a run", way_out)

@@ -1,6 +1,6 @@
 """Say what would go wrong when an engine serves a drafter."""
 
-from dpace.config import DeviceMap, Recipe, Text, options
+from dpace.config import DeviceMap, Text, options
 from dpace.engines import EngineName, engine_of
 from dpace.recipes.flags import command, first_as, parse
 from dpace.system.progress import count
@@ -16,7 +16,7 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    target = load_target(Recipe(target=config.target, device_map=config.device_map, thinking=config.thinking))
+    target = load_target(config)
     diagnoses = diagnose(folder, target, engine=config.engine, responses=config.responses)
     shown = [d for d in diagnoses if d.result != "passes" or d.check in RUN]
     rows = [

@@ -1,6 +1,6 @@
 """Say where the tau of a drafter is lost."""
 
-from dpace.config import ExplainConfig, Recipe
+from dpace.config import ExplainConfig
 from dpace.recipes.flags import command, parse
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
@@ -19,15 +19,14 @@ def run(args: list[str]) -> None:
 
     prompts = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
     folder = find_drafter(config.drafter)
-    planned = Recipe(target=config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
-    refuse_unreadable(planned, prompts, config.max_new_tokens, args)
+    refuse_unreadable(config, prompts, config.max_new_tokens, args)
     lines = [
         f"prompts: {len(prompts):,}, each answered with up to {config.max_new_tokens} tokens",
         f"blocks: up to {config.num_blocks} of an answer, each continued {config.num_samples} times by the target",
     ]
     if announce(lines, args):
         return
-    target = load_target(planned)
+    target = load_target(config)
     drafter = load_drafter(folder, target)
     with lock_folder(config.output):
         results = explain(target, drafter, prompts, config)

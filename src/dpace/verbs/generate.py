@@ -79,9 +79,7 @@ def run(args: list[str]) -> None:
 
     messages = find_prompt(config.prompt) if config.prompt else []
     folder = find_drafter(config.drafter) if config.drafter else None
-    target = load_target(
-        Recipe(target=config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
-    )
+    target = load_target(config)
     options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
     if folder is None:
         generation = generate_plain(target, encode_chat(target, messages), **options)

@@ -101,7 +101,7 @@ def test_answers_that_are_not_the_targets_are_refused(files):
             answers = Answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
             answers.refuse_others({"target_sha256": "1", "dtype": "bfloat16"})
 
-    refuse("run the same command again: `dpace respond`", complete=False)
+    refuse("an interrupted `dpace respond`; run `dpace respond`", complete=False)
     refuse("was changed", responses_sha256="0")
     refuse("other weights of the target")
     refuse('dtype "float32", not "bfloat16"', target_sha256="1")

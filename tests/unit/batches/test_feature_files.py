@@ -100,12 +100,9 @@ def test_killed_it_goes_on(keep, language_target, tmp_path):
 
 def test_a_damaged_file_is_named(keep):
     dataset = keep()
-    path, _ = dataset.features.rows[dataset.features.names[0]]
+    path = dataset.features.rows[dataset.features.names[0]]
     data = path.read_bytes()
-    path.write_bytes(data[:-3] + bytes(byte ^ 1 for byte in data[-3:]))
-    with pytest.raises(ValueError, match=f"{path.name} is damaged; delete it"):
-        list(keep().features)
-    for cut in (data[:50], b""):
+    for cut in (data[:-3], data[:50], b""):
         path.write_bytes(cut)
         with pytest.raises(ValueError, match="delete it, and the same command computes its rows again"):
             keep()

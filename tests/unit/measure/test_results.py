@@ -40,10 +40,11 @@ def test_what_is_written_is_read(results, tmp_path):
 
 
 KEYS = {
-    "target max_new_tokens seed drafters engine dtype hardware versions schema_version rows comparisons": BENCH,
+    "target max_new_tokens seed prompt_seeds tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
+    "target_weights_sha256 engine dtype hardware versions schema_version rows comparisons": BENCH,
     "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval reach_rate "
     "share_copied tokens_per_second plain_tokens_per_second decode_speedup decode_speedup_interval published "
-    "num_same_text responses plain_responses": BENCH.rows[0],
+    "num_same_text responses plain_responses compiled": BENCH.rows[0],
     "drafter width set id turn temperature prompt_tokens token_ids accepted_lengths widths num_copied histogram "
     "num_without_bonus decode_tokens decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
@@ -65,7 +66,7 @@ def test_the_keys_of_the_files_are_kept():
     ("content", "message"),
     [
         ("", "is not JSON"),
-        ("[]", "holds list, expected an object"),
+        ("[]", "holds list, expected dict"),
         ('{"schema_version": 2}', "schema_version is 2, expected 1"),
         ('{"schema_version": 1, "servers": {}}', "schema_version is 1, expected 2"),
     ],

@@ -1,7 +1,6 @@
 """Answers of running servers are those of this process, whatever the servers and the processes suffer."""
 
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -42,7 +41,6 @@ class Stub(StubServer):
 
     def answer(self, request):
         body = request.body
-        request.seen_at = time.monotonic()
         prompt = body.get("prompt") or body["input_ids"]
         sampling = body.get("sampling_params", body)
         length = sampling.get("max_tokens") or sampling.get("max_new_tokens") or sampling["n_predict"]
@@ -143,19 +141,18 @@ def test_servers_give_what_this_process_gives(engine, start, answer, own, tmp_pa
     assert answer(*stubs, temperature=1.0) == own[1.0]
     assert counts == [len(stub.requests) for stub in stubs]
     meta = read_meta(tmp_path / "r.jsonl")
-    assert meta["source"] == "servers" and meta["servers"] == [{"engine": engine, "model": "m"}] and meta["complete"]
+    assert meta["source"] == "servers" and meta["servers"] == [engine] and meta["complete"]
 
 
 @pytest.mark.parametrize("engine", PAGES)
-def test_a_stop_token_may_be_named_and_other_tokens_may_not_be_missing(engine, start, answer, own, tmp_path, capsys):
+def test_a_stop_token_may_be_named_and_other_tokens_may_not_be_missing(engine, start, answer, own, capsys):
     stub = start(engine)
     stub.shown = lambda tokens: [token for token in tokens if token != EOS]
     assert answer(stub) == own[0.0]
     lacking = own[0.0][2].token_ids[own[0.0][2].response_spans[0][0] :]
     stub.shown = lambda tokens: [] if tokens == lacking else tokens
     assert answer(stub, name="two") == [one for one in own[0.0] if one.id != "2"]
-    assert "prompt 2 is left out: given" in capsys.readouterr().err
-    assert read_meta(tmp_path / "two.jsonl")["left_out"] == {"given without its tokens": 1}
+    assert "prompt 2 is left out: given without its tokens" in capsys.readouterr().err
 
 
 def test_requests_at_once_are_bounded_by_the_batch_size(start, answer):
@@ -165,14 +162,12 @@ def test_requests_at_once_are_bounded_by_the_batch_size(start, answer):
     assert stub.most_running == 4
 
 
-def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, answer, own):
+def test_a_server_that_is_busy_is_asked_again(start, answer, own):
     cut = ({}, 200, {"Content-Length": "99"})
-    busy = [({}, status, {"Retry-After": "1"}) for status in (429, 503)]
-    faults = iter([None, *busy, ({}, 500), ({}, 502), cut])
+    faults = iter([None, *(({}, status) for status in (429, 503, 500, 502)), cut])
     stub = start(fault=lambda *_: next(faults, None))
     assert answer(stub, batch_size=1) == own[0.0]
-    times = [request.seen_at for request in stub.requests]
-    assert times[2] - times[1] >= 0.99 and times[3] - times[2] >= 0.99
+    assert next(faults, None) is None
 
 
 def test_a_server_that_dies_leaves_its_prompts_to_the_others(start, answer, own):

@@ -91,13 +91,13 @@ def test_the_meta_file_tells_what_made_the_responses(write, target, path):
 
 
 OTHERS = {
-    "temperature": (0.5, "temperature 0.5, not 1.0; set --respond.temperature as it was"),
-    "max_new_tokens": (5, "max_new_tokens 5, not 4; set --respond.max-new-tokens as it was"),
-    "seed": (1, "seed 1, not 0; set --respond.seed as it was"),
-    "source": ("own", 'source "own", not "target"; set --respond.source and --respond.server as they were'),
-    "thinking": (False, "thinking false, not true; set --thinking as it was"),
-    "target_sha256": ("0", r"other weights of the target \(sha256 0, not \w{12}\); name another folder"),
-    "dtype": ("torch.bfloat16", 'dtype "torch.bfloat16", not "torch.float32"; set --dtype as it was'),
+    "temperature": (0.5, "temperature 0.5, not 1.0; set this as it was, name another folder"),
+    "max_new_tokens": (5, "max_new_tokens 5, not 4"),
+    "seed": (1, "seed 1, not 0"),
+    "source": ("own", 'source "own", not "target"'),
+    "thinking": (False, "thinking false, not true"),
+    "target_sha256": ("0", r"other weights of the target \(sha256 0, not \w{12}\)"),
+    "dtype": ("torch.bfloat16", 'dtype "torch.bfloat16", not "torch.float32"'),
     "chat_template_sha256": ("0", "other chat template"),
     "tokenizer_sha256": ("0", "other tokenizer"),
 }

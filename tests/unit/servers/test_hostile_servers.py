@@ -50,7 +50,6 @@ REPLIES = {
     "refuses (400)": send(f"{ESC}no".encode(), 400),
     "refuses (500)": endless(b"x" * 1000, status=500),
     "refuses (307)": send(b"", 307, Location="http://127.0.0.2:9/x"),
-    "sent over": endless(b"x" * 1000),
     "not done in time": endless(b"data: {}\n", 0.05),
 }
 PAGES = {
@@ -65,7 +64,6 @@ def refused(monkeypatch):
     monkeypatch.setattr("dpace.servers.transport.TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("dpace.servers.transport.SECONDS_PER_TOKEN", 0.01)
     monkeypatch.setattr("dpace.servers.transport.PAGE_SECONDS", 0.3)
-    monkeypatch.setattr("dpace.servers.transport.MAX_RESPONSE_BYTES", 2**18)
 
     def check(page, reply, expected: str) -> None:
         server = StubServer(page, reply)
