@@ -79,8 +79,8 @@ def measure(
 ) -> ServerRow:
     """The row of a server with a drafter; all prompts in one."""
     prompts = [replace(prompt, set="all") for prompt in prompts]
-    config = BenchConfig(temperatures=(0.0,), max_new_tokens=count)
-    (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), address, plain, prompts, config, folder).rows
+    config = BenchConfig(temperatures=(0.0,), max_new_tokens=count, server=address, plain_server=plain)
+    (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), prompts, config, folder).rows
     return row
 
 

@@ -7,7 +7,8 @@ is the baseline that a drafter has to beat where compiling pays. `dpace.measure.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from operator import attrgetter
@@ -24,7 +25,6 @@ from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.records import (
     COMPILED,
     PLAIN,
-    SEED_RULE,
     Provenance,
     Records,
     ResponseRecord,
@@ -44,14 +44,14 @@ from dpace.target import Target
 from dpace.target.chat import encode_chat
 
 WARM_UP_TOKENS = 8
-"""Tokens that are decoded after steps of other shapes were compiled: CUDA graphs are recorded in the first ones."""
+"""Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
 
 SPECULATIVE = ", speculative"
 """How the name of a drafter ends whose drafts that rule verified."""
-OF_DRAFTERS = ("drafters", "drafter_configs")
-"""Fields of `Provenance` that have an entry a drafter."""
+OF_ROWS = ("drafters", "drafter_configs", "rows", "comparisons")
+"""Fields of `BenchResults` that may differ where rows are put together."""
 WAY = attrgetter("set", "temperature", "drafter", "width")
 """What tells rows of the same results from one another."""
 Way = tuple[str, Width | None]
@@ -94,9 +94,8 @@ def bench(
     records = Records(folder / "bench.jsonl", ResponseRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
-    compiled = find_compiled(target, config)
-    if compiled:
-        ways[COMPILED, None] = compiled.decode
+    if config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu"):
+        ways[COMPILED, None] = partial(decode_compiled, Decoder(target, None, compile=True))
 
     def is_done(temperature: float, prompt: Prompt) -> bool:
         turns = range(len(prompt.turns))
@@ -105,7 +104,7 @@ def bench(
     mine = ranks.share(list(enumerate(product(config.temperatures, prompts))))
     missing = [(number, job) for number, job in mine if not is_done(*job)]
     if missing:
-        _warm_up(target, ways, compiled, missing[0][1], config.max_new_tokens)
+        _warm_up(target, ways, missing[0][1], config.max_new_tokens)
     for number, (temperature, prompt) in track(missing, "decoding", done=len(mine) - len(missing)):
         options = {
             "max_new_tokens": config.max_new_tokens,
@@ -127,19 +126,22 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
     Where anything else of an earlier call differs, also the weights of a drafter, its file gets another name, which a
     message says.
     """
-    try:
+    earlier = None
+    with suppress(ValueError, OSError):
         earlier = read_results(path)
-    except (ValueError, OSError):
-        earlier = None
     if isinstance(earlier, BenchResults):
-        shared = [field.name for field in fields(Provenance) if field.name not in OF_DRAFTERS]
-        is_same = all(getattr(earlier, name) == getattr(results, name) for name in shared)
+        is_same = replace(earlier, **{name: getattr(results, name) for name in OF_ROWS}) == results
         before, now = _weights(earlier), _weights(results)
-        if is_same and all(before[name] == now[name] for name in before.keys() & now.keys()):
+        if is_same and before | now == now | before:
             measured = {WAY(row) for row in results.rows}
             rows = [*(row for row in earlier.rows if WAY(row) not in measured), *results.rows]
-            of_drafters = {name: {**(getattr(earlier, name) or {}), **getattr(results, name)} for name in OF_DRAFTERS}
-            results = replace(results, **of_drafters, rows=rows, comparisons=list(compare_drafters(rows)))
+            results = replace(
+                results,
+                drafters=earlier.drafters | results.drafters,
+                drafter_configs=(earlier.drafter_configs or {}) | (results.drafter_configs or {}),
+                rows=rows,
+                comparisons=list(compare_drafters(rows)),
+            )
         else:
             aside = path.with_stem(f"{path.stem}-{hash_json(to_json(earlier))[:8]}")
             register_files(path.parent, aside.name)
@@ -158,7 +160,6 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
     """Return all that the responses depend on, apart from the prompts."""
     return Provenance(
         **setup_of(target, config),
-        prompt_seeds=SEED_RULE,
         drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
         target_weights_sha256=target.sha256,
         drafter_configs={name: hash_config(drafter) for name, drafter in drafters.items()},
@@ -178,26 +179,20 @@ def hash_config(drafter: Drafter) -> str:
     return hash_json(spec)
 
 
-def _warm_up(
-    target: Target,
-    ways: Ways,
-    compiled: "CompiledPlain | None",
-    job: tuple[float, Prompt],
-    max_new_tokens: int,
-) -> None:
-    """Decode some tokens in every way, and compile steps; leave those out where they cannot be had."""
+def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_tokens: int) -> None:
+    """Decode a prompt in every way, and compile steps; leave those out where they cannot be had."""
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
-    for (name, _), decode in ways.items():
-        if name != COMPILED:
-            decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
-    try:
-        if compiled:
-            print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
-            compiled.prepare(token_ids, max_new_tokens, temperature)
-    except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
-        print(f"plain decoding with compiled steps is left out: {one_line(error)[:300]}", file=sys.stderr)
-        del ways[COMPILED, None]
+    compiled = ways.pop((COMPILED, None), None)
+    for decode in ways.values():
+        decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
+    if compiled:
+        print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
+        try:
+            compiled(token_ids, max_new_tokens=max_new_tokens, temperature=temperature)
+            ways[COMPILED, None] = compiled
+        except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
+            print(f"plain decoding with compiled steps is left out: {one_line(error)[:300]}", file=sys.stderr)
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
@@ -225,38 +220,14 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
             )
 
 
-class CompiledPlain:
-    """Plain decoding with `torch.compile`; what compiling takes is not counted.
+def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
+    """Decode plainly with compiled steps; options are those of `generate_plain`.
 
-    Steps are compiled for each length of a text, rounded up, see `dpace.decode.batch.compiled_columns`.
+    The first tokens are decoded twice. Steps are compiled for each length of a text, rounded up, see
+    `dpace.decode.batch.compiled_columns`, so what compiling takes is not counted.
     """
-
-    def __init__(self, target: Target):
-        self.decoder = Decoder(target, None, compile=True)
-        self._ready: set[tuple[int, bool]] = set()
-
-    def decode(
-        self, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, **options: Any
-    ) -> Generation:
-        """Decode a prompt; options are those of `generate_plain`."""
-        self.prepare(token_ids, max_new_tokens, temperature)
-        return self._decode(token_ids, max_new_tokens=max_new_tokens, temperature=temperature, **options)
-
-    def prepare(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float) -> None:
-        """Compile the steps of a prompt, if they are not yet, by decoding its first tokens."""
-        self.decoder.make_room(len(token_ids) + max_new_tokens + 1)  # of the whole text, of which the beginning follows
-        shape = self.decoder.columns, temperature > 0  # steps that sample are compiled apart
-        if shape not in self._ready:
-            count = min(WARM_UP_TOKENS, max_new_tokens)
-            self._decode(token_ids, max_new_tokens=count, temperature=temperature, stop_token_ids=())
-            self._ready.add(shape)
-
-    def _decode(self, token_ids: Sequence[int], **options: Any) -> Generation:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return self.decoder.generate(token_ids, **options)
-
-
-def find_compiled(target: Target, config: BenchConfig) -> CompiledPlain | None:
-    """Return compiled plain decoding where the options ask for it: by default on an accelerator only."""
-    is_wanted = config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu")
-    return CompiledPlain(target) if is_wanted else None
+    decoder.make_room(len(token_ids) + max_new_tokens + 1)  # of the whole text, of which the beginning follows
+    first: Any = options | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "stop_token_ids": ()}
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        decoder.generate(token_ids, **first)
+        return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)

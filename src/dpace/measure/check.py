@@ -6,6 +6,7 @@ to measure what decoding does.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -14,18 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpace.batches.dataset import ResponseDataset
+from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import CheckConfig, RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.decoder import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
+from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.own_text import find_divergence, generate_transformers, text_finding
-from dpace.measure.parity import Finding, check_views
-from dpace.metrics import Acceptance
+from dpace.measure.own_text import Finding, find_divergence, generate_transformers, text_finding
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
@@ -34,6 +34,8 @@ from dpace.target import Target
 
 SIGNIFICANCE = 0.01
 """Probability that a correct implementation fails one or more of the chi-square tests."""
+MAX_RELATIVE_ERROR = 1e-3
+"""Largest relative difference, in fp32, between hidden states that are computed in two ways."""
 RULES: dict[VerifyRule, Width] = {"equality": "auto", "speculative": "full"}
 """Verification lengths with which the distribution of each verify rule is tested."""
 
@@ -92,20 +94,21 @@ def check_texts(
     Returns:
         The findings, and the greedy generations that verified whole blocks.
     """
-    seeds = [config.seed + number for number in range(len(prompts))]
     findings = []
+    whole = []
 
     def decode(function: Any, *models: Any, **options: Any) -> list[Generation]:
-        return [function(*models, ids, seed=seed, **options) for ids, seed in zip(encoded, seeds, strict=True)]
+        """Decode each prompt alone, with its own seed."""
+        return [function(*models, ids, seed=seed, **options) for seed, ids in enumerate(encoded, start=config.seed)]
 
-    def compare(name: str, temperature: float, texts: Mapping[str, Sequence[Any]], expected: Sequence[Any]) -> None:
+    def compare(name: str, texts: Mapping[str, Sequence[Any]], expected: Sequence[Any], temperature: float) -> None:
         """Add the finding about the token ids of each way of decoding, one text a prompt."""
         divergences = []
-        for how, number in product(texts, range(len(prompts))):
+        for how, (number, prompt) in product(texts, enumerate(prompts)):
             found = texts[how][number]
             if found != expected[number]:
-                sampler = Sampler(temperature, seed=seeds[number], device=target.device)
-                where = f"{prompts[number].id}, {how}"
+                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
+                where = f"{prompt.id}, {how}"
                 divergences.append(find_divergence(target, sampler, where, encoded[number], found, expected[number]))
         cases = f"{count(len(prompts), 'prompt')} x {', '.join(texts)}"
         findings.append(text_finding(name, cases, len(texts) * len(prompts), divergences))
@@ -114,7 +117,6 @@ def check_texts(
     ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
     ways["width auto"] = {"width": "auto", "paces": Paces()}
     ways["rule speculative"] = {"width": "full", "verify_rule": "speculative"}
-    whole = []
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
         options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
         outs = {}
@@ -128,8 +130,8 @@ def check_texts(
             whole = outs[f"width {drafter.block_size}"]
             del ways["rule speculative"]  # above temperature 0 it draws another text
             own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
-            compare("plain decoding is generate of transformers", temperature, {"plain decoding": plain}, own)
-        compare(name, temperature, texts, plain)
+            compare("plain decoding is generate of transformers", {"plain decoding": plain}, own, temperature)
+        compare(name, texts, plain, temperature)
     return findings, whole
 
 
@@ -200,6 +202,77 @@ def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
     return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
+def check_views(target: Target, drafter: Drafter, responses: Sequence[Response]) -> list[Finding]:
+    """Check that training's blocks do not see their future and are the blocks of decoding.
+
+    Args:
+        target: in fp32.
+        drafter: of that target.
+        responses: one block in the middle of each is examined.
+
+    Returns:
+        Two findings.
+    """
+    rows = ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    changes = [change_block(target, drafter, row, generator) for row in rows] or [(math.inf, 0.0, math.inf)]
+    by_future, by_past, by_serving = zip(*changes, strict=True)
+    cases = f"a block in {count(len(rows), 'response')}"
+    detail = (
+        f"other tokens and features after the anchor change the block by {max(by_future):.1g}, before it by "
+        f"{min(by_past):.1g} or more (relative)"
+    )
+    has_no_leak = max(by_future) < min(MAX_RELATIVE_ERROR, min(by_past) / 10)
+    is_served = max(by_serving) < MAX_RELATIVE_ERROR
+    served = f"hidden states differ by {max(by_serving):.1g} (relative)"
+    return [
+        Finding("no leak from the future", cases, has_no_leak, detail),
+        Finding("a block in training is the block when serving", cases, is_served, served),
+    ]
+
+
+@torch.no_grad()
+def change_block(
+    target: Target, drafter: Drafter, row: dict[str, Any], generator: torch.Generator
+) -> tuple[float, float, float]:
+    """Compute the hidden states of a response's middle block with another text, and as decoding does.
+
+    The future of a block is all text behind its anchor, and the features at the anchor: the target has not read it when
+    the block is drafted.
+
+    Returns:
+        How far they are from those of training, as the norm of the difference over the norm: with another future, with
+        another past, and when serving.
+    """
+    text = row["token_ids"]
+    features = target.features(text[None], drafter.target_layer_ids)[0].cpu()
+    other_text = torch.randint(target.config.vocab_size, text.shape, generator=generator)
+    other_features = torch.randn(features.shape, generator=generator) * features.std() * 3
+    number = len(row["anchors"]) // 2
+    anchor = int(row["anchors"][number])
+    positions = torch.arange(len(text))
+
+    def block_hidden(is_other_text: Tensor, is_other_features: Tensor) -> Tensor:
+        changed = {
+            "token_ids": torch.where(is_other_text, other_text, text),
+            "features": torch.where(is_other_features[:, None], other_features, features),
+        }
+        inputs = {name: value.to(target.device) for name, value in collate([row | changed], drafter.block_size).items()}
+        return blocks_hidden(drafter, target, inputs).hidden[0, number, 1 - drafter.first_slot :]
+
+    hidden = block_hidden(positions < 0, positions < 0)
+    blocks = text.new_full((1, drafter.num_slots), drafter.mask_token_id)
+    blocks[0, 0] = text[anchor]
+    before = features[None, :anchor].to(target.device)
+    others = (
+        block_hidden(positions > anchor, positions >= anchor),
+        block_hidden(positions < anchor, positions < anchor),
+        draft_block(drafter, target, blocks.to(target.device), before).hidden[0],
+    )
+    by_future, by_past, by_serving = (float((other - hidden).norm() / hidden.norm()) for other in others)
+    return by_future, by_past, by_serving
+
+
 def check_lengths(
     target: Target, drafter: Drafter, responses: Sequence[Response], whole: Sequence[Generation]
 ) -> Finding:
@@ -213,13 +286,9 @@ def check_lengths(
         trained.append(heldout_acceptance(drafter, target, dataset, token_ids=drafted))
     decoded = [out.acceptance for _, out in pairs]
     num_equal = sum(bool((a.rows == b.rows).all()) for a, b in zip(trained, decoded, strict=True))
-    detail = f"{num_equal} of {len(pairs)} histograms equal"
-    if pairs:
-        taus = [Acceptance.of_prompts(found).tau for found in (trained, decoded)]
-        detail += f", tau {taus[0]:.3f} and {taus[1]:.3f}"
     return Finding(
         "accepted lengths in training are those of decoding",
         f"every verification of {count(len(pairs), 'response')}",
         0 < num_equal == len(pairs),
-        detail,
+        f"{num_equal} of {len(pairs)} histograms equal",
     )

@@ -28,7 +28,6 @@ Visit = Callable[[int, int, Tensor, Tensor], None]
 may reach, "slot state"; and whether each is accepted as it is drafted, "slot"."""
 
 
-@torch.no_grad()
 def heldout_acceptance(
     drafter: Drafter,
     target: Target,
@@ -128,13 +127,9 @@ def walk_conversation(
     if visit is not None:
         for number, parts in enumerate(reached):
             visit(index, number, *map(torch.cat, zip(*parts, strict=True)))
-    cut = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
-    spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
+    spans = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
     of_ways = [[dict(zip(anchors, way, strict=True)) for way in torch.cat(parts, -1).tolist()] for parts in lengths]
-    return [
-        [Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]) for accepted_from in ways]
-        for ways in of_ways
-    ]
+    return [[walk(accepted_from, spans, drafter.block_size) for accepted_from in ways] for ways in of_ways]
 
 
 def score_conversation(
@@ -161,36 +156,33 @@ def score_conversation(
     row = dataset[index]
     if row["features"] is None:
         row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]
-    inputs = collate([row], drafter.block_size)
-    inputs = {name: value.to(target.device) for name, value in inputs.items()}
+    inputs = {name: value.to(target.device) for name, value in collate([row], drafter.block_size).items()}
     for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
         chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
         text = {name: inputs[name][:, seen] for name in ("token_ids", "features")}
-        with torch.no_grad():
-            found = blocks_hidden(drafter, target, {**chosen, **text})
-            matches = [drafter.selector.match(found, part) for part in rows]
-        yield found.blocks, matches
+        found = blocks_hidden(drafter, target, chosen | text)
+        yield found.blocks, [drafter.selector.match(found, part) for part in rows]
 
 
-def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:
-    """Follow greedy decoding through a known response: each verification starts where the last one ended.
+def walk(accepted_from: dict[int, int], spans: Sequence[Sequence[int]], block_size: int) -> Acceptance:
+    """Follow greedy decoding through known responses: each verification starts where the last one ended.
 
     Args:
-        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that
+        accepted_from: for each anchor of the responses, the draft tokens that agree with the text before the first that
             does not.
-        span: [start, end) of the response; its first token comes from the prefill.
+        spans: [start, end) of each response; its first token comes from the prefill.
         block_size: slots of a block.
 
     Returns:
         The accepted lengths of `dpace.decode.generate` on this text.
     """
-    anchor, end = span
     accepted_lengths = []
     without_bonus = 0
-    while anchor < end - 1:
-        accepted = min(accepted_from[anchor], end - 1 - anchor)
-        without_bonus += anchor + accepted == end - 1
-        accepted_lengths.append(accepted)
-        anchor += accepted + 1
+    for anchor, end in spans:
+        while anchor < end - 1:
+            accepted = min(accepted_from[anchor], end - 1 - anchor)
+            without_bonus += anchor + accepted == end - 1
+            accepted_lengths.append(accepted)
+            anchor += accepted + 1
     return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)

@@ -18,7 +18,6 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
-from dpace.measure.parity import Finding
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
 from dpace.system.progress import count
@@ -31,6 +30,16 @@ NUM_SHARED = 32
 """Conversations of a data set that `greedy_share` reads."""
 READ_ROWS = 128
 """Tokens whose logits exist at once where answers are read."""
+
+
+class Finding(NamedTuple):
+    """The result of one check."""
+
+    name: str
+    cases: str
+    """What was examined, in words."""
+    is_passed: bool
+    detail: str
 
 
 class Divergence(NamedTuple):
@@ -58,18 +67,11 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
         ValueError: it cannot be read, is empty, or has other answers than greedy ones of the target.
     """
     responses, meta = read_responses(path), read_meta(path)
-    if not responses:
-        raise ValueError(f"{path} has no response; name a file that `dpace respond` wrote with --responses")
-    of_weights = () if meta.get("source") == "servers" else ("dtype", "target_sha256")  # servers do not tell these
-    if missing := [key for key in ("temperature", "max_new_tokens", *of_weights) if key not in meta]:
+    source, temperature = meta.get("source"), meta.get("temperature")
+    if not responses or temperature != 0 or source == "own":
         raise ValueError(
-            f"the meta file beside {path} does not tell {', '.join(missing)} of its answers; write them again with "
-            "`dpace respond`"
-        )
-    if meta["temperature"] or meta.get("source") == "own":
-        raise ValueError(
-            f"{path} has source {meta.get('source')} and temperature {meta['temperature']:g}, and only the target's "
-            "greedy answers can be read again; leave --responses out"
+            f"{path} has {count(len(responses), 'response')} of source {source} and temperature {temperature}, and "
+            "only the target's greedy answers can be read again; leave --responses out"
         )
     return responses, meta
 
@@ -88,9 +90,9 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
     Returns:
         Whether the target is the one that answered, and if so, whether the text is its own.
     """
-    now = {"target_sha256": target.sha256, **tokenizer_hashes(target)}
-    if meta.get("source") == "servers":
-        del now["target_sha256"]
+    now = tokenizer_hashes(target)
+    if meta.get("source") != "servers":  # which do not tell the hash of their weights
+        now = {"target_sha256": target.sha256} | now
     other = [key for key in now if meta.get(key) != now[key]]
     detail = f"other {', '.join(other)} than {meta.get('target')} had" if other else ", ".join(now)
     same = Finding("responses are of this target", "hashes", not other, detail)
@@ -179,8 +181,7 @@ def find_divergence(target: Target, sampler: Sampler, where: str, prompt, found,
             scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
         margin = float(scores[-1, tokens[1]] - scores[-1, tokens[0]])
     is_tie = margin <= 2 * rounding
-    decode = target.tokenizer.decode if target.tokenizer else str
-    words = ["the end" if token is None else repr(decode([token])) for token in tokens]
+    words = ["the end" if token is None else repr(target.tokenizer.decode([token])) for token in tokens]
     line = (
         f"{where}, token {position}: {words[0]}, expected {words[1]}, margin {margin:.2g}, rounding {rounding:.2g}: "
         f"{'tie' if is_tie else 'NOT A TIE'}"

@@ -203,6 +203,7 @@ def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) 
         "target": chat.name,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
+        "prompt_seeds": SEED_RULE,
         "thinking": chat.thinking,
         **tokenizer_hashes(chat),
     }

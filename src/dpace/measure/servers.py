@@ -6,26 +6,23 @@ beside that of this process and of training, with speeds and with the number of 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from dpace.config import BenchConfig
 from dpace.measure.records import (
     PLAIN,
-    SEED_RULE,
     Records,
     ServedAnswer,
     ServedRecord,
     ServerAddress,
     ServerSetup,
-    Setup,
     ask_in_turn,
     group_by,
     setup_of,
@@ -56,16 +53,10 @@ CONTROL = "plain again"
 """Name of the second pass of the server without a drafter."""
 SERVERS_FILE = "servers.json"
 """What the rows are written to."""
-Found = TypeVar("Found")
 
 
 def bench_servers(
-    chat: ChatTokenizer,
-    drafter_url: str,
-    plain_url: str | None,
-    prompts: Sequence[Prompt],
-    config: BenchConfig,
-    folder: str | Path,
+    chat: ChatTokenizer, prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
 ) -> ServerResults:
     """Send every prompt to a server with a drafter and twice to one without, and write `servers.json`.
 
@@ -75,10 +66,9 @@ def bench_servers(
 
     Args:
         chat: the target's tokenizer with what belongs to it.
-        drafter_url: address of the server with the drafter, `http://host:port`.
-        plain_url: of one that serves the same model without; None leaves out what needs a baseline.
         prompts: not trained on.
-        config: temperatures, lengths, how many prompts of each set.
+        config: addresses, temperatures, lengths, how many prompts of each set. Without a plain server, what needs a
+            baseline is left out.
         folder: for these files.
 
     Returns:
@@ -88,18 +78,23 @@ def bench_servers(
         ValueError: a server that does not answer, refuses a request, or is of no known kind; or an over-long prompt.
     """
     folder = Path(folder)
-    urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
-    sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items()}
+    urls = {PLAIN: config.plain_server, DRAFTER: config.server}
+    sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items() if url}
     addresses = {
         side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version) for side, s in sides.items()
     }
-    setup = ServerSetup(**setup_of(chat, config), prompt_seeds=SEED_RULE, servers=addresses)
+    known = setup_of(chat, config)
+    setup = ServerSetup(**known, servers=addresses)
     register_files(folder, SERVERS_FILE)
     records = Records(folder / "servers.jsonl", ServedRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(chat, prompts, config.max_new_tokens)
-    here = _unless_missing("here", partial(rows_here, folder / "results.json", setup)) or {}
-    tau_in_training = _unless_missing("in training", partial(find_tau_in_training, folder / "drafter"))
+    here = {}
+    try:
+        here = rows_here(folder / "results.json", known)
+    except (OSError, ValueError) as error:
+        print(f"tau here is not known: {error}", file=sys.stderr)
+    tau_in_training = find_tau_in_training(folder / "drafter")
     jobs = list(product(config.temperatures, prompts))
     missing = [(temperature, prompt) for temperature, prompt in jobs if (temperature, prompt.id) not in records.rows]
     if missing:  # a warm-up, which is not counted
@@ -108,8 +103,9 @@ def bench_servers(
             server.answer(first_turn, 16, missing[0][0], config.seed)
     else:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
-    passes = {PLAIN: sides[PLAIN], CONTROL: sides[PLAIN]} if plain_url else {}
-    ways = {side: partial(_ask_server, server) for side, server in (passes | sides).items()}
+    ways = {side: partial(_ask_server, server) for side, server in sides.items()}
+    if PLAIN in ways:
+        ways[CONTROL] = ways[PLAIN]
     for number, (temperature, prompt) in enumerate(track(missing, "asking servers", done=len(jobs) - len(missing))):
         turns = ask_in_turn(
             chat,
@@ -128,21 +124,12 @@ def bench_servers(
     return results
 
 
-def _unless_missing(what: str, find: Callable[[], Found]) -> Found | None:
-    """Return what stands beside the served tau; where there is none, say why."""
-    try:
-        return find()
-    except (OSError, ValueError) as error:
-        print(f"tau {what} is not known: {error}", file=sys.stderr)
-        return None
-
-
-def rows_here(path: Path, setup: Setup) -> dict[tuple[float, str], Row]:
+def rows_here(path: Path, known: Mapping[str, Any]) -> dict[tuple[float, str], Row]:
     """Read what this process measured with whole drafts, verified by equality: rows by temperature and set.
 
     Args:
         path: of the results.json of `dpace bench`.
-        setup: how the servers are asked.
+        known: how the servers are asked, see `setup_of`.
 
     Raises:
         ValueError: there is no such file, or its rows cannot stand beside those of the servers.
@@ -151,8 +138,7 @@ def rows_here(path: Path, setup: Setup) -> dict[tuple[float, str], Row]:
     results = read_results(path) if path.exists() else None
     if not isinstance(results, BenchResults):
         raise ValueError(f"{path} has no results of `dpace bench`; run the command without --bench.server too")
-    now = {field.name: getattr(setup, field.name) for field in fields(Setup)}
-    same_run(vars(results), now, f"{path} was measured", "give both commands the same options")
+    same_run(vars(results), known, f"{path} was measured", "give both commands the same options")
     rows = [row for row in results.rows if row.width == "full" and row.verify_rule == "equality"]
     drafters = {row.drafter for row in rows}
     if len(drafters) != 1:
@@ -163,19 +149,10 @@ def rows_here(path: Path, setup: Setup) -> dict[tuple[float, str], Row]:
     return {(row.temperature, row.set): row for row in rows}
 
 
-def find_tau_in_training(folder: Path) -> float:
-    """Find the tau of a drafter's validation responses that chose its checkpoint.
-
-    Raises:
-        ValueError: there is no log, or it has no tau.
-        OSError: a file that cannot be read.
-    """
-    path = folder / "trainer_state.json"
-    log = read_log(folder) if path.exists() else []
-    taus = [entry["eval_tau"] for entry in log if "eval_tau" in entry]
-    if not taus:
-        raise ValueError(f"{path} has no eval_tau; name the folder of a training with validation responses by --output")
-    return max(taus)
+def find_tau_in_training(folder: Path) -> float | None:
+    """Find the tau of a drafter's validation responses that chose its checkpoint; None where it has no such log."""
+    log = read_log(folder) if (folder / "trainer_state.json").exists() else []
+    return max((entry["eval_tau"] for entry in log if "eval_tau" in entry), default=None)
 
 
 def _ask_server(
@@ -186,7 +163,7 @@ def _ask_server(
     answer = server.answer(token_ids, max_new_tokens, temperature, seed)
     after = server.counters()
     counts = answer.counts
-    if counts is None and before and after and after.num_verifications > before.num_verifications:
+    if counts is None and before and after and after != before:
         counts = after - before
     return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.decode_seconds, counts=counts)
 
@@ -205,11 +182,8 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
     answer without any had no drafts: each pass of the target then emitted one token.
     """
     counts = {record.id: _verifications(record) for record in records} if drafts else {}
-    total = Counts.pooled([of_turn for turns in counts.values() for of_turn in turns])
-    served = {
-        name: [sum(of_turn.num_emitted for of_turn in turns), sum(of_turn.num_verifications for of_turn in turns)]
-        for name, turns in counts.items()
-    }
+    total = Counts.pooled([*counts.values()]) if drafts else None
+    served = {name: [found.num_emitted, found.num_verifications] for name, found in counts.items()}
     ours = {}
     if here:
         names = dict.fromkeys(response.id for response in here.responses)
@@ -243,10 +217,10 @@ def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
     return [turn[side] for record in records for turn in record.turns if side in turn]
 
 
-def _verifications(record: ServedRecord) -> list[Counts]:
-    """Return the verifications of each turn; without drafts, they are the tokens after the first."""
+def _verifications(record: ServedRecord) -> Counts:
+    """Return the verifications of all turns; without drafts, they are the tokens after the first."""
     answers = _answers([record], DRAFTER)
-    return [answer.counts or Counts(answer.decode_tokens, 0, [answer.decode_tokens]) for answer in answers]
+    return Counts.pooled([one.counts or Counts(one.decode_tokens, 0, [one.decode_tokens]) for one in answers])
 
 
 def _tokens_per_second(answers: Sequence[ServedAnswer]) -> float | None:

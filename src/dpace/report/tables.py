@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.parity import Finding
+from dpace.measure.own_text import Finding
 from dpace.system.progress import one_line
 
 MAX_WIDTH = 10_000

@@ -47,10 +47,8 @@ class Counts:
         return Counts(self.num_verifications - before.num_verifications, self.num_accepted - before.num_accepted)
 
     @staticmethod
-    def pooled(parts: Sequence["Counts"]) -> "Counts | None":
-        """All together; None without any."""
-        if not parts:
-            return None
+    def pooled(parts: Sequence["Counts"]) -> "Counts":
+        """All together."""
         histograms = [part.histogram for part in parts if part.histogram]
         columns = zip_longest(*histograms, fillvalue=0) if len(histograms) == len(parts) else ()
         return Counts(

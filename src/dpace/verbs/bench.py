@@ -46,7 +46,6 @@ def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", arg
     from dpace.measure.servers import bench_servers
 
     config = recipe.bench
-    assert config.server is not None
     for name in IN_PROCESS:
         if getattr(config, name) != getattr(BenchConfig(), name):
             flag = name.replace("_", "-")
@@ -56,7 +55,7 @@ def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", arg
         return
     chat = load_chat(recipe)
     with lock_folder(recipe.output):
-        served = bench_servers(chat, config.server, config.plain_server, prompts, config, recipe.output)
+        served = bench_servers(chat, prompts, config, recipe.output)
     _show(served, f"{recipe.output}/servers.json")
     print("next:", command("report", recipe.output))
 

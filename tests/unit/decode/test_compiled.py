@@ -1,11 +1,13 @@
 """Plain decoding with compiled steps as a second baseline; what is compiled is in test_batch.py and tests/gpu."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dpace.config import BenchConfig
 from dpace.decode import Decoder, generate_plain
-from dpace.measure.benchmark import CompiledPlain, bench, find_compiled
+from dpace.measure.benchmark import bench, decode_compiled
 from dpace.measure.results import CompiledBaseline, read_results
 from dpace.report.sections import speeds
 from tests.conftest import make_drafter, make_target, make_tokenizer
@@ -39,9 +41,11 @@ def lengths(monkeypatch):
     return found
 
 
-def test_it_is_measured_on_an_accelerator_or_where_asked_for(target):
-    wanted = {choice: find_compiled(target, BenchConfig(compiled=choice)) for choice in ("auto", "always", "never")}
-    assert [choice for choice, found in wanted.items() if found] == ["always"]
+@pytest.mark.parametrize("choice", ["auto", "never"])
+def test_it_is_measured_on_an_accelerator_or_where_asked_for(choice, target, tmp_path):
+    config = replace(CONFIG, temperatures=(0.0,), compiled=choice)
+    (row,) = bench(target, {"d": make_drafter(target)}, PROMPTS[:1], config, tmp_path).rows
+    assert row.compiled is None
 
 
 def test_both_baselines_are_in_the_results(target, lengths, tmp_path, capsys):
@@ -56,7 +60,7 @@ def test_both_baselines_are_in_the_results(target, lengths, tmp_path, capsys):
     path = tmp_path / "results.json"
     assert read_results(path) == results
     again = bench(target, drafters, PROMPTS, CONFIG, tmp_path)
-    assert len(lengths) == 2 + 2 * 3, "one to compile, one for each prompt, and none again"
+    assert lengths == [8, 12] * (1 + 2 * 3), "one to compile, one for each prompt, and none again"
     assert again.rows[0].compiled == results.rows[0].compiled
     with changed_json(path) as old:
         for row in old["rows"]:
@@ -66,11 +70,11 @@ def test_both_baselines_are_in_the_results(target, lengths, tmp_path, capsys):
 
 def test_a_longer_text_gets_longer_caches_before_it_is_timed(target, lengths):
     """By its first tokens."""
-    plain = CompiledPlain(target)
+    decoder = Decoder(target, None, compile=True)
     for length, text in ((12, [5, 6, 7]), (270, [5, 6, 7]), (5, [9] * 300)):
         options = {"max_new_tokens": length, "stop_token_ids": []}
-        assert plain.decode(text, **options).token_ids == generate_plain(target, text, **options).token_ids
-    assert lengths == [8, 12, 8, 270, 5] and plain.decoder.columns == 512
+        assert decode_compiled(decoder, text, **options).token_ids == generate_plain(target, text, **options).token_ids
+    assert lengths == [8, 12, 8, 270, 5, 5] and decoder.columns == 512
 
 
 def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 import dpace.blocks
 from dpace.blocks import Blocks
-from dpace.measure.parity import check_views
+from dpace.measure.check import check_views
 
 LEAK, VIEWS = "no leak from the future", "a block in training is the block when serving"
 
