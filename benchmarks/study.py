@@ -223,8 +223,7 @@ def run_cells(plan: Plan, cells: Sequence[Cell]) -> None:
         folder, recipe = plan.folder(cell), plan.recipe_of(cell)
         dataset = copy.copy(train)
         dataset.num_anchors = recipe.train.num_anchors
-        key = (f"{cell.objective}, blocks of {cell.block}, {cell.steps} steps", cell.seed)
-        train_cells(target, {key: recipe}, {key: folder}, (dataset, validation))
+        train_cells(target, {folder: Run(recipe)}, (dataset, validation))
         measure_cells(target, recipe, [folder], test_set)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

@@ -26,7 +26,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.benchmark import hash_config
-from dpace.measure.records import ExplainedRecord, ExplainSetup, Records, group_by, setup_of, spread_evenly
+from dpace.measure.records import ExplainedRecord, ExplainSetup, Records, group_by_set, setup_of, spread_evenly
 from dpace.measure.results import ExplainResults, ExplainRow, SlotLoss, nullable, write_results
 from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt
@@ -44,8 +44,6 @@ LEAST_PROB = 1e-7
 """Tokens to which no sample gives this probability are left out of a fit, which is never better by more than their sum.
 """
 RESULTS_FILE = "explain.json"
-ALL_SETS = "all"
-"""Name of the row of all sets together."""
 
 
 def fit_blind(
@@ -237,11 +235,8 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
 
 def make_rows(records: Sequence[ExplainedRecord]) -> list[ExplainRow]:
     """Pool prompts by set, and all of several sets together."""
-    groups = group_by(records, lambda record: record.set)
-    if len(groups) > 1:
-        groups[ALL_SETS] = list(records)
     rows = []
-    for name, group in groups.items():
+    for name, group in group_by_set(records).items():
         losses = np.array([record.losses for record in group]).transpose(2, 1, 0)  # "slot what prompt"
         num_blocks = sum(record.num_blocks for record in group)
         whole, *slots = (_slot_loss(of_slot, num_blocks) for of_slot in [losses.sum(0), *losses])

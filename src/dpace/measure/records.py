@@ -31,6 +31,8 @@ PLAIN = "plain"
 """Name of decoding without a drafter."""
 COMPILED = "plain, compiled"
 """Name of the same with compiled steps."""
+ALL_SETS = "all"
+"""Name of all sets together, in the rows of several sets."""
 SEED_RULE = "seed + i for prompt i, counted from 0"
 """How each prompt's seed is made, in results."""
 MAX_COUNT = 2**53
@@ -246,6 +248,14 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, lis
     groups: dict[Any, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def group_by_set(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Group prompts or their records by set; where there are several sets, all together come last as `ALL_SETS`."""
+    groups = group_by(items, attrgetter("set"))
+    if len(groups) > 1:
+        groups[ALL_SETS] = list(items)
     return groups
 
 

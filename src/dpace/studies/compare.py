@@ -1,14 +1,13 @@
 """Train one recipe with several objectives and seeds, and measure which one drafts best.
 
-A recipe, objectives and seeds come in; a drafter for each objective and seed, `results.json` and plots go out.
-`dpace compare` and `dpace demo` both run this.
+A recipe, objectives and seeds come in; a drafter for each objective and seed, and `results.json`, go out. `dpace
+compare` and `dpace demo` both run this.
 """
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from dpace.loss.objective import with_objective
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.pooling import pool_seeds
-from dpace.measure.records import group_by
+from dpace.measure.records import group_by_set
 from dpace.measure.results import (
     HELDOUT_FILE,
     ComparedRow,
@@ -32,21 +31,16 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
-from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import Response, check_meta, known_settings
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files, write_text
+from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.system.progress import note
 from dpace.target import Target
 from dpace.train.identity import Run, data_facts, hash_rows, target_facts
 from dpace.train.run import check_recipe, choose_conversations, keep_features, train
 
-Cell = tuple[str, int]
-"""An objective and a seed."""
-ALL_SETS = "all"
-"""Name of all sets together, in the rows of several sets."""
-FILES = ("results.json", "training.svg", "acceptance.svg", "weights.svg")
+RESULTS_FILE = "results.json"
 """What `compare` writes into its folder itself."""
 
 
@@ -58,13 +52,12 @@ def compare(
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
     the held-out responses, which only measure; where the target drew them, it is that of the rule `equality` at their
     temperature. `decode_speedup` is measured by decoding with the drafters of the first seed (`bench.num_prompts` of
-    each set; 0 leaves it out). A finished cell is kept: the same call goes on after it.
+    each set; 0 leaves it out). A finished drafter is kept: the same call goes on after it.
 
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
-    `decode/` with the results of decoding, `results.json`, and the drawings `training.svg`, `acceptance.svg` and
-    `weights.svg`.
+    `decode/` with the results of decoding, and `results.json`.
 
-    Disk: each cell is a drafter and at most two checkpoints, so seven times its fp32 size.
+    Disk: each drafter has at most two checkpoints beside it, so seven times its fp32 size.
 
     Args:
         target: the model.
@@ -80,24 +73,21 @@ def compare(
         OSError: see `check_output`.
     """
     folder = Path(config.output)
-    recipes = check_output(config, init)
-    cells = {cell: cell_folder(folder, cell) for cell in recipes}
+    runs = check_output(config, init)
     with lock_folder(folder):
-        ranks.from_first(lambda: register_files(folder, *FILES))
+        ranks.from_first(lambda: register_files(folder, RESULTS_FILE))
         parts = parts or split_prompts(config.prompts)
-        prompts = [prompt for part in parts for prompt in part]
-        answer_prompts(target, prompts, folder / "responses.jsonl", config.respond)
+        answer_prompts(target, sum(parts, []), folder / "responses.jsonl", config.respond)
         *answered, heldout = read_corpora(
             folder / "responses.jsonl", [[prompt.id for prompt in part] for part in parts]
         )
-        datasets = choose_conversations(*answered, recipe=next(iter(recipes.values())))
-        train_cells(target, recipes, cells, datasets, init=init)
-        measure_cells(target, config, cells.values(), heldout_set(heldout, config))
-        rows = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline, config.respond.temperature))
+        train_cells(target, runs, choose_conversations(*answered, recipe=config))
+        measure_cells(target, config, runs, heldout_set(heldout, config))
+        rows = ranks.from_first(lambda: make_rows(config, parts.heldout))
         decode = None
         if config.bench.num_prompts != 0:
-            first_seed = config.seeds[0]
-            drafters = {name: load_drafter(cells[name, seed], target) for name, seed in cells if seed == first_seed}
+            folders = {name: cell_folder(config, name, config.seeds[0]) for name in objectives_of(config)}
+            drafters = {name: load_drafter(cell, target) for name, cell in folders.items()}
             with lock_folder(folder / "decode"):
                 decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
         results = CompareResults(
@@ -108,30 +98,26 @@ def compare(
             rows=rows,
             decode=decode,
         )
-        ranks.from_first(lambda: _write_and_draw(folder, results, cells))
+        ranks.from_first(lambda: write_results(folder / RESULTS_FILE, results))
     return results
 
 
-def _write_and_draw(folder: Path, results: CompareResults, cells: Mapping[Cell, Path]) -> None:
-    """Write `FILES`."""
-    write_results(folder / "results.json", results)
-    logs = {name: [read_log(cells[name, seed]) for seed in results.seeds] for name, _ in cells}
-    write_text(folder / "training.svg", training_curves(logs))
-    write_text(folder / "weights.svg", slot_weights(logs))
-    write_text(folder / "acceptance.svg", acceptance_by_slot(results.rows))
+def objectives_of(config: CompareConfig) -> list[str]:
+    """Return the names of all objectives, the baseline included."""
+    return list(dict.fromkeys([*config.objectives, config.baseline]))
 
 
-def cell_folder(output: str | Path, cell: Cell) -> Path:
+def cell_folder(config: CompareConfig, objective: str, seed: int) -> Path:
     """Return the folder of a drafter."""
-    return Path(output) / cell[0] / f"seed-{cell[1]}"
+    return Path(config.output) / objective / f"seed-{seed}"
 
 
-def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cell, Recipe]:
-    """Refuse an output folder that cannot be written to, before any work; return the recipe of each cell.
+def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Path, Run]:
+    """Refuse an output folder that cannot be written to, before any work; return the run of each drafter's folder.
 
     Raises:
-        ValueError: see `make_recipes`; files that dpace did not write, results of `dpace bench`, or answers made in
-            another way; or a cell that holds another run.
+        ValueError: see `make_runs`; files that dpace did not write, results of `dpace bench`, or answers made in
+            another way; or a drafter's folder that holds another run.
         OSError: a file stands where the folder is to be.
     """
     if config.respond.source == "own":
@@ -142,17 +128,17 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         folder.mkdir()  # raises the error
-    refuse_foreign_files(folder, *FILES)
-    refuse_other_results(folder / FILES[0], CompareResults)
+    refuse_foreign_files(folder, RESULTS_FILE)
+    refuse_other_results(folder / RESULTS_FILE, CompareResults)
     check_meta(folder / "responses.jsonl", known_settings(config.respond, thinking=config.thinking))
-    recipes = make_recipes(config)
-    for cell, recipe in recipes.items():
-        Run(recipe, init).is_in(cell_folder(folder, cell))
-    return recipes
+    runs = make_runs(config, init)
+    for cell, run in runs.items():
+        run.is_in(cell)
+    return runs
 
 
-def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
-    """Make the recipe of each cell, in the order in which they are trained.
+def make_runs(config: CompareConfig, init: Drafter | None) -> dict[Path, Run]:
+    """Make the run of each objective and seed by its folder, in the order in which they are trained.
 
     Raises:
         ValueError: an unknown objective, one that is named in two ways, a custom one that cannot be found or gives
@@ -165,7 +151,7 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
             "as dpace+kl+overlap; name them there instead"
         )
     losses: dict[str, LossConfig] = {}
-    for name in dict.fromkeys([*config.objectives, config.baseline]):
+    for name in objectives_of(config):
         loss = with_objective(config.loss, name)
         if loss in losses.values():
             raise ValueError(f"the objective {name} is there under another name too; name it once")
@@ -173,43 +159,34 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
         losses[name] = loss
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
-        (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))
+        cell_folder(config, name, seed): Run(replace(recipe, loss=loss, train=replace(recipe.train, seed=seed)), init)
         for seed in config.seeds
         for name, loss in losses.items()
     }
 
 
-def train_cells(
-    target: Target,
-    recipes: Mapping[Cell, Recipe],
-    cells: Mapping[Cell, Path],
-    datasets: tuple[ResponseDataset, ResponseDataset],
-    *,
-    init: Drafter | None = None,
-) -> None:
+def train_cells(target: Target, runs: Mapping[Path, Run], datasets: tuple[ResponseDataset, ResponseDataset]) -> None:
     """Train the drafters that are not finished.
 
     Args:
         target: the model.
-        recipes: of each cell; all drafters read the same target layers.
-        cells: the folder of each.
+        runs: by the folder of each drafter; all of them read the same target layers.
         datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
-        init: a drafter that all start from, see `train`.
     """
-    runs = {cell: Run(recipe, init) for cell, recipe in recipes.items()}
     known = data_facts(*datasets) | target_facts(target)
     for run in runs.values():
         run.facts |= known
-    untrained = ranks.from_first(lambda: [cell for cell in cells if not runs[cell].is_finished_in(cells[cell])])
+    untrained = ranks.from_first(lambda: [cell for cell, run in runs.items() if not run.is_finished_in(cell)])
     dataset, measured = datasets
     if untrained and dataset.features is None:
         # One set of features for all; the target's last hidden states are kept too where any objective needs them.
-        widest = max((recipes[cell] for cell in untrained), key=lambda recipe: recipe.needs_target_hidden)
+        widest = max((runs[cell].recipe for cell in untrained), key=lambda recipe: recipe.needs_target_hidden)
         keep_features(target, *datasets, widest)
     for number, cell in enumerate(untrained, start=1):
-        note(f"{number} of {len(untrained)}: {cell[0]}, seed {cell[1]}")
-        seeded = dataset.with_seed(cell[1])
-        train(target, seeded, measured, recipes[cell], cells[cell], init=init, run=runs[cell])
+        note(f"{number} of {len(untrained)}: {cell.parent.name}, {cell.name}")
+        run = runs[cell]
+        seeded = dataset.with_seed(run.recipe.train.seed)
+        train(target, seeded, measured, run.recipe, cell, init=run.init, run=run)
 
 
 def heldout_set(heldout: Corpus | Sequence[Response], recipe: Recipe) -> ResponseDataset:
@@ -239,30 +216,21 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, wanted))
 
 
-def make_rows(
-    cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: str, temperature: float
-) -> list[ComparedRow]:
-    """Make one row for each set that has responses and objective, all seeds pooled, the best first.
-
-    Where there are several sets, the rows of all of them together come last, as `ALL_SETS`. The responses were written
-    at `temperature`.
-    """
-    names = list(dict.fromkeys(name for name, _ in cells))
-    seeds = list(dict.fromkeys(seed for _, seed in cells))
-    measured = {cell: read_heldout(folder) for cell, folder in cells.items()}
-    costs = {name: _training_costs([cells[name, seed] for seed in seeds]) for name in names}
-    groups = group_by(heldout, attrgetter("set"))
-    if len(groups) > 1:
-        groups[ALL_SETS] = list(heldout)
+def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[ComparedRow]:
+    """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
+    folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
+    measured = {name: list(map(read_heldout, cells)) for name, cells in folders.items()}
+    costs = {name: _training_costs(cells) for name, cells in folders.items()}
     rows = []
-    for set_name, prompts in groups.items():
+    for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
-        by_seed: Any = {name: [measured[name, seed].acceptance(ids) for seed in seeds] for name in names}
-        if None in by_seed[baseline]:  # no prompt of the set has a response
+        by_seed: Any = {name: [one.acceptance(ids) for one in of_name] for name, of_name in measured.items()}
+        theirs = by_seed[config.baseline]
+        if None in theirs:  # no prompt of the set has a response
             continue
         of_set = [
-            pool_seeds(set_name, name, len(ids), temperature, by_seed[name], by_seed[baseline], costs[name])
-            for name in names
+            pool_seeds(set_name, name, len(ids), config.respond.temperature, ours, theirs, costs[name])
+            for name, ours in by_seed.items()
         ]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows

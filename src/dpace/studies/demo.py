@@ -73,7 +73,7 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     """
     compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
     folder = Path(recipe.output)
-    drafters = {"dpace": load_drafter(cell_folder(folder, ("dpace", recipe.seeds[0])), target)}
+    drafters = {"dpace": load_drafter(cell_folder(recipe, "dpace", recipe.seeds[0]), target)}
     with lock_folder(folder / "decode"):
         greedy = bench(target, drafters, parts.heldout, recipe.bench, folder / "decode")
     first_set = [prompt for prompt in parts.heldout if prompt.set == greedy.rows[0].set]

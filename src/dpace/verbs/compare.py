@@ -23,7 +23,7 @@ def run(args: list[str]) -> None:
             f"--train.target-shard is {config.train.target_shard}, and `dpace compare` decodes, which needs the whole "
             "target on each rank; leave it out, or train each objective with `dpace train`"
         )
-    drafters = [cell_folder(config.output, cell) for cell in check_output(config, init)]
+    drafters = list(check_output(config, init))
     check_trackers(config.train.report_to)
     parts = split_prompts(config.prompts)
     decoded = first_of_each_set(parts.heldout, config.bench.num_prompts)
@@ -35,13 +35,10 @@ def run(args: list[str]) -> None:
     if not ranks.end():
         return
     console().print(section_table(comparison(results)))
-    print(
-        f"written: {config.output}/results.json, training.svg, acceptance.svg, weights.svg, a drafter for each "
-        "objective and seed"
-    )
+    print(f"written: {config.output}/results.json, a drafter for each objective and seed")
     last_set = results.rows[-1].set  # of several sets, all together
     best = next(row.drafter for row in results.rows if row.set == last_set)
-    drafter = cell_folder(config.output, (best, config.seeds[0]))
+    drafter = cell_folder(config, best, config.seeds[0])
     print(
         "next:",
         command("generate", target=config.target, drafter=drafter, thinking=config.thinking, prompt=PROMPT),

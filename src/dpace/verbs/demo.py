@@ -22,7 +22,7 @@ def run(args: list[str]) -> None:
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
-    drafters = [cell_folder(output, cell) for cell in check_output(recipe)]
+    drafters = list(check_output(recipe))
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
     refuse_unreadable(recipe, sum(parts, []), recipe.respond.max_new_tokens, args)
@@ -33,6 +33,6 @@ def run(args: list[str]) -> None:
     console().print(*map(section_table, tables), *map(plain, remarks))
     write_report([output, output / "decode", output / "sampled"], output / PAGE)
     print(f"report: {output / PAGE}")
-    folder = cell_folder(output, ("dpace", recipe.seeds[0]))
+    folder = cell_folder(recipe, "dpace", recipe.seeds[0])
     prompt = f"{config.prompts or 'demo'}#{demo.greedy.rows[0].responses[0].id}"
     print("next:", command("generate", target=recipe.target, drafter=folder, prompt=prompt))

@@ -35,8 +35,7 @@ def test_compare(config, language_target, tmp_path):
     for row in results.rows:
         assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
         assert row.drafter == OWN or row.gain == (0, 0, 0)
-    for name in ("training.svg", "acceptance.svg", "weights.svg", "decode/results.json"):
-        assert (tmp_path / "out" / name).stat().st_size > 100
+    assert (tmp_path / "out" / "decode" / "results.json").stat().st_size > 100
     greedy = {row.drafter: row for row in results.decode.rows}
     assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
 
