@@ -147,11 +147,10 @@ def check_distribution(
     generator = torch.Generator().manual_seed(config.seed)
     findings = []
     for rule, width in RULES.items():
-        options: dict[str, Any] = {"width": width, "verify_rule": rule, "paces": Paces()}
+        options: Any = {"width": width, "verify_rule": rule, "paces": Paces(), "temperature": 1.0}
         of_texts = []
-        for number, token_ids in enumerate(track(encoded, f"distribution, rule {rule}")):
-            limits = {"max_new_tokens": config.max_new_tokens, "temperature": 1.0, "seed": config.seed + number}
-            out = generate(target, drafter, token_ids, **limits, **options)
+        for seed, token_ids in enumerate(track(encoded, f"distribution, rule {rule}"), start=config.seed):
+            out = generate(target, drafter, token_ids, max_new_tokens=config.max_new_tokens, seed=seed, **options)
             values = distribution_values(target, token_ids, out.token_ids, generator)
             of_texts.append(values[1:])  # 0 is from the prefill
         singles = torch.cat(of_texts)[:, None]

@@ -23,11 +23,12 @@ from dpace.target import Target
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""
-Visit = Callable[[int, int, Tensor, Tensor], None]
-"""Gets the numbers of a conversation and of a vocabulary; the states, of `Selector.match`, of the slots that decoding
-may reach, "slot state"; and whether each is accepted as it is drafted, "slot"."""
+Visit = Callable[[Tensor, Tensor], None]
+"""Gets the states, of `Selector.match`, of the slots of a conversation that decoding may reach, "slot state"; and
+whether each is accepted as it is drafted, "slot"."""
 
 
+@torch.no_grad()
 def heldout_acceptance(
     drafter: Drafter,
     target: Target,
@@ -35,6 +36,7 @@ def heldout_acceptance(
     *,
     token_ids: Tensor | None = None,
     over_ranks: bool = False,
+    visit: Visit | None = None,
     title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
@@ -50,51 +52,27 @@ def heldout_acceptance(
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
+        visit: called with what decoding may reach in each conversation that this rank measures.
         title: of a progress bar; none is shown without it.
 
     Raises:
         ValueError: no response of two tokens or more.
     """
-    (found,) = measure_vocabularies(drafter, target, dataset, [token_ids], over_ranks=over_ranks, title=title)
-    return found
-
-
-@torch.no_grad()
-def measure_vocabularies(
-    drafter: Drafter,
-    target: Target,
-    dataset: ResponseDataset,
-    vocabularies: Sequence[Tensor | None],
-    *,
-    over_ranks: bool = False,
-    visit: Visit | None = None,
-    title: str = "",
-) -> list[Acceptance]:
-    """Do what `heldout_acceptance` does for several `token_ids`, with one forward pass of the drafter.
-
-    `visit` is called with what decoding may reach in each conversation that this rank measures. The other arguments
-    are those of `heldout_acceptance`; None among `vocabularies` stands for all tokens.
-    """
     was_training = drafter.training
     drafter.eval()
     refresh_copies(drafter)
-    results: dict[int, list[list[Acceptance]]] = {}
+    results: dict[int, list[Acceptance]] = {}
     indices = range(len(dataset))
     mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
     for i in track(mine, title):
         if i is not None:
-            results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
+            results[i] = walk_conversation(drafter, target, dataset, i, token_ids, visit)
         elif dataset.features is None:
             target.join_features(drafter.target_layer_ids)
     drafter.train(was_training)
     if over_ranks:
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    return [_pool_ways([results[i][number] for i in sorted(results)]) for number in range(len(vocabularies))]
-
-
-def _pool_ways(conversations: Sequence[Sequence[Acceptance]]) -> Acceptance:
-    """Put conversations together, each with its ways; the first way is what is drafted, the others are bounds."""
-    ways = [Acceptance.of_prompts(rows) for rows in zip(*conversations, strict=True)]
+    ways = [Acceptance.of_prompts(rows) for rows in zip(*(results[i] for i in sorted(results)), strict=True)]
     drafted, *others = ways or [Acceptance.of_prompts([])]
     return replace(drafted, bounds=tuple(way.tau for way in others))
 
@@ -104,32 +82,30 @@ def walk_conversation(
     target: Target,
     dataset: ResponseDataset,
     index: int,
-    vocabularies: Sequence[Tensor | None],
-    visit: Visit | None = None,
-) -> list[list[Acceptance]]:
+    token_ids: Tensor | None,
+    visit: Visit | None,
+) -> list[Acceptance]:
     """Follow greedy decoding through the responses of a conversation.
 
     Returns:
-        For each vocabulary, the accepted lengths in each way of `Selector.match`.
+        The accepted lengths in each way of `Selector.match`: as is drafted, and behind that the bounds.
     """
     anchors: list[int] = []
-    lengths: list[list[Tensor]] = [[] for _ in vocabularies]
-    reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in vocabularies]
+    lengths = []
+    reached = []
     slots = torch.arange(drafter.block_size, device=target.device)
-    for blocks, matches in score_conversation(drafter, target, dataset, index, vocabularies):
+    for blocks, states, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
         anchors += blocks.anchors[0].tolist()
-        for number, (states, is_accepted) in enumerate(matches):
-            lengths[number].append(is_accepted.sum(-1))  # "way block"
-            if visit is not None:
-                drafted = is_accepted[:1]
-                is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
-                reached[number].append((states[is_reached], drafted[is_reached]))
+        lengths.append(is_accepted.sum(-1))  # "way block"
+        if visit is not None:
+            drafted = is_accepted[:1]
+            is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
+            reached.append((states[is_reached], drafted[is_reached]))
     if visit is not None:
-        for number, parts in enumerate(reached):
-            visit(index, number, *map(torch.cat, zip(*parts, strict=True)))
+        visit(*map(torch.cat, zip(*reached, strict=True)))
     spans = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
-    of_ways = [[dict(zip(anchors, way, strict=True)) for way in torch.cat(parts, -1).tolist()] for parts in lengths]
-    return [[walk(accepted_from, spans, drafter.block_size) for accepted_from in ways] for ways in of_ways]
+    ways = torch.cat(lengths, -1).tolist()
+    return [walk(dict(zip(anchors, way, strict=True)), spans, drafter.block_size) for way in ways]
 
 
 def score_conversation(
@@ -137,22 +113,22 @@ def score_conversation(
     target: Target,
     dataset: ResponseDataset,
     index: int,
-    vocabularies: Sequence[Tensor | None] = (None,),
-) -> Iterator[tuple[Blocks, list[tuple[Tensor, Tensor]]]]:
+    token_ids: Tensor | None = None,
+) -> Iterator[tuple[Blocks, Tensor, Tensor]]:
     """Draft the blocks of a conversation in parts, and compare the drafts with its text.
 
-    A part has `SCORED_BLOCKS` blocks. Of a vocabulary only its tokens are drafted, and no other matches.
+    A part has `SCORED_BLOCKS` blocks. Where only some tokens are drafted, no other matches.
 
     Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
     bytes for the dense mask on a CPU.
 
     Yields:
-        The blocks; and for each vocabulary the states of `Selector.match` and the accepted slots, "way block slot".
+        The blocks; the states of `Selector.match`; and the accepted slots, "way block slot".
     """
-    rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
+    rows = DraftRows(target, token_ids)
     own = drafter.vocabulary
     if own is not None and own.head is not None:
-        rows = [DraftRows(target, own.token_ids, own.head.weight)] * len(rows)
+        rows = DraftRows(target, own.token_ids, own.head.weight)
     row = dataset[index]
     if row["features"] is None:
         row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]
@@ -162,7 +138,7 @@ def score_conversation(
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
         text = {name: inputs[name][:, seen] for name in ("token_ids", "features")}
         found = blocks_hidden(drafter, target, chosen | text)
-        yield found.blocks, [drafter.selector.match(found, part) for part in rows]
+        yield found.blocks, *drafter.selector.match(found, rows)
 
 
 def walk(accepted_from: dict[int, int], spans: Sequence[Sequence[int]], block_size: int) -> Acceptance:

@@ -21,6 +21,7 @@ from dpace.fast.cache import TextCache
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
 from dpace.system.progress import count
+from dpace.system.provenance import same_run
 from dpace.target import Target, answer_end
 from dpace.target.chat import tokenizer_hashes
 
@@ -76,7 +77,7 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
     return responses, meta
 
 
-def check_responses(target: Target, responses: Sequence[Response], meta: dict[str, Any]) -> list[Finding]:
+def check_responses(target: Target, responses: Sequence[Response], meta: dict[str, Any]) -> Finding:
     """Read a sample of greedy answers again.
 
     Every token must be the most likely one after the text before it, and an answer must end at a stop token or where it
@@ -87,26 +88,22 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
         responses: of which a fixed random sample is read.
         meta: what made them, see `dpace.respond.responses.read_meta`.
 
-    Returns:
-        Whether the target is the one that answered, and if so, whether the text is its own.
+    Raises:
+        ValueError: another target answered, or with another tokenizer or chat template.
     """
     now = tokenizer_hashes(target)
     if meta.get("source") != "servers":  # which do not tell the hash of their weights
         now = {"target_sha256": target.sha256} | now
-    other = [key for key in now if meta.get(key) != now[key]]
-    detail = f"other {', '.join(other)} than {meta.get('target')} had" if other else ", ".join(now)
-    same = Finding("responses are of this target", "hashes", not other, detail)
-    if other:
-        return [same]
+    same_run(meta, now, "the answers were made", "name the target that answered, or leave --responses out")
     chosen = random.Random(0).sample(list(responses), min(NUM_REREAD, len(responses)))
     answers = [
         (response, span, f"{response.id}, answer {number}")
         for response in chosen
         for number, span in enumerate(response.response_spans, start=1)
     ]
-    wrong = [found for answer in answers if (found := _reread(target, *answer, meta["max_new_tokens"]))]
+    found = [_reread(target, *answer, meta["max_new_tokens"]) for answer in answers]
     name = "responses are the target's greedy text"
-    return [same, text_finding(name, count(len(chosen), "response"), len(answers), wrong)]
+    return text_finding(name, count(len(chosen), "response"), len(answers), [*filter(None, found)])
 
 
 @torch.inference_mode()

@@ -37,9 +37,10 @@ def run(args: list[str]) -> None:
     failed = []
     for dtype in config.dtypes:
         target = load_target(Recipe(target=config.target, dtype=dtype, device_map=config.device_map))
-        findings = check(target, load_drafter(folder, target), prompts, config)
+        findings = []
         if responses and dtype == answered_in:
-            findings += check_responses(target, responses, meta)
+            findings.append(check_responses(target, responses, meta))
+        findings += check(target, load_drafter(folder, target), prompts, config)
         console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:
