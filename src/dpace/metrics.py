@@ -162,12 +162,12 @@ def resample_sums(values: np.ndarray) -> np.ndarray:
 
 
 def _ratio(totals: np.ndarray) -> np.ndarray:
-    """Divide tops by bottoms, "2 ..."; nan where one of them is 0."""
+    """Divide tops by bottoms, "2 ..."; nan where the bottom is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where((totals > 0).all(0), totals[0] / totals[1], np.nan)
+        return np.where(totals[1] > 0, totals[0] / totals[1], np.nan)
 
 
-def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, float, float]:
+def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tuple[float, float, float]:
     """Compute a number from ratios of totals, with its 95 % interval over prompts and training seeds.
 
     The prompts' part is a bootstrap of the prompts, all seeds together, times `widening`. The seeds' part is
@@ -176,16 +176,19 @@ def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, f
     are added.
 
     Args:
-        totals: top and bottom of each side's ratio, "2 side seed prompt"; what has no seeds has an axis of one there.
+        sides: top and bottom of each side's ratio for each prompt, "side seed prompt 2"; what has no seeds has an axis
+            of one there.
         statistic: makes the number from the sides' ratios, "side ..."; by default, it is the first side's ratio.
 
     Returns:
         The number and the ends of its interval. The ends are nan for fewer than `MIN_PROMPTS`; all are nan where a
-        total is 0.
+        bottom is 0.
 
     Source: Student, The probable error of a mean (1908).
     """
-    num_seeds, num_prompts = totals.shape[-2:]
+    num_seeds = len(sides[0])
+    totals = np.moveaxis(np.array(sides, float).reshape(len(sides), num_seeds, -1, 2), -1, 0)
+    num_prompts = totals.shape[-1]
     value = float(statistic(_ratio(totals.sum((-2, -1)))))
     if np.isnan(value) or num_prompts < MIN_PROMPTS:
         return value, math.nan, math.nan
@@ -203,14 +206,14 @@ def decode_speedup(drafted: np.ndarray, plain: np.ndarray) -> tuple[float, float
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
     Args:
-        drafted: decoded tokens and their seconds, "2 prompt".
+        drafted: decoded tokens and their seconds, "prompt 2".
         plain: the same without a drafter, for the same prompts in the same order.
 
     Returns:
         The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
-        side decoded nothing, as with a server that sends whole answers at once.
+        side decoded nothing.
     """
-    return estimate(np.stack([drafted, plain], 1)[:, :, None], lambda rates: rates[0] / rates[1])
+    return estimate([[drafted[:, ::-1]], [plain[:, ::-1]]], lambda seconds: seconds[1] / seconds[0])
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
@@ -262,5 +265,4 @@ def tau_estimate(sides: Sequence[Sequence[Acceptance]], statistic: Statistic = F
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
         statistic: of the taus, "side ...".
     """
-    totals = [[(a.emitted_tokens, a.rows.sum(-1)) for a in side] for side in sides]
-    return estimate(np.moveaxis(np.array(totals, float), 2, 0), statistic)
+    return estimate([[np.stack([a.emitted_tokens, a.rows.sum(-1)], 1) for a in side] for side in sides], statistic)

@@ -51,11 +51,11 @@ def test_few_prompts_and_no_verification_give_no_interval():
 
 def test_decode_speedup_is_a_ratio_of_totals():
     tokens = [10, 30] * 4
-    value, low, high = decode_speedup(np.array([tokens, [1.0, 1.0] * 4]), np.array([tokens, [2.0, 4.0] * 4]))
-    assert value == 3.0
+    value, low, high = decode_speedup(np.array([tokens, [1.0, 1.0] * 4]).T, np.array([tokens, [2.0, 4.0] * 4]).T)
+    assert value == pytest.approx(3.0)
     assert 2.0 <= low < 3.0 < high <= 4.0
     for ours, plain in ((0, 0), (0, 10), (10, 0)):
-        drafted, alone = (np.array([[count] * 8, [1e-7] * 8]) for count in (ours, plain))
+        drafted, alone = (np.array([[count, 1e-7]] * 8) for count in (ours, plain))
         assert np.isnan(decode_speedup(drafted, alone)).all()
 
 
@@ -105,18 +105,18 @@ def test_an_interval_over_few_prompts_covers_the_truth(monkeypatch):
         verifications = generator.integers(10, 40, MIN_PROMPTS)
         theirs = 1 + generator.gamma(4, 0.3, MIN_PROMPTS)
         ours = theirs * (1.1 + generator.normal(0, 0.2, MIN_PROMPTS))
-        totals = np.array([[[ours * verifications], [theirs * verifications]], [[verifications], [verifications]]])
-        _, low, high = estimate(totals, lambda taus: taus[0] / taus[1])
+        sides = [[np.stack([taus * verifications, verifications], 1)] for taus in (ours, theirs)]
+        _, low, high = estimate(sides, lambda taus: taus[0] / taus[1])
         hits += low <= 1.1 <= high
     assert 0.93 <= hits / 1500 <= 0.97
 
 
 def test_the_seeds_part_is_students():
     generator = np.random.default_rng(0)
-    totals = 1 + generator.random((2, 1, 3, 9))
-    both, prompts = (np.array(estimate(part)) for part in (totals, totals.sum(2, keepdims=True)))
-    by_seed = totals.sum(-1)[0] / totals.sum(-1)[1]
-    seeds = stats.t.ppf(0.975, 2) * stats.sem(by_seed[0])
+    sides = 1 + generator.random((1, 3, 9, 2))
+    both, prompts = (np.array(estimate(part.tolist())) for part in (sides, sides.sum(1, keepdims=True)))
+    tops, bottoms = sides[0].sum(1).T
+    seeds = stats.t.ppf(0.975, 2) * stats.sem(tops / bottoms)
     distances = np.hypot(prompts[1:] - prompts[0], seeds)  # squares are added
     assert both == pytest.approx(prompts[0] + np.array([0, -1, 1]) * [0, *distances], rel=1e-3)
     for degrees in range(1, 60):

@@ -71,7 +71,9 @@ class Sampler:
         return self.filters(None, logits.float())
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
-        """Compute the distribution of each row."""
+        """Compute the distribution of each row; at temperature 0, it has its most likely token alone."""
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
         return torch.softmax(scores, dim=-1)
 
     def draw(self, scores: Float[Tensor, "slot vocab"], position: int) -> Int[Tensor, " slot"]:

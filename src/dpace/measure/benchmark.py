@@ -114,8 +114,7 @@ def bench(
         for record in _decode_prompt(target, ways, prompt, rotation=number, **options):
             records.add(record)
     records.read()
-    block_sizes = {name: drafter.block_size for name, drafter in named.items()}
-    rows = make_rows(records.rows, prompts, config, block_sizes)
+    rows = make_rows(records.rows, prompts, config, setup.drafters)
     results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
     return ranks.from_first(lambda: _write_with_earlier(folder / "results.json", results))
 

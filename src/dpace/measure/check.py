@@ -277,14 +277,13 @@ def check_lengths(
 ) -> Finding:
     """Compare accepted lengths as training measures them with those of decoding."""
     pairs = [(response, out) for response, out in zip(responses, whole, strict=True) if len(out.token_ids) > 1]
-    trained = []
-    for response, _ in pairs:
+    num_equal = 0
+    for response, out in pairs:
         dataset = ResponseDataset([response], max_length=10**9, num_anchors=None, seed=0)
         prompt = response.token_ids[: response.response_spans[0][0]]
         drafted = PackedRows(target, drafter.vocabulary, prompt).token_ids
-        trained.append(heldout_acceptance(drafter, target, dataset, token_ids=drafted))
-    decoded = [out.acceptance for _, out in pairs]
-    num_equal = sum(bool((a.rows == b.rows).all()) for a, b in zip(trained, decoded, strict=True))
+        trained = heldout_acceptance(drafter, target, dataset, token_ids=drafted)
+        num_equal += bool((trained.rows == out.acceptance.rows).all())
     return Finding(
         "accepted lengths in training are those of decoding",
         f"every verification of {count(len(pairs), 'response')}",

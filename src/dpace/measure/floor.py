@@ -129,14 +129,6 @@ def score_block(
     return found
 
 
-def distributions(sampler: Sampler, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-    """Return the distributions that tokens are drawn from; at temperature 0, of one token each."""
-    scores = sampler.scores(logits, ())
-    if sampler.temperature == 0:
-        return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
-    return sampler.probs(scores)
-
-
 def draw_continuations(
     target: Target, prefix: Sequence[int], num_samples: int, num_slots: int, sampler: Sampler
 ) -> tuple[Int[Tensor, "sample slot"], Float[Tensor, "sample slot vocab"]]:
@@ -157,7 +149,7 @@ def draw_continuations(
     tokens = []
     probs = []
     while True:
-        probs.append(distributions(sampler, target.logits(hidden)))
+        probs.append(sampler.probs(sampler.scores(target.logits(hidden), ())))
         tokens.append(torch.multinomial(probs[-1], 1, generator=sampler.generator))
         if len(tokens) == num_slots:
             return torch.cat(tokens, dim=1), torch.stack(probs, dim=1)
@@ -247,10 +239,7 @@ def make_rows(records: Sequence[ExplainedRecord]) -> list[ExplainRow]:
 def _slot_loss(losses: Float[np.ndarray, "4 prompt"], num_blocks: int) -> SlotLoss:
     """Make shares of blocks, and of the rejections, from sums by prompt."""
     reached, rejected, low, high = losses
-    least, most = (
-        nullable(estimate(np.array([[[2 * rejected - floor]], [[rejected]]]), lambda ratios: ratios[0] - 1))
-        for floor in (high, low)
-    )
+    least, most = (nullable(estimate([[np.stack([rejected - floor, rejected], 1)]])) for floor in (high, low))
     count = max(1, num_blocks)
     return SlotLoss(
         reached=float(reached.sum() / count), rejected=float(rejected.sum() / count), own_least=least, own_most=most

@@ -4,9 +4,10 @@ In come records of single responses, or the acceptance of held-out answers by se
 their intervals, and comparisons of drafters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,7 @@ TIMES = attrgetter("decode_tokens", "decode_seconds")
 
 
 def make_rows(
-    records: Mapping[tuple, ResponseRecord],
-    prompts: Sequence[Prompt],
-    config: BenchConfig,
-    block_sizes: Mapping[str, int],
+    records: Mapping[tuple, ResponseRecord], prompts: Sequence[Prompt], config: BenchConfig, drafters: Iterable[str]
 ) -> list[Row]:
     """Pool records into one row for each temperature, set, drafter and width.
 
@@ -41,7 +39,7 @@ def make_rows(
         records: by `ResponseRecord.key`, of `PLAIN` and every drafter, and maybe of `COMPILED`.
         prompts: of the rows.
         config: temperatures and widths.
-        block_sizes: by the drafter's name.
+        drafters: their names.
     """
     rows = []
     groups = group_by(prompts, attrgetter("set"))
@@ -49,17 +47,15 @@ def make_rows(
         places = [(temperature, prompt.id, turn) for prompt in groups[set_name] for turn in range(len(prompt.turns))]
         plain = [records[*place, PLAIN, None] for place in places]
         compiled = [records[*place, COMPILED, None] for place in places if (*place, COMPILED, None) in records]
-        for name, width in product(block_sizes, config.widths):
+        for name, width in product(drafters, config.widths):
             ours = [records[*place, name, width] for place in places]
-            rows.append(_pool_responses(ours, plain, compiled, block_sizes[name]))
+            rows.append(_pool_responses(ours, plain, compiled))
     return rows
 
 
-def _pool_responses(
-    ours: list[ResponseRecord], plain: list[ResponseRecord], compiled: list[ResponseRecord], block_size: int
-) -> Row:
+def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], compiled: list[ResponseRecord]) -> Row:
     """Make the row of a drafter; steps of plain decoding may have been compiled for all responses, or not."""
-    acceptance = acceptance_of(ours, block_size)
+    acceptance = acceptance_of(ours)
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
@@ -73,7 +69,7 @@ def _pool_responses(
         set=first.set,
         temperature=first.temperature,
         num_responses=len(ours),
-        block_size=block_size,
+        block_size=acceptance.block_size,
         histogram=acceptance.counts.tolist(),
         num_without_bonus=acceptance.total_without_bonus,
         tau=defined(acceptance.tau),
@@ -107,9 +103,9 @@ def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecor
 
 
 def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
-    """Sum tokens and seconds of each prompt, "2 prompt", in the order of the prompts."""
+    """Sum tokens and seconds of each prompt, "prompt 2", in the order of the prompts."""
     groups = group_by(responses, attrgetter("id")).values()
-    return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups]).T
+    return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])
 
 
 def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
@@ -133,34 +129,19 @@ def compare_drafters(rows: Sequence[Row]) -> Iterator[Comparison]:
             )
 
 
-def pool_seeds(
-    set_name: str,
-    name: str,
-    num_prompts: int,
-    temperature: float,
-    ours: Sequence[Acceptance],
-    theirs: Sequence[Acceptance],
-    costs: tuple[float | None, int | None] = (None, None),
-) -> ComparedRow:
+def pool_seeds(ours: Sequence[Acceptance], theirs: Sequence[Acceptance], **facts: Any) -> ComparedRow:
     """Pool the seeds of one objective, beside those of the baseline.
 
     Args:
-        set_name: of the prompts.
-        name: of the objective.
-        num_prompts: in the set.
-        temperature: at which the responses were written.
         ours: held-out acceptance of each seed.
         theirs: the baseline's, for the same seeds and prompts.
-        costs: seconds of a training step and peak bytes, where they are known.
+        facts: what else the row has: names, temperature, prompts and costs.
     """
     pooled = Acceptance.pooled(ours)
     tau, *ends = nullable(tau_estimate([ours]))
     taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
     return ComparedRow(
-        set=set_name,
-        drafter=name,
-        temperature=temperature,
-        num_prompts=num_prompts,
+        **facts,
         block_size=pooled.block_size,
         histogram=pooled.counts.tolist(),
         tau=tau,
@@ -169,6 +150,4 @@ def pool_seeds(
         reach_rate=pooled.reach_rate.tolist(),
         gain=nullable(tau_gain(ours, theirs)),
         gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
-        step_seconds=costs[0],
-        peak_memory_bytes=costs[1],
     )

@@ -265,10 +265,10 @@ def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in places]
 
 
-def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Acceptance:
-    """Put the verifications of responses together, one histogram a prompt."""
+def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
+    """Put the verifications of a drafter's responses together, one histogram a prompt."""
     prompts = [
-        Acceptance.pooled([Acceptance(turn.histogram, block_size, turn.num_without_bonus) for turn in turns])
+        Acceptance.pooled([Acceptance(turn.histogram, len(turn.histogram), turn.num_without_bonus) for turn in turns])
         for turns in group_by(responses, attrgetter("id")).values()
     ]
     return Acceptance.of_prompts(prompts)

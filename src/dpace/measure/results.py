@@ -106,7 +106,7 @@ class Row(DraftedRow):
     @property
     def acceptance(self) -> Acceptance:
         """The verifications, one histogram a prompt."""
-        return acceptance_of(self.responses, self.block_size)
+        return acceptance_of(self.responses)
 
     @property
     def verify_rule(self) -> str:

@@ -38,7 +38,7 @@ from dpace.measure.results import (
     read_results,
     write_results,
 )
-from dpace.metrics import FIRST, Statistic, estimate
+from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
@@ -190,8 +190,8 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
         totals = np.stack([here.acceptance.emitted_tokens, here.acceptance.rows.sum(-1)], 1)
         ours = dict(zip(names, totals.tolist(), strict=True))
     common = [name for name in served if name in ours]
-    paired = [[served[name] for name in common], [ours[name] for name in common]]
-    tau = _estimate([list(served.values())])
+    paired = [[[side[name] for name in common]] for side in (served, ours)]
+    tau = nullable(estimate([[list(served.values())]]))
     drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
     num_same, num_control, gain = _same_texts(records) if plain else (None, None, (None, None, None))
     return ServerRow(
@@ -202,8 +202,8 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
         tau_interval=tau[1:],
         num_verifications=total and total.num_verifications,
         histogram=total and total.histogram,
-        tau_here=_estimate(paired[1:]),
-        tau_over_here=_estimate(paired, lambda taus: taus[0] / taus[1] - 1),
+        tau_here=nullable(estimate(paired[1:])),
+        tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),
         tokens_per_second=_tokens_per_second(drafted),
         plain_tokens_per_second=_tokens_per_second(plain),
         num_same_text=num_same,
@@ -236,21 +236,9 @@ def _same_texts(records: Iterable[ServedRecord]) -> tuple[int, int, Estimate]:
         The numbers of the server with the drafter and of the plain server's second pass, the control; and the
         difference of their shares.
     """
-    sides = []
+    shares = []
     for side in (DRAFTER, CONTROL):
         turns_of = [[turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns] for record in records]
-        sides.append([(sum(is_same), len(is_same)) for is_same in turns_of])
-    num_same, num_control = (sum(same for same, _ in side) for side in sides)
-    more = [[(same + turns, turns) for same, turns in side] for side in sides]  # `estimate` has no ratio of 0
-    return num_same, num_control, _estimate(more, lambda shares: shares[0] - shares[1])
-
-
-def _estimate(sides: Sequence[Sequence[Sequence[int]]], statistic: Statistic = FIRST) -> Estimate:
-    """Compute a number from the ratios of sides, by default the first one's ratio; see `dpace.metrics.estimate`.
-
-    Args:
-        sides: top and bottom of the ratio for each prompt; all sides have the same prompts.
-        statistic: of the ratios, "side ...".
-    """
-    totals = np.array(sides, float).reshape(len(sides), -1, 2)
-    return nullable(estimate(totals.transpose(2, 0, 1)[:, :, None], statistic))
+        shares.append([(sum(is_same), len(is_same)) for is_same in turns_of])
+    num_same, num_control = (sum(same for same, _ in side) for side in shares)
+    return num_same, num_control, nullable(estimate([[share] for share in shares], lambda each: each[0] - each[1]))

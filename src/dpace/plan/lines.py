@@ -6,6 +6,7 @@ refused here.
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -60,14 +61,6 @@ def prompts_line(parts: PromptParts) -> str:
     return f"prompts: {train:,} to train, {validation:,} to choose by, {heldout:,} held out"
 
 
-def free_disk(folder: str | Path) -> int:
-    """Return the free bytes of the disk that a folder is on or will be on."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def disk_line(folder: str | Path, needed: Number) -> str:
     """Write how much of a disk a folder takes and has, and refuse one with too little room.
 
@@ -78,8 +71,10 @@ def disk_line(folder: str | Path, needed: Number) -> str:
     Raises:
         ValueError: there is less room.
     """
-    free = free_disk(folder)
-    written = (Path(folder), *Path(folder).rglob("*"))
+    folder = Path(folder)
+    there = next(filter(Path.exists, [folder, *folder.absolute().parents]))
+    free = shutil.disk_usage(there).free
+    written = (folder, *folder.rglob("*"))
     more = needed - sum(path.stat().st_size for path in written if path.is_file())
     if more > free:
         raise ValueError(
@@ -215,9 +210,9 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
         notes = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
     plan = plan_recipe(recipe, lengths, memory=memory)
     batch = plan.batch()
+    checkpointing = replace(plan, recipe=replace(recipe, train=replace(recipe.train, gradient_checkpointing=True)))
     batches = [batch._replace(size=number + 1) for number in range(LARGEST_BATCH)]
-    largest = sum(map(plan.fits, batches))
-    checkpointed = sum(plan.fits(batch, is_checkpointed=True) for batch in batches)
+    largest, checkpointed = (sum(map(each.fits, batches)) for each in (plan, checkpointing))
     change = [] if checkpointed else ["makes it fit: a lower --train.num-anchors or --train.max-length"]
     return [
         *training_lines(plan),

@@ -4,7 +4,7 @@ Two speeds are measured, in a fifth of a second: of products, which is what long
 weights, which is what a new token takes.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import psutil
@@ -36,10 +36,11 @@ ASSUMED_GPU = Speed(3e14, 2e12)
 @cache
 def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     """Time a product of matrices, and one of a matrix that no cache holds with a vector."""
-    a = torch.ones(512, 1024, device=device, dtype=dtype)
-    b = torch.ones(1024, 1024, device=device, dtype=dtype)
-    weights = torch.ones(2**14, 2**11, device=device, dtype=dtype)
-    vector = torch.ones(2**11, device=device, dtype=dtype)
+    ones = partial(torch.ones, device=device, dtype=dtype)
+    a = ones(512, 1024)
+    b = ones(1024, 1024)
+    weights = ones(2**14, 2**11)
+    vector = ones(2**11)
     return Speed(2 * a.numel() * len(b) / _seconds(a, b), weights.nbytes / _seconds(weights, vector))
 
 

@@ -198,13 +198,8 @@ class TrainingPlan(TargetPlan):
                 found.append((batch.size * rows, *weight.shape))
         return found
 
-    def memory(self, batch: Batch, *, is_checkpointed: bool = False) -> dict[str, Number]:
-        """Compute the bytes of a step by part.
-
-        Args:
-            batch: the micro-batch.
-            is_checkpointed: compute activations again, whatever the recipe says.
-        """
+    def memory(self, batch: Batch) -> dict[str, Number]:
+        """Compute the bytes of a step by part."""
         head, loss, is_cpu = self.target.head.weight, self.recipe.loss, self.machine.is_cpu
         num_layers, item = len(self.drafter.layers), self.machine.products.itemsize
         slots = batch.size * batch.num_slots
@@ -212,7 +207,7 @@ class TrainingPlan(TargetPlan):
         activations = KEPT_STATES * item * sum(rows * (out + of) for rows, out, of in self.matrices(batch))
         if is_cpu:  # whose attention has its mask as numbers
             activations += 4 * num_layers * slots * (batch.num_tokens + batch.num_slots)
-        if is_checkpointed or self.recipe.train.gradient_checkpointing:
+        if self.recipe.train.gradient_checkpointing:
             activations = activations / num_layers + num_layers * states
         chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
         tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
@@ -230,9 +225,9 @@ class TrainingPlan(TargetPlan):
             "CUDA's context": 0 if is_cpu else CONTEXT_BYTES,
         }
 
-    def fits(self, batch: Batch, *, is_checkpointed: bool = False) -> bool:
+    def fits(self, batch: Batch) -> bool:
         """Return whether a step fits into the memory."""
-        return sum(self.memory(batch, is_checkpointed=is_checkpointed).values()) <= self.machine.memory
+        return sum(self.memory(batch).values()) <= self.machine.memory
 
     def flops(self, batch: Batch) -> dict[str, Number]:
         """Compute the operations of an optimizer step by part; of experts, those that are not chosen count too."""

@@ -7,6 +7,7 @@ shows, and drawings.
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from dpace.measure.records import Provenance, group_by
 from dpace.measure.results import ExplainResults, Results, ServerResults, benchmark_of, find_results, read_log
 from dpace.recipes.flags import command
 from dpace.recipes.validation import to_json
-from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
-from dpace.report.sections import tables_of, whole_blocks
+from dpace.report.plots import slot_weights, training_curves
+from dpace.report.sections import tables_of
 from dpace.report.tables import Section
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
@@ -64,9 +65,6 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     yield from tables_of(results)
     if isinstance(results, ServerResults | ExplainResults):
         return
-    if whole := whole_blocks(results):
-        text = "The share of verifications that accepted slots 1 to k of a whole draft; shades are 95 % intervals."
-        yield Section("Acceptance by slot", text, drawing=acceptance_by_slot(whole))
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
     by_name = group_by(paths, lambda path: path.relative_to(folder).parts[0])
     logs = {name: [read_log(path.parent) for path in of_name] for name, of_name in by_name.items()}
@@ -75,12 +73,12 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
             "Losses of different objectives have different scales; tau can be compared. It is measured on the "
             "validation share of the training prompts, and chooses the checkpoint."
         )
-        yield Section("Training", text, drawing=training_curves(logs))
+        yield Section("Training", text, drawing=partial(training_curves, logs))
         text = (
             "Each slot's share of a block's weight, at up to five steps. D-PACE moves weight to later slots as the "
             "drafter gets better at the first ones; fixed schedules do not."
         )
-        yield Section("Weights over training", text, drawing=slot_weights(logs))
+        yield Section("Weights over training", text, drawing=partial(slot_weights, logs))
     if measured := benchmark_of(results):
         facts = {field.name: to_json(getattr(measured, field.name)) for field in fields(Provenance)}
         rows = [{"fact": name, "value": _fact(value)} for name, value in facts.items() if value is not None]

@@ -4,6 +4,7 @@ In come results, as other verbs wrote them; out come sections, which the termina
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from dpace.measure.records import spread_evenly
@@ -23,13 +24,13 @@ from dpace.measure.results import (
     SlotLoss,
     benchmark_of,
 )
+from dpace.report.plots import acceptance_by_slot
 from dpace.report.tables import Section
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
 LEAST_REJECTED = 0.001
 """Share of the blocks below which nothing is said of what is rejected at a slot."""
-UNKNOWN: Estimate = (None, None, None)
 
 
 def with_interval(
@@ -106,15 +107,9 @@ def tables_of(results: Results) -> Iterator[Section]:
         yield speeds(benchmark)
         if benchmark.comparisons:
             yield pairs(benchmark.comparisons)
-    if whole := whole_blocks(results):
+    whole = [row for row in results.rows if isinstance(row, ComparedRow) or row.width == "full"]
+    if whole:
         yield slots(whole)
-
-
-def whole_blocks(results: BenchResults | CompareResults) -> Sequence[DraftedRow]:
-    """Take the rows where whole drafts were verified, which say what a drafter can do."""
-    if isinstance(results, CompareResults):
-        return results.rows
-    return [row for row in results.rows if row.width == "full"]
 
 
 def speeds(results: BenchResults) -> Section:
@@ -179,7 +174,7 @@ def pairs(comparisons: Sequence[Comparison]) -> Section:
 
 
 def slots(whole: Sequence[DraftedRow]) -> Section:
-    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot.
+    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot; and draw it.
 
     There are at most `MAX_SLOTS` slots, evenly chosen. A drafter's blocks may be shorter than another's.
     """
@@ -189,7 +184,9 @@ def slots(whole: Sequence[DraftedRow]) -> Section:
         rates = {slot: f"{100 * rate:.0f}" for slot, rate in enumerate(row.reach_rate, start=1)}
         named = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
         rows.append(named | {f"{slot}": rates.get(slot, "") for slot in shown})
-    return Section("Reach rate in %: slots 1 to k of a whole draft all accepted", "", rows, num_texts=2)
+    title = "Reach rate in %: slots 1 to k of a whole draft all accepted"
+    text = "It says what a drafter can do. Shades are 95 % intervals."
+    return Section(title, text, rows, num_texts=2, drawing=partial(acceptance_by_slot, whole))
 
 
 def comparison(results: CompareResults) -> Section:
@@ -209,7 +206,7 @@ def comparison(results: CompareResults) -> Section:
                 "set": row.set,
                 "objective": row.drafter,
                 "tau [95 %]": with_interval(row.tau, *row.tau_interval),
-                f"over {results.baseline} [95 %]": percent(UNKNOWN if is_baseline else row.gain),
+                f"over {results.baseline} [95 %]": "-" if is_baseline else percent(row.gain),
                 "ms/step": "-" if seconds is None else f"{1000 * seconds:.0f}",
                 "peak GiB": "-" if memory is None else f"{memory / 2**30:.2f}",
             }

@@ -6,7 +6,7 @@ a line of its own, and words are folded. Numbers are never cut.
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -32,8 +32,8 @@ class Section(NamedTuple):
     """Columns of words, which come first and begin at the left; the others are numbers."""
     note: str = ""
     """Stands below the table."""
-    drawing: str = ""
-    """SVG; only the page has it."""
+    drawing: Callable[[], str] | None = None
+    """Makes an SVG; only the page has it."""
 
 
 def console() -> Console:
@@ -49,8 +49,9 @@ def section_table(section: Section) -> Table:
 
 
 def _table(section: Section, before_brackets: str) -> Table:
-    table = Table(title=plain(section.title), caption=plain(section.note), box=SIMPLE_HEAD, padding=0)
-    table.caption_justify = "left"
+    table = Table(
+        title=plain(section.title), caption=plain(section.note), caption_justify="left", box=SIMPLE_HEAD, padding=0
+    )
     for number, heading in enumerate(section.rows[0] if section.rows else ()):
         if number < section.num_texts:
             table.add_column(plain(heading), overflow="fold")

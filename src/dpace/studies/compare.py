@@ -228,18 +228,24 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
         theirs = by_seed[config.baseline]
         if None in theirs:  # no prompt of the set has a response
             continue
+        temperature = config.respond.temperature
         of_set = [
-            pool_seeds(set_name, name, len(ids), config.respond.temperature, ours, theirs, costs[name])
+            pool_seeds(
+                ours, theirs, set=set_name, drafter=name, num_prompts=len(ids), temperature=temperature, **costs[name]
+            )
             for name, ours in by_seed.items()
         ]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows
 
 
-def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:
-    """Compute the median seconds of a training step, and the peak memory in bytes, of drafters."""
+def _training_costs(folders: Sequence[Path]) -> dict[str, Any]:
+    """Compute the median seconds of a training step, and the peak memory, of drafters; None where not known."""
     logs = [read_log(folder) for folder in folders]
     fix = "remove its folder, and the same command trains it again"
     peaks = [read_object(folder / "provenance.json", fix).get("peak_memory_bytes") for folder in folders]
     seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
-    return statistics.median(seconds) if seconds else None, max(filter(None, peaks), default=None)
+    return {
+        "step_seconds": statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": max(filter(None, peaks), default=None),
+    }

@@ -58,40 +58,36 @@ class Demo(NamedTuple):
 
     compared: CompareResults
     """Tau of both objectives on the held-out prompts."""
-    greedy: BenchResults
-    """Decoding with the D-PACE drafter, and with copies alone."""
-    sampled: BenchResults
-    """Decoding at temperature 1, of the first set."""
+    decoded: BenchResults
+    """Decoding with the D-PACE drafter, and with copies alone; at temperature 1 of the first set."""
 
 
 def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
-    """Train, compare and decode; the folders `decode` and `sampled` of the output get the results of decoding.
+    """Train, compare and decode; the folder `decode` of the output gets the results of decoding.
 
     Raises:
         ValueError: see `dpace.studies.compare.compare`.
         OSError: see there.
     """
     compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
-    folder = Path(recipe.output)
+    folder = Path(recipe.output) / "decode"
     drafters = {"dpace": load_drafter(cell_folder(recipe, "dpace", recipe.seeds[0]), target)}
-    with lock_folder(folder / "decode"):
-        greedy = bench(target, drafters, parts.heldout, recipe.bench, folder / "decode")
-    first_set = [prompt for prompt in parts.heldout if prompt.set == greedy.rows[0].set]
     sampling = replace(recipe.bench, temperatures=(1.0,), widths=("auto",), num_prompts=SAMPLED_PROMPTS)
-    with lock_folder(folder / "sampled"):
-        sampled = bench(target, drafters, first_set, sampling, folder / "sampled")
-    return Demo(compared, greedy, sampled)
+    with lock_folder(folder):
+        greedy = bench(target, drafters, parts.heldout, recipe.bench, folder)
+        first_set = [prompt for prompt in parts.heldout if prompt.set == greedy.rows[0].set]
+        return Demo(compared, bench(target, drafters, first_set, sampling, folder))
 
 
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
     """Make what the terminal shows at the end: two tables, and remarks."""
-    hardware = demo.greedy.hardware
-    about = f"{Path(demo.greedy.target).name}, {demo.greedy.dtype}, {hardware.device}, threads {hardware.torch_threads}"
-    rows = [*demo.greedy.rows, *demo.sampled.rows]
+    decoded = demo.decoded
+    hardware = decoded.hardware
+    about = f"{Path(decoded.target).name}, {decoded.dtype}, {hardware.device}, threads {hardware.torch_threads}"
     gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    tables = [Section(about, rows=speed_rows(rows)), Section(title, rows=gain_rows(demo.compared, gains))]
-    return tables, list(remarks(rows, gains))
+    tables = [Section(about, rows=speed_rows(decoded.rows)), Section(title, rows=gain_rows(demo.compared, gains))]
+    return tables, list(remarks(decoded.rows, gains))
 
 
 def speed_rows(rows: Sequence[Row]) -> list[dict[str, str]]:

@@ -31,8 +31,8 @@ def run(args: list[str]) -> None:
     demo = run_demo(load_target(recipe), recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
-    write_report([output, output / "decode", output / "sampled"], output / PAGE)
+    write_report([output, output / "decode"], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
-    prompt = f"{config.prompts or 'demo'}#{demo.greedy.rows[0].responses[0].id}"
+    prompt = f"{config.prompts or 'demo'}#{demo.decoded.rows[0].responses[0].id}"
     print("next:", command("generate", target=recipe.target, drafter=folder, prompt=prompt))

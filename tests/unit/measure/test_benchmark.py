@@ -83,7 +83,7 @@ def test_turns_are_drawn_with_their_prompt(num_prompts):
                 ours = make_response(**place, **counts, decode_seconds=8 / num_turns / speed)
                 records |= {record.key: record for record in (plain, ours)}
         prompts = [Prompt(str(number), "s", [[]] * num_turns) for number in range(num_prompts)]
-        (row,) = make_rows(records, prompts, config, {"dpace": 3})
+        (row,) = make_rows(records, prompts, config, ["dpace"])
         return row
 
     two, one = measure(2), measure(1, histogram=[2, 0, 2])
@@ -96,6 +96,7 @@ def test_three_seeds_that_differ_show_no_gain():
     """7.1, 2.8 and 3.3 %: a bootstrap of the seeds gave [+2.8, +7.1]."""
     theirs = Acceptance([[5000, 5000]] * 8, 2)
     ours = [Acceptance([[5000 - more, 5000 + more]] * 8, 2) for more in (1065, 420, 495)]
-    row = pool_seeds("s", "dpace", 8, 0.0, ours, [theirs] * 3)
+    facts = {"set": "s", "drafter": "dpace", "num_prompts": 8, "temperature": 0.0}
+    row = pool_seeds(ours, [theirs] * 3, **facts, step_seconds=None, peak_memory_bytes=None)
     assert row.gain == pytest.approx((0.044, -0.0145, 0.1025), abs=2e-4)
     assert row.tau_interval == pytest.approx((1.566 - 0.0877, 1.566 + 0.0877), abs=2e-4)

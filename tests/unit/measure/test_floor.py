@@ -13,7 +13,7 @@ from dpace.config import ExplainConfig
 from dpace.decode import generate
 from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import PackedRows
-from dpace.measure.floor import distributions, draw_continuations, explain_prompt, fit_blind, score_block
+from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
 from tests.conftest import make_drafter, make_with_head
 from tests.support.files import write_prompts
@@ -113,7 +113,7 @@ def test_continuations_have_the_distribution_of_their_text(language_target, ques
     tokens, probs = draw_continuations(language_target, questions[0], 3, 4, sampler)
     for row, own in zip(tokens.tolist(), probs, strict=True):
         hidden = language_target.hidden(torch.tensor([[*questions[0], *row[:-1]]]))[0, -4:]
-        assert torch.allclose(own, distributions(sampler, language_target.logits(hidden)), atol=1e-4)
+        assert torch.allclose(own, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [make_drafter, make_with_head])
