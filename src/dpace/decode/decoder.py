@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from dpace.config import Width
-from dpace.decode.batch import Batch, compiled_columns, make_caches
+from dpace.decode.batch import Batch, make_caches
 from dpace.decode.generation import Generation, SamplingOptions, collect, make_continuation
 from dpace.decode.loop import generate, generate_plain
 from dpace.decode.pace import Paces
 from dpace.drafter import Drafter
 from dpace.fast.cache import RaggedCache
 from dpace.target import Target
+
+COMPILED_COLUMNS = 256
+"""Compiled steps round the number of columns up to a multiple of this, so that other prompts have the same shapes."""
 
 
 class Decoder:
@@ -47,9 +50,10 @@ class Decoder:
         self.drafter = drafter
         self.width: Width = width
         self.compile = compile
-        self.columns = compiled_columns(max_length or 1)
         self.paces = Paces(recall_mib)
+        self.columns = 0
         self._caches: dict[int, list[RaggedCache]] = {}
+        self.make_room(max_length or 1)
 
     def generate(self, token_ids: Sequence[int], **options: Unpack[SamplingOptions]) -> Generation:
         """Decode one prompt; arguments and errors as in `generate`."""
@@ -75,14 +79,12 @@ class Decoder:
                 self._caches[len(rows)] = make_caches(self.target, self.drafter, self.columns)
             caches = self._caches[len(rows)]
         batch = Batch(self.target, self.drafter, rows, caches)
-        block_size = 1 if self.drafter is None else self.drafter.block_size
-        return collect(rows, batch.steps(), block_size, self.target.device)
+        return collect(rows, batch.steps(), batch.block_size, self.target.device)
 
     def make_room(self, num_tokens: int) -> None:
         """Let the caches of compiled steps have room for texts of this length, and keep none that have not."""
-        columns = compiled_columns(num_tokens)
-        if columns > self.columns:
-            self.columns = columns
+        if num_tokens > self.columns:
+            self.columns = -(-num_tokens // COMPILED_COLUMNS) * COMPILED_COLUMNS
             self._caches.clear()
 
 

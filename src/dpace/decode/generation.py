@@ -129,7 +129,7 @@ def make_continuation(
             f"the prompt has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; together they exceed "
             f"the target's limit of {limit}: shorten the prompt, or ask for fewer new tokens"
         )
-    target.refuse_crossing(len(prompt), max_new_tokens)
+    target.refuse_rotation(1, len(prompt), len(prompt) + max_new_tokens)
     target.refresh_copies()
     stops = target.stop_token_ids if stops is None else stops
     sampler = Sampler(**settings, device=target.device)

@@ -5,7 +5,7 @@ token ids and where each text ends; out come the tokens that the target is to ve
 the drafter reads next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,10 +33,6 @@ class State(NamedTuple):
     """Features of the tokens that the target has read and the drafter has not."""
     positions: Int[Tensor, "batch new"]
     """Positions of these tokens."""
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "State":
-        """Change all tensors."""
-        return State(*map(change, self))
 
 
 def draft_step(

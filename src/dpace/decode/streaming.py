@@ -115,7 +115,7 @@ def custom_generate(
             )
         prompt = input_ids[0].tolist()
         max_new_tokens = generation_config.max_length - len(prompt)
-        target.refuse_crossing(len(prompt), max_new_tokens)
+        target.refuse_rotation(1, len(prompt), generation_config.max_length)
         target.refresh_copies()
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         stops = set(stop_tokens(generation_config))

@@ -321,7 +321,7 @@ def is_full_attention(cache: Any) -> bool:
 
 @torch.inference_mode()
 def probe_cache(target: Any) -> CacheAbility:
-    """Find out what a target's caches can do: read, go back as their layers let them, and read again.
+    """Find out what a target's caches can do: read, go back as their layers let them, and read on as in one pass.
 
     Caches with full attention in all layers can be cropped, and are not tried.
 
@@ -330,36 +330,25 @@ def probe_cache(target: Any) -> CacheAbility:
     """
     if is_full_attention(TextCache(target.config, 1)):
         return "crop"
-    sizes = (NUM_CONTEXT, NUM_KEPT, NUM_REJECTED)
-    tokens = torch.randint(len(target.head.weight), (2, sum(sizes)), generator=torch.Generator().manual_seed(0))
-    context, kept, last = tokens[:1].to(target.device).split(sizes, dim=1)
-    other = tokens[1:, -NUM_REJECTED:].to(target.device)
-
-    def start() -> TextCache:
-        cache = TextCache(target.config, sum(sizes))
-        cache.activate_past_recording()
-        read(context, cache)
-        return cache
-
-    def read(part: Tensor, cache: TextCache) -> Float[Tensor, "seq hidden"]:
-        hidden = target.hidden(part, cache=cache)[0]
-        cache.crop(0)  # exactly once after each pass, as when decoding
-        return hidden
-
-    cache = start()
-    expected = torch.cat([read(token, cache) for token in torch.cat([kept, last], dim=1).split(1, dim=1)])
-    cache = start()
-    states = cache.recurrent_states()
+    sizes = (NUM_CONTEXT, NUM_KEPT, NUM_REJECTED, NUM_REJECTED)
+    tokens = torch.randint(len(target.head.weight), (1, sum(sizes)), generator=torch.Generator().manual_seed(0))
+    context, kept, rejected, last = tokens.to(target.device).split(sizes, dim=1)
+    expected = target.hidden(torch.cat([context, kept, last], dim=1))[0, -NUM_REJECTED:]
+    cache = TextCache(target.config, sum(sizes))
+    cache.activate_past_recording()
     try:
-        target.hidden(torch.cat([kept, other], dim=1), cache=cache)
+        target.hidden(context, cache)
+        cache.crop(0)  # exactly once after each pass, as when decoding
+        states = cache.recurrent_states()
+        target.hidden(torch.cat([kept, rejected], dim=1), cache)
         if states:
             cache.rewind(states, NUM_KEPT + NUM_REJECTED)
-            read(kept, cache)
-        else:
-            cache.crop(-NUM_REJECTED)
-        errors = (read(last, cache) - expected[NUM_KEPT:]).norm(dim=-1) / expected[NUM_KEPT:].norm(dim=-1)
+            target.hidden(kept, cache)
+        cache.crop(0 if states else -NUM_REJECTED)
+        found = target.hidden(last, cache)[0]
     except (RuntimeError, NotImplementedError):
         return "append"
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     tolerance = 1e-3 if target.model.dtype == torch.float32 else 5e-2  # of hidden states, relative
     if float(errors.min()) > tolerance:  # at the best position: rounding may change a router's choice at some
         return "append"

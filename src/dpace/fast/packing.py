@@ -31,20 +31,12 @@ def pack_linears(module: nn.Module) -> bool:
     Memory: a second copy of the weights, or half of one, see `pack`.
     """
     layers = [layer for layer in module.modules() if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter]
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    is_room = 2 * size <= psutil.virtual_memory().available
+    is_room = 2 * sum(layer.weight.nbytes for layer in layers) <= psutil.virtual_memory().available
     if not is_room or not layers or any(pack(layer.weight[:1, :1]) is None for layer in layers):
         return False
     for layer in layers:
         layer.__class__ = PackedLinear
     return True
-
-
-def unpack(linears: Iterable[nn.Module]) -> None:
-    """Make packed layers plain ones again, without their copies: something else computes with their weights."""
-    for linear in linears:
-        vars(linear).pop("fast", None)
-        linear.__class__ = nn.Linear
 
 
 def refresh_copies(model: nn.Module) -> None:
@@ -142,6 +134,7 @@ OPERATIONS.impl("multiply", lambda rows, number: PackedProduct.alive[number].mul
 OPERATIONS.impl("multiply", _shape_of_product, "Meta")
 
 
+@torch.no_grad()
 def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
     """Make the product with a packed copy of a weight; None where no packed product is faster.
 
@@ -157,8 +150,6 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
     """
     if weight.device.type != "cpu":
         return None
-    weight = weight.detach()
-    bias = None if bias is None else bias.detach()
     if weight.dtype == torch.float32:
         product = _pack_in_16_bits(weight, bias)
         if product is not None:

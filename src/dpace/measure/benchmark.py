@@ -223,7 +223,7 @@ def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_token
     """Decode plainly with compiled steps; options are those of `generate_plain`.
 
     The first tokens are decoded twice. Steps are compiled for each length of a text, rounded up, see
-    `dpace.decode.batch.compiled_columns`, so what compiling takes is not counted.
+    `Decoder.make_room`, so what compiling takes is not counted.
     """
     decoder.make_room(len(token_ids) + max_new_tokens + 1)  # of the whole text, of which the beginning follows
     first: Any = options | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "stop_token_ids": ()}

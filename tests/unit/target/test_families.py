@@ -179,10 +179,10 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
     for prompt, length in ((SHARED[:5], 27), (SHARED + SHARED, LENGTH)):
         text = own_text(target, prompt)[:length]
         assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
-    with pytest.raises(ValueError, match="ask for at most 12 tokens"):
+    with pytest.raises(ValueError, match="33 tokens; past 32 .* ask for fewer"):
         generate_plain(target, SHARED, max_new_tokens=13)
     decode = custom_generate(target, drafter)
-    with pytest.raises(ValueError, match="ask for at most 12 tokens"):
+    with pytest.raises(ValueError, match="33 tokens; past 32 .* ask for fewer"):
         target.model.generate(torch.tensor([SHARED]), custom_generate=decode, max_new_tokens=13)
     with pytest.raises(ValueError, match="one prompt at a time"):
         generate_batch(target, drafter, [SHARED[:5], SHARED + SHARED], max_new_tokens=5)
