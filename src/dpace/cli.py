@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,12 +32,6 @@ USAGE = "\n".join(
     ]
 )
 
-LESS_MEMORY = {
-    "respond": "lower --respond.batch-size or --respond.max-new-tokens",
-    "train": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
-    "compare": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
-}
-"""What takes less memory, by verb."""
 SAME_REASON_SECONDS = 15.0
 """How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
@@ -81,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             with suppress(OSError, ValueError):  # it is not a file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        reason = _explain(error, verb)
+        reason = _explain(error)
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
         if not ranks.is_first():
@@ -95,20 +88,16 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise as Ctrl-C does, where nobody else handles it."""
-    is_free = threading.current_thread() is threading.main_thread()
-    if not is_free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+    """Let SIGTERM raise as Ctrl-C does."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, end)
+    previous = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _print_reason(verb: str, reason: str) -> None:
@@ -119,7 +108,7 @@ def _print_reason(verb: str, reason: str) -> None:
     print(f"dpace {verb}: {printable(line)}", file=sys.stderr)
 
 
-def _explain(error: Exception, verb: str) -> str | None:
+def _explain(error: Exception) -> str | None:
     """Return what a user can do about an error; None where it is a bug of dpace."""
     if isinstance(error, OSError):
         if error.errno is None:  # of a library, in its own words
@@ -133,7 +122,7 @@ def _explain(error: Exception, verb: str) -> str | None:
         return str(error)
     is_short = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)  # torch's
     if isinstance(error, MemoryError) or is_short:
-        return f"out of memory; {LESS_MEMORY.get(verb, 'free memory, or lower the number of new tokens')}"
+        return "out of memory; free some, or lower batch sizes, new tokens, --train.num-anchors or --loss.chunk-mib"
     if isinstance(error, ImportError) and not (error.name or "dpace").startswith("dpace"):
         return f"the package {error.name} is needed for this and is not installed: run `pip install {error.name}`"
     return None

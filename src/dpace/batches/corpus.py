@@ -7,7 +7,7 @@ prompts, and is made again where these changed.
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _batches(rows: Iterator[tuple[Response, int, int]]) -> Iterator[pyarrow.Reco
                 "part": part,
                 "place": place,
                 "token_ids": np.array(array("i", response.token_ids)),  # several times as fast as a list
-                "response_spans": _merge(response.response_spans),
+                "response_spans": list(chain(*response.response_spans)),
                 "length": len(response.token_ids),
             }
             for response, part, place in some
@@ -142,17 +142,6 @@ def _divide(table: pyarrow.Table, num_parts: int) -> list[Corpus]:
     order = np.argsort(table["place"].to_numpy())
     parts = table["part"].to_numpy()[order]
     return [Corpus(table, order[parts == part]) for part in range(num_parts)]
-
-
-def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
-    """Join spans that touch, leave out empty ones, and flatten them."""
-    merged: list[int] = []
-    for start, end in sorted(map(tuple, spans)):
-        if merged and start <= merged[-1]:
-            merged[-1] = max(merged[-1], end)
-        elif end > start:
-            merged += [start, end]
-    return merged
 
 
 class Answers:
@@ -237,7 +226,8 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
             register_files(path.parent, path.name)
             known = _places(split_ids(prompts)[:2])
             schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
-            with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
+            part = path.with_name(f".{path.stem}.part")  # whoever locks the folder meanwhile leaves it there
+            with writing(path, part), pyarrow.ipc.new_file(part, schema) as file:
                 for batch in _batches(_find_answers(responses, prompts, known)):
                     file.write_batch(batch)
             table = _map_file(path, made_from)

@@ -297,7 +297,8 @@ class Records(Generic[Record]):
     def __init__(self, path: Path, kind: type[Record], setup: Setup, prompts: Sequence[Prompt]):
         self.kind = kind
         self.seeds = {prompt.id: setup.seed + number for number, prompt in enumerate(prompts)}
-        self.first_line = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
+        known = {name: value for name, value in to_json(setup).items() if value is not None}
+        self.first_line = known | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
         self.path = path.with_stem(f"{path.stem}-{hash_json(self.first_line)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
         self.read()

@@ -61,10 +61,10 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
     for number, row in rows:
         try:
             prompt = _parse(_take_filled(row) if is_table else row, str(number), default_set)
-            if prompt.id in ids and is_table:
-                prompt = replace(prompt, id=f"{prompt.id}#{number}")
             if prompt.id in ids:
-                raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
+                if not is_table:
+                    raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
+                prompt = replace(prompt, id=f"{prompt.id}#{number}")
         except ValueError as error:
             raise ValueError(f"{place}{number}: {error}; fix the line") from error
         ids.add(prompt.id)

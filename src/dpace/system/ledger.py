@@ -123,12 +123,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
     """Yield a path to write to; what is there at the end of the `with` block takes the file's place.
 
-    A full disk or a killed process leaves the file as it was before.
+    A full disk or a killed process leaves the file as it was before. By default the path is this process's own, and
+    `lock_folder` removes it after a kill.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    unfinished = unfinished or path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with naming_file(path):
             yield unfinished
@@ -156,32 +157,23 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def remove_unfinished(folder: str | Path, file: str = "*") -> None:
-    """Remove what killed processes left unfinished in a folder, or of one file in it.
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what killed processes left unfinished in a folder.
 
-    `lock_folder` does so; in folders inside the held one call it yourself. A file with a lock of its own (`lock_file`)
-    is left alone: another process may be writing it.
+    `lock_folder` does so; in folders inside the held one call it yourself.
     """
-    for path in Path(folder).glob(f".{file}{UNFINISHED}"):
-        if file == "*" and _own_lock(path.with_name(path.name[1:])).exists():
-            continue
+    for path in Path(folder).glob(f".*{UNFINISHED}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-def _own_lock(path: Path) -> Path:
-    """Return the lock of one file, which is named by what stands before the first dot."""
-    return path.with_name(f".dpace.{path.name.partition('.')[0]}.lock")
-
-
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[None]:
     """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
-    lock = _acquire(_own_lock(path), timeout=-1.0)
+    lock = _acquire(path.with_name(f".dpace.{path.stem}.lock"), timeout=-1.0)
     try:
-        remove_unfinished(path.parent, f"{path.name}.*")
         yield
     finally:
         lock.release()

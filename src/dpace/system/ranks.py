@@ -63,15 +63,14 @@ def from_first(work: Callable[[], T]) -> T:
     """
     if num_ranks() == 1:
         return work()
-    distributed = _join()
-    result: list[Any] = [None, None]
+    value: Any = None
+    error = None
     if is_first():
         try:
-            result[0] = work()
-        except (ValueError, OSError) as error:
-            result[1] = error if isinstance(error, OSError) else ValueError(str(error))
-    distributed.broadcast_object_list(result, src=0)
-    value, error = result
+            value = work()
+        except (ValueError, OSError) as raised:
+            error = raised if isinstance(raised, OSError) else ValueError(str(raised))
+    value, error = gather((value, error))[0]
     if error is not None:
         raise error
     return value

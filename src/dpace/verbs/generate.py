@@ -137,17 +137,13 @@ def _show_answer(target: "Target", drafter: "Drafter", messages: list[dict[str, 
     from dpace.target.chat import encode_chat
 
     steps: list[Step] = []
-    times: list[float] = []
-
-    def on_step(step: "Step") -> None:
-        steps.append(step)
-        times.append(time.perf_counter())
-
     text = ""
-    for piece in stream(target, drafter, encode_chat(target, messages), on_step=on_step, **options):
+    start = 0.0
+    for piece in stream(target, drafter, encode_chat(target, messages), on_step=steps.append, **options):
+        start = start or time.perf_counter()
         text += piece
         print_text(piece, end="")
     print()
-    seconds = times[-1] - times[0]
+    seconds = time.perf_counter() - start if text else 0.0
     _print_speed(Generation.from_steps(steps, drafter.block_size, prefill_seconds=0.0, decode_seconds=seconds))
     return text

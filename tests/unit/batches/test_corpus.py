@@ -59,13 +59,15 @@ def test_the_corpus_is_what_the_files_say_and_is_made_again_when_they_change(fil
         load_corpus(path, config)
 
 
-SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=4)
+SPANS = st.lists(st.integers(0, 12), max_size=8, unique=True).map(
+    lambda edges: [list(edges) for edges in zip(*[iter(sorted(edges))] * 2, strict=False)]
+)
 
 
 @settings(deadline=None, max_examples=60)
 @given(spans=st.lists(SPANS, max_size=4), max_length=st.integers(2, 14))
 def test_anchors_are_counted_without_looking_at_tokens(spans, max_length):
-    responses = [Response(str(i), "", [], list(range(12)), list(map(list, s))) for i, s in enumerate(spans)]
+    responses = [Response(str(i), "", [], list(range(12)), s) for i, s in enumerate(spans)]
     corpus = Corpus.of(responses)
     flags = [[any(start <= i < end for start, end in r.response_spans) for i in range(12)] for r in responses]
     expected = [len(sample_anchors(of_text[:max_length])) for of_text in flags]

@@ -21,7 +21,6 @@ from dpace.system.ledger import (
     remove_files,
     write_json,
     write_text,
-    writing,
 )
 from tests.support.files import write_prompts
 
@@ -62,17 +61,13 @@ def test_without_locks_of_the_file_system_a_file_is_the_lock(number, tmp_path, m
 def test_who_begins_in_a_folder_leaves_the_corpus_to_who_writes_it(tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", map(str, range(20)))
     (tmp_path / "responses.jsonl").touch()
-    corpus, other = tmp_path / "corpus.arrow", tmp_path / "other.json"
-    register_files(tmp_path, corpus.name)
-    with lock_file(corpus), writing(corpus) as ours, writing(other) as killed:
-        ours.touch()
-        killed.touch()
-        with lock_folder(tmp_path):
-            assert ours.exists() and not killed.exists()
-        killed.touch()
-    ours.touch()  # as a killed process leaves it
+    ours, killed = tmp_path / ".corpus.part", tmp_path / ".other.json.1.unfinished"
+    for path in (ours, killed):
+        path.touch()
+    with lock_folder(tmp_path):
+        assert ours.exists() and not killed.exists()
     load_corpus(tmp_path / "responses.jsonl", PromptsConfig(path=prompts))
-    assert corpus.exists() and not ours.exists()
+    assert (tmp_path / "corpus.arrow").exists() and not ours.exists(), "also after a kill"
 
 
 def test_a_line_that_is_not_finished_is_left_out_and_cut(tmp_path):
