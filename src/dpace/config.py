@@ -479,6 +479,11 @@ class Recipe:
     """What is measured, and how."""
 
     @property
+    def responses_path(self) -> Path:
+        """File that the target's answers are in."""
+        return Path(self.output) / "responses.jsonl"
+
+    @property
     def needs_target_hidden(self) -> bool:
         """Whether training reads the target's last hidden states: for its distribution, or for a head's penalty."""
         return self.loss.needs_target_probs or (self.drafter.head is not None and self.loss.head_penalty > 0)

@@ -159,7 +159,7 @@ class Answers:
     def __init__(self, recipe: Recipe, respond: str):
         self.prompts = recipe.prompts
         self.respond = respond
-        self.path = Path(recipe.output) / "responses.jsonl"
+        self.path = recipe.responses_path
         prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
         if not self.path.exists():
             raise ValueError(self._none())

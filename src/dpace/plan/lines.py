@@ -86,7 +86,7 @@ def disk_line(folder: str | Path, needed: Number) -> str:
 
 def waiting_for_answers(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts that have no answer in a recipe's folder."""
-    path = Path(recipe.output) / "responses.jsonl"
+    path = recipe.responses_path
     kept = {response.id for response in iterate_responses(path)} if path.exists() else set()
     return [prompt for prompt in prompts if prompt.id not in kept]
 
@@ -116,7 +116,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
             own_messages(prompt)
     elif not recipe.respond.server:
         lines.append(time_line(answers=answering_seconds(recipe, plan_target(recipe), waiting)))
-    return [*lines, disk_line(Path(recipe.output) / "responses.jsonl", answer_bytes(recipe, prompts))]
+    return [*lines, disk_line(recipe.responses_path, answer_bytes(recipe, prompts))]
 
 
 def answering_seconds(recipe: Recipe, target: TargetPlan, prompts: Sequence[Prompt]) -> Number:
@@ -198,7 +198,7 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     Raises:
         ValueError: see `load_corpus`, `split_prompts` and `plan_recipe`.
     """
-    answers = Path(recipe.output) / "responses.jsonl"
+    answers = recipe.responses_path
     is_answered = bool(read_meta(answers).get("complete"))
     notes = [] if is_answered else ["not all answers are there: each counts as long as the recipe allows"]
     if is_answered:

@@ -77,10 +77,8 @@ def compare(
     with lock_folder(folder):
         ranks.from_first(lambda: register_files(folder, RESULTS_FILE))
         parts = parts or split_prompts(config.prompts)
-        answer_prompts(target, sum(parts, []), folder / "responses.jsonl", config.respond)
-        *answered, heldout = read_corpora(
-            folder / "responses.jsonl", [[prompt.id for prompt in part] for part in parts]
-        )
+        answer_prompts(target, sum(parts, []), config.responses_path, config.respond)
+        *answered, heldout = read_corpora(config.responses_path, [[prompt.id for prompt in part] for part in parts])
         train_cells(target, runs, choose_conversations(*answered, recipe=config))
         measure_cells(target, config, runs, heldout_set(heldout, config))
         rows = ranks.from_first(lambda: make_rows(config, parts.heldout))
@@ -130,7 +128,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Pat
         folder.mkdir()  # raises the error
     refuse_foreign_files(folder, RESULTS_FILE)
     refuse_other_results(folder / RESULTS_FILE, CompareResults)
-    check_meta(folder / "responses.jsonl", known_settings(config.respond, thinking=config.thinking))
+    check_meta(config.responses_path, known_settings(config.respond, thinking=config.thinking))
     runs = make_runs(config, init)
     for cell, run in runs.items():
         run.is_in(cell)

@@ -102,13 +102,23 @@ def _reading(path: str | Path, what: str) -> Iterator[None]:
         raise ValueError(f"cannot read {path}: {reason}; name {what} in UTF-8") from error
 
 
+def full_disk(error: BaseException, path: str | Path) -> OSError | None:
+    """Return the error of a full disk or quota with the name of a file, also where a library has words of its own."""
+    is_of_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if is_of_disk or (isinstance(error, OSError | SafetensorError) and re.search(FULL_DISK, str(error))):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return None
+
+
 @contextlib.contextmanager
 def naming_file(path: str | Path) -> Iterator[None]:
     """Let an OSError inside the `with` block name this file; errors of a full disk name none."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, SafetensorError) as error:
+        if full := full_disk(error, path):
+            raise full from error
+        if isinstance(error, SafetensorError) or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -331,9 +341,8 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
     except BaseException as error:
         if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}:
             shutil.rmtree(folder, ignore_errors=True)
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or (isinstance(error, OSError | SafetensorError) and re.search(FULL_DISK, str(error))):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        if full := full_disk(error, folder):
+            raise full from error
         raise
 
 

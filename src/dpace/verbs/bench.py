@@ -117,7 +117,7 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     from dpace.train.identity import data_facts, read_run
     from dpace.train.run import choose_conversations
 
-    answers = Path(recipe.output) / "responses.jsonl"
+    answers = recipe.responses_path
     kept = read_run(drafter)
     if kept is None or not answers.exists():
         return

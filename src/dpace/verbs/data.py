@@ -1,7 +1,5 @@
 """Show the data that a drafter is trained on."""
 
-from pathlib import Path
-
 from dpace.config import Recipe
 from dpace.recipes.flags import next_command, parse
 from dpace.verbs import load_chat
@@ -16,7 +14,7 @@ def run(args: list[str]) -> None:
     from dpace.report.tables import console
     from dpace.respond.responses import read_meta
 
-    path = Path(recipe.output) / "responses.jsonl"
+    path = recipe.responses_path
     console().print(prompts_page(split_ids(recipe.prompts)))
     train = load_corpus(path, recipe.prompts)[0] if path.exists() else None
     if not train:

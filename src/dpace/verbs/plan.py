@@ -1,6 +1,5 @@
 """Say what a recipe takes before it is run: memory by part, disk, tokens, steps and time."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import ByteSize, Field, TypeAdapter
@@ -38,5 +37,5 @@ def run(args: list[str]) -> None:
     print(*plan_lines(recipe, memory), sep="\n")
     pairs = zip(["", *args], args, strict=False)  # --memory and its value are for this verb only
     shared = [arg for before, arg in pairs if before != "--memory" and not arg.startswith("--memory")]
-    meta = read_meta(Path(recipe.output) / "responses.jsonl")
+    meta = read_meta(recipe.responses_path)
     print("next:", next_command("train" if meta.get("complete") else "respond", "plan", shared))

@@ -1,7 +1,5 @@
 """Let the target answer the prompts."""
 
-from pathlib import Path
-
 from dpace.config import Recipe
 from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
@@ -20,7 +18,7 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_target
 
     parts = split_prompts(recipe.prompts)
-    path = Path(recipe.output) / "responses.jsonl"
+    path = recipe.responses_path
     find_target(recipe.target)
     prompts = [prompt for part in parts for prompt in part]
 

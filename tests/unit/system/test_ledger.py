@@ -21,6 +21,7 @@ from dpace.system.ledger import (
     remove_files,
     write_json,
     write_text,
+    writing,
 )
 from tests.support.files import write_prompts
 
@@ -129,6 +130,8 @@ def test_a_full_disk_names_the_folder_whoever_meets_it(error, tmp_path):
         raise error
     assert found.value.errno == errno.ENOSPC and found.value.filename == str(tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    with pytest.raises(OSError, match="No space left.*b"), writing(tmp_path / "b"):
+        raise error
 
 
 def test_others_can_read_what_is_written(tmp_path):
