@@ -188,15 +188,15 @@ class DFlashLayer(GradientCheckpointingLayer):
         return hidden
 
 
-class LiLiCorrLinear(nn.Linear):
-    """A linear layer so narrow that a packed copy of its weight would not be faster."""
-
-
 class LiLiCorrAttention(nn.MultiheadAttention):
     """Attention of all candidates of a block to one another, with learned biases by the distance of their slots.
 
     Weights, their names and their initial values are those of torch's own attention.
     """
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__(width, num_heads)
+        self.out_proj: Any = nn.Linear(width, width)  # exactly this class, whose product decoding packs
 
     def forward(self, rows, bias):
         """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
@@ -212,8 +212,8 @@ class LiLiCorrMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, outer: int):
         super().__init__()
-        self.up_proj = LiLiCorrLinear(width, inner)
-        self.down_proj = LiLiCorrLinear(inner, outer)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, outer)
 
     def forward(self, rows):
         """Compute "... outer" from "... width"."""
@@ -257,9 +257,9 @@ class LiLiCorr(nn.Module):
         self.num_candidates: int = sizes["candidate_topk"]
         self.vector_eps: float = sizes["vector_eps"]
         self.logit_scale: float = sizes["logit_scale"]
-        self.token_proj = nn.Identity() if width == outer else LiLiCorrLinear(outer, width)
-        self.pass_hidden_proj = LiLiCorrLinear(outer, width)
-        self.context_proj = LiLiCorrLinear(outer, width)
+        self.token_proj = nn.Identity() if width == outer else nn.Linear(outer, width)
+        self.pass_hidden_proj = nn.Linear(outer, width)
+        self.context_proj = nn.Linear(outer, width)
         self.feature_norm = nn.LayerNorm(5, eps=1e-5)
         self.feature_mlp = LiLiCorrMLP(5, width, width)
         self.slot_embedding = nn.Parameter(torch.zeros(1, 1, block_size - 1, 1, width))
@@ -270,10 +270,10 @@ class LiLiCorr(nn.Module):
         self.layers = nn.ModuleList(LiLiCorrLayer(*layer) for _ in range(sizes["num_layers"]))
         self.output_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
         self.anchor_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
-        self.factor_input_proj = LiLiCorrLinear(3 * width, width)
-        self.out_head = LiLiCorrLinear(width, sizes["factor_dim"])
-        self.in_head = LiLiCorrLinear(width, sizes["factor_dim"])
-        self.anchor_out_head = LiLiCorrLinear(width, sizes["factor_dim"])
+        self.factor_input_proj = nn.Linear(3 * width, width)
+        self.out_head = nn.Linear(width, sizes["factor_dim"])
+        self.in_head = nn.Linear(width, sizes["factor_dim"])
+        self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
 
     def forward(self, embeds, log_probs, hidden, anchor):
         """Score the first candidates, and all pairs of candidates of neighbouring slots.
@@ -309,8 +309,7 @@ class LiLiCorr(nn.Module):
         after = self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
         with torch.autocast(rows.device.type, enabled=False):
-            start = (after[:, 0] @ first[..., None])[..., 0]
-            return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
+            return self._scores(before, after, first)
 
     def bias(self, num_slots: int, num_candidates: int):
         """Compute what attention adds to the scores of the first slots' candidates, "head entry entry"."""
@@ -319,6 +318,10 @@ class LiLiCorr(nn.Module):
         bias = self.relative_slot_bias[:, distance + self.block_size - 1]
         bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
         return bias.repeat_interleave(num_candidates, 1).repeat_interleave(num_candidates, 2)
+
+    def _scores(self, before, after, first):
+        start = (after[:, 0] @ first[..., None])[..., 0]
+        return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
     def _unit(self, vectors):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)

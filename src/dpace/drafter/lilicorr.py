@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpace.drafter.selector import SCORED_ROWS, Draft, Selector, SelectorSizes
 from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
 from dpace.drafter.vocabulary import DraftRows
+from dpace.fast.lattice import fuse_lattice
 from dpace.loss import Slots, candidate_logits
 
 CE_WEIGHT = 0.25
@@ -52,6 +53,10 @@ class LatticeSelector(Selector):
     def __init__(self, drafter: Any):
         super().__init__(drafter)
         self.num_candidates = drafter.lilicorr.num_candidates
+
+    def speed_up(self):
+        """See `Selector`."""
+        fuse_lattice(self.drafter.lilicorr)
 
     def make_lattice(
         self,

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
 from dpace.fast.cache import RaggedLayer, is_full_attention
-from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join
+from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, unpack
 from dpace.modeling_dflash import DFlashLayer
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -71,13 +71,11 @@ def _can_be_fused(linear: nn.Module) -> bool:
 
 
 def _fuse(layer: Any) -> None:
-    """Let a layer compute with `FusedProducts`, and its linear layers do without packed copies."""
+    """Let a layer compute with `FusedProducts`."""
     kind = type(layer)
     layer.fast = FusedProducts(layer)
     layer.__class__ = FusedDraftLayer if kind is DFlashLayer else _fused_class(kind)
-    for linear in sum(_linears(layer), []):
-        vars(linear).pop("fast", None)
-        linear.__class__ = nn.Linear
+    unpack(sum(_linears(layer), []))
 
 
 @functools.cache

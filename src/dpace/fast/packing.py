@@ -39,6 +39,13 @@ def pack_linears(module: nn.Module) -> bool:
     return True
 
 
+def unpack(linears: Iterable[nn.Module]) -> None:
+    """Make packed layers plain ones again, without their copies: something else computes with their weights."""
+    for linear in linears:
+        vars(linear).pop("fast", None)
+        linear.__class__ = nn.Linear
+
+
 def refresh_copies(model: nn.Module) -> None:
     """Drop what was made of weights that have changed since; a packed copy is made again at its next use.
 
