@@ -191,9 +191,8 @@ def grouped_order(lengths: np.ndarray, step_size: int, *, seed: tuple[int, int])
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     keys = lengths * generator.uniform(1 - SPREAD, 1 + SPREAD, len(lengths))
-    window = WINDOW_STEPS * step_size
-    parts = [shuffled[start : start + window] for start in range(0, len(lengths), window)]
-    order = np.concatenate([np.zeros(0, np.int64), *(part[np.argsort(keys[part])] for part in parts)])
+    window = np.arange(len(lengths)) // (WINDOW_STEPS * step_size)
+    order = shuffled[np.lexsort((keys[shuffled], window))]
     num_steps = len(order) // step_size
     left_over = np.sort(generator.choice(len(order), len(order) - num_steps * step_size, replace=False))
     steps = np.delete(order, left_over).reshape(num_steps, step_size)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_features
 from dpace.config import TrainConfig
-from dpace.servers.apis import VllmServer
+from dpace.servers.apis import connect
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, writing
 from dpace.system.provenance import hash_json
@@ -44,7 +44,7 @@ class ServerFeatures:
             more.
 
     Raises:
-        ValueError: the package is missing, or no vLLM answers at an address.
+        ValueError: the package is missing, or no server answers at an address.
     """
 
     def __init__(self, urls: Sequence[str], target: Target, target_layer_ids: Sequence[int]):
@@ -54,7 +54,7 @@ class ServerFeatures:
             raise ValueError(
                 "--train.feature-servers needs the package hs-connectors; install it with `pip install hs-connectors`"
             ) from error
-        self.servers = [VllmServer(url) for url in urls]
+        self.servers = [connect(url) for url in urls]
         self.target = target
         self.layer_ids = list(target_layer_ids)
         self.options = f"eagle_aux_hidden_state_layer_ids {[layer + 1 for layer in target_layer_ids]}"

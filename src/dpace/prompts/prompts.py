@@ -57,15 +57,14 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     """
     path, heldout_path = sources_of(config)
     prompts = read_prompts(path)
-    heldout = read_prompts(heldout_path) if heldout_path else None
-    split = _split(prompts, heldout, config)
+    split = split_ids(config, prompts)
     for reason, names in split.dropped.items():
         if names:
             note(f"{count(len(names), 'prompt')} left out: {reason}")
     if not split.train:
         raise ValueError(f"{path} has no prompt left to train on; add some, or leave fewer out")
     by_id = {prompt.id: prompt for prompt in prompts}
-    measured = by_id if heldout is None else _rename(heldout, by_id.keys())
+    measured = _rename(read_prompts(heldout_path), by_id.keys()) if heldout_path else by_id
     return PromptParts(
         [by_id[name] for name in split.train],
         [by_id[name] for name in split.validation],
@@ -73,57 +72,35 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     )
 
 
-def split_ids(config: PromptsConfig) -> Split:
-    """Split prompts as `split_prompts` does, and keep only their ids in memory."""
-    path, heldout_path = sources_of(config)
-    return _split(iterate_prompts(path), read_prompts(heldout_path) if heldout_path else None, config)
+def split_ids(config: PromptsConfig, prompts: Iterable[Prompt] | None = None) -> Split:
+    """Split prompts as `split_prompts` does, and keep only their ids in memory.
 
-
-def prompt_files(config: PromptsConfig) -> list[Path]:
-    """Return the files that the split depends on; datasets on the Hub are none.
-
-    Raises:
-        ValueError: a file is missing.
+    Args:
+        config: of the prompts.
+        prompts: those of its `path`, where they are read already.
     """
-    names = [name for name in (*sources_of(config), *config.decontaminate) if name]
-    paths = [Path(name) for name in names if name not in SETS and not parse_hub_id(name)]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}; name a file of prompts, or a dataset on the Hub as OWNER/NAME")
-    return paths
-
-
-def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
-    """Return where the prompts come from, and those that are held out."""
-    if config.path == "demo":
-        return str(demo_path("train")), config.heldout_path or str(demo_path("heldout"))
-    return config.path, config.heldout_path
-
-
-def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: PromptsConfig) -> Split:
-    """Split prompts; see `split_prompts`."""
+    path, heldout_path = sources_of(config)
     public = PublicTexts(config.decontaminate) if config.decontaminate else None
     texts: dict[str, bytes] = {}
     num_answers = 0
     of_public: dict[str, str] = {}
-    for prompt in prompts:
+    for prompt in prompts or iterate_prompts(path):
         texts[prompt.id] = hash_text(prompt)
         num_answers += prompt.answer is not None
         if public and (like := public.find(prompt)):
             of_public[prompt.id] = like
     groups = _group(texts)
-    if heldout is None:
+    if heldout_path is None:
         measured = _take_out(groups, config.num_heldout, seed=0)
         if not measured:
             raise ValueError(
-                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {len(texts)} prompts give no "
+                f"--prompts.num-heldout {config.num_heldout} and {path} with {len(texts)} prompts give no "
                 "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
                 "held-out prompts with --prompts.heldout-path"
             )
     else:
-        others = _group({prompt.id: hash_text(prompt) for prompt in heldout})
+        others = _group({prompt.id: hash_text(prompt) for prompt in read_prompts(heldout_path)})
         if shared := [key for key in others if key in groups]:
-            path, heldout_path = sources_of(config)
             raise ValueError(
                 f"the held-out prompt {others[shared[0]][0]!r} of {heldout_path} is also a training prompt, "
                 f"{groups[shared[0]][0]!r} of {path}; remove it from one of the files"
@@ -145,6 +122,27 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
         },
         num_answers,
     )
+
+
+def prompt_files(config: PromptsConfig) -> list[Path]:
+    """Return the files that the split depends on; datasets on the Hub are none.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    names = [name for name in (*sources_of(config), *config.decontaminate) if name]
+    paths = [Path(name) for name in names if name not in SETS and not parse_hub_id(name)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}; name a file of prompts, or a dataset on the Hub as OWNER/NAME")
+    return paths
+
+
+def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
+    """Return where the prompts come from, and those that are held out."""
+    if config.path == "demo":
+        return str(demo_path("train")), config.heldout_path or str(demo_path("heldout"))
+    return config.path, config.heldout_path
 
 
 def hash_text(prompt: Prompt) -> bytes:

@@ -29,10 +29,9 @@ class PublicSet(NamedTuple):
     """Turns a row into the user's texts."""
     num_prompts: int | None
     """Number of prompts that published tables use; all for None."""
-    has_categories: bool = False
-    """Rows have a `category`; results are then listed by `NAME/CATEGORY`."""
     files: tuple[str, ...] = ()
-    """Files of the rows as their authors write them, by category where the rows have none."""
+    """Files of the rows as their authors write them, of sets whose results are listed by `NAME/CATEGORY`.
+    Where rows have no `category`, it is the file's name."""
 
 
 def _speed_bench(name: str) -> PublicSet:
@@ -43,7 +42,6 @@ def _speed_bench(name: str) -> PublicSet:
         "test",
         lambda row: list(row["turns"]) if "turns" in row else [message["content"] for message in row["messages"]],
         None,
-        has_categories=True,
         files=(f"{name}.jsonl",),
     )
 
@@ -79,7 +77,6 @@ SETS = {
         "train",
         lambda row: [row["prompt"]] if isinstance(row["prompt"], str) else list(row["prompt"]),
         None,
-        has_categories=True,
         files=tuple(f"{name}.jsonl" for name in REDHAT_SUBSETS),
     ),
 }
@@ -162,7 +159,7 @@ def _to_prompt(name: str, number: int, row: Any) -> Prompt:
         turns = [[{"role": "user", "content": text}] for text in known.turns(row) if text.strip()]
         if not turns:
             raise ValueError("the text is empty")
-        return Prompt(f"{name}/{number}", f"{name}/{row['category']}" if known.has_categories else name, turns)
+        return Prompt(f"{name}/{number}", f"{name}/{row['category']}" if known.files else name, turns)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"row {number} of {known.path} has no text where {name} has its prompts ({type(error).__name__}: {error}); "

@@ -108,6 +108,10 @@ class Server(ABC):
         self.url = self.address.url
         self.vocab_size = vocab_size
 
+    def find_model(self, page: dict) -> str | None:
+        """Return what the server calls its model; `page` is what it says of itself."""
+        return next((page[key] for key in MODEL_KEYS if page.get(key)), None)
+
     @abstractmethod
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """Return path and body of a request for plain sampling at a temperature, without any filter."""
@@ -223,14 +227,14 @@ class VllmServer(Server):
 
     engine = "vllm"
 
-    def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
-        super().__init__(url, vocab_size)
-        page = self.address.get("/v1/models")
+    def find_model(self, page):
+        """See `Server`."""
+        models = self.address.get("/v1/models")
         try:
-            self.model = json.loads(page)["data"][0]["id"]
+            return json.loads(models)["data"][0]["id"]
         except UNREADABLE as error:
             raise ValueError(
-                f"{self.url}/v1/models answers {self.address.short(page)}, expected a list of models; is it vLLM's "
+                f"{self.url}/v1/models answers {self.address.short(models)}, expected a list of models; is it vLLM's "
                 "server?"
             ) from error
 
@@ -407,7 +411,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
             continue  # a server, but not this one
         if isinstance(answer, dict) and (not key or key in answer):
             server = kind(url, vocab_size)
-            server.model = server.model or next((answer[key] for key in MODEL_KEYS if answer.get(key)), None)
+            server.model = server.find_model(answer)
             server.version = answer.get("version") or answer.get("build_info")
             return server
     raise ValueError(f"{address.url} is neither vLLM nor SGLang nor llama.cpp's server; give the address before /v1")

@@ -78,10 +78,6 @@ def from_first(work: Callable[[], T]) -> T:
 
 def is_spread(tensor: Any) -> bool:
     """Return whether the parts of a tensor lie on several ranks."""
-    from torch import distributed
-
-    if not distributed.is_available() or not distributed.is_initialized():
-        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
