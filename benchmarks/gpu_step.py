@@ -23,7 +23,7 @@ from dpace.system.device import synchronize
 from dpace.target import Target
 from dpace.train import loop
 from dpace.train.loop import TrainingLoop
-from dpace.train.progress import PeakMemory
+from dpace.train.progress import peak_memory, reset_peak_memory
 
 PARTS = ("batch", "features", "mask", "drafter forward", "loss", "backward", "optimizer")
 WARM_UP = 10
@@ -139,7 +139,7 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     """Train some steps as the recipe says; give the drafter, and medians and sums of what they took."""
     device = target.device
     config = replace(recipe.train, max_steps=steps, logging_steps=steps, report_to=())
-    memory = PeakMemory(device)
+    reset_peak_memory(device)
     drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
     per_step = config.batch_size * config.gradient_accumulation_steps
     dataset = random_conversations(target, drafter.mask_token_id, recipe, steps * per_step)
@@ -166,6 +166,6 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
         "tokens_per_second": tokens / seconds,
         "tflops_per_step": flops / 1e12,
         "mfu": None if peak is None else flops / seconds / peak,
-        "peak_memory_bytes": memory.bytes,
+        "peak_memory_bytes": peak_memory(device),
         "planned_memory_bytes": sum(parts.values()),
     }

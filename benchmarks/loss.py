@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dpace.loss import Slots, block_loss, frozen_head_nll
 from dpace.system.device import find_device, synchronize
 from dpace.target.head import LmHead
-from dpace.train.progress import PeakMemory
+from dpace.train.progress import peak_memory, reset_peak_memory
 from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8
@@ -105,9 +105,9 @@ def peak(method, data) -> float:
     data[0].grad = None
     is_cpu = device.type == "cpu"
     before = torch.accelerator.memory_allocated(device) if not is_cpu else psutil.Process().memory_info().rss
-    memory = PeakMemory(device)
+    reset_peak_memory(device)
     run(method, *data)
-    return (memory.bytes or float("nan")) - before
+    return (peak_memory(device) or float("nan")) - before
 
 
 def main(shape: tuple[int, int, int] | None = None, rounds: int = 5) -> None:

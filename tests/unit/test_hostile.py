@@ -57,8 +57,8 @@ RANGES = {
     "compare --objectives no_such_module:weigh+kl": (
         "cannot be imported, ModuleNotFoundError: No module named 'no_such_module'; run dpace in"
     ),
-    "train --train.report-to wandb": "is not installed; run `pip install wandb`",
-    "train --train.report-to abacus": "accelerate does not know; choose some of .*wandb",
+    "train --train.report-to wandb": "'wandb', which is unknown or not installed",
+    "train --train.report-to abacus": "'abacus', .* accelerate knows .*wandb",
     "train --train.batch-size=0": "--train.batch-size is 0, expected greater than or equal to 1",
     "train --drafter.block-size=100000": "is 100000, expected less than or equal to 1000",
     "train --train.warmup-ratio=nan": "is nan, expected a finite number",

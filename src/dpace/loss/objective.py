@@ -110,20 +110,20 @@ def checked(weigh: Weigh, name: str) -> Weigh:
     return weigh_checked
 
 
-def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> None:
+def try_out(weigh: Weigh, config: LossConfig, block_size: int) -> None:
     """Call a checked objective on a small random batch, before any work.
 
     Raises:
         ValueError: a weight is negative or not finite; or see `checked`.
     """
-    draws = torch.rand(4, 2, 3, block_size, generator=torch.Generator().manual_seed(0))
-    is_scored = draws[0] < 0.7
+    probs = torch.rand(2, 3, block_size, generator=torch.Generator().manual_seed(0))
+    is_scored = probs < 0.7
     is_scored[..., 0] = False
     is_scored[1, 2] = False  # a padding block
-    probs, overlap = draws[1:3].where(is_scored, 1.0)
-    is_match = (draws[3] < probs) & is_scored
-    if weigh(Slots(is_scored, probs, is_match, overlap if has_overlap else None)).isnan().any():
-        raise ValueError(f"the objective {name} gives weights that are negative or not finite; correct it")
+    probs = probs.where(is_scored, 1.0)
+    overlap = probs if config.needs_target_probs else None
+    if weigh(Slots(is_scored, probs, is_scored & (probs > 0.4), overlap)).isnan().any():
+        raise ValueError(f"the objective {config.objective} gives weights that are negative or not finite; correct it")
 
 
 def function_of(objective: str) -> tuple[Callable[..., Tensor], list[str]]:
@@ -177,7 +177,7 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
     if weigh is not None or is_custom(name):
         weigh = checked(weigh or load_custom(name), name)
         for size in sizes:
-            try_out(weigh, name, block_size=size, has_overlap=config.needs_target_probs)
+            try_out(weigh, config, size)
         return weigh
     function, needed = function_of(name)
     alpha_end = config.alpha if config.alpha_end is None else config.alpha_end

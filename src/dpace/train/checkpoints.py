@@ -49,14 +49,6 @@ class TrainingState:
         self.log_history.append(entry)
         return entry
 
-    def note_tau(self, tau: float) -> bool:
-        """Note a measured tau, and return whether it is the best one."""
-        is_best = self.best_metric is None or tau > self.best_metric
-        if is_best:
-            self.best_metric = tau
-            self.best_global_step = self.global_step
-        return is_best
-
 
 def read_state(folder: Path) -> TrainingState:
     """Read where a training stood when a checkpoint was written."""

@@ -23,7 +23,7 @@ from dpace.target.chat import tokenizer_hashes
 from dpace.train.checkpoints import STATE, write_state
 from dpace.train.identity import OBJECTIVE_SHA256
 from dpace.train.loop import TrainingLoop
-from dpace.train.progress import PeakMemory
+from dpace.train.progress import peak_memory
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 500
@@ -35,7 +35,7 @@ SERVED = torch.bfloat16
 
 
 @torch.no_grad()
-def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], memory: PeakMemory) -> None:
+def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any]) -> None:
     """Round a trained drafter to 16 bits, measure it, and write it with what it was made from.
 
     What is measured is what is written. All ranks call this, since the target may need them; the first one writes.
@@ -44,7 +44,6 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         folder: of the run; `provenance.json`, which says that the drafter is finished, comes last.
         loop: has the trained drafter, whose weights are rounded in place, and stay in fp32; and what it was made from.
         run: what `run.json` holds.
-        memory: measured since training began.
     """
     drafter = loop.drafter
     target = loop.target
@@ -86,7 +85,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         **objective,
         "init": recipe.drafter.init,
         "init_sha256": run["init_sha256"],
-        "peak_memory_bytes": memory.bytes,
+        "peak_memory_bytes": peak_memory(target.device),
     }
     drafter.save_pretrained(folder, dtype=SERVED)
     if vocabulary is not None:

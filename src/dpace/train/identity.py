@@ -47,8 +47,11 @@ OTHER_RUN = "name another folder with --output, or delete that one"
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of drafter, loss and training, named as `train.seed`."""
-    groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
-    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {
+        f"{group}.{name}": value
+        for group in ("drafter", "loss", "train")
+        for name, value in asdict(getattr(recipe, group)).items()
+    }
 
 
 def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> dict[str, Any]:
@@ -62,14 +65,18 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None
     Raises:
         ValueError: see `load_custom` and `source_sha256`.
     """
-    settings = {name: value for name, value in flat_settings(recipe).items() if name not in NO_RESULT}
-    if recipe.drafter.head is None:  # options of a head change nothing then, and older runs have other defaults
-        settings = {name: value for name, value in settings.items() if ".head_" not in name}
+    has_head = recipe.drafter.head is not None  # without, its options change nothing, and had other defaults once
+    settings = {
+        name: value
+        for name, value in flat_settings(recipe).items()
+        if name not in NO_RESULT and (has_head or ".head_" not in name)
+    }
     settings[STEP_SIZE] = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * ranks.num_ranks()
     settings["init_sha256"] = None if init is None else fingerprint(init)
     settings["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
     if weigh is not None or is_custom(recipe.loss.objective):
         settings[OBJECTIVE_SHA256] = source_sha256(weigh or load_custom(recipe.loss.objective))
+    settings["thinking"] = recipe.thinking
     return json.loads(json.dumps(settings))
 
 
@@ -112,7 +119,7 @@ class Run:
     def __init__(self, recipe: Recipe, init: Drafter | None = None, weigh: Weigh | None = None):
         self.recipe = recipe
         self.init = init
-        self.facts = {**settings_of(recipe, weigh, init), "thinking": recipe.thinking}
+        self.facts = settings_of(recipe, weigh, init)
 
     def is_in(self, folder: str | Path) -> bool:
         """Return whether a folder holds this run, finished or not.
@@ -129,8 +136,7 @@ class Run:
         kept = read_run(folder)
         if kept is None:
             return False
-        same_step = "--train.batch-size, --train.gradient-accumulation-steps and the number of ranks"
-        ways = {STEP_SIZE: f"keep the product of {same_step}"}
+        ways = {STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks"}
         if is_finished(folder):
             here = shlex.quote(str(folder))
             aside = shlex.quote(f"{folder}-before")

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to_device, set_seed
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -28,7 +27,7 @@ from dpace.config import LossConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftRows
-from dpace.loss import Slots, SlotScores, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.loss import SlotScores, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
@@ -74,7 +73,7 @@ class Scorer:
     autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
     """In which the drafter's selector computes, as the rest of the drafter does when it is trained."""
 
-    def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[SlotScores, Blocks]:
+    def score(self, model: Any, batch: dict[str, Any]) -> tuple[SlotScores, Blocks]:
         """Draft the blocks of a micro-batch, and compute their losses.
 
         Returns:
@@ -85,17 +84,13 @@ class Scorer:
         )
         blocks = found.blocks
         selector = self.drafter.selector
-
-        def weigh(slots: Slots) -> Tensor:
-            return self.weigh(slots._replace(progress=progress))
-
         out = frozen_head_nll(
             found.hidden,
             self.rows.head,
             self.rows.index(blocks.labels),
             blocks.is_scored,
             scored_rows=batch.get("scored_rows"),
-            weigh=weigh,
+            weigh=self.weigh,
             token_loss=self.loss.token_loss,
             target_hidden=found.target_hidden if self.loss.needs_target_probs else None,
             chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
@@ -105,7 +100,7 @@ class Scorer:
             out,
             found,
             self.rows,
-            weigh=weigh,
+            weigh=self.weigh,
             config=self.loss,
             whole_blocks=batch.get("whole_blocks"),
             autocast=self.autocast,
@@ -161,14 +156,11 @@ class TrainingLoop:
         if self.config.gradient_checkpointing:
             drafter.activation_checkpointing_enable()
         self.is_sharded = wants_shards()
-        self.model = drafter
-        if self.is_sharded:
-            self.model = copy.deepcopy(drafter)
-            shard(self.model)
+        self.model = shard(copy.deepcopy(drafter)) if self.is_sharded else drafter
         self.scorer = Scorer(
             self.model,
             self.loss,
-            weigh,
+            lambda slots: weigh(slots._replace(progress=self.progress)),
             DraftRows(target, dataset.seen_tokens if self.loss.vocabulary == "seen" else None),
             needs_target_hidden=recipe.needs_target_hidden,
             autocast=self.autocast,
@@ -177,7 +169,7 @@ class TrainingLoop:
         self.wrapped: Any = self.accelerator.prepare_model(
             self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
         )
-        self.forward = self.wrapped if target.device.type != "cpu" else convert_outputs_to_fp32(self._rounded)
+        self.forward = convert_outputs_to_fp32(self._rounded)
         if self.is_sharded:
             self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
         self.optimizer = make_optimizer(self.model, self.config)
@@ -208,7 +200,7 @@ class TrainingLoop:
         return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
     def _rounded(self, **inputs: Any) -> Any:
-        """Run the drafter on a CPU; on an accelerator, accelerate's wrapper rounds its products."""
+        """Run the drafter; on an accelerator, accelerate's wrapper rounds its products too."""
         with self.autocast():
             return self.wrapped(**inputs)
 
@@ -309,7 +301,7 @@ class TrainingLoop:
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]
             with self.reduced_over_ranks(number == len(batches)):
-                out, blocks = self.scorer.score(self.forward, inputs, self.progress)
+                out, blocks = self.scorer.score(self.forward, inputs)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
             num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]
@@ -377,7 +369,11 @@ class TrainingLoop:
         acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
         taus = zip(("eval_tau", "eval_tau_top", "eval_tau_oracle"), (acceptance.tau, *acceptance.bounds), strict=False)
         track(state.add_to_log(dict(taus)))
-        return state.note_tau(acceptance.tau)
+        is_best = state.best_metric is None or acceptance.tau > state.best_metric
+        if is_best:
+            state.best_metric = acceptance.tau
+            state.best_global_step = state.global_step
+        return is_best
 
     def save(self) -> None:
         """Write a checkpoint."""

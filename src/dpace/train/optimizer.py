@@ -39,9 +39,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], fused=True, **options)
 
 
-def orthogonalize(
-    matrix: Float[Tensor, "rows columns"], dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "rows columns"]:
+def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
     """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
     It computes in `dtype`. `torch.optim.Muon` always takes bf16, in which products are slow on a CPU without units for
@@ -77,22 +75,19 @@ class MuonAdamW(torch.optim.AdamW):
     Source: Muon as above; the scale from Liu et al. (arXiv 2502.16982), section 2.2.
     """
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32, **options: Any):
+    def __init__(self, groups: list[dict], dtype: torch.dtype, **options: Any):
         super().__init__(groups, **options)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step."""
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if group["momentum"] is None]
-        loss = super().step(closure)
-        self.param_groups = groups
-        for group in groups:
+        """Take one step; the gradients of matrices are gone then, so that AdamW leaves them alone."""
+        for group in self.param_groups:
             for parameter in group["params"] if group["momentum"] is not None else ():
                 if parameter.grad is not None:
                     self._step_matrix(parameter, group)
-        return loss
+                    parameter.grad = None
+        return super().step(closure)
 
     def _step_matrix(self, parameter: nn.Parameter, group: dict) -> None:
         """Take the step of one matrix."""

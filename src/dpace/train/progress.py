@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from dpace.train.identity import flat_settings
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
-PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
-"""Variables that name the project of a tracker; by default it is `dpace`."""
+PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
+"""Variables that name the project of a tracker, where accelerate does not read them; by default it is `dpace`."""
 SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
 
@@ -141,10 +140,10 @@ def check_trackers(names: Sequence[str]) -> None:
     available = set(map(str, get_available_trackers()))
     for name in names:
         if name not in available:
-            is_known = name in LOGGER_TYPE_TO_CLASS
-            fault = "is not installed" if is_known else "accelerate does not know"
-            way = f"run `pip install {name}`" if is_known else f"choose some of {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            raise ValueError(f"--train.report-to has {name!r}, which {fault}; {way}, or leave it out")
+            raise ValueError(
+                f"--train.report-to has {name!r}, which is unknown or not installed; accelerate knows "
+                f"{', '.join(LOGGER_TYPE_TO_CLASS)}: install one of them, or leave it out"
+            )
 
 
 @contextmanager
@@ -164,9 +163,9 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
     settings = without_passwords({"target": recipe.target, **flat_settings(recipe)})
     settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
 
-    def attempt(name: str, work: Callable[..., Any], *args: Any) -> None:
+    def attempt(name: str, work: Callable[..., Any], *args: Any, **options: Any) -> None:
         try:
-            work(*args)
+            work(*args, **options)
         except Exception as error:
             note(f"the tracker {name} failed ({one_line(error)[:300]}); the training goes on without it")
             trackers.pop(name, None)
@@ -181,7 +180,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
 
     def log(entry: dict[str, float]) -> None:
         for name, tracker in list(trackers.items()):
-            attempt(name, partial(tracker.log, entry, step=int(entry["step"])))
+            attempt(name, tracker.log, entry, step=int(entry["step"]))
 
     for name in recipe.train.report_to if ranks.is_first() else ():
         attempt(name, start, name)
@@ -194,29 +193,23 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
 
 def latest_numbers(state: TrainingState) -> str:
     """Return what the bar shows of the log."""
-    numbers = {name: value for entry in state.log_history[-20:] for name, value in entry.items() if name in SHOWN}
+    numbers = {name: value for entry in state.log_history[-20:] for name, value in entry.items()}
     return ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
 
 
-class PeakMemory:
-    """Measures the most memory that was in use since it was made.
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure `peak_memory` anew; where the system cannot, it counts from the start of the process."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
-    On an accelerator that is allocated memory, else memory resident in the process (on Linux).
-    """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats(device)
-        else:
-            with contextlib.suppress(OSError):  # the peak then counts from the start of the process
-                Path("/proc/self/clear_refs").write_text("5")
-
-    @property
-    def bytes(self) -> int | None:
-        """Peak in bytes; None where the system does not tell."""
-        if self.device.type != "cpu":
-            return torch.accelerator.max_memory_allocated(self.device)
-        status = Path("/proc/self/status")
-        found = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
-        return found and 1024 * int(found[1])
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes in use: allocated on an accelerator, else resident in the process; None but on Linux."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    return found and 1024 * int(found[1])

@@ -25,7 +25,7 @@ from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
 from dpace.train.identity import RUN_FILE, Run, data_facts, flat_settings, target_facts
 from dpace.train.loop import TrainingLoop
-from dpace.train.progress import PeakMemory
+from dpace.train.progress import reset_peak_memory
 from dpace.train.sharding import wants_shards
 
 FILES = (
@@ -205,9 +205,9 @@ def train(
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
-        memory = PeakMemory(target.device)
+        reset_peak_memory(target.device)
         loop.run(newest)
-        write_finished(folder, loop, run.facts, memory)
+        write_finished(folder, loop, run.facts)
     return drafter
 
 
@@ -220,9 +220,8 @@ def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init
     else:
         drafter = init.start_for(target)
     if drafter.mask_token_id in dataset.seen_tokens:
-        way = "with --drafter.mask-token-id" if init is None else "by training without --drafter.init"
         raise ValueError(
-            f"the training text contains the mask token {drafter.mask_token_id}; "
-            f"name a token that no text contains {way}"
+            f"the training text contains the mask token {drafter.mask_token_id}; name a token that no text contains "
+            "with --drafter.mask-token-id, or train without --drafter.init"
         )
     return drafter

@@ -42,8 +42,8 @@ def wants_shards() -> bool:
     return has_fsdp
 
 
-def shard(model: Any) -> None:
-    """Spread a drafter over all ranks, in place: each layer by itself, and the rest together.
+def shard(model: Any) -> Any:
+    """Spread a drafter over all ranks, in place: each layer by itself, and the rest together; return it.
 
     Memory: a rank's share of weights, gradients and moments, and the whole weights of a layer and of the rest while
     they compute. Under bf16 autocast the layers' bf16 weights are kept from forward to backward.
@@ -51,7 +51,7 @@ def shard(model: Any) -> None:
     mesh = init_device_mesh(model.device.type, (ranks.num_ranks(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=parse_flag_from_env(RESHARD, True))
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @torch.no_grad()
