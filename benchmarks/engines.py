@@ -40,7 +40,7 @@ import dpace
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
-from dpace.engines.engine import Request
+from dpace.engines import ExportConfig
 from dpace.engines.export import export, import_drafter
 from dpace.report.tables import Section, console, section_table
 from dpace.target import Target
@@ -241,8 +241,8 @@ def export_all(
     shutil.copytree(source, whole, ignore=shutil.ignore_patterns(VOCABULARY_FILE, "checkpoints"))
 
     def write(name: str, place: Path, to: Any, **more: Any) -> Path:
-        about = {"name": "dflash", "target_name": target.name, "target_gguf": gguf if to == "gguf" else None}
-        return export(place, target, Request(to=to, output=folder / f"dflash-{name}", **about, **more)).path
+        about = {"drafter": "x", "target": target.name, "target_gguf": gguf if to == "gguf" else None}
+        return export(place, target, ExportConfig(to=to, output=str(folder / f"dflash-{name}"), **about, **more)).path
 
     folders = {name: write(name, whole, name) for name in ("zlab", "speculators")}
     if (source / VOCABULARY_FILE).exists():

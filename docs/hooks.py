@@ -83,11 +83,11 @@ def engine_commands() -> str:
         hidden_size=2560,
         intermediate_size=9728,
         num_layers=3,
-        num_heads=32,
+        num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
         rms_norm_eps=1e-6,
-        rope={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         max_position_embeddings=40960,
     )
     published = engine_sections("published", spec, "dpace-out/drafter", "Qwen/Qwen3-4B")

@@ -28,7 +28,7 @@ from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
-from dpace.engines.engine import Request
+from dpace.engines import ExportConfig
 from dpace.engines.export import export
 from dpace.engines.gguf import gguf_name
 from dpace.fast.speed_up import speed_up
@@ -316,9 +316,9 @@ def random_drafter_folder(language_target, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def random_drafter_gguf(random_drafter_folder, language_target, target_gguf, tmp_path_factory) -> bytes:
     """The same as a file of llama.cpp."""
-    names = {"output": tmp_path_factory.mktemp("gguf"), "name": "x", "target_name": "some/target"}
-    request = Request(to="gguf", target_gguf=target_gguf, **names)
-    return export(random_drafter_folder, language_target, request).path.read_bytes()
+    names = {"drafter": "x", "output": str(tmp_path_factory.mktemp("gguf")), "target": "some/target"}
+    config = ExportConfig(to="gguf", target_gguf=str(target_gguf), **names)
+    return export(random_drafter_folder, language_target, config).path.read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from dpace.drafter import load_drafter
+from dpace.drafter.files import read_folder
 from dpace.drafter.vocabulary import DraftVocabulary
-from dpace.engines import EngineName
-from dpace.engines.engine import Request
+from dpace.engines import EngineName, ExportConfig
 from dpace.engines.export import export, import_drafter
-from dpace.engines.published import read_folder
 from dpace.target import Target
 from tests.conftest import decode_whole, make_with_head
 from tests.support.files import change_config, read_json
@@ -50,7 +49,7 @@ def ask(engine: str, folder: Path, **request) -> dict:
 
 def write(to: EngineName, source: Path, target: Target, output: Path, target_name: str = "x", offset: int = 0) -> Path:
     """An export; with layer ids that are off by so many, a mistake that no engine reports."""
-    export(source, target, Request(to=to, output=output, name="x", target_name=target_name))
+    export(source, target, ExportConfig(to=to, drafter="x", output=str(output), target=target_name))
     if offset:
         ids = read_json(output / "config.json")["target_layer_ids"]
         change_config(output, target_layer_ids=[layer + offset for layer in ids])

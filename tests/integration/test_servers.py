@@ -16,7 +16,7 @@ import pytest
 import tenacity
 
 from dpace.config import BenchConfig, RespondConfig
-from dpace.engines.engine import Request
+from dpace.engines import ExportConfig
 from dpace.engines.export import export
 from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
@@ -93,8 +93,8 @@ def answers(folder: Path) -> list[dict]:
 def test_llamacpp_reports_what_we_count(
     language_target, language_drafter_folder, language_drafter, language_prompts, target_gguf, tmp_path
 ):
-    request = Request(to="gguf", output=tmp_path / "gguf", name="x", target_name="x", target_gguf=target_gguf)
-    drafter = str(export(language_drafter_folder, language_target, request).path)
+    names = {"drafter": "x", "target": "x", "output": str(tmp_path / "gguf"), "target_gguf": str(target_gguf)}
+    drafter = str(export(language_drafter_folder, language_target, ExportConfig(to="gguf", **names)).path)
     prompts = make_prompts(language_prompts[50:56])
     served = llamacpp(target_gguf, drafter=drafter, num_draft_tokens=5)
     with served as address, llamacpp(target_gguf) as plain:

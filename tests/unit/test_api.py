@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dpace
+from dpace.engines import ExportConfig
 from dpace.engines.card import write_card
-from dpace.engines.engine import Request
 from dpace.loss.objective import source_sha256
 from dpace.recipes.recipe_file import write_recipe
 from dpace.train.run import make_datasets
@@ -54,8 +54,8 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
     assert (run["loss.objective"], run["loss.objective_sha256"]) == (name, sha256)
     for record in (read_json(tmp_path / "own" / "provenance.json"), ours.config.dpace):
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
-    request = Request(to="zlab", output=tmp_path, name="a/b", target_name="c/d")
-    write_card(tmp_path, ours, request, folder=tmp_path / "own", source=ours)
+    config = ExportConfig(to="zlab", drafter="x", output="x", push="a/b", target="c/d")
+    write_card(tmp_path, ours, config, folder=tmp_path / "own", source=ours)
     card = (tmp_path / "README.md").read_text()
     assert name in card and sha256 in card
 

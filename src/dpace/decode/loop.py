@@ -141,7 +141,7 @@ class Speculation:
             self.recall = paces.recall(drafter)
         self.samples_draft = verify_rule != "equality" and text.sampler.temperature > 0
         vocabulary = drafter.vocabulary
-        is_part = vocabulary is not None and len(vocabulary.known) < len(target.head.weight)
+        is_part = vocabulary is not None and len(vocabulary.token_ids) < len(target.head.weight)
         if is_part and self.samples_draft and text.sampler.processors:
             vocabulary = None  # processors may allow only tokens outside of it, and then no draft could be drawn
         self.draft_rows = PackedRows(target, vocabulary, text.token_ids)

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from dpace.drafter.drafter import facts_of, find_shared_tables
+from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
+from dpace.drafter.files import read_tensors
 from dpace.drafter.spec import DrafterSpec, own_tables, read_rope
 from dpace.drafter.values import read_object
 from dpace.engines import EngineName, engine_of
-from dpace.engines.published import make_drafter, read_tensors
 from dpace.system.device import dtype_name
 from dpace.system.loading import read_config
 from dpace.system.progress import one_line
@@ -119,8 +119,7 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
 
     config = read(CONFIG, lambda: read_config(folder)) or {}
     tensors = read(WEIGHTS, lambda: read_tensors(folder)) or {}
-    values = {"rms_norm_eps": 1e-6, **own_tables(tensors), **config}
-    spec = read(CONFIG, lambda: DrafterSpec.from_config(values))
+    spec = read(CONFIG, lambda: DrafterSpec.from_config(own_tables(tensors) | config))
     if spec is None:
         return None, [*found.values()]
     drafter = read(WEIGHTS, lambda: make_drafter(spec, tensors))
@@ -135,7 +134,7 @@ def compare(
 ) -> Iterator[Diagnosis]:
     """Compare a config with the one that dpace would write of its spec for this target."""
     own = replace(spec, **facts_of(target), special_token_ids={})
-    expected = own.published(own.config().to_dict()) | dict.fromkeys(SPELLINGS, own.rope)
+    expected = own.published(own.config().to_dict()) | dict.fromkeys(SPELLINGS, own.rope_parameters)
     config = {"dtype": found.get("torch_dtype"), **found, **dict.fromkeys(SPELLINGS), **read_spellings(found)}
     stored = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
     facts = {"target": target.short_name, "dtype": dtype_name(target.model.dtype), "thinking": target.thinking}

@@ -20,7 +20,7 @@ from dpace.config import Recipe
 from dpace.decode import generate, generate_plain
 from dpace.doctor.checks import CONFIG, WEIGHTS, Diagnosis, attempt, check_engine, check_files
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.spec import DrafterSpec, find_layer_id_fault
+from dpace.drafter.spec import DrafterSpec, are_servable
 from dpace.engines import EngineName
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
@@ -167,7 +167,7 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     """Return the values of a key that a drafter may have been trained with instead."""
     if key == "target_layer_ids":
         moved = [tuple(layer + step for layer in spec.target_layer_ids) for step in (1, -1)]
-        return [ids for ids in moved if not find_layer_id_fault(ids, spec.num_target_layers)]
+        return [ids for ids in moved if are_servable(ids, spec.num_target_layers)]
     if key == "sample_from_anchor" and spec.selector:
         return []  # a head has no vector for the slot that blocks would have more
     return [not getattr(spec, key)]

@@ -10,30 +10,30 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DrafterConfig
-from dpace.drafter.kinds import SELECTORS, make_selector
+from dpace.drafter.files import FIX, TARGET_TABLES, read_folder
+from dpace.drafter.kinds import SELECTORS
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
-from dpace.drafter.spec import SAME_AS_OPTIONS, SPECIAL_TOKENS, DrafterSpec, own_tables
+from dpace.drafter.selector import Selector
+from dpace.drafter.spec import SAME_AS_OPTIONS, SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_tokens
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling
-from dpace.system.loading import quiet_library, read_config, refuse_infinite, refuse_mismatch, translate_library_errors
+from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.target import Target
+from dpace.target.locate import find_drafter
 from dpace.target.probe import rope_of
 
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 ANSWERS_FILE = "answers.json"
 """Tokens of the answers that the drafter was trained on; engines that do not know it load the drafter unchanged."""
-TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
-"""Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
 
 
 def facts_of(target: Target) -> dict[str, Any]:
@@ -42,34 +42,31 @@ def facts_of(target: Target) -> dict[str, Any]:
         "num_target_layers": target.num_layers,
         "vocab_size": len(target.head.weight),
         "hidden_size": target.hidden_size,
-        "rope": rope_of(target.config),
-        "embed_scale": target.embed_scale,
-        "logit_scale": target.head.multiplier,
-        "softcap": target.head.softcap,
+        "rope_parameters": rope_of(target.config),
+        "input_embedding_scale": target.embed_scale,
+        "output_multiplier": target.head.multiplier,
+        "final_logit_softcapping": target.head.softcap,
     }
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
     """Return the values of a spec that are as in a target's config, or the usual ones where it lacks them."""
-
-    def read(name: str, usual: Any) -> Any:
-        return getattr(config, name, None) or usual
-
     width = config.hidden_size
-    num_heads = read("num_attention_heads", max(1, width // 64))
-    return {
-        "intermediate_size": read("intermediate_size", 4 * width),
-        "num_heads": num_heads,
-        "num_key_value_heads": read("num_key_value_heads", num_heads),
-        "head_dim": read("head_dim", width // num_heads),
-        "rms_norm_eps": read("rms_norm_eps", 1e-6),
-        "max_position_embeddings": read("max_position_embeddings", 32768),
-        "special_token_ids": {name: getattr(config, name, None) for name in SPECIAL_TOKENS},
+    num_heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
+    usual = {
+        "intermediate_size": 4 * width,
+        "num_key_value_heads": num_heads,
+        "head_dim": width // num_heads,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
     }
+    special = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
+    own = {name: getattr(config, name, None) or value for name, value in usual.items()}
+    return own | {"num_attention_heads": num_heads, "special_token_ids": special}
 
 
 def reach_of(config: DrafterConfig) -> dict[str, Any]:
-    """Return `sliding_window`, `layer_types` and `is_causal` of a spec.
+    """Return `layer_types` and `is_causal` of a spec.
 
     Raises:
         ValueError: `full_layers` that are no layers, all layers, or set without a window.
@@ -82,7 +79,7 @@ def reach_of(config: DrafterConfig) -> dict[str, Any]:
             "with sliding_window"
         )
     kinds = tuple("sliding_attention" if layer in windowed else "full_attention" for layer in layers)
-    return {"sliding_window": window, "layer_types": kinds if window else (), "is_causal": config.causal}
+    return {"layer_types": kinds if window else (), "is_causal": config.causal}
 
 
 class Drafter(DFlashDraftModel):
@@ -100,7 +97,8 @@ class Drafter(DFlashDraftModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.selector = make_selector(self)
+        chosen = (sizes.selector for name, sizes in SELECTORS.items() if getattr(self, name) is not None)
+        self.selector = next(chosen, Selector)(self)
 
     @property
     def spec(self) -> DrafterSpec:
@@ -210,9 +208,9 @@ class Drafter(DFlashDraftModel):
         spec = replace(
             self.spec,
             vocab_size=len(target.head.weight),
-            embed_scale=target.embed_scale,
-            logit_scale=target.head.multiplier,
-            softcap=target.head.softcap,
+            input_embedding_scale=target.embed_scale,
+            output_multiplier=target.head.multiplier,
+            final_logit_softcapping=target.head.softcap,
             has_own_embed_tokens=False,
             has_own_lm_head=False,
             draft_vocab_size=0,
@@ -235,6 +233,13 @@ class Drafter(DFlashDraftModel):
         drafter.load_state_dict(drafter.state_dict() | own)
         drafter.check_target(target)
         return drafter.to(target.device)
+
+    def share_tables(self, target: Target) -> None:
+        """Drop own tables for all tokens that are the target's, see `find_shared_tables`."""
+        for name, is_shared in find_shared_tables(self.state_dict(), target).items():
+            if is_shared and f"has_own_{name}" in vars(self.config):
+                setattr(self, name, None)
+                setattr(self.config, f"has_own_{name}", False)
 
     @staticmethod
     def layer_ids(target: Target, config: DrafterConfig) -> list[int]:
@@ -267,27 +272,19 @@ class Drafter(DFlashDraftModel):
         check_mask_token(self.mask_token_id, target)
 
     @classmethod
-    def from_pretrained(cls, folder, *args, **kwargs):
-        """Read a drafter's folder: every tensor, in its shape and finite, from safetensors.
+    def from_pretrained(cls, folder, *, dtype: torch.dtype | None = None) -> Any:
+        """Read a drafter's folder, or a repository of the Hub: every tensor, in its shape and finite.
+
+        Nothing that its config names is run or downloaded. Weights are in `dtype`, by default that of the files.
 
         Raises:
             ValueError: a config that no drafter has, or weights that are damaged or do not fit it; names the value or
                 the tensors.
-            OSError: a file that is missing or cannot be read.
         """
-        what = f"the drafter {folder}"
-        fix = "train it, copy it again, or `dpace import` it where another program wrote it"
-        # Not as the config says: it may name an attention that has to be downloaded, or a pickle.
-        options = kwargs | {"attn_implementation": "sdpa", "use_safetensors": True, "ignore_mismatched_sizes": True}
-        if Path(folder).is_dir():
-            options["config"] = read_spec(folder).config()
-        with translate_library_errors(what, fix):
-            loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
-        drafter, info = loaded
-        refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
-        refuse_infinite(what, drafter, fix)
-        drafter.refuse_trained_selector()
-        return drafter
+        spec, tensors = read_folder(find_drafter(str(folder)))
+        if dtype:
+            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+        return make_drafter(spec, tensors, f"the drafter {folder}")
 
     def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
@@ -304,32 +301,32 @@ class Drafter(DFlashDraftModel):
             shutil.copy(dpace.modeling_dflash.__file__, aside)
 
 
-def refuse_mask_embedding(folder: str | Path) -> None:
-    """Refuse a drafter that does not use the embedding of `mask_token_id`.
+def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "the drafter") -> Drafter:
+    """Put weights into a drafter as they are, dtype included; tables that the spec calls the target's are left out.
+
+    Args:
+        spec: of the drafter.
+        tensors: by their published names.
+        what: name of the drafter, for messages.
 
     Raises:
-        ValueError: says where the embedding is to be written.
+        ValueError: tensors that are missing, unknown, of another shape, no numbers with a point, or not finite.
     """
-    if (Path(folder) / "mask_embedding.pt").exists():
-        raise ValueError(
-            f"{folder} has a mask embedding of its own (mask_embedding.pt), a pickle, which dpace does not open; write "
-            "the target's embedding with this row at mask_token_id into model.safetensors, as embed_tokens.weight"
-        )
-
-
-def read_spec(folder: str | Path) -> DrafterSpec:
-    """Read the description in a drafter's folder; a missing epsilon is transformers' default.
-
-    Raises:
-        ValueError: a config that cannot be read, or that no drafter has, or damaged weights.
-    """
-    refuse_mask_embedding(folder)
-    names: list[str] = []
-    with translate_library_errors(f"the drafter {folder}", "train it, or copy it again"):
-        for file in Path(folder).glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                names += [name.removeprefix("model.") for name in tensors.keys()]  # noqa: SIM118
-    return DrafterSpec.from_config({"rms_norm_eps": 1e-6, **own_tables(names), **read_config(folder)})
+    shapes = spec.shapes
+    unused = TARGET_TABLES - shapes.keys()
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    others = [(name, x.shape, shapes[name]) for name, x in tensors.items() if x.shape != shapes.get(name, x.shape)]
+    found = {"missing_keys": shapes.keys() - tensors.keys(), "mismatched_keys": others}
+    refuse_mismatch(what, found, FIX, unknown=tensors.keys() - shapes.keys())
+    if "d2t" in tensors:
+        drafted_tokens(tensors["d2t"], spec.vocab_size)
+    with translate_library_errors(what, FIX), torch.device("meta"):
+        drafter: Any = Drafter(spec.config())
+        drafter.load_state_dict(tensors, assign=True)
+    drafter.rotary_emb = type(drafter.rotary_emb)(drafter.config)  # the only part that is in no file
+    refuse_infinite(what, drafter, FIX)
+    drafter.refuse_trained_selector()
+    return drafter.eval()
 
 
 def find_shared_tables(tensors: Mapping[str, Tensor], target: Target) -> dict[str, bool]:
@@ -367,20 +364,17 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     """
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
-    drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
+    drafter = Drafter.from_pretrained(folder, dtype=target.model.dtype)
     drafter.check_target(target)
     drafter.to(target.device)
+    drafter.share_tables(target)
     num_tokens = len(target.head.weight)
     vocabulary = load_vocabulary(folder, num_tokens)
-    num_drafted = drafter.spec.draft_vocab_size
-    for name, is_shared in find_shared_tables(drafter.state_dict(), target).items():
-        if is_shared and (name == "embed_tokens" or not num_drafted):
-            setattr(drafter, name, None)
-            setattr(drafter.config, f"has_own_{name}", False)
     if drafter.lm_head is not None:
-        token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if num_drafted else range(num_tokens)
+        has_few_rows = drafter.spec.draft_vocab_size > 0
+        token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if has_few_rows else range(num_tokens)
         drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
-    elif vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
+    elif vocabulary is not None and not all_tokens and vocabulary.pays(target):
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():

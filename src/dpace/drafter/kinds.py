@@ -5,20 +5,12 @@ from importlib import import_module
 from typing import Any, get_args
 
 from dpace.config import Head
-from dpace.drafter.selector import Selector, SelectorSizes
+from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import read_values
 
 SELECTORS: dict[str, type[SelectorSizes]] = {
     name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(Head)
 }
-
-
-def make_selector(drafter: Any) -> Selector:
-    """Make what chooses the tokens of a drafter's drafts."""
-    for name, sizes in SELECTORS.items():
-        if getattr(drafter, name) is not None:
-            return sizes.selector(drafter)
-    return Selector(drafter)
 
 
 def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> SelectorSizes | None:
@@ -37,5 +29,7 @@ def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Selector
 
 def published_name(name: str) -> str:
     """Return the name that this project writes for a tensor, which older files may call otherwise."""
-    sizes = SELECTORS.get(name.partition(".")[0])
-    return sizes.published_name(name) if sizes else name
+    sizes = SELECTORS.get(name.partition(".")[0], SelectorSizes)
+    for older, newer in sizes.older_names.items():
+        name = name.replace(f".{older}.", f".{newer}.")
+    return name

@@ -251,6 +251,7 @@ class LiLiCorrSizes(SelectorSizes):
     name = "lilicorr"
     architecture = "LiLiCorrDraftModel"
     selector = LatticeSelector
+    older_names = OLDER_NAMES
 
     candidate_topk: Count
     """Best tokens of each slot that it chooses from."""
@@ -314,13 +315,6 @@ class LiLiCorrSizes(SelectorSizes):
             f"LiLiCorr, over the {self.candidate_topk} best tokens of each slot, {self.num_layers} layers of width "
             f"{self.width(spec)}"
         )
-
-    @staticmethod
-    def published_name(name):
-        """See `SelectorSizes`."""
-        for older, newer in OLDER_NAMES.items():
-            name = name.replace(f".{older}.", f".{newer}.")
-        return name
 
 
 SIZES = LiLiCorrSizes

@@ -29,11 +29,10 @@ def choose_mask_token(target: Target) -> int:
 
 
 def check_mask_token(token_id: int, target: Target) -> None:
-    """Refuse a mask token that the target reads or writes.
+    """Refuse a mask token that the target reads or writes; `DrafterSpec.check` refuses one outside the embedding.
 
     Raises:
-        ValueError: outside the embedding, padding, a stop or special token in use, in the chat template, or ordinary
-            text.
+        ValueError: padding, a stop or special token in use, in the chat template, or ordinary text.
     """
     if use := _use_of(token_id, target):
         raise ValueError(
@@ -44,9 +43,7 @@ def check_mask_token(token_id: int, target: Target) -> None:
 
 def _use_of(token_id: int, target: Target) -> str:
     """Say what a target uses a token for; empty where it uses it for nothing."""
-    tokenizer, num_rows = target.tokenizer, len(target.head.weight)
-    if not 0 <= token_id < num_rows:
-        return f"lies outside the embedding's {num_rows} rows"
+    tokenizer = target.tokenizer
     if token_id in target.stop_token_ids:
         return "ends the target's responses"
     if tokenizer is None or token_id >= len(tokenizer):

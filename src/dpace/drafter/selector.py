@@ -152,6 +152,8 @@ class SelectorSizes:
     architecture: ClassVar[str]
     """Name of its networks in published configs."""
     selector: ClassVar[type[Selector]]
+    older_names: ClassVar[dict[str, str]] = {}
+    """Names of parts of its network that files may have, and those that are written."""
 
     @classmethod
     def chosen(cls, config: DrafterConfig, hidden_size: int) -> "SelectorSizes":
@@ -182,11 +184,6 @@ class SelectorSizes:
     def describe(self, spec: Any) -> str:
         """Say what it is, for the model card."""
         return self.name
-
-    @staticmethod
-    def published_name(name: str) -> str:
-        """Return the name that this project writes for one of its tensors; files may have another one."""
-        return name
 
 
 def draw_draft(
@@ -222,9 +219,9 @@ def leading_matches(
     Memory: logits of `SCORED_ROWS` slots.
     """
     is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
-    start, width = 1, 1
+    start = 1
     while start < labels.shape[-1] and is_right.any():
-        at = slice(start, start + width)
+        at = slice(start, 2 * start)
         is_tried = is_right[..., None] & is_scored[..., at]
         parts = hidden[..., at, :][is_tried].split(SCORED_ROWS)
         is_match = torch.zeros_like(is_tried)
@@ -232,6 +229,5 @@ def leading_matches(
         is_match[is_tried] = drafted == labels[..., at][is_tried]
         is_accepted[..., at] = is_match.int().cumprod(-1).bool()
         is_right = is_accepted[..., at][..., -1]
-        start += width
-        width *= 2
+        start *= 2
     return is_accepted

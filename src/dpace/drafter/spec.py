@@ -36,25 +36,22 @@ from dpace.system.loading import translate_library_errors
 
 WHAT = "the drafter of this config"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
-"""Names under which published configs say that slot 0 predicts the first draft token."""
+FROM_ANCHOR = "query_zero_predicts_next"
+"""Another name of `sample_from_anchor` in published configs."""
+EITHER = ("block_size", "mask_token_id", "target_layer_ids", "sample_from_anchor", FROM_ANCHOR)
+"""Keys that stand in `dflash_config` or at the top level."""
 LAYER_SIZES = ("conv_kernel_size", "conv_group_size")
 """Sizes in `dflash_config` of what a layer has beside DFlash's; 0 or missing in a layer without it."""
 
 
-def find_layer_id_fault(target_layer_ids: Sequence[int], num_target_layers: int) -> str:
-    """Find why some engine cannot serve a drafter that reads these layers; empty where each can.
+def are_servable(target_layer_ids: Sequence[int], num_target_layers: int) -> bool:
+    """Return whether every engine can serve a drafter that reads these layers.
 
-    The ids must ascend, lie in the target, and leave out its last layer.
+    The ids must ascend: vLLM sorts them, and features and weights would no longer match. They must lie in the target,
+    and leave out its last layer, whose output is normalized in some engines and missing in others.
     """
-    ids, last = list(target_layer_ids), num_target_layers - 1
-    if not ids or ids != sorted(set(ids)):
-        return "they do not ascend (vLLM sorts them, and features and weights would no longer match)"
-    if ids[0] < 0 or ids[-1] > last:
-        return f"the target has layers 0 .. {last} only"
-    if ids[-1] == last:
-        return f"the output of layer {last} is normalized in some engines and missing in others"
-    return ""
+    ids = list(target_layer_ids)
+    return bool(ids) and ids == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < num_target_layers - 1
 
 
 def as_float32(value: float) -> float:
@@ -65,29 +62,19 @@ def as_float32(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _check_scale(name: str, value: object) -> None:
-    """Refuse a value of an object that is no number above 0."""
-    if type(value) not in (int, float) or not 0 < value < 1e30:  # pyright: ignore
-        raise ValueError(f"{name} is {value!r:.100}, expected a number above 0")
+@dataclass(frozen=True)
+class Numbers:
+    """What has to be a number in the objects of a config; `DrafterSpec.config` tries out the rest of the rotation."""
 
-
-def _check_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Return a rotary embedding with `rope_theta` as in fp32; `DrafterSpec.config` tries out the rest."""
-    _check_scale("rope_theta", rope["rope_theta"])
-    return {**rope, "rope_theta": as_float32(rope["rope_theta"])}
-
-
-def _check_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a confidence temperature that is none; all else is only compared."""
-    _check_scale("confidence_temperature", record.get("confidence_temperature", 1.0))
-    return record
+    rope_theta: Annotated[Scale, AfterValidator(as_float32)]
+    confidence_temperature: Scale = 1.0
 
 
 @dataclass(frozen=True)
 class DrafterSpec:
     """All that an engine must know about a drafter apart from its weights, in this project's conventions."""
 
-    block_size: Annotated[int, Strict(), Field(ge=1, le=1000)]
+    block_size: Annotated[int, Strict(), Field(ge=2, le=1000)]
     """Number of slots, the anchor included; engines that count draft tokens get `num_draft_tokens`."""
     mask_token_id: Index
     target_layer_ids: tuple[Annotated[int, Strict()], ...]
@@ -97,18 +84,18 @@ class DrafterSpec:
     hidden_size: Count
     intermediate_size: Count
     num_layers: Annotated[LayerCount, Field(alias="num_hidden_layers")]
-    num_heads: Annotated[Count, Field(alias="num_attention_heads")]
+    num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
     rms_norm_eps: Annotated[Scale, AfterValidator(as_float32)]
-    rope: Annotated[dict[str, Any], Field(alias="rope_parameters"), AfterValidator(_check_rope)]
+    rope_parameters: dict[str, Any]
     """Rotary embedding, as `rope_parameters` of transformers."""
     max_position_embeddings: Count
-    embed_scale: Annotated[Scale, Field(alias="input_embedding_scale")] = 1.0
+    input_embedding_scale: Scale = 1.0
     """Factor of the target's embedding."""
-    logit_scale: Annotated[Scale, Field(alias="output_multiplier")] = 1.0
-    softcap: Annotated[Scale | None, Field(alias="final_logit_softcapping")] = None
-    """Cap of the target's logits: a logit x becomes softcap * tanh(x / softcap)."""
+    output_multiplier: Scale = 1.0
+    final_logit_softcapping: Scale | None = None
+    """Cap c of the target's logits: a logit x becomes c * tanh(x / c)."""
     conv_kernel_size: Index = 0
     """Slots that a convolution reads, itself included, as in DFlash2; 0 without convolutions."""
     conv_group_size: Index = 0
@@ -130,9 +117,7 @@ class DrafterSpec:
     """The same of an LM head for all tokens."""
     draft_vocab_size: Index = 0
     """Rows of an own LM head for some tokens, which `d2t` names; 0 without one."""
-    record: Annotated[dict[str, Any], Field(alias="dpace"), AfterValidator(_check_record)] = field(
-        default_factory=dict, compare=False
-    )
+    record: Annotated[dict[str, Any], Field(alias="dpace")] = field(default_factory=dict, compare=False)
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
     special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
     """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""
@@ -186,7 +171,12 @@ class DrafterSpec:
         Raises:
             ValueError: a value that no drafter has, or none where one is needed; names it.
         """
-        spec = read_values(cls, values)
+        numbers = read_values(Numbers, values["rope_parameters"] | read_object(values, "dpace"))
+        objects = {
+            "rope_parameters": values["rope_parameters"] | {"rope_theta": numbers.rope_theta},
+            "special_token_ids": {name: values[name] for name in SPECIAL_TOKENS if name in values},
+        }
+        spec = read_values(cls, {**values, **objects})
         if spec.selector:
             spec.selector.check(spec)
         if "sliding_attention" not in spec.layer_types:
@@ -200,7 +190,7 @@ class DrafterSpec:
     def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
         """Read a `config.json` in the published layout.
 
-        The block size and the rotary embedding may have either spelling.
+        The block size and the rotary embedding may have either spelling. A missing epsilon is transformers' default.
 
         Raises:
             ValueError: a value without a safe default is missing, a value is given twice and differently, a value that
@@ -213,31 +203,24 @@ class DrafterSpec:
                 "DFlash2's convolutions but no selector: serve it with the project that trained it"
             )
         refuse_variants(config)
-        if quantized := read_object(config, "quantization_config"):
-            raise ValueError(
-                f"quantization_config has the method {quantized.get('quant_method')!r:.50}, and drafters run in "
-                "float32, bfloat16 or float16; `dpace import FOLDER --output PLAIN` writes the weights so"
-            )
         if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
             raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
-        block_size = read_either(config, nested, "block_size")
-        layer_ids = read_either(config, nested, "target_layer_ids")
-        from_anchor = [read_either(config, nested, name) for name in FROM_ANCHOR]
+        either = {name: read_either(config, nested, name) for name in EITHER}
         is_small = config.get("draft_vocab_size") not in (None, config.get("vocab_size"))
         spec = cls.from_values(
             {
+                "rms_norm_eps": 1e-6,
                 **config,
                 **{name: nested.get(name) for name in LAYER_SIZES},
                 "draft_vocab_size": config["draft_vocab_size"] if is_small else 0,
                 "has_own_lm_head": not is_small and config.get("has_own_lm_head"),
                 "selector": read_sizes(config, nested),
-                "block_size": 16 if block_size is None else block_size,
-                "mask_token_id": read_either(config, nested, "mask_token_id"),
-                "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
-                "target_layer_ids": () if layer_ids is None else layer_ids,
+                "block_size": 16,
+                "target_layer_ids": (),
+                "sample_from_anchor": either[FROM_ANCHOR],
+                **{name: value for name, value in either.items() if value is not None},
                 "rope_parameters": read_rope(config),
                 "is_causal": _read_causality(config, nested),
-                "special_token_ids": {name: config[name] for name in SPECIAL_TOKENS if name in config},
             }
         )
         if spec.target_layer_ids:
@@ -271,7 +254,9 @@ class DrafterSpec:
             )
             cosines, _ = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([[self.max_position_embeddings]]))
             if cosines.shape[-1] != self.head_dim or not cosines.isfinite().all():
-                raise ValueError(f"rope_parameters {self.rope!r:.200} give no rotation of {self.head_dim} numbers")
+                raise ValueError(
+                    f"rope_parameters {self.rope_parameters!r:.200} give no rotation of {self.head_dim} numbers"
+                )
         return config
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,14 +265,14 @@ class DrafterSpec:
             **written,
             "architectures": [self.architecture],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
-            "rope_theta": self.rope["rope_theta"],
+            "rope_theta": self.rope_parameters["rope_theta"],
             "head_dim": self.head_dim,
             "attention_bias": False,
             "tie_word_embeddings": False,
             "use_cache": True,
         }
-        if self.rope["rope_type"] != "default":
-            config["rope_scaling"] = self.rope
+        if self.rope_parameters["rope_type"] != "default":
+            config["rope_scaling"] = self.rope_parameters
         return config
 
     def check(self) -> None:
@@ -296,14 +281,11 @@ class DrafterSpec:
         Raises:
             ValueError: names the value, why it cannot be served and what to do.
         """
-        if fault := find_layer_id_fault(self.target_layer_ids, self.num_target_layers):
+        if not are_servable(self.target_layer_ids, self.num_target_layers):
             raise ValueError(
-                f"target_layer_ids is {list(self.target_layer_ids)} for a target of {self.num_target_layers} layers: "
-                f"{fault}; train with ascending ids in 0 .. {self.num_target_layers - 2}"
-            )
-        if self.block_size < 2:
-            raise ValueError(
-                f"block_size is {self.block_size}; it must be 2 or more: an anchor and at least one draft slot"
+                f"target_layer_ids is {list(self.target_layer_ids)} for a target of {self.num_target_layers} layers; "
+                f"train with ascending ids in 0 .. {self.num_target_layers - 2}, because engines sort them, and give "
+                "other values of the last layer"
             )
         if self.sliding_window is not None and self.sliding_window <= self.block_size:
             raise ValueError(
@@ -325,10 +307,10 @@ def own_tables(names: Iterable[str]) -> dict[str, bool]:
 def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
     """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
     found = read_either({"causal": config.get("is_causal")}, nested, "causal")
-    kinds = config.get("layer_types")
-    if kinds is None and config.get("use_sliding_window"):
+    kinds = str(config.get("layer_types") or "")
+    if not kinds and config.get("use_sliding_window"):
         raise ValueError(f"the drafter's config has use_sliding_window and no layer_types; {COPY_AGAIN}")
-    if found is not None or not isinstance(kinds, list | tuple) or "sliding_attention" not in kinds:
+    if found is not None or "sliding_attention" not in kinds:
         return found
     return "sliding" if "full_attention" in kinds else True
 

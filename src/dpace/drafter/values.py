@@ -44,9 +44,8 @@ def read_values(kind: type[Made], values: Mapping[str, Any], prefix: str = "") -
         name = f"{prefix}{key}"
         if first["type"] == "missing":
             raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
-        fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-        text = "the text " if isinstance(values[key], str) else ""
-        raise ValueError(f"{name} is {text}{values[key]!r:.100}: {fault}; {COPY_AGAIN}") from error
+        fault = first["msg"].replace("Input should be", "it should be")
+        raise ValueError(f"{name} is {values[key]!r:.100}: {fault}; {COPY_AGAIN}") from error
 
 
 def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpace.fast.packing import Product, pack, weights_state
+from dpace.fast.packing import FastForm, Product, pack, weights_state
 from dpace.system.ledger import read_object, write_json
 from dpace.target import Target
 
@@ -26,7 +26,7 @@ VOCABULARY_FILE = "draft_vocabulary.json"
 FIX = "copy it again, or remove the file"
 """The way out of a file that is damaged."""
 MIN_SAVING = 0.03
-"""Least share of the weights that a step reads which a draft vocabulary has to save."""
+"""Least share of the target's weights that a draft vocabulary has to save."""
 MAX_TAU_LOSS = 0.01
 """Largest relative loss of tau on the validation responses with which it is written; it is less than what is saved."""
 
@@ -43,39 +43,27 @@ class DraftVocabulary:
     """
 
     def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0, head: nn.Linear | None = None):
-        ordered = list(token_ids)
-        self.known = frozenset(ordered)
+        given = torch.tensor([*token_ids])
+        self.token_ids = given.unique() if head is None else given
         self.confidence_temperature = confidence_temperature
         self.head = head
-        self.token_ids = torch.tensor(sorted(self.known) if head is None else ordered)
-        self._product: Any = None
-        self._state: Any = None
-
-    def __reduce__(self):
-        return DraftVocabulary, (self.token_ids.tolist(), self.confidence_temperature, self.head)
+        self._fast: Any = None
 
     def product(self, target: Target) -> Product:
         """Return the product of rows with the head's rows of these tokens, made again when the head has changed."""
         if self.head is not None:
             return self.head
-        weight = target.head.weight
-        state = weights_state([weight])
-        if self._state != state:
-            part = weight.detach()[self.token_ids.to(weight.device)].contiguous()
-            self._product = pack(part) or (lambda rows: rows @ part.T)
-            self._state = state
-        return self._product
+        head = target.model.get_output_embeddings()
+        if self._fast is None or self._fast.state != weights_state(head.parameters()):
+            part = target.head.weight.detach()[self.token_ids.to(target.device)].contiguous()
+            self._fast = FastForm(head, pack(part) or (lambda rows: rows @ part.T))
+        return self._fast.product
 
-    def pays(self, target: Target, num_weights: int) -> bool:
-        """Return whether it saves at least `MIN_SAVING` of the weights that a step with a draft reads, on a CPU.
-
-        Args:
-            target: verifies.
-            num_weights: of the drafter.
-        """
+    def pays(self, target: Target) -> bool:
+        """Return whether a draft reads fewer rows of the head, by at least `MIN_SAVING` of the weights, on a CPU."""
         rows, width = target.head.weight.shape
-        read = sum(weight.numel() for weight in target.layers.parameters()) + 2 * rows * width + num_weights
-        return target.device.type == "cpu" and (rows - len(self.token_ids)) * width >= MIN_SAVING * read
+        saved = (rows - len(self.token_ids)) * width
+        return target.device.type == "cpu" and saved >= MIN_SAVING * target.model.num_parameters()
 
     def save(self, folder: str | Path) -> None:
         """Write `draft_vocabulary.json`."""
@@ -135,17 +123,15 @@ class DraftRows:
     Args:
         target: has the head.
         token_ids: in the order of the rows; all by default.
-        weight: rows of an LM head of the drafter's own.
     """
 
-    def __init__(self, target: Target, token_ids: Tensor | None = None, weight: Tensor | None = None):
+    def __init__(self, target: Target, token_ids: Tensor | None = None):
         self.target = target
         self.head = target.head
         self.token_ids: Int[Tensor, " choice"] | None = None
         if token_ids is not None:
             self.token_ids = token_ids.to(target.device)
-            rows = target.head.weight[self.token_ids].contiguous() if weight is None else weight
-            self.head = target.head._replace(weight=rows)
+            self.head = target.head._replace(weight=target.head.weight[self.token_ids].contiguous())
             self._index = torch.full_like(target.head.weight[:, 0], -1, dtype=torch.long)
             self._index[self.token_ids] = torch.arange(len(token_ids), device=target.device)
 
@@ -175,7 +161,7 @@ class PackedRows(DraftRows):
     def __init__(self, target: Target, vocabulary: DraftVocabulary | None, prompt: Iterable[int] = ()):
         super().__init__(target)
         if vocabulary is not None:
-            others = set(prompt) - vocabulary.known if vocabulary.head is None else ()
+            others = set(prompt).difference(vocabulary.token_ids.tolist()) if vocabulary.head is None else ()
             more = torch.tensor(sorted(others), dtype=torch.long)
             self.token_ids = torch.cat([vocabulary.token_ids, more]).to(target.device)
             self._product = vocabulary.product(target)

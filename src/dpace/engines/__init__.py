@@ -1,13 +1,24 @@
 """Engines, a file each: what it can hold, how its files are written and read, its command and its part of the card."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from dpace.config import DeviceMap, Text, options
 
 if TYPE_CHECKING:
     from dpace.engines.engine import Engine
 
-EngineName = Literal["vllm", "sglang", "tensorrt", "transformers", "zlab", "speculators", "gguf"]
-"""The files, in the order of the model card; gguf is llama.cpp's."""
+FILES = [path for path in Path(__file__).parent.glob("*.py") if "\nENGINE = " in path.read_text("utf-8")]
+NAMES = sorted((path.stem for path in FILES), reverse=True)
+"""The engines, in the order of the model card, which so begins with vLLM.
+
+They are found by the texts of their files, since importing those takes torch."""
+EngineName: Any = Literal[tuple(NAMES)]
+"""Name of an engine's file; gguf is llama.cpp's."""
+HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
 
 
 def engine_of(name: EngineName) -> "Engine":
@@ -17,4 +28,50 @@ def engine_of(name: EngineName) -> "Engine":
 
 def all_engines() -> list["Engine"]:
     """Import all engines."""
-    return [engine_of(name) for name in get_args(EngineName)]
+    return [engine_of(name) for name in NAMES]
+
+
+@options
+class ExportConfig:
+    """Write a drafter in the format of an engine, with a model card.
+
+    Usage: dpace export DRAFTER --target TARGET --to ENGINE --output FOLDER.
+
+    The files are read again and compared: the weights bit for bit, and the layout field by field.
+    """
+
+    drafter: Text
+    """Folder or Hub id of the drafter; given first, or with this flag."""
+    target: Text
+    """Folder or Hub id of the target."""
+    target_name: HubName | None = None
+    """Hub id of the target for the model card and the config of speculators, as OWNER/NAME; --target by default.
+    It keeps a folder's path out of them, and is needed to push where the target is a folder."""
+    to: EngineName
+    """Engine to write for; gguf is for llama.cpp. All but gguf and speculators read the layout of `dpace train`.
+    A drafter that the engine would read wrongly is refused."""
+    output: Text
+    """Folder that the files are written to."""
+    target_gguf: Text | None = None
+    """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16", "q8_0", "q5_0", "q4_0"] = "keep"
+    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32.
+    q8_0, q5_0 and q4_0 are for GGUF files: 32 numbers share a scale."""
+    plain: bool = False
+    """Leave out the drafter's head: DFlash's own layout, which engines without LiLiCorr read."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    license: Text = "other"
+    """License of the weights for the model card, by the Hub's short name, such as apache-2.0."""
+    push: Text | None = None
+    """Repository on the Hugging Face Hub to upload the folder to; no upload by default."""
+
+    @property
+    def name(self) -> str:
+        """What the model card calls the drafter."""
+        return self.push or self.output
+
+    @property
+    def served_target(self) -> str:
+        """What engines are to call the target."""
+        return self.target_name or self.target

@@ -1,14 +1,14 @@
 """Write a drafter's model card: what it is, its results, how it was trained and how to serve it.
 
 What comes in is what was written, the drafter as it was measured, and the results beside its folder; what goes out is
-`README.md`, by the template `card.md.jinja`. Each engine has its own part (`Engine.section`).
+`README.md`, by the template `card.md.jinja`. Each engine has its own part (`Engine.card`).
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jinja2
 import yaml
@@ -16,8 +16,7 @@ import yaml
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines import EngineName, all_engines, engine_of
-from dpace.engines.engine import Request
+from dpace.engines import EngineName, ExportConfig, all_engines, engine_of
 from dpace.measure.results import BenchResults, read_results
 from dpace.recipes.recipe_file import read_recipe
 from dpace.recipes.validation import to_json
@@ -27,7 +26,6 @@ from dpace.system.ledger import write_text
 from dpace.system.progress import printable
 from dpace.system.provenance import fingerprint
 
-Found = TypeVar("Found")
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 PLACES = ("server", "init", "feature_files", "feature_servers")
 """Options that name files and servers."""
@@ -42,56 +40,59 @@ def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -
         drafter: what engines are given for it: a name, or a GGUF file.
         target: name of the target.
     """
-    parts: dict[EngineName, str] = {}
-    for engine in all_engines():
-        if part := engine.section(layout, spec, drafter, target):
-            parts[engine.name] = part
-    return parts
+    return {
+        engine.name: engine.card.format(
+            drafter=drafter, target=target, command=engine.command(spec, drafter, target)
+        ).rstrip()
+        for engine in all_engines()
+        if engine.card and engine.layout == layout and not engine.fault(spec)
+    }
 
 
 def write_card(
-    path: Path, drafter: Drafter, request: Request, *, folder: Path, source: Drafter, merging: str = ""
+    path: Path, drafter: Drafter, config: ExportConfig, *, folder: Path, source: Drafter, merging: str = ""
 ) -> None:
     """Write `README.md` beside what was exported.
 
     Args:
         path: the folder, or the file in it.
         drafter: as it was written.
-        request: names, license and precision. A target that is a folder of this machine is no `base_model`.
+        config: names, license and precision. A target that is a folder of this machine is no `base_model`.
         folder: that the drafter was read from. The card has its `recipe.yaml`, and those rows of the `results.json`
             beside the folder that were measured with these weights.
         source: the drafter that was read.
         merging: lines that merge the target, where engines cannot serve it as it is.
     """
     spec = drafter.spec
-    engine = engine_of(request.to)
-    served = path.name if path.is_file() else request.name
-    sections = engine_sections(engine.layout, spec, served, request.target_name)
+    engine = engine_of(config.to)
+    served = path.name if path.is_file() else config.name
+    sections = engine_sections(engine.layout, spec, served, config.served_target)
     recipe = _read_beside(folder / "recipe.yaml", read_recipe)
-    results = None if request.is_plain else _measured(folder, source)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, keep_trailing_newline=True
+    results = None if config.plain else _measured(folder, source)
+    template = jinja2.Template(
+        Path(__file__).with_name("card.md.jinja").read_text(), trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"code": as_code, "markdown": as_markdown}
-    text = environment.get_template("card.md.jinja").render(
-        request=request,
+    text = template.render(
+        code=as_code,
+        markdown=as_markdown,
+        config=config,
         engine=engine,
         spec=spec,
-        name=Path(request.name).name,
-        target=request.target_name,
-        is_local=Path(request.target_name).is_dir(),
+        target=config.served_target,
+        is_local=Path(config.served_target).is_dir(),
         merging=merging,
-        tags=TAGS + [name for name in sections if engine_of(name).layout == engine.layout],
+        tags=[*TAGS, *sections],
         results=results,
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),
-        sections=sections.values(),
+        sections=sections,
+        fits_gguf=not engine_of("gguf").fault(replace(spec, selector=None)),
         recipe=recipe,
         options=recipe and _repeat(recipe),
     )
     write_text((path.parent if path.is_file() else path) / "README.md", text)
 
 
-def _read_beside(path: Path, read: Callable[[Path], Found]) -> Found | None:
+def _read_beside(path: Path, read: Callable[[Path], Any]) -> Any:
     """Read a file that may lie beside a drafter; None, with a line that says why, where it cannot be read."""
     try:
         return read(path) if path.exists() else None

@@ -3,44 +3,35 @@
 In come a drafter's spec and tensors; out come the files that an engine reads, its command, and its part of the card.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
+from dpace.drafter.files import read_folder
+from dpace.drafter.kinds import published_name
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines import EngineName, all_engines
-from dpace.engines.published import read_folder
+from dpace.engines import EngineName, ExportConfig, all_engines
 from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
 """Published names of the networks that dpace trains."""
 PROPERTIES = ("sample_from_anchor", "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
 """Properties of a `DrafterSpec` that not every engine reads."""
+OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+"""Names of tensors in transformers' own container, and the published ones."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked of an export."""
+def to_layer_ids(hidden_state_ids: object) -> list[int]:
+    """Turn indices into `hidden_states`, where 0 is the embedding, into ids of layers; the inverse of the spec's.
 
-    to: EngineName
-    """The engine that it is for."""
-    output: str | Path
-    """Folder for the files."""
-    name: str
-    """What the model card calls the drafter: a Hub id or a folder."""
-    target_name: str
-    """What the engine is to call the target: a Hub id, or a folder."""
-    target_gguf: str | Path | None = None
-    """Any GGUF file of the target; needed for `gguf`."""
-    dtype: str = "keep"
-    """Precision of the weights, one of `Engine.precisions`."""
-    license: str = "other"
-    """License of the weights, for the model card."""
-    is_plain: bool = False
-    """Leave out the drafter's head."""
+    Raises:
+        ValueError: they are no list of integers.
+    """
+    if not isinstance(hidden_state_ids, list) or not all(type(index) is int for index in hidden_state_ids):
+        raise ValueError(f"layer ids are {hidden_state_ids!r:.200}, expected a list of integers; copy the file again")
+    return [index - 1 for index in hidden_state_ids]
 
 
 class Engine:
@@ -59,18 +50,18 @@ class Engine:
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
-    def check(self, request: Request, spec: DrafterSpec) -> None:
+    def check(self, config: ExportConfig, spec: DrafterSpec) -> None:
         """Refuse what it cannot have, before a model is loaded.
 
         Raises:
             ValueError: names the option; or see `fault`.
         """
-        if request.dtype not in self.precisions:
+        if config.dtype not in self.precisions:
             raise ValueError(
-                f"--dtype is {request.dtype}, which is not written for {self.title}; take one of "
+                f"--dtype is {config.dtype}, which is not written for {self.title}; take one of "
                 f"{', '.join(self.precisions)}, or --to gguf"
             )
-        if request.target_gguf and self.layout != "gguf":
+        if config.target_gguf and self.layout != "gguf":
             raise ValueError(f"--target-gguf is for --to gguf, and this is --to {self.name}; leave it out")
         if fault := self.fault(spec):
             raise ValueError(fault)
@@ -101,15 +92,6 @@ class Engine:
         """
         raise NotImplementedError
 
-    def section(self, layout: str, spec: DrafterSpec, drafter: str, target: str) -> str:
-        """Write its part of the model card for files of a layout; empty where it does not read them or the drafter.
-
-        The other arguments are those of `command`.
-        """
-        if layout != self.layout or not self.card or self.fault(spec):
-            return ""
-        return self.card.format(drafter=drafter, target=target, command=self.command(spec, drafter, target)).rstrip()
-
     def adapt(
         self, spec: DrafterSpec, tensors: dict[str, Tensor], folder: Path, target: Target
     ) -> tuple[DrafterSpec, dict[str, Tensor]]:
@@ -127,7 +109,7 @@ class Engine:
         """Round a tensor to one of `precisions`."""
         return tensor if dtype == "keep" or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
 
-    def write(self, folder: Path, drafter: Drafter, request: Request, target: Target) -> Path:
+    def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """Write the files into an empty folder; return what the engine is given: the folder, or a file in it."""
         drafter.save_pretrained(folder)
         return folder
@@ -137,7 +119,7 @@ class Engine:
         return False
 
     def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-        """Read the files as they are.
+        """Read the files as they are, tensors by their published names.
 
         Args:
             path: the folder, or a file.
@@ -146,7 +128,8 @@ class Engine:
         Raises:
             ValueError: damaged files, those of another kind of drafter, or `num_target_layers` is needed.
         """
-        return read_folder(path)
+        spec, tensors = read_folder(path)
+        return spec, {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in tensors.items()}
 
     def target_of(self, path: Path) -> str | None:
         """Return which target the files name; None where they name none."""

@@ -3,7 +3,6 @@
 All that is written is read again and compared with what was to be written, before it takes its place.
 """
 
-import glob
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpace.drafter import Drafter
-from dpace.drafter.drafter import find_shared_tables, read_spec
-from dpace.engines import all_engines, engine_of
+from dpace.drafter.drafter import make_drafter
+from dpace.drafter.files import read_folder
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines import ExportConfig, all_engines, engine_of
 from dpace.engines.card import write_card
-from dpace.engines.engine import Engine, Request
-from dpace.engines.published import DEQUANTIZED, make_drafter, without_selector
+from dpace.engines.engine import Engine
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files, remove_files
 from dpace.system.provenance import fingerprint
@@ -28,6 +28,8 @@ PATTERNS = ("config.json", "README.md", "model*.safetensors*", "modeling_*.py", 
 """Files of a drafter that an export or an import may write."""
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
+OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
+"""Entries of the record that were measured with the head."""
 
 
 def refuse_output(output: Path, drafter: Path) -> None:
@@ -37,15 +39,24 @@ def refuse_output(output: Path, drafter: Path) -> None:
         ValueError: the output is a file, is the drafter's folder, or holds another program's files or a trained
             drafter.
     """
-    faults = {
-        "is the drafter's own folder": output.resolve() == drafter.resolve(),
-        "is a file": output.is_file(),
-        "holds a drafter that dpace trained": (output / RUN_FILE).exists(),
-    }
-    for fault, is_found in faults.items():
-        if is_found:
-            raise ValueError(f"the output {output} {fault}; name another folder with --output")
+    if output.resolve() == drafter.resolve() or output.is_file() or (output / RUN_FILE).exists():
+        raise ValueError(
+            f"the output {output} is a file, or holds a drafter that dpace trained or is to read; name another folder "
+            "with --output"
+        )
     refuse_foreign_files(output, *IDENTIFYING)
+
+
+def without_selector(spec: DrafterSpec) -> DrafterSpec:
+    """Return what a drafter is without its head: DFlash's, or DFlash2's where it has convolutions.
+
+    Raises:
+        ValueError: it has no head.
+    """
+    if spec.selector is None:
+        raise ValueError("the drafter has no head that could be left out; export it without --plain")
+    record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
+    return replace(spec, selector=None, record=record)
 
 
 class Exported(NamedTuple):
@@ -57,7 +68,7 @@ class Exported(NamedTuple):
     """Names of all files."""
 
 
-def check_export(folder: Path, request: Request) -> None:
+def check_export(folder: Path, config: ExportConfig) -> None:
     """Refuse an export that cannot be made, before a model is loaded.
 
     Whether tables of the drafter's own are the target's is not known yet; here they count as such.
@@ -66,17 +77,17 @@ def check_export(folder: Path, request: Request) -> None:
         ValueError: a folder that is not to be written to; a drafter in another layout than the published one, or that
             cannot be served; or see `Engine.check`.
     """
-    refuse_output(Path(request.output), folder)
+    refuse_output(Path(config.output), folder)
     writer = writer_of(folder)
     if writer.layout != Engine.layout:
         raise ValueError(f"{folder} is for {writer.title}, not in the published layout; convert it with `dpace import`")
-    spec = read_spec(folder)
+    spec, _ = read_folder(folder)
     spec.check()
-    spec = without_selector(spec) if request.is_plain else spec
-    engine_of(request.to).check(request, replace(spec, has_own_embed_tokens=False, has_own_lm_head=False))
+    spec = without_selector(spec) if config.plain else spec
+    engine_of(config.to).check(config, replace(spec, has_own_embed_tokens=False, has_own_lm_head=False))
 
 
-def export(folder: str | Path, target: Target, request: Request) -> Exported:
+def export(folder: str | Path, target: Target, config: ExportConfig) -> Exported:
     """Write a drafter for an engine with a model card, read it again, and compare.
 
     Raises:
@@ -84,34 +95,33 @@ def export(folder: str | Path, target: Target, request: Request) -> Exported:
             as they were written.
     """
     folder = Path(folder)
-    output = Path(request.output)
-    engine = engine_of(request.to)
-    check_export(folder, request)
+    output = Path(config.output)
+    engine = engine_of(config.to)
+    check_export(folder, config)
     source = read_drafter(folder)
     source.check_target(target)
-    shared = [name for name, is_shared in find_shared_tables(source.state_dict(), target).items() if is_shared]
-    spec = replace(source.spec, **{f"has_own_{name}": False for name in shared})
-    source = make_drafter(spec, source.state_dict())
+    source.share_tables(target)
+    spec = source.spec
     tensors = source.state_dict()
-    if request.is_plain:
+    if config.plain:
         spec = without_selector(spec)
         zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions without a head come with
         tensors = {name: tensors[name] if name in tensors else zeros(shape) for name, shape in spec.shapes.items()}
-    engine.check(request, spec)
+    engine.check(config, spec)
     spec, tensors = engine.adapt(spec, tensors, folder, target)
-    drafter = make_drafter(spec, {name: engine.cast(tensor, request.dtype) for name, tensor in tensors.items()})
-    if request.dtype == "keep":
-        request = replace(request, dtype=dtype_name(drafter.fc.weight.dtype))
-    merging = lines_to_merge(target, request.target_name)
+    drafter = make_drafter(spec, {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()})
+    if config.dtype == "keep":
+        config = replace(config, dtype=dtype_name(drafter.fc.weight.dtype))
+    merging = lines_to_merge(target, config.served_target)
     if merging:
         print(
-            f"{request.target_name} is a LoRA adapter, which engines do not serve as a model; merge it, and name the "
+            f"{config.served_target} is a LoRA adapter, which engines do not serve as a model; merge it, and name the "
             f"merged model with --target-name:\n{merging}",
             file=sys.stderr,
         )
     with _compared(output, drafter) as aside:
-        path = engine.write(aside, drafter, request, target)
-        write_card(path, drafter, request, folder=folder, source=source, merging=merging)
+        path = engine.write(aside, drafter, config, target)
+        write_card(path, drafter, config, folder=folder, source=source, merging=merging)
         files = sorted(file.name for file in aside.iterdir())
     return Exported(output / path.relative_to(aside), files)
 
@@ -149,10 +159,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     source, output = Path(source), Path(output)
     refuse_output(output, source)
     drafter = read_drafter(source, num_target_layers=None if target is None else count_layers(target))
-    spec = drafter.spec
-    spec.check()
-    if DEQUANTIZED in spec.record:
-        print(f"quantized weights ({spec.record[DEQUANTIZED]}) are written as float32", file=sys.stderr)
+    drafter.spec.check()
     with _compared(output, drafter) as aside:
         drafter.save_pretrained(aside)
     return drafter
@@ -210,8 +217,7 @@ def push(folder: str | Path, repo: str, files: Sequence[str]) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo, exist_ok=True)
-        names = [glob.escape(name) for name in files]
-        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter", allow_patterns=names)
+        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter", allow_patterns=list(files))
     except Exception as error:  # the Hub's many ways not to take files
         raise ValueError(
             f"the drafter is in {folder}, and the Hub does not take it as {repo} ({error}); check the "

@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.spec import LAYER_SIZES, SPECIAL_TOKENS, DrafterSpec
-from dpace.drafter.values import read_object
+from dpace.drafter.spec import LAYER_SIZES, DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.engine import PROPERTIES, Engine
-from dpace.engines.published import DEQUANTIZED, to_layer_ids
+from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
 from dpace.system.loading import translate_library_errors
 
 ARCHITECTURE = "dflash"
@@ -110,15 +107,15 @@ probability; try a few values on your prompts.
 `TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
 """
 
-    def check(self, request, spec):
+    def check(self, config, spec):
         """See `Engine`; a GGUF file of another target is refused too."""
-        super().check(request, spec)
-        if request.target_gguf is None:
+        super().check(config, spec)
+        if config.target_gguf is None:
             raise ValueError(
                 "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
                 "--target-gguf"
             )
-        open_target_gguf(request.target_gguf, spec)
+        open_target_gguf(config.target_gguf, spec)
 
     def fault(self, spec):
         """See `Engine`.
@@ -130,11 +127,11 @@ probability; try a few values on your prompts.
                 "is_causal is not set, so that sliding layers are causal and full ones are not; llama.cpp has one "
                 "value for all layers: serve this drafter with vLLM or z-lab's code"
             )
-        if spec.rope["rope_type"] != "default":
+        if spec.rope_parameters["rope_type"] != "default":
             return (
-                f"the drafter's rope_type is {spec.rope['rope_type']!r}, expected 'default': llama.cpp's DFlash "
-                "network takes no frequency factors, which Llama 3.1's scaling needs, and other scalings were not "
-                "tested; serve this drafter with vLLM, SGLang or transformers"
+                f"the drafter's rope_type is {spec.rope_parameters['rope_type']!r}, expected 'default': llama.cpp's "
+                "DFlash network takes no frequency factors, which Llama 3.1's scaling needs, and other scalings were "
+                "not tested; serve this drafter with vLLM, SGLang or transformers"
             )
         return super().fault(spec)
 
@@ -145,28 +142,16 @@ probability; try a few values on your prompts.
         count = spec.num_draft_tokens
         return f"llama-server -m TARGET.gguf -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
 
-    def section(self, layout, spec, drafter, target):
-        """See `Engine`; cards of the published layout say how the file is made."""
-        if layout != Engine.layout:
-            return super().section(layout, spec, drafter, target)
-        if self.fault(replace(spec, selector=None)):
-            return ""
-        plain = " --plain" if spec.selector else ""
-        return (
-            f"For llama.cpp: `dpace export FOLDER --target {target} --to gguf{plain} --target-gguf TARGET.gguf "
-            "--output FOLDER-gguf`."
-        )
-
     def cast(self, tensor, dtype):
         """See `Engine`; llama.cpp needs all but matrices in float32."""
         if dtype in QUANTIZED or tensor.dim() != 2:
             return unpack(*pack(super().cast(tensor, "float32"), dtype))
         return super().cast(tensor, dtype)
 
-    def write(self, folder, drafter, request, target):
+    def write(self, folder, drafter, config, target):
         """See `Engine`."""
-        path = folder / f"dflash-{Path(request.target_name).resolve().name}-{request.dtype}.gguf"
-        write_gguf(path, drafter, str(request.target_gguf), request.dtype)
+        path = folder / f"dflash-{Path(config.served_target).resolve().name}-{config.dtype}.gguf"
+        write_gguf(path, drafter, str(config.target_gguf), config.dtype)
         return path
 
     def is_written(self, path):
@@ -304,7 +289,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
         **{name: getattr(config, published, None) for published, name in FIELDS.items()},
         **spec.layer_keys,
         "attention.value_length": spec.head_dim,
-        "rope.freq_base": spec.rope["rope_theta"],
+        "rope.freq_base": spec.rope_parameters["rope_theta"],
         "attention.causal": spec.is_causal,
         "sample_from_anchor": spec.sample_from_anchor,
     }
@@ -348,8 +333,6 @@ def read_gguf(path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, d
             "has_own_embed_tokens": "token_embd.weight" in tensors,
             "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
         }
-        if quantized := {tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type not in DTYPES}:
-            values["dpace"] = values["dpace"] | {DEQUANTIZED: ", ".join(sorted(quantized))}
         spec = DrafterSpec.from_values(values)
     if "d2t" in tensors:  # the tokens themselves here
         tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
@@ -366,13 +349,11 @@ def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
     pattern = get("attention.sliding_window_pattern")
     if get("attention.sliding_window") and not isinstance(pattern, list):
         raise ValueError("it has a sliding window, and no list that says which layers have it")
-    ours = json.loads(fields.get(OURS, "{}"))
     return {
+        **json.loads(fields.get(OURS, "{}")),
         **{published: get(name) or None for published, name in FIELDS.items()},
         **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
-        "dpace": read_object(ours, "dpace"),
-        "special_token_ids": {name: ours[name] for name in SPECIAL_TOKENS if name in ours},
         "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
         "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern or ()],

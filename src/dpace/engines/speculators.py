@@ -4,7 +4,6 @@ Source: https://github.com/vllm-project/speculators.
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dpace.drafter.files import read_folder
 from dpace.drafter.values import read_object
-from dpace.drafter.vocabulary import VOCABULARY_FILE, drafted_tokens, load_vocabulary
-from dpace.engines.published import read_folder, to_layer_ids
+from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
+from dpace.engines.engine import to_layer_ids
 from dpace.engines.vllm import Vllm
 from dpace.system.loading import read_config
 
@@ -54,16 +54,11 @@ class Speculators(Vllm):
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
             return spec, tensors
         token_ids = vocabulary.token_ids
-        print(
-            f"the LM head has {len(token_ids)} of {spec.vocab_size} tokens, those of {VOCABULARY_FILE}: engines draft "
-            "no others; remove that file to keep all",
-            file=sys.stderr,
-        )
         rows = target.head.weight[token_ids.to(target.device)].cpu()
         own = {"lm_head.weight": rows, "d2t": token_ids - torch.arange(len(token_ids))}
         return replace(spec, draft_vocab_size=len(token_ids)), tensors | own
 
-    def write(self, folder, drafter, request, target):
+    def write(self, folder, drafter, config, target):
         """See `Engine`.
 
         `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal,
@@ -75,14 +70,13 @@ class Speculators(Vllm):
             tensors["t2d"] = torch.zeros(spec.vocab_size, dtype=torch.bool)
             tensors["t2d"][drafted_tokens(drafter.d2t, spec.vocab_size)] = True
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        place = Path(request.target_name)
-        transformer = {key: value for key, value in spec.config().to_dict().items() if key not in OURS}
-        config = {
+        place = Path(config.served_target)
+        written = {
             "architectures": ["DFlashDraftModel"],
             "aux_hidden_state_layer_ids": spec.hidden_state_ids,
             "block_size": spec.block_size,
             "draft_vocab_size": spec.draft_vocab_size or spec.vocab_size,
-            "dtype": request.dtype,
+            "dtype": config.dtype,
             "mask_token_id": spec.mask_token_id,
             "sample_from_anchor": spec.sample_from_anchor,
             "sliding_window_non_causal": not spec.is_causal,
@@ -98,7 +92,7 @@ class Speculators(Vllm):
                     }
                 ],
                 "verifier": {
-                    "name_or_path": str(place.resolve()) if place.is_dir() else request.target_name,
+                    "name_or_path": str(place.resolve()) if place.is_dir() else config.served_target,
                     "architectures": list(target.model.config.architectures or []),
                 },
             },
@@ -106,9 +100,13 @@ class Speculators(Vllm):
             "speculators_version": "0.9.0",
             "target_hidden_size": None,
             "tie_word_embeddings": False,
-            "transformer_layer_config": transformer | {"rope_theta": spec.rope["rope_theta"], "dtype": request.dtype},
+            "transformer_layer_config": {
+                **{key: value for key, value in spec.config().to_dict().items() if key not in OURS},
+                "rope_theta": spec.rope_parameters["rope_theta"],
+                "dtype": config.dtype,
+            },
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         return folder
 
     def is_written(self, path):
@@ -138,7 +136,7 @@ def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[
         )
     inner = read_object(config, "transformer_layer_config")
     is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
-    same = ("mask_token_id", "draft_vocab_size", "sample_from_anchor", "quantization_config")
+    same = ("mask_token_id", "draft_vocab_size", "sample_from_anchor")
     return {
         **inner,
         **{key: config.get(key) for key in same},

@@ -37,7 +37,7 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
 
     def doubt(self, spec):
         """See `Engine`."""
-        if {spec.embed_scale, spec.logit_scale, spec.softcap} == {1.0, None}:
+        if {spec.input_embedding_scale, spec.output_multiplier, spec.final_logit_softcapping} == {1.0, None}:
             return ""
         return "the drafter has scales or a cap, which vLLM's V1 runner does not read; use another engine"
 

@@ -14,7 +14,7 @@ from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
-from dpace.drafter.vocabulary import DraftRows
+from dpace.drafter.vocabulary import DraftRows, PackedRows
 from dpace.fast.packing import refresh_copies
 from dpace.metrics import Acceptance
 from dpace.system import ranks
@@ -128,7 +128,7 @@ def score_conversation(
     rows = DraftRows(target, token_ids)
     own = drafter.vocabulary
     if own is not None and own.head is not None:
-        rows = DraftRows(target, own.token_ids, own.head.weight)
+        rows = PackedRows(target, own)
     row = dataset[index]
     if row["features"] is None:
         row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]

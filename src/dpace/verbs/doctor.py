@@ -11,7 +11,7 @@ def run(args: list[str]) -> None:
     """Run `dpace doctor`."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.doctor.doctor import RUN, diagnose
-    from dpace.drafter.drafter import read_spec
+    from dpace.drafter.files import read_folder
     from dpace.report.tables import Section, console, section_table
     from dpace.target.locate import find_drafter
 
@@ -37,7 +37,8 @@ def run(args: list[str]) -> None:
         raise ValueError(f"failed: {', '.join(failed)}; the table above says what to do about each")
     print("passed")
     if config.engine:
-        served = engine_of(config.engine).command(read_spec(folder), config.drafter, config.target)
+        spec, _ = read_folder(folder)
+        served = engine_of(config.engine).command(spec, config.drafter, config.target)
         print("serve with:", served, sep="\n")
     print("next:", command("check", target=config.target, drafter=config.drafter))
 

@@ -13,7 +13,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
 from dpace.doctor.doctor import RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
-from dpace.drafter.drafter import read_spec
+from dpace.drafter.files import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.target import Target
@@ -79,7 +79,7 @@ CONFIGS = [
     *(({name: value}, name) for name, value in NAMED.items()),
     ({"rope_theta": 1e6, "rope_parameters.rope_theta": 1e6}, "rope_parameters, rope_theta"),
     ({"num_hidden_layers": 1, "layer_types": None}, f"layer_types, {WEIGHTS}"),
-    ({"block_size": 1}, "loads"),
+    ({"block_size": 1}, CONFIG),
     ({"block_size": "8"}, CONFIG),
     ({"dflash_config": None}, f"{IDS}, dflash_config.mask_token_id"),
     ({"mask_token_id": 0, "dflash_config.mask_token_id": 0}, "loads"),
@@ -98,7 +98,7 @@ def lose_a_layer(tensors, _):
 TENSORS = {
     "one layer lost": (lose_a_layer, WEIGHTS),
     "one tensor in fp32": (lambda tensors, _: tensors.update({UP: tensors[UP].float()}), "dtype"),
-    "another name": (lambda tensors, _: tensors.update({"encoder.fc.weight": tensors.pop("fc.weight")}), "loads"),
+    "another name": (lambda tensors, _: tensors.update({"encoder.fc.weight": tensors.pop("fc.weight")}), WEIGHTS),
     "a random head": (lambda tensors, _: tensors.update({HEAD: torch.randn(64, 48).bfloat16()}), "own lm_head"),
     "the target's head": (lambda tensors, target: tensors.update({HEAD: target.head.weight.bfloat16()}), ""),
 }
@@ -168,7 +168,7 @@ def test_scaling_of_rope_and_logits_is_compared(tmp_path):
 
 
 def make_trial(folder, target, responses) -> Trial:
-    return Trial(target, folder, read_spec(folder), responses)
+    return Trial(target, folder, read_folder(folder)[0], responses)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_what_no_file_shows_is_found_by_the_accepted_length(judge, folder, langu
 def test_without_the_recipe_tau_must_reach_the_recorded_interval(judge, folder, language_responses):
     """With it, and on the same responses, it must be the same within 1 %."""
     recorded = language_responses[50:]
-    tau = read_spec(folder).record["tau"]
+    tau = read_folder(folder)[0].record["tau"]
     set_values(folder, {"dpace.tau": tau * 1.02})
     assert (judge(recorded), judge(recorded[:-1])) == ("fails", "passes")
     set_values(folder, {"dpace.tau": tau * 0.98})

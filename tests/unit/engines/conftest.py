@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpace.drafter import Drafter, load_drafter
-from dpace.engines.engine import Request
+from dpace.engines import ExportConfig
 from dpace.engines.export import Exported, export
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
@@ -128,10 +128,9 @@ def expected(folders, language_target, prompts) -> dict[str, Steps]:
 @pytest.fixture
 def do_export(language_target, folders, target_gguf, tmp_path) -> Callable[..., Exported]:
     def run(to, kind="trained", folder=None, **options) -> Exported:
-        settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
+        settings = {"drafter": "x", "output": str(tmp_path / to), "push": "tiny-dflash", "target": "some/target"}
         if to == "gguf":
-            settings["target_gguf"] = target_gguf
-        request = Request(to=to, **settings | options)
-        return export(folder or folders[kind], language_target, request)
+            settings["target_gguf"] = str(target_gguf)
+        return export(folder or folders[kind], language_target, ExportConfig(to=to, **settings | options))
 
     return run

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from dpace.cli import main
 from dpace.decode.loop import generate_plain
-from dpace.drafter.drafter import read_spec
+from dpace.drafter.files import read_folder
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, engine_of
 from dpace.engines.card import engine_sections
@@ -32,7 +32,7 @@ from tests.unit.target.test_target_files import write_adapter
 
 def test_commands_and_cards_say_what_the_engine_must_know(folders):
     """Engines count slots in ways of their own; not all read tables of the drafter's own, or a scaled rotation."""
-    spec, anchored, own = (read_spec(folders[kind]) for kind in ("trained", "anchored", "own"))
+    spec, anchored, own = (read_folder(folders[kind])[0] for kind in ("trained", "anchored", "own"))
 
     def command(name: EngineName, spec: DrafterSpec = spec) -> str:
         return engine_of(name).command(spec, "d", "t")
@@ -47,7 +47,7 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
         compile(command(name), name, "eval")
     published = {"vllm", "sglang", "tensorrt", "transformers"}
     scaled = make_drafter(make_target("llama3.1")).spec
-    for each, names in ((spec, published | {"gguf"}), (own, {"vllm", "gguf"}), (scaled, published)):
+    for each, names in ((spec, published), (own, {"vllm"}), (scaled, published)):
         assert engine_sections("published", each, "d", "t").keys() == names
 
 
@@ -59,7 +59,7 @@ def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
     rows = [make_row(drafter=name, set="language", tau=tau) for name, tau in (("mine", 2.34), ("other", 3.45))]
     hashes = {"mine": fingerprint(language_drafter), "other": "0" * 64}
     write_results(tmp_path / "run" / "results.json", make_bench(*rows, drafters=hashes))
-    text = (do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit").path / "README.md").read_text()
+    text = (do_export("zlab", folder=source, push="me/tiny-DFlash", license="mit").path / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n", 2)[1])
     assert (front["base_model"], front["license"], front["library_name"]) == ("some/target", "mit", "transformers")
     assert {"dflash", "vllm"} <= set(front["tags"])
@@ -98,7 +98,7 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
 ):
     monkeypatch.chdir(language_folder.parent)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    path = do_export("zlab", target_name=language_folder.name, name=str(tmp_path / "zlab")).path
+    path = do_export("zlab", target=language_folder.name, push=None).path
     text = (path / "README.md").read_text()
     assert f"`{language_folder.name}` is a folder: elsewhere, put the target's Hub id" in text
     assert "base_model" not in text and f"vllm serve {language_folder.name} " in text

@@ -16,9 +16,10 @@ import dpace.modeling_dflash
 from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
+from dpace.drafter.drafter import make_drafter
+from dpace.drafter.files import read_folder
 from dpace.engines.export import import_drafter
 from dpace.engines.gguf import QUANTIZED, write_gguf
-from dpace.engines.published import make_drafter, read_folder
 from dpace.target import Target
 from tests.conftest import EOS
 from tests.support.cases import wide

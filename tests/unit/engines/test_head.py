@@ -65,15 +65,15 @@ def test_older_names_are_read(kind, drafter, folders, tmp_path):
         }
     assert "lilicorr.layers.1.mlp.0.bias" in files and "lilicorr.feature_mlp.0.weight" in files
     save_file(files, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lack lilicorr.*or `dpace import` it where another program wrote it"):
+    with pytest.raises(ValueError, match="lack lilicorr.*`dpace import` the drafter if another program wrote it"):
         Drafter.from_pretrained(folder)
     again = read_drafter(folder)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in drafter.state_dict().items())
 
 
 def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
-    assert do_export("gguf", kind, is_plain=True).path.exists()
-    path = do_export("zlab", kind, is_plain=True).path
+    assert do_export("gguf", kind, plain=True).path.exists()
+    path = do_export("zlab", kind, plain=True).path
     assert read_json(path / "config.json")["dpace"] == {"target": "a"}, "what was measured with the head does not stay"
     plain = Drafter.from_pretrained(path)
     assert plain.lilicorr is None and plain.selector.num_candidates == 1

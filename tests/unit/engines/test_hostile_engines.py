@@ -60,7 +60,7 @@ def weights(make):
 
 FOLDERS = {
     "hidden_size is 1000000000000": config(hidden_size=10**12),
-    "hidden_size is the text 'x'": config(hidden_size="x"),
+    "hidden_size is 'x'": config(hidden_size="x"),
     "num_hidden_layers is 1000000": config(num_hidden_layers=10**6),
     "target_layer_ids is [1, 99]": config(target_layer_ids=[1, 99]),
     "maximum recursion depth": raw("config.json", b"[" * 100_000),
@@ -81,7 +81,7 @@ FOLDERS = {
     "markov_rank": config(markov_rank=256),
     "rope_theta is 'x'": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
     "are damaged": raw("model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
-    "Unexpected key(s)": weights(lambda tensors: tensors.update({f"{ESC}.weight": torch.zeros(2)})),
+    "have unknown": weights(lambda tensors: tensors.update({f"{ESC}.weight": torch.zeros(2)})),
     "has NaN or infinity in norm.weight": weights(lambda tensors: tensors["norm.weight"].fill_(float("nan"))),
     "write the target's embedding": raw("mask_embedding.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
 }

@@ -60,11 +60,10 @@ def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, langua
     assert start.lm_head is None and start.spec == plain.spec
 
 
-def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, language_target, tmp_path, capsys):
+def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, language_target, tmp_path):
     shutil.copytree(folder, tmp_path / "a")
     DraftVocabulary(TOKENS).save(tmp_path / "a")
     path = do_export("speculators", folder=tmp_path / "a").path
-    assert f"the LM head has {len(TOKENS)} of 64 tokens, those of draft_vocabulary.json" in capsys.readouterr().err
     assert f"{len(TOKENS)} of 64 tokens" in (path / "README.md").read_text()
     tensors = load_file(path / "model.safetensors")
     ids = tensors["d2t"] + torch.arange(len(TOKENS))
@@ -81,7 +80,7 @@ def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, lang
         ({"d2t": torch.zeros(38, dtype=torch.long) + 30}, {}, "d2t does not have an offset"),
         ({"d2t": -torch.arange(38)}, {}, "d2t does not have an offset"),
         ({"d2t": torch.zeros(38)}, {}, "d2t does not have an offset"),
-        ({}, {"draft_vocab_size": None}, "Unexpected key.*d2t"),
+        ({}, {"draft_vocab_size": None}, "have unknown d2t"),
     ],
 )
 def test_offsets_that_name_no_tokens_are_refused(tables, changes, reason, folders, tmp_path):
