@@ -135,8 +135,10 @@ class LatticeSelector(Selector):
         """Return the states, which are scores."""
         return states
 
-    def add_loss(self, scores, found, rows, *, weigh, config, whole_blocks, autocast):
+    def add_loss(self, scores, found, scorer, whole_blocks):
         """Add the loss of the walk, in blocks all of whose slots are scored."""
+        rows = scorer.rows
+        config = scorer.loss
         blocks = found.blocks
         if (whole := whole_blocks) is None:
             whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
@@ -155,7 +157,7 @@ class LatticeSelector(Selector):
         theirs = found.target_hidden
         target_logits = None if theirs is None else candidate_logits(pick(theirs), rows.head, index)
         anchor = found.before.flatten(0, 1)[whole]
-        with autocast():
+        with scorer.autocast():
             lattice = self.make_lattice(rows, index, log_probs, hidden, anchor)
         walk = walk_losses(lattice, labels, target_logits, config.head_penalty)
         walk_weights = walk.is_candidate.int().cumprod(-1)
@@ -164,7 +166,7 @@ class LatticeSelector(Selector):
             probs.flatten(0, 1)[whole, 1:] = walk.probs
             is_match = scores.is_match.clone()
             is_match.flatten(0, 1)[whole, 1:] = walk.is_match
-            weights = weigh(Slots(blocks.is_scored, probs, is_match, None)).detach().float()
+            weights = scorer.weigh(Slots(blocks.is_scored, probs, is_match, None)).detach().float()
             walk_weights = pick(weights)
             if config.head_weights == "walk":
                 scores = scores._replace(weights=weights, losses=(weights * scores.token_losses).sum(-1))

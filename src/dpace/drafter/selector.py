@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpace.config import DrafterConfig, LossConfig
+from dpace.config import DrafterConfig
 from dpace.drafter.views import BlocksHidden
 from dpace.drafter.vocabulary import DraftRows
-from dpace.loss import SlotScores, Weigh
+from dpace.loss import SlotScores
 
 SCORED_ROWS = 128
 """Number of slots whose logits exist at once where known responses are measured."""
@@ -51,27 +51,16 @@ class Selector:
         """Make its network faster, in place, with the same results; the layers' products are already."""
 
     def add_loss(
-        self,
-        scores: SlotScores,
-        found: BlocksHidden,
-        rows: DraftRows,
-        *,
-        weigh: Weigh,
-        config: LossConfig,
-        whole_blocks: Int[Tensor, " whole"] | None,
-        autocast: Callable[[], Any],
+        self, scores: SlotScores, found: BlocksHidden, scorer: Any, whole_blocks: Int[Tensor, " whole"] | None
     ) -> SlotScores:
         """Add the loss that the selector itself is trained with; this one has nothing to train.
 
         Args:
             scores: of the blocks, without it.
             found: what the forward pass gave.
-            rows: of the tokens that the loss knows.
-            weigh: computes weights from `Slots`.
-            config: of the loss.
+            scorer: of the training, see `dpace.train.loop.Scorer`.
             whole_blocks: numbers of the blocks all of whose slots are scored, where they are known; the host waits for
                 the device otherwise.
-            autocast: in which the selector computes, as the rest of the drafter.
         """
         return scores
 

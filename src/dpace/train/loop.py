@@ -96,16 +96,7 @@ class Scorer:
             chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
             num_candidates=selector.num_candidates,
         )
-        out = selector.add_loss(
-            out,
-            found,
-            self.rows,
-            weigh=self.weigh,
-            config=self.loss,
-            whole_blocks=batch.get("whole_blocks"),
-            autocast=self.autocast,
-        )
-        return out, blocks
+        return selector.add_loss(out, found, self, batch.get("whole_blocks")), blocks
 
 
 class TrainingLoop:
