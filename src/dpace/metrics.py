@@ -103,7 +103,8 @@ class Acceptance:
     @property
     def reach_rate(self) -> np.ndarray:
         """Share of verifications that accepted all slots 1..k, for k = 1 .. block_size - 1 (unconditional)."""
-        return _reach(self.counts)
+        reached = self.counts[::-1].cumsum()[::-1]
+        return reached[1:] / max(1, reached[0])
 
     def interval(self) -> tuple[float, float]:
         """Estimate the 95 % interval of tau over prompts.
@@ -112,17 +113,6 @@ class Acceptance:
             Lower and upper end, in tokens; (nan, nan) without a verification, and for fewer than `MIN_PROMPTS`.
         """
         return tau_estimate([[self]])[1:]
-
-    def reach_interval(self) -> np.ndarray:
-        """Estimate the 95 % interval of `reach_rate` over two prompts or more, "2 slot": lower and upper ends."""
-        ends = np.quantile(_reach(resample_sums(self.rows.T)), [0.025, 0.975], axis=1)
-        return (self.reach_rate + widening(len(self.rows)) * (ends - self.reach_rate)).clip(0, 1)
-
-
-def _reach(counts: np.ndarray) -> np.ndarray:
-    """Compute the shares that reach each length above 0, "slot ...", from counts by length, "length ..."."""
-    reached = counts[::-1].cumsum(0)[::-1]
-    return reached[1:] / np.maximum(reached[0], 1)
 
 
 def student_t(degrees: int) -> float:

@@ -31,14 +31,6 @@ def test_hand_counted():
         Acceptance.of_prompts([])
 
 
-def test_the_interval_of_a_reach_rate_is_that_of_tau():
-    """Which is 1 above it where a block has one draft token."""
-    run = Acceptance([[3, 1], [1, 3]] * 10, 2)
-    ends = run.reach_interval()[:, 0]
-    assert ends == pytest.approx(np.array(run.interval()) - 1)
-    assert ends[0] < run.reach_rate[0] == 0.5 < ends[1]
-
-
 def test_few_prompts_and_no_verification_give_no_interval():
     """The verifications of one text say nothing of other texts."""
     few, enough = (Acceptance([[1, 1]] * count, 2) for count in (MIN_PROMPTS - 1, MIN_PROMPTS))

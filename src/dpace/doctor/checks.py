@@ -109,24 +109,20 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     Returns:
         What the config says, or None where it cannot be read; and the checks.
     """
-    found: dict[str, Diagnosis] = {}
-
-    def read(check: str, action: Callable[[], Made]) -> Made | None:
-        if check in found and found[check].result == "fails":
-            return None
-        made, found[check] = attempt(check, action)
-        return made
-
-    config = read(CONFIG, lambda: read_config(folder)) or {}
-    tensors = read(WEIGHTS, lambda: read_tensors(folder)) or {}
-    spec = read(CONFIG, lambda: DrafterSpec.from_config(own_tables(tensors) | config))
+    config, of_config = attempt(CONFIG, lambda: read_config(folder))
+    tensors, of_weights = attempt(WEIGHTS, lambda: read_tensors(folder))
+    if config is None:
+        return None, [of_config, of_weights]
+    spec, of_config = attempt(CONFIG, lambda: DrafterSpec.from_config(own_tables(tensors or {}) | config))
     if spec is None:
-        return None, [*found.values()]
-    drafter = read(WEIGHTS, lambda: make_drafter(spec, tensors))
-    tables = find_shared_tables(tensors, target) if drafter else {}
+        return None, [of_config, of_weights]
+    tables = {}
+    if tensors:
+        drafter, of_weights = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
+        tables = find_shared_tables(tensors, target) if drafter else {}
     other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)
     own = [other._replace(check=f"own {name}") for name, is_shared in tables.items() if not is_shared]
-    return spec, [*found.values(), *compare(spec, config, tensors, target), *own]
+    return spec, [of_config, of_weights, *compare(spec, config, tensors or {}, target), *own]
 
 
 def compare(

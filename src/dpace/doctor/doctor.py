@@ -27,7 +27,7 @@ from dpace.metrics import Acceptance, tau_gain
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, read_responses
 from dpace.system.device import dtype_name
-from dpace.system.progress import count, progress_bar
+from dpace.system.progress import count, track
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
@@ -213,22 +213,18 @@ def diagnose(
     places = [place / "responses.jsonl" for place in (folder, *folder.resolve().parents[:2])]
     responses = responses or next((place for place in places if place.is_file()), None)
     recorded = read_responses(responses, len(target.head.weight)) if responses else []
-    with progress_bar() as bar:
-        task = bar.add_task("examining", total=1 + len(RUN), info="files")
-        spec, diagnoses = check_files(folder, target)
-        if spec and engine:
-            diagnoses.append(check_engine(spec, engine))
-        trial = spec and Trial(target, folder, spec, recorded)
-        for name, check in RUN.items():
-            bar.update(task, advance=1, info=name)
-            failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
-            if failed or trial is None:
-                found = Diagnosis(name, "skipped", f"fix first: {', '.join(failed)}")
-            elif name in MEASURED and not recorded:
-                found = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
-            else:
-                finding, failure = attempt(name, partial(check, trial))
-                found = Diagnosis(name, *finding) if finding else failure
-            diagnoses.append(found)
-        bar.update(task, advance=1, info="")
+    spec, diagnoses = check_files(folder, target)
+    if spec and engine:
+        diagnoses.append(check_engine(spec, engine))
+    trial = spec and Trial(target, folder, spec, recorded)
+    for name, check in track(list(RUN.items()), "examining"):
+        failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
+        if failed or trial is None:
+            found = Diagnosis(name, "skipped", f"fix first: {', '.join(failed)}")
+        elif name in MEASURED and not recorded:
+            found = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
+        else:
+            finding, failure = attempt(name, partial(check, trial))
+            found = Diagnosis(name, *finding) if finding else failure
+        diagnoses.append(found)
     return diagnoses

@@ -8,6 +8,7 @@ to measure what decoding does.
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -97,41 +98,39 @@ def check_texts(
     findings = []
     whole = []
 
-    def decode(function: Any, *models: Any, **options: Any) -> list[Generation]:
-        """Decode each prompt alone, with its own seed."""
-        return [function(*models, ids, seed=seed, **options) for seed, ids in enumerate(encoded, start=config.seed)]
-
-    def compare(name: str, texts: Mapping[str, Sequence[Any]], expected: Sequence[Any], temperature: float) -> None:
-        """Add the finding about the token ids of each way of decoding, one text a prompt."""
+    def compare(
+        name: str, outs: Mapping[str, Sequence[Generation]], expected: Sequence[Any], temperature: float
+    ) -> None:
+        """Add the finding about each way of decoding, with the token ids that are expected of each prompt."""
         divergences = []
-        for how, (number, prompt) in product(texts, enumerate(prompts)):
-            found = texts[how][number]
+        for how, (number, prompt) in product(outs, enumerate(prompts)):
+            found = outs[how][number].token_ids
             if found != expected[number]:
                 sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
                 where = f"{prompt.id}, {how}"
                 divergences.append(find_divergence(target, sampler, where, encoded[number], found, expected[number]))
-        cases = f"{count(len(prompts), 'prompt')} x {', '.join(texts)}"
-        findings.append(text_finding(name, cases, len(texts) * len(prompts), divergences))
+        cases = f"{count(len(prompts), 'prompt')} x {', '.join(outs)}"
+        findings.append(text_finding(name, cases, len(outs) * len(prompts), divergences))
 
-    sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
-    ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
-    ways["width auto"] = {"width": "auto", "paces": Paces()}
-    ways["rule speculative"] = {"width": "full", "verify_rule": "speculative"}
+    ways: dict[str, Any] = {"plain": partial(generate_plain, target)}
+    for size in sorted({2, (drafter.block_size + 2) // 2, drafter.block_size}):
+        ways[f"width {size}"] = partial(generate, target, drafter, width=size)
+    ways["width auto"] = partial(generate, target, drafter, paces=Paces())
+    ways["rule speculative"] = partial(generate, target, drafter, width="full", verify_rule="speculative")
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
-        options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        options: Any = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
         outs = {}
-        for how, arguments in track(list(ways.items()), f"texts, T={temperature:g}"):
-            outs[how] = decode(generate, target, drafter, **options, **arguments)
+        for how, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
+            outs[how] = [decode(ids, seed=seed, **options) for seed, ids in enumerate(encoded, start=config.seed)]
         with contextlib.suppress(ValueError):  # layers or attention without batches, which then cannot be wrong
             outs["batch"] = generate_batch(target, drafter, encoded, seed=config.seed, **options)
-        texts = {how: [out.token_ids for out in of_way] for how, of_way in outs.items()}
-        plain = [out.token_ids for out in decode(generate_plain, target, **options)]
+        plain = outs.pop("plain")
         if temperature == 0:
             whole = outs[f"width {drafter.block_size}"]
             del ways["rule speculative"]  # above temperature 0 it draws another text
             own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
             compare("plain decoding is generate of transformers", {"plain decoding": plain}, own, temperature)
-        compare(name, texts, plain, temperature)
+        compare(name, outs, [out.token_ids for out in plain], temperature)
     return findings, whole
 
 

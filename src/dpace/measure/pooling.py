@@ -49,25 +49,25 @@ def make_rows(
         compiled = [records[*place, COMPILED, None] for place in places if (*place, COMPILED, None) in records]
         for name, width in product(drafters, config.widths):
             ours = [records[*place, name, width] for place in places]
-            rows.append(_pool_responses(ours, plain, compiled))
+            row = _pool_responses(
+                ours, plain, compiled, set=set_name, temperature=temperature, drafter=name, width=width
+            )
+            rows.append(row)
     return rows
 
 
-def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], compiled: list[ResponseRecord]) -> Row:
+def _pool_responses(
+    ours: list[ResponseRecord], plain: list[ResponseRecord], compiled: list[ResponseRecord], **way: Any
+) -> Row:
     """Make the row of a drafter; steps of plain decoding may have been compiled for all responses, or not."""
     acceptance = acceptance_of(ours)
-    first = ours[0]
-    assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
     published = Published(
         tau=defined(published_tau([r.accepted_lengths for r in ours])),
         decode_speedup=defined(published_speedup(map(TIMES, ours), map(TIMES, plain))),
     )
     return Row(
-        drafter=first.drafter,
-        width=first.width,
-        set=first.set,
-        temperature=first.temperature,
+        **way,
         num_responses=len(ours),
         block_size=acceptance.block_size,
         histogram=acceptance.counts.tolist(),

@@ -34,13 +34,12 @@ def prompts_page(split: Split) -> RenderableType:
 def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
     """Show lengths and ends of the training answers, and some of them."""
     answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
-    counts = {
-        f"conversations cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),
-        "left out, without two tokens of an answer in a row": int((corpus.num_anchors(max_length) == 0).sum()),
-    }
+    num_long = int((corpus.lengths > max_length).sum())
+    num_without = int((corpus.num_anchors(max_length) == 0).sum())
     facts = [
         f"{count(len(corpus), 'conversation')}, {int(corpus.lengths.sum()):,} tokens with their prompts",
-        *(f"{what}: {number}" for what, number in counts.items() if number),
+        f"conversations cut at --train.max-length {max_length}: {num_long}",
+        f"left out, without two tokens of an answer in a row: {num_without}",
     ]
     limit = meta.get("max_new_tokens")
     if meta.get("source") == "own":

@@ -38,7 +38,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
     import jinja2
 
     path = Path(path)
-    if path.is_dir() or path.suffix != ".html":
+    if path.suffix != ".html":
         raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
     refuse_foreign_files(path.parent, path.name)  # before anything is read
     measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
@@ -46,7 +46,6 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
     template = jinja2.Template(
         (Path(__file__).parent / "report.html.jinja").read_text(),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,  # not the SVG, marked as safe
     )
     page = template.render(

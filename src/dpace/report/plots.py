@@ -11,8 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from dpace.measure.records import group_by, spread_evenly
-from dpace.measure.results import DraftedRow, Row
-from dpace.metrics import MIN_PROMPTS
+from dpace.measure.results import DraftedRow
 from dpace.system.progress import one_line
 
 MAX_COLUMNS = 3
@@ -38,7 +37,7 @@ Logs = Mapping[str, Sequence[Sequence[dict[str, Any]]]]
 
 
 def acceptance_by_slot(rows: Sequence[DraftedRow]) -> str:
-    """Draw the reach rate by slot, a panel for each set, with intervals where the responses are known."""
+    """Draw the reach rate by slot, a panel for each set."""
     names = sorted({row.drafter for row in rows})
 
     def draw(axis: Any, of_set: list[DraftedRow]) -> None:
@@ -47,8 +46,6 @@ def acceptance_by_slot(rows: Sequence[DraftedRow]) -> str:
             slots = range(1, row.block_size)
             name = label(f"{row.drafter}, T={row.temperature:g}")
             axis.plot(slots, row.reach_rate, color=color, linestyle="--" if row.temperature else "-", label=name)
-            if isinstance(row, Row) and len(row.acceptance.rows) >= MIN_PROMPTS:
-                axis.fill_between(slots, *row.acceptance.reach_interval(), color=color, alpha=0.15, lw=0)
         axis.set(xlabel="slot", ylabel="reach rate", ylim=(0, 1.02))
 
     return draw_panels(group_by(rows, attrgetter("set")), draw)

@@ -185,8 +185,9 @@ def slots(whole: Sequence[DraftedRow]) -> Section:
         named = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
         rows.append(named | {f"{slot}": rates.get(slot, "") for slot in shown})
     title = "Reach rate in %: slots 1 to k of a whole draft all accepted"
-    text = "It says what a drafter can do. Shades are 95 % intervals."
-    return Section(title, text, rows, num_texts=2, drawing=partial(acceptance_by_slot, whole))
+    return Section(
+        title, "What the drafter alone can do.", rows, num_texts=2, drawing=partial(acceptance_by_slot, whole)
+    )
 
 
 def comparison(results: CompareResults) -> Section:
