@@ -196,14 +196,14 @@ def decode_speedup(drafted: np.ndarray, plain: np.ndarray) -> tuple[float, float
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
     Args:
-        drafted: decoded tokens and their seconds, "prompt 2".
+        drafted: seconds, and tokens that were decoded in them, "prompt 2".
         plain: the same without a drafter, for the same prompts in the same order.
 
     Returns:
         The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
         side decoded nothing.
     """
-    return estimate([[drafted[:, ::-1]], [plain[:, ::-1]]], lambda seconds: seconds[1] / seconds[0])
+    return estimate([[drafted], [plain]], lambda seconds: seconds[1] / seconds[0])
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
@@ -221,16 +221,16 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
     return float(np.mean(means or [np.nan]))
 
 
-def published_speedup(drafted: Iterable[tuple[int, float]], plain: Iterable[tuple[int, float]]) -> float:
+def published_speedup(drafted: Iterable[tuple[float, int]], plain: Iterable[tuple[float, int]]) -> float:
     """Compute the speedup as published tables have it: plain over drafted mean seconds a token.
 
     Args:
-        drafted: tokens and seconds of each response.
+        drafted: seconds and tokens of each response.
         plain: the same without a drafter.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
-    means = [np.mean([time / count for count, time in side if count] or [np.nan]) for side in (drafted, plain)]
+    means = [np.mean([time / count for time, count in side if count] or [np.nan]) for side in (drafted, plain)]
     return float(means[1] / means[0])
 
 

@@ -43,11 +43,11 @@ def test_few_prompts_and_no_verification_give_no_interval():
 
 def test_decode_speedup_is_a_ratio_of_totals():
     tokens = [10, 30] * 4
-    value, low, high = decode_speedup(np.array([tokens, [1.0, 1.0] * 4]).T, np.array([tokens, [2.0, 4.0] * 4]).T)
+    value, low, high = decode_speedup(np.array([[1.0, 1.0] * 4, tokens]).T, np.array([[2.0, 4.0] * 4, tokens]).T)
     assert value == pytest.approx(3.0)
     assert 2.0 <= low < 3.0 < high <= 4.0
     for ours, plain in ((0, 0), (0, 10), (10, 0)):
-        drafted, alone = (np.array([[count, 1e-7]] * 8) for count in (ours, plain))
+        drafted, alone = (np.array([[1e-7, count]] * 8) for count in (ours, plain))
         assert np.isnan(decode_speedup(drafted, alone)).all()
 
 
@@ -63,8 +63,8 @@ def test_tau_gain_is_paired():
 def test_published_definitions():
     """By hand: means of means, which the pooled numbers are not."""
     assert published_tau([[0, 0], [3], []]) == pytest.approx((1 + 4) / 2)
-    assert published_speedup([(10, 1.0), (2, 1.0)], [(10, 2.0), (2, 1.0), (0, 1.0)]) == pytest.approx(0.35 / 0.3)
-    assert np.isnan([published_tau([[]]), published_speedup([], [(1, 1.0)])]).all()
+    assert published_speedup([(1.0, 10), (1.0, 2)], [(2.0, 10), (1.0, 2), (1.0, 0)]) == pytest.approx(0.35 / 0.3)
+    assert np.isnan([published_tau([[]]), published_speedup([], [(1.0, 1)])]).all()
 
 
 def test_the_bootstrap_over_prompts_is_that_of_scipy(monkeypatch):

@@ -4,7 +4,7 @@ In come answers that the target wrote greedily. All their blocks are drafted at 
 through them; out comes an `Acceptance` with one row a conversation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,23 +35,22 @@ def heldout_acceptance(
     dataset: ResponseDataset,
     *,
     token_ids: Tensor | None = None,
-    over_ranks: bool = False,
     visit: Visit | None = None,
     title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
     They equal what `dpace.decode.generate` accepts at temperature 0 with a drafter that drafts any token. Each
-    conversation is a row of the result.
+    conversation is a row of the result. Of several ranks, each measures a share; all must be here, and all get the
+    result.
 
-    Memory: that of `score_conversation`, one conversation at a time.
+    Memory: that of `walk_conversation`, one conversation at a time.
 
     Args:
         drafter: what is measured.
         target: its target.
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
-        over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
         visit: called with what decoding may reach in each conversation that this rank measures.
         title: of a progress bar; none is shown without it.
 
@@ -63,16 +62,14 @@ def heldout_acceptance(
     refresh_copies(drafter)
     results: dict[int, list[Acceptance]] = {}
     indices = range(len(dataset))
-    mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
-    for i in track(mine, title):
+    for i in track([*ranks.share(indices), *[None] * ranks.num_short(indices)], title):
         if i is not None:
             results[i] = walk_conversation(drafter, target, dataset, i, token_ids, visit)
         elif dataset.features is None:
             target.join_features(drafter.target_layer_ids)
     drafter.train(was_training)
-    if over_ranks:
-        results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    ways = [Acceptance.of_prompts(rows) for rows in zip(*(results[i] for i in sorted(results)), strict=True)]
+    results = {i: row for share in ranks.gather(results) for i, row in share.items()}
+    ways = [Acceptance.of_prompts(rows) for rows in zip(*(results[i] for i in indices), strict=True)]
     drafted, *others = ways or [Acceptance.of_prompts([])]
     return replace(drafted, bounds=tuple(way.tau for way in others))
 
@@ -85,45 +82,15 @@ def walk_conversation(
     token_ids: Tensor | None,
     visit: Visit | None,
 ) -> list[Acceptance]:
-    """Follow greedy decoding through the responses of a conversation.
+    """Draft the blocks of a conversation, and follow greedy decoding through its responses.
 
-    Returns:
-        The accepted lengths in each way of `Selector.match`: as is drafted, and behind that the bounds.
-    """
-    anchors: list[int] = []
-    lengths = []
-    reached = []
-    slots = torch.arange(drafter.block_size, device=target.device)
-    for blocks, states, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
-        anchors += blocks.anchors[0].tolist()
-        lengths.append(is_accepted.sum(-1))  # "way block"
-        if visit is not None:
-            drafted = is_accepted[:1]
-            is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
-            reached.append((states[is_reached], drafted[is_reached]))
-    if visit is not None:
-        visit(*map(torch.cat, zip(*reached, strict=True)))
-    spans = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
-    ways = torch.cat(lengths, -1).tolist()
-    return [walk(dict(zip(anchors, way, strict=True)), spans, drafter.block_size) for way in ways]
-
-
-def score_conversation(
-    drafter: Drafter,
-    target: Target,
-    dataset: ResponseDataset,
-    index: int,
-    token_ids: Tensor | None = None,
-) -> Iterator[tuple[Blocks, Tensor, Tensor]]:
-    """Draft the blocks of a conversation in parts, and compare the drafts with its text.
-
-    A part has `SCORED_BLOCKS` blocks. Where only some tokens are drafted, no other matches.
+    `SCORED_BLOCKS` are drafted at once. Where only some tokens are drafted, no other matches.
 
     Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
     bytes for the dense mask on a CPU.
 
-    Yields:
-        The blocks; the states of `Selector.match`; and the accepted slots, "way block slot".
+    Returns:
+        The accepted lengths in each way of `Selector.match`: as is drafted, and behind that the bounds.
     """
     rows = DraftRows(target, token_ids)
     own = drafter.vocabulary
@@ -133,12 +100,25 @@ def score_conversation(
     if row["features"] is None:
         row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]
     inputs = {name: value.to(target.device) for name, value in collate([row], drafter.block_size).items()}
-    for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
-        chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
-        seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
+    anchors = inputs["anchors"][0]
+    slots = torch.arange(drafter.block_size, device=target.device)
+    lengths = []
+    reached = []
+    for part in torch.arange(len(anchors), device=target.device).split(SCORED_BLOCKS):
+        blocks = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
+        seen = slice(0, int(anchors[part].max()) + 1)  # no block sees more of the text
         text = {name: inputs[name][:, seen] for name in ("token_ids", "features")}
-        found = blocks_hidden(drafter, target, chosen | text)
-        yield found.blocks, *drafter.selector.match(found, rows)
+        states, is_accepted = drafter.selector.match(blocks_hidden(drafter, target, blocks | text), rows)
+        lengths.append(is_accepted.sum(-1))  # "way block"
+        if visit is not None:
+            drafted = is_accepted[:1]
+            is_reached = blocks["is_scored"] & (slots <= drafted.sum(-1, keepdim=True) + 1)
+            reached.append((states[is_reached], drafted[is_reached]))
+    if visit is not None:
+        visit(*map(torch.cat, zip(*reached, strict=True)))
+    spans = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
+    ways = torch.cat(lengths, -1).tolist()
+    return [walk(dict(zip(anchors.tolist(), way, strict=True)), spans, drafter.block_size) for way in ways]
 
 
 def walk(accepted_from: dict[int, int], spans: Sequence[Sequence[int]], block_size: int) -> Acceptance:

@@ -26,7 +26,7 @@ from dpace.measure.results import (
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
 from dpace.prompts.prompts import Prompt
 
-TIMES = attrgetter("decode_tokens", "decode_seconds")
+TIMES = attrgetter("decode_seconds", "decode_tokens")
 """What the speed of a response follows from."""
 
 
@@ -103,7 +103,7 @@ def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecor
 
 
 def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
-    """Sum tokens and seconds of each prompt, "prompt 2", in the order of the prompts."""
+    """Sum seconds and tokens of each prompt, "prompt 2", in the order of the prompts."""
     groups = group_by(responses, attrgetter("id")).values()
     return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])
 

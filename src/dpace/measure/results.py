@@ -17,7 +17,6 @@ from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, to_json
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
 
-SCHEMA_VERSION = 1
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
@@ -183,7 +182,7 @@ class ServerRow:
 class BenchResults(Provenance):
     """results.json of `dpace bench`, and what `dpace compare` and `dpace demo` decoded."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     rows: Annotated[list[Row], NOT_EMPTY]
     """One or more: for each drafter, width, set and temperature."""
     comparisons: list[Comparison]
@@ -194,7 +193,7 @@ class BenchResults(Provenance):
 class CompareResults:
     """results.json of `dpace compare` and `dpace demo`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     target: str
     baseline: str
     """The objective that the others are compared with."""
@@ -247,7 +246,7 @@ class ExplainRow:
 class ExplainResults(ExplainSetup):
     """explain.json of `dpace explain`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     drafter: str
     rows: Annotated[list[ExplainRow], NOT_EMPTY]
     """One for each set; all sets together come last where there are several."""

@@ -94,7 +94,9 @@ def bench_servers(
         here = rows_here(folder / "results.json", known)
     except (OSError, ValueError) as error:
         print(f"tau here is not known: {error}", file=sys.stderr)
-    tau_in_training = find_tau_in_training(folder / "drafter")
+    drafter = folder / "drafter"
+    log = read_log(drafter) if (drafter / "trainer_state.json").exists() else []
+    tau_in_training = max((entry["eval_tau"] for entry in log if "eval_tau" in entry), default=None)
     jobs = list(product(config.temperatures, prompts))
     missing = [(temperature, prompt) for temperature, prompt in jobs if (temperature, prompt.id) not in records.rows]
     if missing:  # a warm-up, which is not counted
@@ -147,12 +149,6 @@ def rows_here(path: Path, known: Mapping[str, Any]) -> dict[tuple[float, str], R
             "--bench.widths full"
         )
     return {(row.temperature, row.set): row for row in rows}
-
-
-def find_tau_in_training(folder: Path) -> float | None:
-    """Find the tau of a drafter's validation responses that chose its checkpoint; None where it has no such log."""
-    log = read_log(folder) if (folder / "trainer_state.json").exists() else []
-    return max((entry["eval_tau"] for entry in log if "eval_tau" in entry), default=None)
 
 
 def _ask_server(

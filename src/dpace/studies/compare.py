@@ -210,7 +210,7 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         title = f"tau, {folder.parent.name}, {folder.name}"
-        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True, title=title)
+        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, title=title)
         ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, wanted))
 
 

@@ -80,20 +80,12 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
 
 
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
-    """Make what the terminal shows at the end: two tables, and remarks."""
+    """Make what the terminal shows at the end: speeds, taus, and remarks."""
     decoded = demo.decoded
     hardware = decoded.hardware
     about = f"{Path(decoded.target).name}, {decoded.dtype}, {hardware.device}, threads {hardware.torch_threads}"
-    gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
-    title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    tables = [Section(about, rows=speed_rows(decoded.rows)), Section(title, rows=gain_rows(demo.compared, gains))]
-    return tables, list(remarks(decoded.rows, gains))
-
-
-def speed_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Write the speeds, a line a set and temperature."""
-    copies = {_name(row): _with_speedup(row) for row in rows if row.width == "copies"}
-    return [
+    copies = {_name(row): _with_speedup(row) for row in decoded.rows if row.width == "copies"}
+    speeds = [
         {
             "tokens/s": _name(row),
             "plain": f"{row.plain_tokens_per_second:.0f}",
@@ -102,24 +94,12 @@ def speed_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
             "copied": f"{row.share_copied:.0%}",
             "same text": same_text(row),
         }
-        for row in rows
+        for row in decoded.rows
         if row.width == "auto"
     ]
-
-
-def _name(row: Row) -> str:
-    """Name the set, and the temperature where it is not 0."""
-    return row.set if row.temperature == 0 else f"{row.set}, T={row.temperature:g}"
-
-
-def _with_speedup(row: Row) -> str:
-    return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
-
-
-def gain_rows(results: CompareResults, gains: Sequence[ComparedRow]) -> list[dict[str, str]]:
-    """Write tau of both objectives, a line a set."""
-    decay = {row.set: row.tau or 0 for row in results.rows if row.drafter == results.baseline}
-    return [
+    decay = {row.set: row.tau or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
+    gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
+    taus = [
         {
             "set": row.set,
             "prompts": str(row.num_prompts),
@@ -129,6 +109,18 @@ def gain_rows(results: CompareResults, gains: Sequence[ComparedRow]) -> list[dic
         }
         for row in gains
     ]
+    title = "Held-out prompts: tokens that one pass of the target gives (tau)"
+    tables = [Section(about, rows=speeds), Section(title, rows=taus)]
+    return tables, list(remarks(decoded.rows, gains))
+
+
+def _name(row: Row) -> str:
+    """Name the set, and the temperature where it is not 0."""
+    return row.set if row.temperature == 0 else f"{row.set}, T={row.temperature:g}"
+
+
+def _with_speedup(row: Row) -> str:
+    return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
 
 
 def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:

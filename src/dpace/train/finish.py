@@ -131,6 +131,6 @@ def measure_and_calibrate(
         log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
         errors.sub_(log_probs.sum(-1).cpu())
 
-    acceptance = heldout_acceptance(drafter, target, dataset, token_ids=token_ids, over_ranks=True, visit=add_errors)
+    acceptance = heldout_acceptance(drafter, target, dataset, token_ids=token_ids, visit=add_errors)
     best = int(torch.stack(ranks.gather(errors)).sum(0).argmin())
     return acceptance, TEMPERATURES[best]

@@ -357,7 +357,7 @@ class TrainingLoop:
         if not len(self.validation) or not is_due:
             return False
         self.gather()
-        acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
+        acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
         taus = zip(("eval_tau", "eval_tau_top", "eval_tau_oracle"), (acceptance.tau, *acceptance.bounds), strict=False)
         track(state.add_to_log(dict(taus)))
         is_best = state.best_metric is None or acceptance.tau > state.best_metric

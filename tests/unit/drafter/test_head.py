@@ -12,7 +12,7 @@ from dpace.drafter import load_drafter
 from dpace.drafter.lilicorr import Lattice, LatticeSelector, LiLiCorrSizes, take_walk
 from dpace.fast.lattice import FusedLattice
 from dpace.fast.packing import refresh_copies
-from dpace.measure.heldout import score_conversation
+from dpace.measure.heldout import heldout_acceptance
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
 from tests.conftest import make_target, make_with_head
@@ -125,7 +125,7 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
         text = prompt + out.token_ids
         response = Response("a", "set", [], text, [[len(prompt), len(text)]])
         dataset = ResponseDataset([response], max_length=99, num_anchors=None, seed=0)
-        _, (trained, *_) = watch(lambda data=dataset: list(score_conversation(drafter, target, data, 0)))
+        _, (trained, *_) = watch(heldout_acceptance, drafter, target, dataset)
         anchor = 0
         for scores, accepted in zip(alone, out.accepted_lengths, strict=False):
             torch.testing.assert_close(trained[anchor], scores[0], atol=1e-3, rtol=1e-3)
