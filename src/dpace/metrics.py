@@ -137,20 +137,6 @@ def widening(num_prompts: int) -> float:
     return student_t(num_prompts - 1) / NORMAL * math.sqrt(num_prompts / (num_prompts - 1))
 
 
-def resample_sums(values: np.ndarray) -> np.ndarray:
-    """Sum quantities, "... prompt", over `NUM_RESAMPLES` resamples of their prompts: each interval's bootstrap.
-
-    A resample draws prompts with replacement, the same ones for all quantities. So quantiles of any function of the
-    sums are an interval of it, paired where the function compares sides.
-
-    Returns:
-        The sums, "... resample"; always the same ones for the same values.
-    """
-    num_prompts = values.shape[-1]
-    prompts = np.random.default_rng(0).integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
-    return values.take(prompts, -1).sum(-1)
-
-
 def _ratio(totals: np.ndarray) -> np.ndarray:
     """Divide tops by bottoms, "2 ..."; nan where the bottom is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -160,7 +146,8 @@ def _ratio(totals: np.ndarray) -> np.ndarray:
 def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tuple[float, float, float]:
     """Compute a number from ratios of totals, with its 95 % interval over prompts and training seeds.
 
-    The prompts' part is a bootstrap of the prompts, all seeds together, times `widening`. The seeds' part is
+    The prompts' part is a bootstrap, times `widening`: each of `NUM_RESAMPLES` draws prompts with replacement, the same
+    ones for all sides and seeds, and always the same ones for as many prompts. So it is paired. The seeds' part is
     `t * s / sqrt(n)`: `s` is the standard deviation of the numbers of the `n` seeds, and `t` is Student's, with `n - 1`
     degrees of freedom. A bootstrap of few seeds would be far too narrow. The parts are independent, so their squares
     are added.
@@ -182,7 +169,8 @@ def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tu
     value = float(statistic(_ratio(totals.sum((-2, -1)))))
     if np.isnan(value) or num_prompts < MIN_PROMPTS:
         return value, math.nan, math.nan
-    ends = np.nanquantile(statistic(_ratio(resample_sums(totals.sum(-2)))), [0.025, 0.975])
+    drawn = np.random.default_rng(0).integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
+    ends = np.nanquantile(statistic(_ratio(totals.sum(-2)[..., drawn].sum(-1))), [0.025, 0.975])
     distances = widening(num_prompts) * (ends - value)
     if num_seeds > 1:
         by_seed = statistic(_ratio(totals.sum(-1)))

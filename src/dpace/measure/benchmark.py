@@ -31,7 +31,7 @@ from dpace.measure.records import (
     ask_in_turn,
     setup_of,
 )
-from dpace.measure.results import BenchResults, read_results, write_results
+from dpace.measure.results import BenchResults, Row, read_results, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.recipes.validation import to_json
 from dpace.respond.conversation import refuse_long_prompts
@@ -50,8 +50,6 @@ RECOMPILE_LIMIT = 256
 
 SPECULATIVE = ", speculative"
 """How the name of a drafter ends whose drafts that rule verified."""
-OF_ROWS = ("drafters", "drafter_configs", "rows", "comparisons")
-"""Fields of `BenchResults` that may differ where rows are put together."""
 WAY = attrgetter("set", "temperature", "drafter", "width")
 """What tells rows of the same results from one another."""
 Way = tuple[str, Width | None]
@@ -115,11 +113,10 @@ def bench(
             records.add(record)
     records.read()
     rows = make_rows(records.rows, prompts, config, setup.drafters)
-    results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
-    return ranks.from_first(lambda: _write_with_earlier(folder / "results.json", results))
+    return ranks.from_first(lambda: _write_with_earlier(folder / "results.json", setup, rows))
 
 
-def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
+def _write_with_earlier(path: Path, setup: Provenance, rows: list[Row]) -> BenchResults:
     """Write results, with the rows of earlier calls for other sets, temperatures, widths, rules or drafters.
 
     Where anything else of an earlier call differs, also the weights of a drafter, its file gets another name, which a
@@ -129,30 +126,29 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
     with suppress(ValueError, OSError):
         earlier = read_results(path)
     if isinstance(earlier, BenchResults):
-        is_same = replace(earlier, **{name: getattr(results, name) for name in OF_ROWS}) == results
-        before, now = _weights(earlier), _weights(results)
-        if is_same and before | now == now | before:
-            measured = {WAY(row) for row in results.rows}
-            rows = [*(row for row in earlier.rows if WAY(row) not in measured), *results.rows]
-            results = replace(
-                results,
-                drafters=earlier.drafters | results.drafters,
-                drafter_configs=(earlier.drafter_configs or {}) | (results.drafter_configs or {}),
-                rows=rows,
-                comparisons=list(compare_drafters(rows)),
+        same = replace(setup, drafters=earlier.drafters, drafter_configs=earlier.drafter_configs)
+        before, now = _weights(earlier), _weights(setup)
+        if vars(same).items() <= vars(earlier).items() and before | now == now | before:
+            measured = {WAY(row) for row in rows}
+            rows = [*(row for row in earlier.rows if WAY(row) not in measured), *rows]
+            setup = replace(
+                setup,
+                drafters=earlier.drafters | setup.drafters,
+                drafter_configs=(earlier.drafter_configs or {}) | (setup.drafter_configs or {}),
             )
         else:
             aside = path.with_stem(f"{path.stem}-{hash_json(to_json(earlier))[:8]}")
             register_files(path.parent, aside.name)
             path.replace(aside)
             print(f"{path} had results of other settings, which are now in {aside.name}", file=sys.stderr)
+    results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
     write_results(path, results)
     return results
 
 
-def _weights(results: BenchResults) -> dict[str, str]:
+def _weights(setup: Provenance) -> dict[str, str]:
     """Return the hashes of the drafters' weights, by their names without the rule."""
-    return {name.removesuffix(SPECULATIVE): sha256 for name, sha256 in results.drafters.items()}
+    return {name.removesuffix(SPECULATIVE): sha256 for name, sha256 in setup.drafters.items()}
 
 
 def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:

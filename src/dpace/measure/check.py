@@ -153,7 +153,7 @@ def check_distribution(
             values = distribution_values(target, token_ids, out.token_ids, generator)
             of_texts.append(values[1:])  # 0 is from the prefill
         singles = torch.cat(of_texts)[:, None]
-        pairs = torch.cat([of_text[: len(of_text) // 2 * 2].unflatten(0, (-1, 2)) for of_text in of_texts])
+        pairs = singles[: len(singles) // 2 * 2].view(-1, 2)
         p_values = uniformity(singles, 10), uniformity(pairs, 4)
         detail = f"chi-square: p = {p_values[0]:.3f} for single tokens, {p_values[1]:.3f} for pairs"
         cases = f"{len(singles)} sampled tokens, {len(pairs)} pairs"
@@ -230,9 +230,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 
 
 @torch.no_grad()
-def change_block(
-    target: Target, drafter: Drafter, row: dict[str, Any], generator: torch.Generator
-) -> tuple[float, float, float]:
+def change_block(target: Target, drafter: Drafter, row: dict[str, Any], generator: torch.Generator) -> list[float]:
     """Compute the hidden states of a response's middle block with another text, and as decoding does.
 
     The future of a block is all text behind its anchor, and the features at the anchor: the target has not read it when
@@ -250,25 +248,24 @@ def change_block(
     anchor = int(row["anchors"][number])
     positions = torch.arange(len(text))
 
-    def block_hidden(is_other_text: Tensor, is_other_features: Tensor) -> Tensor:
+    variants = []
+    for is_other_text, is_other_features in (
+        (positions < 0, positions < 0),
+        (positions > anchor, positions >= anchor),
+        (positions < anchor, positions < anchor),
+    ):
         changed = {
             "token_ids": torch.where(is_other_text, other_text, text),
             "features": torch.where(is_other_features[:, None], other_features, features),
         }
-        inputs = {name: value.to(target.device) for name, value in collate([row | changed], drafter.block_size).items()}
-        return blocks_hidden(drafter, target, inputs).hidden[0, number, 1 - drafter.first_slot :]
-
-    hidden = block_hidden(positions < 0, positions < 0)
+        variants.append(row | changed)
+    inputs = {name: value.to(target.device) for name, value in collate(variants, drafter.block_size).items()}
+    trained, *others = blocks_hidden(drafter, target, inputs).hidden[:, number, 1 - drafter.first_slot :]
     blocks = text.new_full((1, drafter.num_slots), drafter.mask_token_id)
     blocks[0, 0] = text[anchor]
     before = features[None, :anchor].to(target.device)
-    others = (
-        block_hidden(positions > anchor, positions >= anchor),
-        block_hidden(positions < anchor, positions < anchor),
-        draft_block(drafter, target, blocks.to(target.device), before).hidden[0],
-    )
-    by_future, by_past, by_serving = (float((other - hidden).norm() / hidden.norm()) for other in others)
-    return by_future, by_past, by_serving
+    others.append(draft_block(drafter, target, blocks.to(target.device), before).hidden[0])
+    return [float((other - trained).norm() / trained.norm()) for other in others]
 
 
 def check_lengths(

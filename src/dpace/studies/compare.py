@@ -84,8 +84,8 @@ def compare(
         rows = ranks.from_first(lambda: make_rows(config, parts.heldout))
         decode = None
         if config.bench.num_prompts != 0:
-            folders = {name: cell_folder(config, name, config.seeds[0]) for name in objectives_of(config)}
-            drafters = {name: load_drafter(cell, target) for name, cell in folders.items()}
+            first = config.seeds[0]
+            drafters = {name: load_drafter(cell_folder(config, name, first), target) for name in objectives_of(config)}
             with lock_folder(folder / "decode"):
                 decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
         results = CompareResults(
@@ -217,20 +217,17 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
 def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[ComparedRow]:
     """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
     folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
-    measured = {name: list(map(read_heldout, cells)) for name, cells in folders.items()}
-    costs = {name: _training_costs(cells) for name, cells in folders.items()}
+    temperature = config.respond.temperature
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
-        by_seed: Any = {name: [one.acceptance(ids) for one in of_name] for name, of_name in measured.items()}
+        by_seed: Any = {name: [read_heldout(cell).acceptance(ids) for cell in cells] for name, cells in folders.items()}
         theirs = by_seed[config.baseline]
         if None in theirs:  # no prompt of the set has a response
             continue
-        temperature = config.respond.temperature
+        facts: Any = {"set": set_name, "num_prompts": len(ids), "temperature": temperature}
         of_set = [
-            pool_seeds(
-                ours, theirs, set=set_name, drafter=name, num_prompts=len(ids), temperature=temperature, **costs[name]
-            )
+            pool_seeds(ours, theirs, drafter=name, **facts, **_training_costs(folders[name]))
             for name, ours in by_seed.items()
         ]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
