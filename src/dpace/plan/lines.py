@@ -199,21 +199,21 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
         ValueError: see `load_corpus`, `split_prompts` and `plan_recipe`.
     """
     answers = recipe.responses_path
-    is_answered = bool(read_meta(answers).get("complete"))
-    notes = [] if is_answered else ["not all answers are there: each counts as long as the recipe allows"]
-    if is_answered:
+    note = ""
+    if read_meta(answers).get("complete"):
         lengths = known_lengths(choose_conversations(*load_corpus(answers, recipe.prompts), recipe)[0])
     elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
         lengths = expected_lengths(split_prompts(recipe.prompts).train, recipe)
+        note = "not all answers are there: each counts as long as the recipe allows"
     else:
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
-        notes = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
+        note = "prompts are not on this machine: steps and time are of one batch of the longest conversations"
     plan = plan_recipe(recipe, lengths, memory=memory)
     batch = plan.batch()
     checkpointing = replace(plan, recipe=replace(recipe, train=replace(recipe.train, gradient_checkpointing=True)))
     batches = [batch._replace(size=number + 1) for number in range(LARGEST_BATCH)]
     largest, checkpointed = (sum(map(each.fits, batches)) for each in (plan, checkpointing))
-    change = [] if checkpointed else ["makes it fit: a lower --train.num-anchors or --train.max-length"]
+    change = "" if checkpointed else "makes it fit: a lower --train.num-anchors or --train.max-length"
     return [
         *training_lines(plan),
         time_line(training=plan.seconds),
@@ -222,6 +222,5 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
         f"{'fits' if plan.fits(batch) else 'does not fit'} in {size(plan.machine.memory)}; largest --train.batch-size "
         f"that fits: {largest}, and {checkpointed} with --train.gradient-checkpointing",
         f"disk: up to {size(plan.disk_bytes)} in {recipe.output}/drafter",
-        *change,
-        *notes,
+        *filter(None, (change, note)),
     ]

@@ -7,6 +7,7 @@ a line of its own, and words are folded. Numbers are never cut.
 import html
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -52,15 +53,15 @@ def _table(section: Section, before_brackets: str) -> Table:
     table = Table(
         title=plain(section.title), caption=plain(section.note), caption_justify="left", box=SIMPLE_HEAD, padding=0
     )
-    for number, heading in enumerate(section.rows[0] if section.rows else ()):
+    broken = partial(re.sub, r" (?=[\[(])", before_brackets)
+    for number, heading in enumerate(map(plain, section.rows[0])):
         if number < section.num_texts:
-            table.add_column(plain(heading), overflow="fold")
+            table.add_column(heading, overflow="fold")
         else:
-            table.add_column(re.sub(r" (?!%)", before_brackets, plain(heading)), justify="right", no_wrap=True)
+            table.add_column(broken(heading), justify="right", no_wrap=True)
     for row in section.rows:
         texts = list(map(plain, row.values()))
-        numbers = [re.sub(r" (?=[\[(])", before_brackets, cell) for cell in texts[section.num_texts :]]
-        table.add_row(*texts[: section.num_texts], *numbers)
+        table.add_row(*texts[: section.num_texts], *map(broken, texts[section.num_texts :]))
     return table
 
 
