@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of, group_by
+from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of, group_by, tokens_per_second
 from dpace.measure.results import (
     ComparedRow,
     Comparison,
@@ -76,8 +76,8 @@ def _pool_responses(
         tau_interval=nullable(acceptance.interval()),
         reach_rate=acceptance.reach_rate.tolist(),
         share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.decode_tokens for r in ours)),
-        tokens_per_second=_tokens_per_second(ours),
-        plain_tokens_per_second=_tokens_per_second(plain),
+        tokens_per_second=tokens_per_second(ours),
+        plain_tokens_per_second=tokens_per_second(plain),
         decode_speedup=speedup[0],
         decode_speedup_interval=speedup[1:],
         published=published,
@@ -91,7 +91,7 @@ def _pool_responses(
 def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord]) -> CompiledBaseline:
     speedup = _speedup_over(ours, compiled)
     return CompiledBaseline(
-        tokens_per_second=_tokens_per_second(compiled),
+        tokens_per_second=tokens_per_second(compiled),
         decode_speedup=speedup[0],
         decode_speedup_interval=speedup[1:],
         num_same_text=sum(r.same_text for r in compiled),
@@ -106,10 +106,6 @@ def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
     """Sum seconds and tokens of each prompt, "prompt 2", in the order of the prompts."""
     groups = group_by(responses, attrgetter("id")).values()
     return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])
-
-
-def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
-    return sum(r.decode_tokens for r in responses) / sum(r.decode_seconds for r in responses)
 
 
 def compare_drafters(rows: Sequence[Row]) -> Iterator[Comparison]:
@@ -138,16 +134,15 @@ def pool_seeds(ours: Sequence[Acceptance], theirs: Sequence[Acceptance], **facts
         facts: what else the row has: names, temperature, prompts and costs.
     """
     pooled = Acceptance.pooled(ours)
-    tau, *ends = nullable(tau_estimate([ours]))
-    taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
+    tau = nullable(tau_estimate([ours]))
     return ComparedRow(
         **facts,
         block_size=pooled.block_size,
         histogram=pooled.counts.tolist(),
-        tau=tau,
-        tau_interval=tuple(ends),
-        tau_by_seed=[tau for tau, _ in taus],
+        tau=tau[0],
+        tau_interval=tau[1:],
+        tau_by_seed=[defined(one.tau) for one in ours],
         reach_rate=pooled.reach_rate.tolist(),
         gain=nullable(tau_gain(ours, theirs)),
-        gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
+        gain_by_seed=[defined(one.tau / base.tau - 1) for one, base in zip(ours, theirs, strict=True)],
     )

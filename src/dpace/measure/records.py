@@ -5,6 +5,7 @@ that running servers answered, or prompts of `dpace explain`. The rows of result
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -270,6 +271,12 @@ def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
         for turns in group_by(responses, attrgetter("id")).values()
     ]
     return Acceptance.of_prompts(prompts)
+
+
+def tokens_per_second(answers: Sequence[ResponseRecord] | Sequence[ServedAnswer]) -> float:
+    """Return the rate after the first token; nan where all tokens came at once, and without answers."""
+    seconds = sum(answer.decode_seconds for answer in answers)
+    return sum(answer.decode_tokens for answer in answers) / seconds if seconds else math.nan
 
 
 Record = TypeVar("Record", ResponseRecord, ServedRecord, ExplainedRecord)

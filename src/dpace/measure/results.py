@@ -255,12 +255,6 @@ class ExplainResults(ExplainSetup):
 Results = BenchResults | CompareResults | ServerResults | ExplainResults
 
 
-def benchmark_of(results: Results) -> BenchResults | None:
-    """Take what decoding gave; None for servers, and where nothing was decoded."""
-    decoded = results.decode if isinstance(results, CompareResults) else results
-    return decoded if isinstance(decoded, BenchResults) else None
-
-
 def write_results(path: Path, results: Results) -> None:
     """Write results, all or nothing."""
     write_json(path, to_json(results))

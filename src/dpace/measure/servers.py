@@ -26,6 +26,7 @@ from dpace.measure.records import (
     ask_in_turn,
     group_by,
     setup_of,
+    tokens_per_second,
 )
 from dpace.measure.results import (
     BenchResults,
@@ -33,6 +34,7 @@ from dpace.measure.results import (
     Row,
     ServerResults,
     ServerRow,
+    defined,
     nullable,
     read_log,
     read_results,
@@ -200,8 +202,8 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
         histogram=total and total.histogram,
         tau_here=nullable(estimate(paired[1:])),
         tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),
-        tokens_per_second=_tokens_per_second(drafted),
-        plain_tokens_per_second=_tokens_per_second(plain),
+        tokens_per_second=defined(tokens_per_second(drafted)),
+        plain_tokens_per_second=defined(tokens_per_second(plain)),
         num_same_text=num_same,
         control_same_text=num_control,
         same_text_gain=gain,
@@ -217,12 +219,6 @@ def _verifications(record: ServedRecord) -> Counts:
     """Return the verifications of all turns; without drafts, they are the tokens after the first."""
     answers = _answers([record], DRAFTER)
     return Counts.pooled([one.counts or Counts(one.decode_tokens, 0, [one.decode_tokens]) for one in answers])
-
-
-def _tokens_per_second(answers: Sequence[ServedAnswer]) -> float | None:
-    """Return the rate after the first token; None where all tokens came at once, and without answers."""
-    seconds = sum(answer.decode_seconds for answer in answers)
-    return sum(answer.decode_tokens for answer in answers) / seconds if seconds else None
 
 
 def _same_texts(records: Iterable[ServedRecord]) -> tuple[int, int, Estimate]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.measure.records import Provenance, group_by
-from dpace.measure.results import ExplainResults, Results, ServerResults, benchmark_of, find_results, read_log
+from dpace.measure.results import CompareResults, ExplainResults, Results, ServerResults, find_results, read_log
 from dpace.recipes.flags import command
 from dpace.recipes.validation import to_json
 from dpace.report.plots import slot_weights, training_curves
@@ -78,7 +78,8 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
             "drafter gets better at the first ones; fixed schedules do not."
         )
         yield Section("Weights over training", text, drawing=partial(slot_weights, logs))
-    if measured := benchmark_of(results):
+    measured = results.decode if isinstance(results, CompareResults) else results
+    if measured:
         facts = {field.name: to_json(getattr(measured, field.name)) for field in fields(Provenance)}
         rows = [{"fact": name, "value": _fact(value)} for name, value in facts.items() if value is not None]
         yield Section("Provenance", "", rows, num_texts=2)

@@ -22,7 +22,6 @@ from dpace.measure.results import (
     ServerResults,
     ServerRow,
     SlotLoss,
-    benchmark_of,
 )
 from dpace.report.plots import acceptance_by_slot
 from dpace.report.tables import Section
@@ -102,7 +101,7 @@ def tables_of(results: Results) -> Iterator[Section]:
         return
     if isinstance(results, CompareResults):
         yield comparison(results)
-    benchmark = benchmark_of(results)
+    benchmark = results.decode if isinstance(results, CompareResults) else results
     if benchmark:
         yield speeds(benchmark)
         if benchmark.comparisons:
