@@ -117,7 +117,7 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     if spec is None:
         return None, [of_config, of_weights]
     tables = {}
-    if tensors:
+    if tensors is not None:
         drafter, of_weights = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
         tables = find_shared_tables(tensors, target) if drafter else {}
     other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)

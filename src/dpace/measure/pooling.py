@@ -69,12 +69,8 @@ def _pool_responses(
     return Row(
         **way,
         num_responses=len(ours),
-        block_size=acceptance.block_size,
-        histogram=acceptance.counts.tolist(),
+        **_drafted([acceptance]),
         num_without_bonus=acceptance.total_without_bonus,
-        tau=defined(acceptance.tau),
-        tau_interval=nullable(acceptance.interval()),
-        reach_rate=acceptance.reach_rate.tolist(),
         share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.decode_tokens for r in ours)),
         tokens_per_second=tokens_per_second(ours),
         plain_tokens_per_second=tokens_per_second(plain),
@@ -86,6 +82,19 @@ def _pool_responses(
         plain_responses=plain,
         compiled=_compiled_baseline(ours, compiled) if len(compiled) == len(plain) else None,
     )
+
+
+def _drafted(seeds: Sequence[Acceptance]) -> dict[str, Any]:
+    """Return what a `DraftedRow` says of the same prompts with one seed or several."""
+    pooled = Acceptance.pooled(seeds)
+    tau = nullable(tau_estimate([seeds]))
+    return {
+        "block_size": pooled.block_size,
+        "histogram": pooled.counts.tolist(),
+        "tau": tau[0],
+        "tau_interval": tau[1:],
+        "reach_rate": pooled.reach_rate.tolist(),
+    }
 
 
 def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord]) -> CompiledBaseline:
@@ -133,16 +142,10 @@ def pool_seeds(ours: Sequence[Acceptance], theirs: Sequence[Acceptance], **facts
         theirs: the baseline's, for the same seeds and prompts.
         facts: what else the row has: names, temperature, prompts and costs.
     """
-    pooled = Acceptance.pooled(ours)
-    tau = nullable(tau_estimate([ours]))
     return ComparedRow(
         **facts,
-        block_size=pooled.block_size,
-        histogram=pooled.counts.tolist(),
-        tau=tau[0],
-        tau_interval=tau[1:],
+        **_drafted(ours),
         tau_by_seed=[defined(one.tau) for one in ours],
-        reach_rate=pooled.reach_rate.tolist(),
         gain=nullable(tau_gain(ours, theirs)),
         gain_by_seed=[defined(one.tau / base.tau - 1) for one, base in zip(ours, theirs, strict=True)],
     )
