@@ -15,15 +15,12 @@ from dpace.decode.generation import Continuation
 from dpace.decode.sampling import verify_draft
 from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
-from dpace.drafter.vocabulary import DraftRows, PackedRows
+from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache, fill_places
 from dpace.fast.packing import refresh_copies
 from dpace.target import Target
 from dpace.target.beginnings import read_texts
-
-Read = Sequence[Tensor]
-"""Features and positions of the tokens that the target has read and the drafter has not, as in `State`."""
 
 
 def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[RaggedCache]:
@@ -41,41 +38,6 @@ def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[
     if drafter is not None:
         caches.append(RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches))
     return caches
-
-
-def draft_and_verify(
-    target: Target,
-    drafter: Drafter | None,
-    rows: DraftRows,
-    caches: Sequence[RaggedCache],
-    state: State,
-    *,
-    width: int,
-    is_greedy: bool,
-) -> tuple[Int[Tensor, "batch width"], Tensor, Read]:
-    """Draft a block behind each text, and let the target verify it.
-
-    Args:
-        target: verifies.
-        drafter: None for plain decoding, in which a block is the last token.
-        rows: of the tokens that may be drafted.
-        caches: see `make_caches`.
-        state: where the texts end, and what the drafter reads.
-        width: number of slots that are verified, the anchor included.
-        is_greedy: whether the target's tokens are its most likely ones.
-
-    Returns:
-        The blocks; the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and
-        features and positions of the blocks.
-    """
-    blocks = state.last_ids
-    layer_ids = ()
-    if drafter is not None:
-        blocks, _ = draft_step(drafter, rows, caches[1], state, width)
-        layer_ids = drafter.target_layer_ids
-    logits, *read = verify_step(target, caches[0], layer_ids, blocks, state.starts, state.limits)
-    drawn = logits.float().argmax(-1) if is_greedy else logits  # in fp32 several times faster than in bf16
-    return blocks, drawn, read
 
 
 class Batch:
@@ -115,11 +77,13 @@ class Batch:
         target.refuse_rotation(len(rows), capacity, capacity)
         vocabulary = None
         self.block_size = 1
+        self.layer_ids: Sequence[int] = ()
         if drafter is not None:
             drafter.check_target(target)
             refresh_copies(drafter)
             vocabulary = drafter.vocabulary
             self.block_size = drafter.block_size
+            self.layer_ids = drafter.target_layer_ids
         self.target = target
         self.drafter = drafter
         self.rows = list(rows)
@@ -129,7 +93,7 @@ class Batch:
         if self.is_compiled and vocabulary is not None and vocabulary.head is None:
             vocabulary = None  # the number of choices would differ from prompt to prompt
         self.draft_rows = PackedRows(target, vocabulary, (token for row in rows for token in row.token_ids))
-        self.draft_and_verify: Any = draft_and_verify
+        self.compiled: Any = None
 
     @torch.inference_mode()
     def steps(self) -> Iterator[None]:
@@ -140,9 +104,8 @@ class Batch:
 
     def read_prompts(self) -> None:
         """Read the prompts, each shared beginning once, emit the first tokens, and drop the rows that are done."""
-        layer_ids = () if self.drafter is None else self.drafter.target_layer_ids
         prompts = [row.token_ids for row in self.rows]
-        hidden, features = read_texts(self.target, prompts, self.caches[0], layer_ids)
+        hidden, features = read_texts(self.target, prompts, self.caches[0], self.layer_ids)
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
         if self.drafter is not None and self.drafter.num_context < features.shape[1]:
             ends = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=hidden.device)
@@ -163,15 +126,13 @@ class Batch:
             self.caches[0].end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
         ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
         state = State(*torch.tensor(ends, device=self.target.device).split(1, dim=1), *self.read)
-        blocks, drawn, self.read = self.draft_and_verify(
-            self.target, self.drafter, self.draft_rows, self.caches, state, width=width, is_greedy=self.is_greedy
-        )
+        draft_and_verify = self.compiled or self.draft_and_verify
+        blocks, drawn, self.read = draft_and_verify(state, width)
         if self.is_compiled:
             # A CUDA graph writes its results to the same place each time, and frees them before it runs again.
             self.read = [tensor.clone() for tensor in self.read]
-            if self.draft_and_verify is draft_and_verify:
-                # Only now, because the first step reads prompts, of any length, and makes the drafter's cache.
-                self.draft_and_verify = torch.compile(draft_and_verify, mode="reduce-overhead", dynamic=False)
+            # Only now, because the first step reads prompts, of any length, and makes the drafter's cache.
+            self.compiled = self.compiled or torch.compile(self.draft_and_verify, mode="reduce-overhead", dynamic=False)
         if not self.is_greedy:
             drawn = torch.stack([row.draw(logits) for row, logits in zip(self.rows, drawn, strict=True)])
         both = torch.stack([blocks, drawn], dim=1).tolist()  # the only wait for the device
@@ -180,6 +141,24 @@ class Batch:
                 draft = block[1 : row.remaining + 1]
                 row.take(verify_draft(draft, tokens), tokens, width=len(draft) + 1)
         self.drop_done()
+
+    def draft_and_verify(self, state: State, width: int) -> tuple[Int[Tensor, "batch width"], Tensor, Sequence[Tensor]]:
+        """Draft a block behind each text, and let the target verify it.
+
+        Args:
+            state: where the texts end, and what the drafter reads.
+            width: number of slots that are verified, the anchor included.
+
+        Returns:
+            The blocks, which are the last tokens without a drafter; the target's own tokens, "batch width", or logits
+            to draw them from, "batch width vocab"; and features and positions of the blocks.
+        """
+        blocks = state.last_ids
+        if self.drafter is not None:
+            blocks, _ = draft_step(self.drafter, self.draft_rows, self.caches[1], state, width)
+        logits, *read = verify_step(self.target, self.caches[0], self.layer_ids, blocks, state.starts, state.limits)
+        drawn = logits.float().argmax(-1) if self.is_greedy else logits  # in fp32 several times faster than in bf16
+        return blocks, drawn, read
 
     def drop_done(self) -> None:
         """Drop the rows that are done, here and in the caches; compiled steps end when all are."""

@@ -75,9 +75,8 @@ class Decoder:
         caches = None
         if self.compile:
             self.make_room(1 + max(row.limit for row in rows))
-            if len(rows) not in self._caches:
-                self._caches[len(rows)] = make_caches(self.target, self.drafter, self.columns)
-            caches = self._caches[len(rows)]
+            made = make_caches(self.target, self.drafter, self.columns)  # without memory until something is read
+            caches = self._caches.setdefault(len(rows), made)
         batch = Batch(self.target, self.drafter, rows, caches)
         return collect(rows, batch.steps(), batch.block_size, self.target.device)
 

@@ -50,7 +50,8 @@ class Continuation:
     token_ids: list[int]
     """The prompt and the response so far."""
     num_prompt: int
-    max_new_tokens: int
+    limit: int
+    """Position of the last token that may be emitted."""
     stops: set[int]
     """Tokens that end the response."""
     sampler: Sampler = field(repr=False)
@@ -61,11 +62,6 @@ class Continuation:
     def start(self) -> int:
         """Position of the last token, which is the next block's anchor."""
         return len(self.token_ids) - 1
-
-    @property
-    def limit(self) -> int:
-        """Position of the last token that may be emitted."""
-        return self.num_prompt + self.max_new_tokens - 1
 
     @property
     def remaining(self) -> int:
@@ -115,7 +111,6 @@ def make_continuation(
     values: Any = dict(options)
     stops = values.pop("stop_token_ids", None)
     settings = asdict(SamplingConfig(**values))
-    max_new_tokens = settings.pop("max_new_tokens")
     ids = torch.as_tensor(token_ids)
     prompt = ids.flatten().tolist()
     if not prompt or len(prompt) > ids.shape[-1]:
@@ -123,17 +118,17 @@ def make_continuation(
             f"the prompt is empty, or not one row: its shape is {[*ids.shape]}; give the tokens of one prompt, and "
             "several prompts to `generate_batch`"
         )
-    limit = target.context
-    if limit and len(prompt) + max_new_tokens > limit:
+    num_tokens = len(prompt) + settings.pop("max_new_tokens")
+    if target.context and num_tokens > target.context:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; together they exceed "
-            f"the target's limit of {limit}: shorten the prompt, or ask for fewer new tokens"
+            f"with a prompt of {len(prompt)} tokens the text may have {num_tokens}, over the target's limit of "
+            f"{target.context}; shorten the prompt, or lower max_new_tokens"
         )
-    target.refuse_rotation(1, len(prompt), len(prompt) + max_new_tokens)
+    target.refuse_rotation(1, len(prompt), num_tokens)
     target.refresh_copies()
     stops = target.stop_token_ids if stops is None else stops
     sampler = Sampler(**settings, device=target.device)
-    return Continuation(prompt, len(prompt), max_new_tokens, set(stops), sampler)
+    return Continuation(prompt, len(prompt), num_tokens - 1, set(stops), sampler)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def generate_plain(
 @torch.inference_mode()
 def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
     """Yield one token a step, decoded by the target alone."""
-    cache = TextCache(target.config, len(text.token_ids) + text.max_new_tokens)
+    cache = TextCache(target.config, text.limit + 1)
     inputs = torch.tensor([text.token_ids], device=target.device)
     width = 0
     while not text.is_done:
@@ -145,7 +145,7 @@ class Speculation:
         if is_part and self.samples_draft and text.sampler.processors:
             vocabulary = None  # processors may allow only tokens outside of it, and then no draft could be drawn
         self.draft_rows = PackedRows(target, vocabulary, text.token_ids)
-        capacity = len(text.token_ids) + text.max_new_tokens + size
+        capacity = text.limit + 1 + size
         self.cache = TextCache(target.config, capacity)
         self.cache.activate_past_recording()
         self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)

@@ -114,12 +114,11 @@ def custom_generate(
                 "returns tokens: leave this out, or the drafter, and for several prompts call dpace.generate_batch"
             )
         prompt = input_ids[0].tolist()
-        max_new_tokens = generation_config.max_length - len(prompt)
         target.refuse_rotation(1, len(prompt), generation_config.max_length)
         target.refresh_copies()
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         stops = set(stop_tokens(generation_config))
-        text = Continuation(prompt, len(prompt), max_new_tokens, stops, sampler)
+        text = Continuation(prompt, len(prompt), generation_config.max_length - 1, stops, sampler)
         speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
         written = input_ids
         if streamer is not None:

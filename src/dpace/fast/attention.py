@@ -73,9 +73,7 @@ def make_causal_mask(rows: Tensor, num_keys: int) -> Tensor:
     num_new = rows.shape[1]
     if has_causal_kernel(rows):
         return causal_lower_right(num_new, num_keys)
-    mask = rows.new_zeros(1, 1, num_new, num_keys)
-    mask[..., num_keys - num_new :] = rows.new_full((num_new, num_new), -torch.inf).triu_(1)
-    return mask
+    return rows.new_full((1, 1, num_new, num_keys), -torch.inf).triu_(num_keys - num_new + 1)
 
 
 def has_causal_kernel(rows: Tensor) -> bool:

@@ -184,7 +184,7 @@ class RaggedCache(DynamicCache):
         self.reaches = reaches or {}
         self.kinds = config.layer_types if num_slots else ()
         rings = [min(capacity, self.reaches[kind].window - 1) for kind in self.kinds]
-        sizes = [num_slots + ring + 1 for ring in rings] or [capacity] * len(self.layers)
+        sizes = [num_slots + ring for ring in rings] or [capacity] * len(self.layers)
         self.layers: Any = [RaggedLayer(size) for size in sizes]
 
     def place(
@@ -214,7 +214,7 @@ class RaggedCache(DynamicCache):
         masks = {}
         for kind, reach in self.reaches.items():
             layers = [layer for layer, own in zip(self.layers, self.kinds, strict=True) if own == kind]
-            ring = layers[0].capacity - self.num_slots - 1
+            ring = layers[0].capacity - self.num_slots
             is_kept = (positions < starts) & (positions >= starts - ring)
             columns = self.num_slots + torch.where(is_kept, positions % ring, ring)
             self.write_to(torch.cat([columns, slots.expand(len(starts), -1)], dim=1), layers=layers)
@@ -241,7 +241,7 @@ class RaggedCache(DynamicCache):
             layer.rows = numbers[:, None]
             layer.is_part = rows is not None
             layer.columns = columns
-            layer.end = min(self.end, layer.capacity - (self.num_slots > 0))
+            layer.end = min(self.end, layer.capacity)
 
     def copy_columns(self, row: int, others: Sequence[int], start: int, end: int) -> None:
         """Copy what a row has in the columns from `start` to `end` to other rows."""
@@ -264,7 +264,7 @@ class RaggedCache(DynamicCache):
 
 
 class RaggedLayer(DynamicLayer):
-    """A `DynamicLayer` whose rows hold different numbers of tokens.
+    """A `DynamicLayer` whose rows hold different numbers of tokens, and one column for what nobody reads.
 
     Each new token is written to a given column and replaces the token that was there. Columns not written yet are
     zero, so that a mask is enough to hide them. `keys` and `values` stay empty, and so the layer's length is 0: what is
@@ -294,7 +294,7 @@ class RaggedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             count = self.num_rows or len(key_states)
             for x in (key_states, value_states):
-                buffer = x.new_zeros(count, x.shape[1], self.capacity, x.shape[-1])
+                buffer = x.new_zeros(count, x.shape[1], self.capacity + 1, x.shape[-1])
                 self.buffers.append(buffer)
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):

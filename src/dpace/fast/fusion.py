@@ -32,6 +32,8 @@ PRODUCTS = (
     ("mlp.down_proj",),
 )
 """Linear layers that read the same rows and so become one product."""
+RECORDERS = (__name__, "transformers.utils.output_capturing")
+"""Files whose hooks stay on layers, and record outputs in passes of the decoder's own code only."""
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Decoder classes of transformers with the computation of `run_layers`."""
 
@@ -246,10 +248,10 @@ def run_layers(
     decoder: Any,
     token_ids: Tensor,
     cache: Any,
-    layer_ids: Sequence[int] = (),
+    layer_ids: Sequence[int],
     *,
-    mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Run all layers of a decoder in one loop for a decoding step.
 
@@ -261,8 +263,8 @@ def run_layers(
         token_ids: "batch new".
         cache: receives keys and values; used here only with full attention in all layers.
         layer_ids: the layers whose outputs are returned.
-        mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
-        position_ids: "batch new"; by default those behind the tokens in the cache.
+        mask: "batch 1 new key", added to the scores; with None each token sees those before it and itself.
+        position_ids: "batch new"; None for those behind the tokens in the cache.
 
     Returns:
         The LM head's input and the outputs of the layers, each "batch new hidden". None where the decoder's own code
@@ -274,7 +276,7 @@ def run_layers(
     if not is_known or cache is None or num_new > MAX_QUERIES:
         return None
     layers: list[Any] = list(decoder.layers)
-    if len(cache.layers) != len(layers) or not is_full_attention(cache) or _has_hooks(decoder):
+    if not is_full_attention(cache) or _has_hooks(decoder):
         return None
     if not all(isinstance(layer, FusedLayer) and layer.fast and not _has_hooks(layer) for layer in layers):
         return None
@@ -343,11 +345,10 @@ class LayerOutputs:
                 if layer_id == self.last:
                     raise _StopForward
 
-        hook.is_recorder = True  # pyright: ignore[reportFunctionMemberAccess]
         return hook
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks that are not those of `LayerOutputs`."""
+    """Return whether a module has hooks that are not `RECORDERS`."""
     hooks = module._forward_hooks.values()
-    return bool(module._forward_pre_hooks) or any(not hasattr(hook, "is_recorder") for hook in hooks)
+    return bool(module._forward_pre_hooks) or any(hook.__module__ not in RECORDERS for hook in hooks)

@@ -223,24 +223,19 @@ def has_fast_bf16() -> bool:
 def join(linears: Sequence[nn.Linear]) -> Any:
     """Make one product that gives the outputs of linear layers side by side.
 
-    That of packed layers is packed. The weights of others become parts of one tensor, which the product reads: there is
-    no second copy.
+    It is packed where that is faster. Elsewhere the weights become parts of one tensor, which the product reads: there
+    is no second copy.
     """
     weights: list[Any] = [linear.weight for linear in linears]
     biases: list[Any] = [linear.bias for linear in linears if linear.bias is not None]
-    if type(linears[0]) is PackedLinear:
-        return pack(torch.cat(weights), torch.cat(biases) if biases else None)
-    weight = _join_parameters(weights)
-    bias = _join_parameters(biases) if biases else None
-    return lambda rows: nn.functional.linear(rows.flatten(0, -2), weight, bias).view(*rows.shape[:-1], -1)
-
-
-def _join_parameters(parts: list[Any]) -> Tensor:
-    """Let parameters be parts of one tensor, and return it."""
-    joined = torch.cat(parts).detach()
-    for part, view in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-        part.data = view
-    return joined
+    joined = [torch.cat(parts).detach() for parts in (weights, biases) if parts]
+    product = pack(*joined)
+    if product is not None:
+        return product
+    for parts, whole in zip((weights, biases), joined, strict=False):
+        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = view
+    return lambda rows: nn.functional.linear(rows.flatten(0, -2), *joined).view(*rows.shape[:-1], -1)
 
 
 def is_plain(weight: Any) -> bool:

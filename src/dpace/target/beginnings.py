@@ -4,11 +4,10 @@ Texts come in as token ids; keys and values of all of them, in the rows of one c
 last tokens go out. The shared beginnings form a tree: all texts may share a system prompt, and some of them examples.
 """
 
-from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,7 +31,7 @@ class Shared(NamedTuple):
     end: int
 
 
-def find_shared(texts: Sequence[list[int]] | Sequence[array]) -> tuple[list[int], list[Shared]]:
+def find_shared(texts: Sequence[Any]) -> tuple[list[int], list[Shared]]:
     """Find the tree of shared beginnings.
 
     The last token of a text is never shared, so that each text has something left to read.
@@ -43,7 +42,7 @@ def find_shared(texts: Sequence[list[int]] | Sequence[array]) -> tuple[list[int]
         Numbers of the texts, in an order in which those that begin alike are neighbours, and short ones come first
         otherwise; and the parts that are worth a pass, each behind those before it in the texts.
     """
-    order = sorted(range(len(texts)), key=lambda row: texts[row])
+    order = sorted(range(len(texts)), key=texts.__getitem__)
     # Number of first tokens that each text shares with the one before it in this order.
     alike = {pair[1]: len(commonprefix([list(texts[row][:-1]) for row in pair])) for pair in pairwise(order)}
     placed: list[int] = []

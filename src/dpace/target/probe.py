@@ -18,8 +18,8 @@ def find_layers(model: Any) -> nn.ModuleList:
         ValueError: there is none, or more than one.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    candidates = [child for child in lists if len(child) == count]
+    children = model.get_decoder().children()
+    candidates = [child for child in children if isinstance(child, nn.ModuleList) and len(child) == count]
     if len(candidates) != 1 or not candidates[0]:
         raise ValueError(
             f"{type(model).__name__} has {len(candidates)} lists of {count} decoder layers; choose a target made of "

@@ -73,7 +73,7 @@ def test_speculative_sampling_with_processors_drafts_any_token(language_target, 
     drafter.vocabulary = DraftVocabulary([30, 31])
     processors = LogitsProcessorList([lambda ids, scores: scores])
     for given, rule in ((processors, "speculative"), (None, "speculative"), (processors, "equality")):
-        text = Continuation([5, 6, 7], 3, 9, set(), Sampler(1.0, processors=given, seed=0))
+        text = Continuation([5, 6, 7], 3, 11, set(), Sampler(1.0, processors=given, seed=0))
         rows = Speculation(language_target, drafter, text, width="full", verify_rule=rule).draft_rows
         if given and rule == "speculative":
             assert rows.token_ids is None
