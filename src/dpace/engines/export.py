@@ -39,11 +39,14 @@ def refuse_output(output: Path, drafter: Path) -> None:
         ValueError: the output is a file, is the drafter's folder, or holds another program's files or a trained
             drafter.
     """
-    if output.resolve() == drafter.resolve() or output.is_file() or (output / RUN_FILE).exists():
-        raise ValueError(
-            f"the output {output} is a file, or holds a drafter that dpace trained or is to read; name another folder "
-            "with --output"
-        )
+    faults = {
+        "is the drafter's own folder": output.resolve() == drafter.resolve(),
+        "is a file": output.is_file(),
+        "holds a drafter that dpace trained": (output / RUN_FILE).exists(),
+    }
+    for fault, is_found in faults.items():
+        if is_found:
+            raise ValueError(f"the output {output} {fault}; name another folder with --output")
     refuse_foreign_files(output, *IDENTIFYING)
 
 

@@ -69,10 +69,12 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
     """
     responses, meta = read_responses(path), read_meta(path)
     source, temperature = meta.get("source"), meta.get("temperature")
-    if not responses or temperature != 0 or source == "own":
+    if not responses:
+        raise ValueError(f"{path} has no response; name a file that `dpace respond` wrote with --responses")
+    if temperature != 0 or source == "own":
         raise ValueError(
-            f"{path} has {count(len(responses), 'response')} of source {source} and temperature {temperature}, and "
-            "only the target's greedy answers can be read again; leave --responses out"
+            f"{path} has source {source} and temperature {temperature}, and only the target's greedy answers can be "
+            "read again; leave --responses out"
         )
     return responses, meta
 

@@ -70,6 +70,7 @@ def slot_weights(logs: Logs) -> str:
 
     Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
     """
+    from matplotlib import colormaps
 
     def draw(axis: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> None:
         entries = [entry for entry in runs[0] if f"{SHARE}1" in entry]
@@ -77,7 +78,7 @@ def slot_weights(logs: Logs) -> str:
         for number, entry in enumerate(chosen, start=1):
             slots = sorted(int(key.removeprefix(SHARE)) for key in entry if key.startswith(SHARE))
             shares = [entry[f"{SHARE}{slot}"] for slot in slots]
-            color = str(0.8 - 0.8 * number / len(chosen))  # later ones are darker
+            color = colormaps["Greys"](0.2 + 0.8 * number / len(chosen))  # later ones are darker
             axis.plot(slots, shares, color=color, label=f"step {entry['step']}")
         axis.set(xlabel="slot", ylabel="share of the weight")
 
