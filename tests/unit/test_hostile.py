@@ -140,6 +140,7 @@ PATHS = {
     f"{CHECK} spans.jsonl": r"response_spans is \[\[0, 9\]\]",
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
+    "bench --prompts.path good.jsonl --drafters foreign ./foreign": "one folder is twice",
     f"generate --target {TARGET} --stream": "--verify-rule need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",

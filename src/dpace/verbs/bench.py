@@ -1,6 +1,5 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,9 +87,7 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
             _refuse_trained_prompts(recipe, own)
         named = (str(own),)
     folders = [find_drafter(name, "--bench.drafters") for name in named]
-    paths = [Path(name).absolute() for name in named]
-    common = os.path.commonpath([path.parent for path in paths])
-    names = [str(path.relative_to(common)) for path in paths]
+    names = drafter_names(named)
     refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
     if announce(decoding_lines(recipe, num_decodings(recipe, prompts, len(names)), config.max_new_tokens), args):
         return
@@ -125,3 +122,17 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     way_out = "the held-out prompts may be among them; give the prompts and options of the training"
     now = data_facts(*choose_conversations(*load_corpus(answers, recipe.prompts), trained))
     same_run(kept, now, f"{drafter} holds a run", way_out)
+
+
+def drafter_names(folders: Sequence[str]) -> list[str]:
+    """Name drafters by the shortest ends of their paths that differ, such as seed-42, or dpace/seed-42.
+
+    Raises:
+        ValueError: a folder is there twice.
+    """
+    paths = [Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")
