@@ -50,6 +50,14 @@ RECOMPILE_LIMIT = 256
 
 SPECULATIVE = ", speculative"
 """How the name of a drafter ends whose drafts that rule verified."""
+HASHED_AS = {
+    "num_attention_heads": "num_heads",
+    "rope_parameters": "rope",
+    "input_embedding_scale": "embed_scale",
+    "output_multiplier": "logit_scale",
+    "final_logit_softcapping": "softcap",
+}
+"""Names of a spec's values in the hash of a config, which say whether answers of an earlier call are taken."""
 WAY = attrgetter("set", "temperature", "drafter", "width")
 """What tells rows of the same results from one another."""
 Way = tuple[str, Width | None]
@@ -167,7 +175,9 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
 
 def hash_config(drafter: Drafter) -> str:
     """Hash what the drafter's config says about decoding."""
-    spec = {name: value for name, value in asdict(drafter.spec).items() if name not in ("record", "special_token_ids")}
+    values = asdict(drafter.spec)
+    del values["record"], values["special_token_ids"]
+    spec = {HASHED_AS.get(name, name): value for name, value in values.items()}
     spec["confidence_temperature"] = drafter.confidence_temperature
     if drafter.vocabulary is not None:
         spec["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()
