@@ -23,9 +23,9 @@ from dpace.target import Target
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""
-Visit = Callable[[Tensor, Tensor], None]
-"""Gets the states, of `Selector.match`, of the slots of a conversation that decoding may reach, "slot state"; and
-whether each is accepted as it is drafted, "slot"."""
+Visit = Callable[[int, Tensor, Tensor], None]
+"""Gets the number of a vocabulary; the states, of `Selector.match`, of the slots of a conversation that decoding may
+reach, "slot state"; and whether each is accepted as it is drafted, "slot"."""
 
 
 @torch.no_grad()
@@ -35,7 +35,6 @@ def heldout_acceptance(
     dataset: ResponseDataset,
     *,
     token_ids: Tensor | None = None,
-    visit: Visit | None = None,
     title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
@@ -51,25 +50,46 @@ def heldout_acceptance(
         target: its target.
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
-        visit: called with what decoding may reach in each conversation that this rank measures.
         title: of a progress bar; none is shown without it.
 
     Raises:
         ValueError: no response of two tokens or more.
     """
+    return measure_vocabularies(drafter, target, dataset, [token_ids], title=title)[0]
+
+
+@torch.no_grad()
+def measure_vocabularies(
+    drafter: Drafter,
+    target: Target,
+    dataset: ResponseDataset,
+    vocabularies: Sequence[Tensor | None],
+    *,
+    visit: Visit | None = None,
+    title: str = "",
+) -> list[Acceptance]:
+    """Do what `heldout_acceptance` does for several `token_ids`, with one forward pass of the drafter.
+
+    `visit` is called with what decoding may reach in each conversation that this rank measures.
+    """
     was_training = drafter.training
     drafter.eval()
     refresh_copies(drafter)
-    results: dict[int, list[Acceptance]] = {}
+    results: dict[int, list[list[Acceptance]]] = {}
     indices = range(len(dataset))
     for i in track([*ranks.share(indices), *[None] * ranks.num_short(indices)], title):
         if i is not None:
-            results[i] = walk_conversation(drafter, target, dataset, i, token_ids, visit)
+            results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
         elif dataset.features is None:
             target.join_features(drafter.target_layer_ids)
     drafter.train(was_training)
     results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    ways = [Acceptance.of_prompts(rows) for rows in zip(*(results[i] for i in indices), strict=True)]
+    return [_pool_ways([results[i][number] for i in indices]) for number in range(len(vocabularies))]
+
+
+def _pool_ways(conversations: Sequence[Sequence[Acceptance]]) -> Acceptance:
+    """Put conversations together, each with its ways; the first way is what is drafted, the others are bounds."""
+    ways = [Acceptance.of_prompts(rows) for rows in zip(*conversations, strict=True)]
     drafted, *others = ways or [Acceptance.of_prompts([])]
     return replace(drafted, bounds=tuple(way.tau for way in others))
 
@@ -79,9 +99,9 @@ def walk_conversation(
     target: Target,
     dataset: ResponseDataset,
     index: int,
-    token_ids: Tensor | None,
+    vocabularies: Sequence[Tensor | None],
     visit: Visit | None,
-) -> list[Acceptance]:
+) -> list[list[Acceptance]]:
     """Draft the blocks of a conversation, and follow greedy decoding through its responses.
 
     `SCORED_BLOCKS` are drafted at once. Where only some tokens are drafted, no other matches.
@@ -90,35 +110,41 @@ def walk_conversation(
     bytes for the dense mask on a CPU.
 
     Returns:
-        The accepted lengths in each way of `Selector.match`: as is drafted, and behind that the bounds.
+        For each vocabulary the accepted lengths in each way of `Selector.match`: as is drafted, and behind that the
+        bounds.
     """
-    rows = DraftRows(target, token_ids)
+    rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
     own = drafter.vocabulary
     if own is not None and own.head is not None:
-        rows = PackedRows(target, own)
+        rows = [PackedRows(target, own)] * len(rows)
     row = dataset[index]
     if row["features"] is None:
         row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]
     inputs = {name: value.to(target.device) for name, value in collate([row], drafter.block_size).items()}
     anchors = inputs["anchors"][0]
     slots = torch.arange(drafter.block_size, device=target.device)
-    lengths = []
-    reached = []
+    lengths = [[] for _ in rows]
+    reached = [[] for _ in rows]
     for part in torch.arange(len(anchors), device=target.device).split(SCORED_BLOCKS):
         blocks = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
         seen = slice(0, int(anchors[part].max()) + 1)  # no block sees more of the text
         text = {name: inputs[name][:, seen] for name in ("token_ids", "features")}
-        states, is_accepted = drafter.selector.match(blocks_hidden(drafter, target, blocks | text), rows)
-        lengths.append(is_accepted.sum(-1))  # "way block"
-        if visit is not None:
-            drafted = is_accepted[:1]
-            is_reached = blocks["is_scored"] & (slots <= drafted.sum(-1, keepdim=True) + 1)
-            reached.append((states[is_reached], drafted[is_reached]))
+        found = blocks_hidden(drafter, target, blocks | text)
+        for number, of_vocabulary in enumerate(rows):
+            states, is_accepted = drafter.selector.match(found, of_vocabulary)
+            lengths[number].append(is_accepted.sum(-1))  # "way block"
+            if visit is not None:
+                drafted = is_accepted[:1]
+                is_reached = blocks["is_scored"] & (slots <= drafted.sum(-1, keepdim=True) + 1)
+                reached[number].append((states[is_reached], drafted[is_reached]))
     if visit is not None:
-        visit(*map(torch.cat, zip(*reached, strict=True)))
+        for number, parts in enumerate(reached):
+            visit(number, *map(torch.cat, zip(*parts, strict=True)))
     spans = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
-    ways = torch.cat(lengths, -1).tolist()
-    return [walk(dict(zip(anchors.tolist(), way, strict=True)), spans, drafter.block_size) for way in ways]
+    return [
+        [walk(dict(zip(anchors.tolist(), way, strict=True)), spans, drafter.block_size) for way in ways]
+        for ways in (torch.cat(parts, -1).tolist() for parts in lengths)
+    ]
 
 
 def walk(accepted_from: dict[int, int], spans: Sequence[Sequence[int]], block_size: int) -> Acceptance:

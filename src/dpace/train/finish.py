@@ -1,6 +1,6 @@
 """Write a trained drafter, rounded, measured and calibrated, with what it was made from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftRows, DraftVocabulary
-from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.heldout import measure_vocabularies
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
 from dpace.system import ranks
@@ -64,8 +64,8 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any]) -> 
     vocabulary = None
     if len(validation):
         seen = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids])
-        acceptance, record["confidence_temperature"] = measure_and_calibrate(drafter, target, validation)
-        part, seen.confidence_temperature = measure_and_calibrate(drafter, target, validation, seen.token_ids)
+        measured = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
+        (acceptance, record["confidence_temperature"]), (part, seen.confidence_temperature) = measured
         record["tau"] = acceptance.tau
         record["tau_interval"] = list(map(defined, acceptance.interval()))
         record["tau_responses"] = validation.ids
@@ -104,8 +104,8 @@ def _find_answers(dataset: ResponseDataset) -> list[int]:
 
 @torch.no_grad()
 def measure_and_calibrate(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, token_ids: Tensor | None = None
-) -> tuple[Acceptance, float]:
+    drafter: Drafter, target: Target, dataset: ResponseDataset, vocabularies: Sequence[Tensor | None]
+) -> list[tuple[Acceptance, float]]:
     """Measure tau on responses, and find the temperature at which confidence best says whether a slot is accepted.
 
     The slots are those that decoding reaches: all slots before them are right. About `MAX_CALIBRATION_ROWS` are used.
@@ -116,21 +116,21 @@ def measure_and_calibrate(
         drafter: a trained drafter.
         target: its target.
         dataset: responses that were not trained on, every token an anchor; each rank measures a share.
-        token_ids: the only tokens that are drafted; by default all.
+        vocabularies: the only tokens that are drafted, each in turn; None for all.
 
     Returns:
-        The accepted lengths; and the temperature, above 1 for a drafter that is too sure.
+        For each vocabulary the accepted lengths; and the temperature, above 1 for a drafter that is too sure.
     """
-    rows = DraftRows(target, token_ids)
-    errors = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
+    errors = torch.zeros(len(rows), len(TEMPERATURES), dtype=torch.float64)
 
-    def add_errors(states: Tensor, is_right: Tensor) -> None:
+    def add_errors(number: int, states: Tensor, is_right: Tensor) -> None:
         share = max(1, round(len(states) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scores = drafter.selector.scores(states[::share], rows)
+        scores = drafter.selector.scores(states[::share], rows[number])
         log_confidence = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]).log().clamp_max(-1e-6)
         log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
-        errors.sub_(log_probs.sum(-1).cpu())
+        errors[number] -= log_probs.sum(-1).cpu()
 
-    acceptance = heldout_acceptance(drafter, target, dataset, token_ids=token_ids, visit=add_errors)
-    best = int(torch.stack(ranks.gather(errors)).sum(0).argmin())
-    return acceptance, TEMPERATURES[best]
+    found = measure_vocabularies(drafter, target, dataset, vocabularies, visit=add_errors)
+    best = torch.stack(ranks.gather(errors)).sum(0).argmin(-1).tolist()
+    return list(zip(found, [TEMPERATURES[index] for index in best], strict=True))

@@ -146,7 +146,7 @@ def test_what_is_measured_is_what_is_written(run, language_target, language_resp
     assert config["dtype"] == "bfloat16" and config["dpace"]["dtype"] == "float32"
     loaded, data = load_drafter(tmp_path, language_target), measured(language_responses[50:])
     assert torch.equal(weights_of(loaded), weights_of(written))
-    acceptance, temperature = measure_and_calibrate(loaded, language_target, data)
+    ((acceptance, temperature),) = measure_and_calibrate(loaded, language_target, data, [None])
     assert acceptance.tau == heldout_acceptance(loaded, language_target, data).tau
     expected = {"tau": acceptance.tau, "tau_interval": [*acceptance.interval()], "confidence_temperature": temperature}
     assert config["dpace"].items() >= expected.items()
