@@ -58,7 +58,15 @@ def without_passwords(value: Any) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML with each key once, and with 1e-3 as a number, which YAML 1.1 reads as a text."""
+    """YAML with each key once, and with numbers as YAML 1.2 reads them.
+
+    YAML 1.1 reads 1e-3 as a text, 1:30 as 90, 010 as 8, and 2026-01-31 as what no option takes.
+    """
+
+    yaml_implicit_resolvers: dict = {
+        first: [(tag, pattern) for tag, pattern in kinds if tag.endswith((":bool", ":null"))]
+        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """Refuse a key that is given twice."""
@@ -71,10 +79,13 @@ class PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+INTEGER = r"[-+]?(0|[1-9][0-9_]*)$"
+NUMBER = r"([-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
+for _kind, _pattern in (("int", INTEGER), ("float", NUMBER)):
+    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
+
+
 class _Dumper(yaml.SafeDumper):
     """YAML that `PlainLoader` reads back: texts that it would take for something else stand in quotes."""
 
-
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-for _kind in (PlainLoader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    yaml_implicit_resolvers = PlainLoader.yaml_implicit_resolvers

@@ -136,14 +136,17 @@ def _show_answer(target: "Target", drafter: "Drafter", messages: list[dict[str, 
     from dpace.decode import Generation, stream
     from dpace.target.chat import encode_chat
 
-    steps: list[Step] = []
+    timed: list[tuple[Step, float]] = []
     text = ""
-    start = 0.0
-    for piece in stream(target, drafter, encode_chat(target, messages), on_step=steps.append, **options):
-        start = start or time.perf_counter()
+
+    def on_step(step: "Step") -> None:  # some give no text
+        timed.append((step, time.perf_counter()))
+
+    for piece in stream(target, drafter, encode_chat(target, messages), on_step=on_step, **options):
         text += piece
         print_text(piece, end="")
     print()
-    seconds = time.perf_counter() - start if text else 0.0
+    steps, times = zip(*timed, strict=True)
+    seconds = times[-1] - times[0]
     _print_speed(Generation.from_steps(steps, drafter.block_size, prefill_seconds=0.0, decode_seconds=seconds))
     return text
