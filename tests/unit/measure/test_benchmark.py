@@ -3,12 +3,12 @@
 import pytest
 
 from dpace.config import BenchConfig
-from dpace.measure.benchmark import bench
+from dpace.measure.benchmark import bench, hash_config
 from dpace.measure.pooling import make_rows, pool_seeds
 from dpace.measure.results import read_results
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.prompts.prompts import Prompt
-from tests.conftest import make_drafter
+from tests.conftest import make_drafter, make_target
 from tests.support.files import make_prompts
 from tests.support.rows import make_plain, make_response
 
@@ -67,6 +67,10 @@ def test_a_second_call_keeps_the_rows_of_the_first(measure, language_drafter, ot
         assert rows_with(other, widths=(3,), max_new_tokens=length) == [("d", 3)]
         assert "results of other settings, which are now in results-" in capsys.readouterr().err
         assert len([*tmp_path.glob("results-*.json")]) == num_aside
+
+
+def test_the_hash_of_a_config_stays_so_that_kept_answers_are_taken():
+    assert hash_config(make_drafter(make_target("llama3.1"))).startswith("ef07aa12")
 
 
 @pytest.mark.parametrize("num_prompts", [3, 6])
