@@ -217,19 +217,18 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
 def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[ComparedRow]:
     """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
     folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
+    measured = {name: [read_heldout(cell) for cell in cells] for name, cells in folders.items()}
+    costs = {name: _training_costs(cells) for name, cells in folders.items()}
     temperature = config.respond.temperature
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
-        by_seed: Any = {name: [read_heldout(cell).acceptance(ids) for cell in cells] for name, cells in folders.items()}
+        by_seed: Any = {name: [seed.acceptance(ids) for seed in seeds] for name, seeds in measured.items()}
         theirs = by_seed[config.baseline]
         if None in theirs:  # no prompt of the set has a response
             continue
         facts: Any = {"set": set_name, "num_prompts": len(ids), "temperature": temperature}
-        of_set = [
-            pool_seeds(ours, theirs, drafter=name, **facts, **_training_costs(folders[name]))
-            for name, ours in by_seed.items()
-        ]
+        of_set = [pool_seeds(ours, theirs, drafter=name, **facts, **costs[name]) for name, ours in by_seed.items()]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows
 
