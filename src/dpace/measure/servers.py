@@ -161,7 +161,7 @@ def _ask_server(
     answer = server.answer(token_ids, max_new_tokens, temperature, seed)
     after = server.counters()
     counts = answer.counts
-    if counts is None and before and after and after != before:
+    if counts is None and before and after and after.num_verifications > before.num_verifications:
         counts = after - before
     return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.decode_seconds, counts=counts)
 
