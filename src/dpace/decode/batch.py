@@ -101,6 +101,7 @@ class Batch:
         yield self.read_prompts()
         while self.rows:
             yield self.step()
+        self.compiled = None  # it refers to this batch, whose caches would live on
 
     def read_prompts(self) -> None:
         """Read the prompts, each shared beginning once, emit the first tokens, and drop the rows that are done."""
