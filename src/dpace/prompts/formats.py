@@ -156,7 +156,8 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
     (kind,) = kinds
     answer = None
     if kind in ("messages", "conversations"):
-        messages = [_parse_message(message) for message in _check_list(row[kind], kind)]
+        given = _check_list(row[kind], kind)  # where a text alone may be anyone's
+        messages = [_parse_message(entry if isinstance(entry, dict) else {"content": entry}) for entry in given]
         if messages[-1]["role"] == "assistant":
             last = messages.pop()
             answer = last["content"] if last.keys() == {"role", "content"} else last

@@ -65,6 +65,7 @@ def test_tables_are_taken_as_they_are(tmp_path):
         ("p.json", '{"prompt": "a"}', "p.json holds dict, expected list"),
         ("p.jsonl", '\n{"prompt": "a", "turns": ["b"]}', "p.jsonl:2: expected .*, found `turns` and `prompt`"),
         ("p.jsonl", '{"conversations": [{"from": "gpt", "value": 3}]}', "p.jsonl:1: a message is .* 3}, expected"),
+        ("p.jsonl", '{"conversations": ["a", "b"]}', "a message is {'content': 'a'}, expected texts in `role`"),
         ("p.jsonl", '{"turns": []}', "`turns` is .*, expected a list of one or more"),
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "without a text of the user"),
         ("p.jsonl", '{"prompt": " "}', "without a text of the user"),
