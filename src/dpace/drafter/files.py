@@ -22,12 +22,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a drafter's folder, also in shards.
 
     Raises:
-        ValueError: damaged weights.
+        ValueError: damaged weights, or none in safetensors.
     """
     tensors = {}
     with translate_library_errors(f"the drafter {folder}", FIX):
         for file in sorted(folder.glob("model*.safetensors")):
             tensors |= {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    if not tensors:
+        raise ValueError(f"the drafter {folder} has no model.safetensors, and pickles are not read; {FIX}")
     return tensors
 
 
