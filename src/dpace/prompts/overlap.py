@@ -24,6 +24,7 @@ class PublicTexts:
 
     def __init__(self, names: Sequence[str]):
         self._owners: dict[tuple[str, ...], str] = {}
+        self._whole: dict[tuple[str, ...], str] = {}  # also of a prompt that another one begins with
         common = set()
         for name in names:
             prompts = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
@@ -31,13 +32,16 @@ class PublicTexts:
             counts = Counter(run for words in texts for run in _runs(words))
             common |= {run for run, count in counts.items() if count > 1}
             self._owners |= {run: owner for words, owner in texts.items() for run in _runs(words)}
+            self._whole |= texts
         for run in common:
             self._owners.pop(run, None)
 
     def find(self, prompt: Prompt) -> str | None:
         """Return the id of the public prompt that shares a run of words with a prompt; None where there is none."""
-        runs = _runs(_split_words(_user_text(prompt)))
-        return next((self._owners[run] for run in runs if run in self._owners), None)
+        words = _split_words(_user_text(prompt))
+        if owner := self._whole.get(words):
+            return owner
+        return next((self._owners[run] for run in _runs(words) if run in self._owners), None)
 
 
 def _user_text(prompt: Prompt) -> str:

@@ -167,17 +167,17 @@ PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silv
 
 
 def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
-    """Where 13 words in a row are the same; a phrase of many public prompts does not count."""
+    """Where 13 words in a row are the same; a phrase of many public prompts counts only alone."""
     phrase = "please think about it step by step and then put your answer into a box"
-    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?"])
-    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?"]
+    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?", phrase])
+    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?", phrase]
     path = write_prompts(tmp_path / "p.jsonl", rows)
     config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)
     split = split_ids(config)
-    assert split.dropped["in the public sets"] == {"41": "1", "42": "3"}
+    assert split.dropped["in the public sets"] == {"41": "1", "42": "3", "44": "4"}
     assert sorted(split.train + split.heldout, key=int) == [str(i) for i in (*range(1, 41), 43)]
     split_prompts(config)
-    assert "2 prompts left out: in the public sets" in capsys.readouterr().err
+    assert "3 prompts left out: in the public sets" in capsys.readouterr().err
 
 
 def test_held_out_prompts_of_a_public_set_stay_and_are_not_counted_as_left_out(tmp_path):
