@@ -68,9 +68,12 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
         ValueError: it cannot be read, is empty, or has other answers than greedy ones of the target.
     """
     responses, meta = read_responses(path), read_meta(path)
+    if not responses or "max_new_tokens" not in meta:
+        raise ValueError(
+            f"{path} has no response, or no meta file beside it; name a file that `dpace respond` wrote with "
+            "--responses"
+        )
     source, temperature = meta.get("source"), meta.get("temperature")
-    if not responses:
-        raise ValueError(f"{path} has no response; name a file that `dpace respond` wrote with --responses")
     if temperature != 0 or source == "own":
         raise ValueError(
             f"{path} has source {source} and temperature {temperature}, and only the target's greedy answers can be "

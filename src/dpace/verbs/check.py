@@ -44,8 +44,9 @@ def run(args: list[str]) -> None:
         console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:
+        of_answers = "; write responses again that are not the target's own" if responses else ""
         raise ValueError(
             f"failed: {'; '.join(failed)}. All checks were expected to pass: find the cause before you serve "
-            f"{config.drafter} with {config.target}; responses that are not the target's own have to be written again"
+            f"{config.drafter} with {config.target}{of_answers}"
         )
     print("passed")
