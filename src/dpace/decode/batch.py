@@ -113,8 +113,10 @@ class Batch:
             positions = (ends - positions[:, : self.drafter.num_context]).clamp_min(0)
             features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
         self.read = [features, positions]
-        for row, logits in zip(self.rows, self.target.logits(hidden).split(1), strict=True):
-            row.take(0, row.draw(logits).tolist(), width=0)
+        choices = self.target.logits(hidden).split(1)
+        drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, choices, strict=True)])
+        for row, token in zip(self.rows, drawn.tolist(), strict=True):
+            row.take(0, [token], width=0)
         self.drop_done()
 
     def step(self) -> None:
