@@ -37,17 +37,18 @@ class _LinesInPlaceOfABar(Progress):
 
     def update(self, task_id: TaskID, **options: Any) -> None:
         """Move on, and write a line if it is time for one."""
-        super().update(task_id, **options)
         task = self.tasks[task_id]
+        first = task.fields.setdefault("first", task.completed)  # what was done before counts for no rate
+        super().update(task_id, **options)
         elapsed = task.elapsed or 0.0
         if elapsed - task.fields.get("written", -LINE_SECONDS) < LINE_SECONDS and not task.finished:
             return
         task.fields["written"] = elapsed
         line = f"{task.description}: {task.completed:g} of {task.total:g} in {timedelta(seconds=int(elapsed))}"
-        if task.speed:
-            line += f", {task.speed:.3g} a second"
-        if task.time_remaining:
-            line += f", ETA {timedelta(seconds=task.time_remaining)}"
+        if rate := (task.completed - first) / elapsed if elapsed else 0.0:
+            line += f", {rate:.3g} a second"
+            if not task.finished:
+                line += f", ETA {timedelta(seconds=int((task.remaining or 0) / rate))}"
         info = task.fields["info"]
         print(printable(f"{line}; {info}" if info else line), file=sys.stderr, flush=True)
 
