@@ -241,7 +241,7 @@ def export_all(
     shutil.copytree(source, whole, ignore=shutil.ignore_patterns(VOCABULARY_FILE, "checkpoints"))
 
     def write(name: str, place: Path, to: Any, **more: Any) -> Path:
-        about = {"drafter": "x", "target": target.name, "target_gguf": gguf if to == "gguf" else None}
+        about = {"drafter": str(place), "target": target.name, "target_gguf": gguf if to == "gguf" else None}
         return export(place, target, ExportConfig(to=to, output=str(folder / f"dflash-{name}"), **about, **more)).path
 
     folders = {name: write(name, whole, name) for name in ("zlab", "speculators")}

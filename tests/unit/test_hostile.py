@@ -94,7 +94,7 @@ FILES = {
         "a: [1": "cannot read the recipe r.yaml: .*line 1",
         "\udcff\udcfe\x00": "UTF-8|utf-8",
         "": "holds null",
-        "output: &a [*a]": "Circular reference",
+        "a: &a [x, x]\nb: *a": "no aliases .*line 2",
         "output: !!python/object/apply:os.system [ls]": "no.* the tag .*python/object",
         f"train: {{seed: {'9' * 5000}}}": "digits",
         "train:\n  seed: 1\n  seed: 2": "'seed' is given twice.*line 3",

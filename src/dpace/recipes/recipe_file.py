@@ -58,7 +58,7 @@ def without_passwords(value: Any) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML with each key once, and with numbers as YAML 1.2 reads them.
+    """YAML without aliases, with each key once, and with numbers as YAML 1.2 reads them.
 
     YAML 1.1 reads 1e-3 as a text, 1:30 as 90, 010 as 8, and 2026-01-31 as what no option takes.
     """
@@ -67,6 +67,13 @@ class PlainLoader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in kinds if tag.endswith((":bool", ":null"))]
         for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases, which can stand for more than memory holds; recipes of foreign drafters are read too."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="recipes take no aliases (*)", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """Refuse a key that is given twice."""

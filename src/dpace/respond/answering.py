@@ -81,8 +81,9 @@ def answer_prompts(
         by_id = {prompt.id: prompt for prompt in prompts}
         waiting = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
         servers = ServerAnswers(target, config) if config.server and waiting else None
-        if servers:
-            meta["servers"] = sorted({server.engine for server in servers.servers})
+        if config.server:
+            engines = sorted({server.engine for server in servers.servers}) if servers else None
+            meta["servers"] = engines or read_meta(path).get("servers")
         if waiting:
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
             mine = [by_id[name] for name in ranks.share(waiting)]
