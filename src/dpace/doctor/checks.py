@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
-from dpace.drafter.files import read_tensors
+from dpace.drafter.files import read_quantized, read_tensors
 from dpace.drafter.spec import DrafterSpec, own_tables, read_rope
 from dpace.drafter.values import read_object
 from dpace.engines import EngineName, engine_of
@@ -117,12 +117,16 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     if spec is None:
         return None, [of_config, of_weights]
     tables = {}
+    stored = tensors or {}
+    if quantized := read_object(config, "quantization_config"):
+        stored = {}
+        tensors, of_weights = attempt(WEIGHTS, lambda: read_quantized(folder, spec, quantized))
     if tensors is not None:
         drafter, of_weights = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
         tables = find_shared_tables(tensors, target) if drafter else {}
     other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)
     own = [other._replace(check=f"own {name}") for name, is_shared in tables.items() if not is_shared]
-    return spec, [of_config, of_weights, *compare(spec, config, tensors or {}, target), *own]
+    return spec, [of_config, of_weights, *compare(spec, config, stored, target), *own]
 
 
 def compare(

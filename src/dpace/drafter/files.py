@@ -61,11 +61,11 @@ def read_folder(
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     if quantized := read_object(config, "quantization_config"):
-        tensors = _read_quantized(folder, spec, quantized)
+        tensors = read_quantized(folder, spec, quantized)
     return spec, tensors
 
 
-def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
+def read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
     """Let transformers turn quantized weights into plain ones.
 
     Memory: all weights in fp32.

@@ -51,12 +51,11 @@ def find_target(name: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        huggingface_hub.snapshot_download(name, local_files_only=True)
-        is_cached = True
+        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
-        is_cached = False
+        cached = None
     ours = cache_folder() / "SmolLM2-135M-Instruct"
-    is_demo = name == TARGET_ID and not is_cached
+    is_demo = name == TARGET_ID and not (cached and any(cached.glob("*.safetensors")))
     if is_demo and (ours / "config.json").exists():
         return str(ours)
     try:  # once, since transformers asks for half a minute
@@ -69,7 +68,7 @@ def find_target(name: str) -> str:
             return str(ours)
         if isinstance(error, HfHubHTTPError):
             return name  # an answer: whoever reads the model says what is wrong with it
-        if not is_cached:
+        if cached is None:
             raise ValueError(
                 f"{silence}, and {name} is not in its cache; name a local folder with --target, or check the network"
             ) from error

@@ -20,6 +20,7 @@ from dpace.target import Target
 from tests.conftest import FAMILIES, make_drafter, make_target, make_tokenizer, make_with_convolutions, make_with_head
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_json, changed_weights, write_rows
+from tests.unit.target.test_target_files import write_fp8
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 IDS = "dflash_config.target_layer_ids"
@@ -148,6 +149,10 @@ def test_good_drafters_pass(random_target, tmp_path):
     for make in (make_drafter, make_with_convolutions, make_with_head):
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
+
+
+def test_a_quantized_drafter_passes(folder, language_target, tmp_path):
+    check_faults(write_fp8(folder, tmp_path / "fp8"), language_target, "")
 
 
 def make_chat_target(family: str) -> Target:
