@@ -8,12 +8,12 @@ import torch
 from scipy.stats import chisquare
 from transformers import LogitsProcessorList
 
-from dpace.decode import custom_generate
+from dpace.decode import custom_generate, generate
 from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler, verify_sampled
 from dpace.drafter.selector import draw_draft
 from dpace.drafter.vocabulary import DraftVocabulary
-from tests.conftest import make_drafter, make_target
+from tests.conftest import make_drafter, make_target, make_with_head
 
 VOCAB = 6
 
@@ -65,6 +65,12 @@ def chi_square(counts, probs):
     found = torch.cat([counts.flatten()[common], counts.flatten()[~common].sum()[None]]).double()
     wanted = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
     return chisquare(found, wanted * found.sum() / wanted.sum()).pvalue
+
+
+@pytest.mark.parametrize("make", [make_drafter, make_with_head])
+def test_no_more_is_drawn_than_is_verified(make, language_target):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "verify_rule": "speculative", "width": 3}
+    assert max(generate(language_target, make(language_target), [4, 5, 6], **options).widths) == 3
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_what_dpace_did_not_write_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"a.gguf was not written by dpace"):
         register_files(tmp_path, "a.gguf")
     assert (tmp_path / "mine.gguf").exists()
+    register_files(tmp_path / "new" / "folder", "a.gguf")
 
 
 def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):

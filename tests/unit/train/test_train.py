@@ -7,11 +7,13 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils import get_total_norm
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import LossConfig, TrainConfig
 from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
+from dpace.loss import block_loss
 from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
@@ -185,6 +187,17 @@ def test_each_option_changes_the_weights_of_two_steps(make_loop):
     others = {"weight_decay": 0.5, "max_grad_norm": 1e-3, "group_by_length": False, "products": "bfloat16"}
     for option, value in {**others, "max_length": 20, "seed": 7, "norm_scale": 0.5}.items():
         assert not torch.equal(train_with(**{option: value}), usual), option
+
+
+def test_the_gradient_is_that_of_the_mean_loss(make_loop):
+    loop = make_loop(short(batch_size=3, max_grad_norm=0.0))
+    (batch,) = next(loop.batches_of_steps())
+    out, blocks = loop.scorer.score(loop.forward, batch | {"text": batch["token_ids"]})
+    loss = block_loss(out.losses, blocks.is_scored)
+    expected = get_total_norm(torch.autograd.grad(loss, list(loop.drafter.parameters())))
+    loop.take_step([batch])
+    entry = loop.log.entry(loop.accelerator)
+    assert (entry["loss"], entry["grad_norm"]) == pytest.approx((loss.item(), expected.item()), rel=1e-4)
 
 
 def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, language_responses, tmp_path):
