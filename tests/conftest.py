@@ -98,7 +98,13 @@ def make_with_convolutions(target: Target, **options) -> Drafter:
 
 def make_with_head(target: Target, **options) -> Drafter:
     """A drafter whose head does something."""
-    return _stir(make_drafter(target, **{"head": "lilicorr", "head_candidates": 4, **options}), "lilicorr.")
+    drafter = make_drafter(target, **{"head": "lilicorr", "head_candidates": 4, **options})
+    return _stir(drafter, f"{drafter.selector.name}.")
+
+
+def make_with_selector(target: Target, **options) -> Drafter:
+    """The same with DFlash2's selector."""
+    return make_with_head(target, head="candidate_selector", **options)
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
-Head = Literal["lilicorr"]
+Head = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
 
 
@@ -142,14 +142,16 @@ class DrafterConfig:
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
     head: Head | None = None
-    """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
+    """What chooses tokens that follow one another, among the best of each slot.
+    candidate_selector: DFlash2's, two tables of tokens. lilicorr: a small network.
     By default each slot takes its own best token, as in DFlash."""
     head_candidates: Literal[2, 4, 8, 16] | None = None
     """Best tokens of each slot that the head chooses from; engines take no other numbers.
-    By default 8, as published, and 4 where the target's hidden size is below 1024."""
+    By default 8 for LiLiCorr and 16 for the selector, as published; half where the target is narrower than 1024."""
     head_width: Annotated[int, integer(8, 2**16)] | None = None
-    """Width of the head, and length of the vectors whose products are its scores.
-    By default a quarter of the target's, as published, and a sixth where that is narrower than 1024."""
+    """Length of the vectors whose products are the head's scores, and width of LiLiCorr.
+    By default 256 for the selector, as published, and a quarter of the target's width for LiLiCorr; 64 and a sixth
+    where the target is narrower than 1024."""
     sliding_window: Annotated[int, integer(2)] | None = None
     """Tokens that a layer sees at most, its own slot included; all by default (speculators: 2048).
     Time and memory of a draft then stop growing with the text."""
@@ -189,13 +191,12 @@ class LossConfig:
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
     head_weights: Literal["mean", "objective", "walk"] = "mean"
-    """How much each slot counts in the loss of a head.
+    """How much each slot counts in LiLiCorr's loss; in the selector's, as much as in the drafter's.
     mean: all slots before the first whose token is no candidate count alike, as published.
     objective: by the objective's weights from the probabilities of the head's walk. walk: the same, which then are the
     drafter's weights too."""
     head_penalty: PositiveOrZero = 0.25
-    """Weight of the penalty for choices that the target dislikes (LiLiCorr: 0.25); 0 saves the target's upper layers.
-    """
+    """Weight of LiLiCorr's penalty for choices that the target dislikes; 0 saves the target's upper layers."""
 
     chunk_mib: Count | None = None
     """MiB of logits that the loss computes at once, 1 or more; lower it where memory is short.
@@ -486,7 +487,7 @@ class Recipe:
     @property
     def needs_target_hidden(self) -> bool:
         """Whether training reads the target's last hidden states: for its distribution, or for a head's penalty."""
-        return self.loss.needs_target_probs or (self.drafter.head is not None and self.loss.head_penalty > 0)
+        return self.loss.needs_target_probs or (self.drafter.head == "lilicorr" and self.loss.head_penalty > 0)
 
 
 @options

@@ -154,6 +154,47 @@ class NeutralSelector(nn.Module):
         self.hidden_projection.register_buffer("weight", torch.zeros(1, config.hidden_size))
 
 
+class CandidateSelector(nn.Module):
+    """DFlash2's selector, which adds to a candidate's logit how well it follows the token before.
+
+    After token `a`, at a slot with hidden state `h`, token `b` gets `<A[a] * (H h), B[b]>` more. At first `B` is 0, and
+    no choice changes.
+
+    Source: DFlash2, z-lab/dflash.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        rank = config.dflash_config["selector_rank"]
+        self.num_candidates: int = config.dflash_config["selector_top_k"]
+        self.predecessor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
+        self.successor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+
+    @staticmethod
+    def is_in(nested: Mapping[str, Any]) -> bool:
+        """Return whether a `dflash_config` has one; that of `NeutralSelector` has rank 1."""
+        return nested.get("selector_rank") not in (None, 1)
+
+    def initialize(self):
+        """Let it change nothing, with a gradient for the table of successors."""
+        init.normal_(self.predecessor_codebook)
+        init.zeros_(self.successor_codebook)
+        init.normal_(self.hidden_projection.weight, std=self.hidden_projection.in_features**-0.5)
+
+    def forward(self, before, candidates, hidden):
+        """Compute what is added to logits, in fp32: "... slot before candidate".
+
+        Args:
+            before: "... slot before", tokens that may stand before each slot.
+            candidates: "... slot candidate", tokens for it.
+            hidden: "... slot hidden", as the LM head reads them.
+        """
+        gate = self.hidden_projection(hidden.to(self.hidden_projection.weight.dtype))
+        queries = nn.functional.embedding(before, self.predecessor_codebook) * gate[..., None, :]
+        return (queries @ nn.functional.embedding(candidates, self.successor_codebook).mT).float()
+
+
 class DFlashLayer(GradientCheckpointingLayer):
     """A pre-norm decoder layer; the features enter its attention without the input norm."""
 
@@ -275,6 +316,11 @@ class LiLiCorr(nn.Module):
         self.in_head = nn.Linear(width, sizes["factor_dim"])
         self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
 
+    @staticmethod
+    def is_in(nested: Mapping[str, Any]) -> bool:
+        """Return whether a `dflash_config` has one."""
+        return bool(nested.get("lilicorr_enabled"))
+
     def forward(self, embeds, log_probs, hidden, anchor):
         """Score the first candidates, and all pairs of candidates of neighbouring slots.
 
@@ -327,8 +373,8 @@ class LiLiCorr(nn.Module):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
-SELECTORS: dict[str, type[nn.Module]] = {"lilicorr": LiLiCorr}
-"""Networks of selectors. A drafter has one as an attribute of this name where its config says `NAME_enabled`."""
+SELECTORS: dict[str, Any] = {"lilicorr": LiLiCorr, "candidate_selector": CandidateSelector}
+"""Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
 
 
 def published(config: Any) -> dict[str, Any]:
@@ -393,7 +439,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, num_drafted or num_tokens, bias=False) if is_own else None
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
-        enabled = [name for name in SELECTORS if nested.get(f"{name}_enabled")]
+        enabled = [name for name, network in SELECTORS.items() if network.is_in(nested)]
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a head
             for name, network in SELECTORS.items():
                 setattr(self, name, network(config) if name in enabled else None)
@@ -407,17 +453,17 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         Raises:
             ValueError: they are not 0.
         """
-        selector = getattr(self, "candidate_selector", None)
-        if selector is not None and any(bool(part.any()) for part in selector.buffers()):
+        selector = self.candidate_selector
+        if isinstance(selector, NeutralSelector) and any(bool(part.any()) for part in selector.buffers()):
             raise ValueError(
-                "this DFlash2 drafter has a trained candidate selector, which this network does not run; serve it with "
-                "the project that trained it"
+                "this DFlash2 drafter has a trained candidate selector of rank 1, which dpace does not run; serve it "
+                "with the project that trained it"
             )
 
     def _init_weights(self, module):
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
-        if isinstance(module, DFlashConvolution):
+        if isinstance(module, DFlashConvolution | CandidateSelector):
             module.initialize()
 
     def forward(

@@ -90,7 +90,7 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
         """Read features and draft a block."""
         drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
         hidden = to_predicted(drafted.hidden, drafter.first_slot)
-        found = drafter.selector.propose(rows, hidden, lambda: drafted.context[:, -1], size)
+        found = drafter.selector.propose(rows, hidden, filler[:, 0], lambda: drafted.context[:, -1], size)
         drafter.confidences(found.scores[0]).tolist()  # waits for the device, as drawing does
 
     steps = [partial(verify, width) for width in widths]

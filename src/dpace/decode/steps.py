@@ -71,7 +71,8 @@ def draft_step(
         place = (positions == state.starts - 1).int().argmax(-1)
         return drafted.context[torch.arange(len(place), device=place.device), place]
 
-    draft = drafter.selector.propose(rows, to_predicted(drafted.hidden, drafter.first_slot), newest, width)
+    hidden = to_predicted(drafted.hidden, drafter.first_slot)
+    draft = drafter.selector.propose(rows, hidden, state.last_ids[:, 0], newest, width)
     return torch.cat([state.last_ids, draft.tokens], dim=1), draft
 
 

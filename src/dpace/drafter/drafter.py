@@ -97,8 +97,9 @@ class Drafter(DFlashDraftModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        chosen = (sizes.selector for name, sizes in SELECTORS.items() if getattr(self, name) is not None)
-        self.selector = next(chosen, Selector)(self)
+        networks = dpace.modeling_dflash.SELECTORS.items()
+        names = [name for name, network in networks if isinstance(getattr(self, name), network)]
+        self.selector = SELECTORS[names[0]].selector(self) if names else Selector(self)
 
     @property
     def spec(self) -> DrafterSpec:
@@ -229,8 +230,10 @@ class Drafter(DFlashDraftModel):
                 )
         with torch.random.fork_rng():
             drafter: Any = Drafter(spec.config())
-        own = {name: value for name, value in self.named_parameters() if name not in TARGET_TABLES}
-        drafter.load_state_dict(drafter.state_dict() | own)
+        fresh = drafter.state_dict()
+        for name, value in self.named_parameters():
+            if name not in TARGET_TABLES:  # rows of tokens may be more or fewer
+                fresh[name][: len(value)].copy_(value.detach()[: len(fresh[name])])
         drafter.check_target(target)
         return drafter.to(target.device)
 

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from dpace.config import Head
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import read_values
+from dpace.modeling_dflash import SELECTORS as NETWORKS
 
 SELECTORS: dict[str, type[SelectorSizes]] = {
     name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(Head)
@@ -20,9 +21,9 @@ def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Selector
         ValueError: see `read_values`.
     """
     for name, sizes in SELECTORS.items():
-        prefix = f"{name}_"
+        prefix = sizes.prefix or f"{name}_"
         values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
-        if values.pop("enabled", False) or sizes.architecture in str(config.get("architectures")):
+        if NETWORKS[name].is_in(nested) or sizes.architecture in str(config.get("architectures")):
             return read_values(sizes, values, prefix)
     return None
 

@@ -1,6 +1,6 @@
 """LiLiCorr, a selector that makes the slots of a draft agree.
 
-Here are its sizes, tensors and config keys, its drafts and its loss. Its network is `dpace.modeling_dflash.LiLiCorr`.
+Here are its sizes, tensors and config keys, its scores and its loss. Its network is `dpace.modeling_dflash.LiLiCorr`.
 
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dpace.drafter.selector import SCORED_ROWS, Draft, Selector, SelectorSizes
+from dpace.drafter.lattice import Lattice, LatticeSelector, rows_after
+from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
-from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.lattice import fuse_lattice
 from dpace.loss import Slots, candidate_logits
 
@@ -30,110 +30,19 @@ OLDER_NAMES = {
 """Names of parts of the head in older checkpoints, and the newer ones, without which vLLM 0.32 refuses a head."""
 
 
-class Lattice(NamedTuple):
-    """A head's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft.
-
-    A score after a token says nothing about the token itself: no logit of the drafter is added.
-    """
-
-    candidates: Int[Tensor, "batch draft choice"]
-    """Tokens, the drafter's best first."""
-    scores: Float[Tensor, "batch draft choice choice"]
-    """Scores of a slot's candidates after each candidate of the slot before; in the first slot all are after the
-    anchor."""
-    log_odds: Float[Tensor, "batch draft"]
-    """Logarithm of the odds that a slot's token is a candidate, in the drafter's softmax."""
-
-
-class LatticeSelector(Selector):
-    """Walks through the lattice of a block's candidates; shapes and arguments are those of `Selector`."""
+class LiLiCorrSelector(LatticeSelector):
+    """Scores neighbouring candidates by the network; the drafter's logits are not added to its scores."""
 
     name = "lilicorr"
 
-    def __init__(self, drafter: Any):
-        super().__init__(drafter)
-        self.num_candidates = drafter.lilicorr.num_candidates
-
     def speed_up(self):
         """See `Selector`."""
-        fuse_lattice(self.drafter.lilicorr)
+        fuse_lattice(self.network)
 
-    def make_lattice(
-        self,
-        rows: DraftRows,
-        index: Int[Tensor, "block draft choice"],
-        log_probs: Float[Tensor, "block draft choice"],
-        hidden: Float[Tensor, "block draft hidden"],
-        anchor: Float[Tensor, "block hidden"],
-    ) -> Lattice:
-        """Score the candidates of blocks.
-
-        Args:
-            rows: of the tokens that may be drafted.
-            index: the best of these rows at each slot.
-            log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
-            hidden: final hidden states of the slots.
-            anchor: what the drafter's attention reads of the token before each anchor.
-        """
-        candidates = rows.tokens(index)
-        start, pairs = self.drafter.lilicorr(rows.target.embed(candidates), log_probs, hidden, anchor)
-        first = start[:, None, None].expand(-1, 1, start.shape[1], -1)
-        log_odds = log_probs.detach().exp().sum(-1).logit(eps=1e-6)
-        return Lattice(candidates, torch.cat([first, pairs], dim=1), log_odds)
-
-    def propose(self, rows, hidden, before, width):
-        """Walk through the lattice of all slots, as in training, and propose the first tokens."""
-        states = hidden[:, 1:]
-        logits = rows.logits(states.flatten(0, 1)).float()
-        top, index = logits.topk(self.num_candidates)
-        log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
-        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, before())
-        tokens, scores = take_walk(lattice)
-        return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
-
-    def draw(self, draft, num_drawn, rows, text, sampler):
-        """Draw the tokens from the lattice, a slot after the other.
-
-        A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
-        Filters and processors of the target do not matter: any distribution keeps the target's text, if it is the one
-        drawn from.
-        """
-        lattice = draft.lattice
-        index = 0
-        chosen = []
-        for scores in lattice.scores[0, :num_drawn]:
-            probs = (scores[index] / sampler.temperature).softmax(-1)
-            index = torch.multinomial(probs, 1, generator=sampler.generator)[0]
-            chosen.append(index)
-        tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(chosen)[:, None])[:, 0]
-        return tokens, self.chances(draft, tokens[None], rows, sampler)[0]
-
-    def chances(self, draft, tokens, rows, sampler):
-        """Score the candidates after each token before; after one that is no candidate, as after the first."""
-        lattice = Lattice(*(values.expand(len(tokens), *values.shape[1:]) for values in draft.lattice))
-        candidates = lattice.candidates[:, : tokens.shape[1]]
-        index = (candidates == tokens[..., None]).int().argmax(-1)
-        probs = (rows_after(lattice, index) / sampler.temperature).softmax(-1)
-        return probs.new_zeros(*tokens.shape, len(rows.target.head.weight)).scatter_(2, candidates, probs)
-
-    def match(self, found, rows):
-        """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
-        labels = found.blocks.labels[0, :, 1:]
-        num_slots = labels.shape[1]
-        parts = [states[0].split(max(1, SCORED_ROWS // num_slots)) for states in (found.hidden, found.before)]
-        drafts = [
-            self.propose(rows, hidden, lambda before=before: before, num_slots + 1)
-            for hidden, before in zip(*parts, strict=True)
-        ]
-        tokens, scores, lattices = zip(*drafts, strict=True)
-        is_true = torch.cat([lattice.candidates for lattice in lattices]) == labels[..., None]
-        is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
-        is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
-        return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
-
-    def scores(self, states, rows):
-        """Return the states, which are scores."""
-        return states
+    def score(self, rows, candidates, log_probs, hidden, last_ids, before):
+        """See `LatticeSelector`."""
+        start, pairs = self.network(rows.target.embed(candidates), log_probs, hidden, before())
+        return torch.cat([start[:, None, None].expand(-1, 1, start.shape[1], -1), pairs], dim=1)
 
     def add_loss(self, scores, found, scorer, whole_blocks):
         """Add the loss of the walk, in blocks all of whose slots are scored."""
@@ -143,7 +52,7 @@ class LatticeSelector(Selector):
         if (whole := whole_blocks) is None:
             whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
         if not len(whole):  # a gradient of 0, since ranks wait for each other's
-            nothing = sum(parameter.sum() * 0 for parameter in self.drafter.lilicorr.parameters())
+            nothing = sum(parameter.sum() * 0 for parameter in self.network.parameters())
             return scores._replace(losses=scores.losses + nothing)
 
         def pick(values: Tensor) -> Tensor:
@@ -156,9 +65,10 @@ class LatticeSelector(Selector):
         log_probs = logits[..., :-1] - logits[..., -1:] - pick(scores.token_losses)[..., None]
         theirs = found.target_hidden
         target_logits = None if theirs is None else candidate_logits(pick(theirs), rows.head, index)
-        anchor = found.before.flatten(0, 1)[whole]
+        last_ids = blocks.labels.flatten(0, 1)[whole, 0]
         with scorer.autocast():
-            lattice = self.make_lattice(rows, index, log_probs, hidden, anchor)
+            before = found.before.flatten(0, 1)[whole]
+            lattice = self.make_lattice(rows, index, log_probs, hidden, last_ids, lambda: before)
         walk = walk_losses(lattice, labels, target_logits, config.head_penalty)
         walk_weights = walk.is_candidate.int().cumprod(-1)
         if config.head_weights != "mean":
@@ -172,30 +82,6 @@ class LatticeSelector(Selector):
                 scores = scores._replace(weights=weights, losses=(weights * scores.token_losses).sum(-1))
         losses = scores.losses.flatten().index_add(0, whole, (walk_weights * walk.losses).sum(-1))
         return scores._replace(losses=losses.view_as(scores.losses))
-
-
-def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice_or_rest"]]:
-    """Take the best candidate of each slot after that of the slot before; on ties the drafter's better one.
-
-    Returns:
-        The tokens; and the scores that each was the best of, with a last one for all tokens that are no candidates: in
-        the softmax it has the share that the drafter gives them.
-    """
-    best = lattice.scores.argmax(-1)
-    taken = [best[:, 0, :1]]
-    for of_slot in best[:, 1:].unbind(1):
-        taken.append(of_slot.gather(1, taken[-1]))
-    index = torch.cat(taken, dim=1)
-    scores = rows_after(lattice, index)
-    rest = scores.logsumexp(-1) - lattice.log_odds
-    return lattice.candidates.gather(-1, index[..., None])[..., 0], torch.cat([scores, rest[..., None]], dim=-1)
-
-
-def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:
-    """Return the scores of the first slots' candidates, each after the candidate `index` of the slot before."""
-    scores = lattice.scores[:, : index.shape[1]]
-    before = nn.functional.pad(index[:, :-1], (1, 0))[..., None, None]
-    return scores.gather(2, before.expand(-1, -1, 1, scores.shape[-1]))[:, :, 0]
 
 
 class WalkLosses(NamedTuple):
@@ -252,7 +138,7 @@ class LiLiCorrSizes(SelectorSizes):
 
     name = "lilicorr"
     architecture = "LiLiCorrDraftModel"
-    selector = LatticeSelector
+    selector = LiLiCorrSelector
     older_names = OLDER_NAMES
 
     candidate_topk: Count
@@ -304,12 +190,7 @@ class LiLiCorrSizes(SelectorSizes):
                 f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the head's width, which is "
                 f"{self.width(spec)}; {COPY_AGAIN}"
             )
-        for key in ("sample_from_anchor", "draft_vocab_size"):
-            if getattr(spec, key):
-                raise ValueError(
-                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
-                    "with the project that trained it"
-                )
+        super().check(spec)
 
     def describe(self, spec):
         """See `SelectorSizes`."""

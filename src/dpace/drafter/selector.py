@@ -68,6 +68,7 @@ class Selector:
         self,
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
+        last_ids: Int[Tensor, " batch"],
         before: Callable[[], Float[Tensor, "batch hidden"]],
         width: int,
     ) -> Draft:
@@ -76,6 +77,7 @@ class Selector:
         Args:
             rows: of the tokens that may be drafted.
             hidden: of whole blocks.
+            last_ids: the tokens at the anchors.
             before: returns what the drafter's attention reads of the token before each anchor.
             width: number of slots that may be verified, the anchor included.
         """
@@ -133,13 +135,17 @@ class Selector:
 class SelectorSizes:
     """Sizes of a selector's network, as a config and the options of training have them.
 
-    A subclass has a field for each; published config keys are their names behind `name` and an underscore.
+    A subclass has a field for each; published config keys are their names behind `prefix`.
     """
 
     name: ClassVar[str]
     """Its choice of `--drafter.head`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
+    prefix: ClassVar[str] = ""
+    """What its keys in `dflash_config` begin with; its name and an underscore where this is empty."""
     architecture: ClassVar[str]
     """Name of its networks in published configs."""
+    with_convolutions: ClassVar[str] = ""
+    """The same where layers have convolutions; empty where it does not differ."""
     selector: ClassVar[type[Selector]]
     older_names: ClassVar[dict[str, str]] = {}
     """Names of parts of its network that files may have, and those that are written."""
@@ -164,6 +170,12 @@ class SelectorSizes:
         Raises:
             ValueError: names the value.
         """
+        for key in ("sample_from_anchor", "draft_vocab_size"):
+            if getattr(spec, key):
+                raise ValueError(
+                    f"{key} is {getattr(spec, key)}, which dpace does not run with a head; serve this drafter with the "
+                    "project that trained it"
+                )
 
     def config_keys(self) -> dict[str, Any]:
         """Return what it adds to `dflash_config`."""

@@ -136,7 +136,7 @@ class DrafterSpec:
     def architecture(self) -> str:
         """Name of its network in published configs."""
         if self.selector:
-            return self.selector.architecture
+            return self.conv_kernel_size and self.selector.with_convolutions or self.selector.architecture
         return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
 
     @property
@@ -197,11 +197,6 @@ class DrafterSpec:
                 no drafter has, or a variant of the network that dpace does not support.
         """
         nested = read_object(config, "dflash_config")
-        if nested.get("selector_rank") not in (None, 1):
-            raise ValueError(
-                f"this is a DFlash2 drafter with a candidate selector of rank {nested['selector_rank']}; dpace runs "
-                "DFlash2's convolutions but no selector: serve it with the project that trained it"
-            )
         refuse_variants(config)
         if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
             raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")

@@ -109,7 +109,8 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Exported
     if config.plain:
         spec = without_selector(spec)
         zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions without a head come with
-        tensors = {name: tensors[name] if name in tensors else zeros(shape) for name, shape in spec.shapes.items()}
+        own = {name: tensor for name, tensor in tensors.items() if tensor.shape == spec.shapes.get(name)}
+        tensors = {name: own[name] if name in own else zeros(shape) for name, shape in spec.shapes.items()}
     engine.check(config, spec)
     spec, tensors = engine.adapt(spec, tensors, folder, target)
     drafter = make_drafter(spec, {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()})

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
+from dpace.drafter.kinds import read_sizes
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
@@ -288,6 +289,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     values = {
         **{name: getattr(config, published, None) for published, name in FIELDS.items()},
         **spec.layer_keys,
+        **(spec.selector.config_keys() if spec.selector else {}),
         "attention.value_length": spec.head_dim,
         "rope.freq_base": spec.rope_parameters["rope_theta"],
         "attention.causal": spec.is_causal,
@@ -353,6 +355,7 @@ def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
         **json.loads(fields.get(OURS, "{}")),
         **{published: get(name) or None for published, name in FIELDS.items()},
         **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
+        "selector": read_sizes({}, {name: get(name) for name in ("selector_rank", "selector_top_k")}),
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
         "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},

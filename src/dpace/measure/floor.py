@@ -176,7 +176,8 @@ def explain_prompt(
     stops = torch.tensor(target.stop_token_ids, device=target.device)
     measured = []
     for anchor, hidden, before in zip(anchors, found.hidden[0], found.before[0], strict=True):
-        draft = drafter.selector.propose(rows, hidden[None], partial(before.__getitem__, None), drafter.block_size)
+        newest = partial(before.__getitem__, None)
+        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], newest, drafter.block_size)
         prefix = text[0, : anchor + 1].tolist()
         tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)
         if is_drawn:

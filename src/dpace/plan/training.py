@@ -194,7 +194,7 @@ class TrainingPlan(TargetPlan):
                 rows = batch.num_tokens
             elif "k_proj" in name or "v_proj" in name:
                 rows += batch.num_tokens
-            if weight.ndim == 2:
+            if weight.ndim == 2 and "codebook" not in name:
                 found.append((batch.size * rows, *weight.shape))
         return found
 

@@ -71,10 +71,12 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         )
     defaults = flat_settings(Recipe())
     for name, value in flat_settings(recipe).items():
-        if ".head_" in name and not has_head and value != defaults[name]:
+        is_read = has_head if name.startswith("drafter.") else recipe.drafter.head == "lilicorr"
+        if ".head_" in name and not is_read and value != defaults[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, and the drafter has no head; add --drafter.head lilicorr, or leave {flag} out"
+                f"{flag} is {value}, and the drafter has no head that reads it; add --drafter.head lilicorr, or leave "
+                f"{flag} out"
             )
     if has_head and recipe.loss.needs_target_probs:
         raise ValueError(

@@ -17,7 +17,15 @@ from dpace.drafter.files import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.target import Target
-from tests.conftest import FAMILIES, make_drafter, make_target, make_tokenizer, make_with_convolutions, make_with_head
+from tests.conftest import (
+    FAMILIES,
+    make_drafter,
+    make_target,
+    make_tokenizer,
+    make_with_convolutions,
+    make_with_head,
+    make_with_selector,
+)
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_json, changed_weights, write_rows
 from tests.unit.target.test_target_files import write_fp8
@@ -146,7 +154,7 @@ def test_a_block_size_is_needed_in_one_place(more, result, folder, language_targ
 @pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
 def test_good_drafters_pass(random_target, tmp_path):
     random_target.tokenizer = make_tokenizer()
-    for make in (make_drafter, make_with_convolutions, make_with_head):
+    for make in (make_drafter, make_with_convolutions, make_with_head, make_with_selector):
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
 

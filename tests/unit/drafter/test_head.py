@@ -9,13 +9,14 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
 from dpace.drafter import load_drafter
-from dpace.drafter.lilicorr import Lattice, LatticeSelector, LiLiCorrSizes, take_walk
+from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
+from dpace.drafter.lilicorr import LiLiCorrSizes
 from dpace.fast.lattice import FusedLattice
 from dpace.fast.packing import refresh_copies
 from dpace.measure.heldout import heldout_acceptance
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
-from tests.conftest import make_target, make_with_head
+from tests.conftest import make_target, make_with_head, make_with_selector
 
 
 def test_the_published_vector():
@@ -96,10 +97,11 @@ def test_the_walk_is_a_loop_over_rows():
 
 
 @torch.no_grad()
-def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
+@pytest.mark.parametrize("make", [make_with_head, make_with_selector])
+def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(make, monkeypatch):
     """Also the anchor row of each text, whatever the texts beside it have read."""
     target = make_target("qwen3")
-    drafter = make_with_head(target, block_size=5)
+    drafter = make(target, block_size=5)
     found = []
     propose = LatticeSelector.propose
 

@@ -22,7 +22,8 @@ WINDOWS = {
     "mixed layers": {"sliding_window": 8, "full_layers": (1,)},
     "causal": {"causal": True},
 }
-KINDS = {"random": {}, "trained": {}, "convolutions": {"conv_kernel_size": 2}, **WINDOWS}
+SELECTOR = {"conv_kernel_size": 2, "head": "candidate_selector", "head_candidates": 4}
+KINDS = {"random": {}, "trained": {}, "convolutions": {"conv_kernel_size": 2}, "selector": SELECTOR, **WINDOWS}
 """Options of each kind; all but the first have the weights of one training, in which there were none of them."""
 HEADS = {"head": {}, "head, convolutions": {"conv_kernel_size": 2}}
 """The same of drafters with a head, all of random weights."""
@@ -90,8 +91,9 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
             if kind != "random" and kind not in HEADS:
                 drafter.load_state_dict(language_drafter.state_dict(), strict=False)
             for name, parameter in drafter.named_parameters():
-                if "selector" not in name:
-                    parameter.mul_(1.001)
+                parameter.mul_(1.001)
+                if "successor" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
                 if "_conv." in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
             if kind == "anchored":

@@ -13,7 +13,14 @@ from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
 from dpace.system.provenance import fingerprint
 from dpace.train.run import make_datasets, train
-from tests.conftest import make_drafter, make_recipe, make_target, make_with_convolutions, make_with_head
+from tests.conftest import (
+    make_drafter,
+    make_recipe,
+    make_target,
+    make_with_convolutions,
+    make_with_head,
+    make_with_selector,
+)
 from tests.support.files import read_json
 
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
@@ -102,11 +109,14 @@ def test_a_drafter_for_another_target_or_without_its_init_is_refused(
 
 
 def test_more_tokens_in_the_target_do_not_matter():
-    """Fine-tuning often adds some; the drafter has no table of its own."""
-    drafter = make_with_convolutions(make_target("qwen3")).bfloat16()
-    drafter.config.dpace = {"tau": 2.0}
-    start = drafter.start_for(make_target("qwen3", vocab_size=72))
-    assert start.spec.vocab_size == 72 and start.dtype == torch.float32 and not start.spec.record
+    """Fine-tuning often adds some; only DFlash2's selector has tables of its own, which then have more rows."""
+    for make in (make_with_convolutions, make_with_selector):
+        drafter = make(make_target("qwen3")).bfloat16()
+        drafter.config.dpace = {"tau": 2.0}
+        start = drafter.start_for(make_target("qwen3", vocab_size=72))
+        assert start.spec.vocab_size == 72 and start.dtype == torch.float32 and not start.spec.record
+    table = start.candidate_selector.successor_codebook
+    assert torch.equal(table[:64], drafter.candidate_selector.successor_codebook.float()) and not table[64:].any()
 
 
 def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):

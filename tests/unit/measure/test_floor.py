@@ -15,7 +15,7 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
-from tests.conftest import make_drafter, make_with_head
+from tests.conftest import make_drafter, make_with_head, make_with_selector
 from tests.support.files import write_prompts
 
 CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
@@ -116,7 +116,7 @@ def test_continuations_have_the_distribution_of_their_text(language_target, ques
         assert torch.allclose(own, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [make_drafter, make_with_head])
+@pytest.mark.parametrize("make", [make_drafter, make_with_head, make_with_selector])
 def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions, make):
     drafter = make(language_target, block_size=5)
     rows = PackedRows(language_target, drafter.vocabulary, questions[0])
@@ -124,7 +124,7 @@ def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions
     before = torch.randn(1, language_target.hidden_size)
     sampler = Sampler(0.7, seed=0)
     with torch.no_grad():
-        draft = drafter.selector.propose(rows, hidden, lambda: before, 5)
+        draft = drafter.selector.propose(rows, hidden, torch.tensor(questions[0][-1:]), lambda: before, 5)
         drawn = [drafter.selector.draw(draft, 4, rows, questions[0], sampler) for _ in range(3)]
         chances = drafter.selector.chances(draft, torch.stack([tokens for tokens, _ in drawn]), rows, sampler)
     assert torch.allclose(chances, torch.stack([probs for _, probs in drawn]), atol=1e-6)

@@ -16,12 +16,12 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.train.loop import Scorer
 from dpace.train.run import check_recipe, make_datasets, train
-from tests.conftest import make_recipe, make_with_head
+from tests.conftest import make_recipe, make_with_head, make_with_selector
 
 
-def make_scorer(target, **loss):
+def make_scorer(target, make=make_with_head, **loss):
     """What computes the losses of a drafter with a head."""
-    drafter = make_with_head(target, block_size=5, head_candidates=8).train()
+    drafter = make(target, block_size=5, head_candidates=8).train()
     config = LossConfig(**loss)
     needs = config.head_penalty > 0
     return Scorer(drafter, config, make_weigh(config, 5), DraftRows(target), needs_target_hidden=needs)
@@ -97,6 +97,40 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, objective, language_targe
     torch.testing.assert_close(ours, [losses, weights, losses], rtol=1e-4, atol=1e-4)
     for name, parameter in drafter.named_parameters():
         assert (found[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm(), name
+
+
+def test_the_loss_of_the_selector_is_that_of_all_logits(language_target, batch):
+    """Tokens that are no candidates take the last one's place, and the rest of the drafter has the same gradient."""
+    scorer = make_scorer(language_target, make_with_selector, vocabulary="seen")
+    drafter = scorer.drafter
+    network = drafter.candidate_selector
+    out, blocks = scorer.score(drafter, batch)
+    hidden = blocks_hidden(drafter, language_target, batch).hidden
+    logits = language_target.head.logits(hidden)
+    own = (out.weights * out.token_losses).sum(-1)
+    added = []
+    for b, n, k in blocks.is_scored.nonzero().tolist():
+        label, before = blocks.labels[b, n, k], blocks.labels[b, n, k - 1]
+        top = logits[b, n, k].topk(8).indices
+        top[-1] = top[-1] if label in top else label
+        query = network.predecessor_codebook[before] * network.hidden_projection(hidden[b, n, k].detach())
+        scores = logits[b, n, k, top].detach() + network.successor_codebook[top] @ query
+        added.append(-out.weights[b, n, k] * scores.log_softmax(-1)[(top == label).int().argmax()])
+    torch.testing.assert_close(out.losses.sum(), own.sum() + sum(added), rtol=1e-4, atol=1e-4)
+    found, alone = (
+        torch.autograd.grad(loss.sum(), list(drafter.parameters()), retain_graph=True, allow_unused=True)
+        for loss in (out.losses, own)
+    )
+    expected = torch.autograd.grad(sum(added), list(network.parameters()))
+    grads = {name: pair for (name, _), *pair in zip(drafter.named_parameters(), found, alone, strict=True)}
+    ours = [found for name, (found, _) in grads.items() if "candidate_selector." in name]
+    torch.testing.assert_close(ours, list(expected), rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(*pair) for name, pair in grads.items() if "candidate_selector." not in name)
+    recipe = make_recipe()
+    recipe = replace(recipe, drafter=replace(recipe.drafter, head="candidate_selector"))
+    assert not recipe.needs_target_hidden
+    with pytest.raises(ValueError, match="--loss.head-penalty is 0.5, and the drafter has no head that reads it"):
+        check_recipe(replace(recipe, loss=LossConfig(head_penalty=0.5)))
 
 
 def test_a_head_computes_in_the_precision_of_the_training(language_target, batch):

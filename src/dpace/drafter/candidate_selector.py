@@ -1,0 +1,91 @@
+"""DFlash2's candidate selector: how well a candidate follows the token before is added to its logit.
+
+Here are its sizes and config keys, its scores and its loss. Its network is `dpace.modeling_dflash.CandidateSelector`.
+
+Source: DFlash2, z-lab/dflash; the loss is ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dpace.drafter.lattice import LatticeSelector
+from dpace.drafter.selector import SelectorSizes
+from dpace.drafter.values import Count
+from dpace.loss import candidate_logits
+
+
+class CandidateSelector(LatticeSelector):
+    """Adds the network's numbers to the logits of candidates."""
+
+    name = "candidate_selector"
+
+    def score(self, rows, candidates, log_probs, hidden, last_ids, before):
+        """See `LatticeSelector`."""
+        first = last_ids[:, None, None].expand(-1, 1, self.num_candidates)
+        previous = torch.cat([first, candidates[:, :-1]], dim=1)
+        return self.network(previous, candidates, hidden) + log_probs[..., None, :]
+
+    def add_loss(self, scores, found, scorer, whole_blocks):
+        """Add the cross-entropy of the target's token among the candidates, after its own token before.
+
+        A token that is no candidate takes the last one's place. Slots count as the objective says. The rest of the
+        drafter gets no gradient from it, so it learns as without a selector.
+        """
+        rows = scorer.rows
+        labels = found.blocks.labels
+        own = rows.index(labels)[..., 1:, None]
+        index = scores.candidates[..., 1:, :].clamp_min(0)  # -1 where nothing is scored
+        is_missing = (index != own).all(-1, keepdim=True)
+        index = torch.cat([index[..., :-1], torch.where(is_missing, own, index[..., -1:])], dim=-1)
+        hidden = found.hidden[..., 1:, :].detach()
+        logits = candidate_logits(hidden, rows.head, index)
+        with scorer.autocast():
+            added = self.network(labels[..., :-1, None], rows.tokens(index), hidden)[..., 0, :]
+        place = (index == own).int().argmax(-1)
+        losses = nn.functional.cross_entropy((logits + added).movedim(-1, 1), place, reduction="none")
+        return scores._replace(losses=scores.losses + (scores.weights[..., 1:] * losses).sum(-1))
+
+
+@dataclass(frozen=True)
+class CandidateSelectorSizes(SelectorSizes):
+    """Sizes of DFlash2's selector."""
+
+    name = "candidate_selector"
+    prefix = "selector_"
+    architecture = "DFlashSelectorDraftModel"
+    with_convolutions = "DFlash2DraftModel"
+    selector = CandidateSelector
+
+    top_k: Count
+    """Best tokens of each slot that it chooses from."""
+    rank: Count
+    """Numbers of a token in each of its two tables."""
+
+    @classmethod
+    def chosen(cls, config, hidden_size):
+        """Choose the sizes of a selector: the published ones, and smaller ones next to a small target.
+
+        Its tables have a row for each token. At 576 and a rank of 64 they have as many numbers as the drafter.
+        """
+        is_small = hidden_size < 1024
+        return cls(
+            top_k=config.head_candidates or (8 if is_small else 16),
+            rank=config.head_width or (64 if is_small else 256),
+        )
+
+    def options(self, spec):
+        """See `SelectorSizes`."""
+        return {"head": self.name, "head_candidates": self.top_k, "head_width": self.rank}
+
+    def config_keys(self):
+        """See `SelectorSizes`."""
+        return {"selector_rank": self.rank, "selector_top_k": self.top_k}
+
+    def describe(self, spec):
+        """See `SelectorSizes`."""
+        return f"DFlash2's candidate selector, over the {self.top_k} best tokens of each slot, of rank {self.rank}"
+
+
+SIZES = CandidateSelectorSizes
