@@ -70,11 +70,11 @@ class Engine:
         """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""
         for trait in [spec.architecture, *(key for key in PROPERTIES if getattr(spec, key))]:
             if trait not in self.reads:
-                others = " or ".join(f"--to {engine.name}" for engine in all_engines() if trait in engine.reads)
-                plain = ", or without its head, with --plain" if spec.selector else ""
+                ways = [f"--to {engine.name}" for engine in all_engines() if trait in engine.reads]
+                ways += ["--plain, without its head"] if spec.selector else []
                 return (
                     f"the drafter has {trait}, which {self.title} does not read, and so would draft wrongly "
-                    f"without a message; export it with {others}{plain}"
+                    f"without a message; export it with {' or '.join(ways)}"
                 )
         return ""
 

@@ -103,7 +103,7 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    if recipe.drafter.head and dataset.corpus.num_anchors(config.max_length).max() < size - 1:
+    if recipe.drafter.head == "lilicorr" and dataset.corpus.num_anchors(config.max_length).max() < size - 1:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.head out"

@@ -81,6 +81,13 @@ def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
     assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items() if name in own)
 
 
+def test_without_the_selector_its_tables_are_zeros(do_export):
+    with pytest.raises(ValueError, match="a head, which transformers does not run"):
+        do_export("transformers", "selector")
+    plain = Drafter.from_pretrained(do_export("transformers", "selector", plain=True).path)
+    assert not any(table.any() for table in plain.candidate_selector.buffers())
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
