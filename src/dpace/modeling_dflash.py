@@ -182,16 +182,19 @@ class CandidateSelector(nn.Module):
         init.zeros_(self.successor_codebook)
         init.normal_(self.hidden_projection.weight, std=self.hidden_projection.in_features**-0.5)
 
-    def forward(self, before, candidates, hidden):
+    def queries(self, before, hidden):
+        """Compute `A[a] * (H h)`, "... slot before rank"."""
+        gate = self.hidden_projection(hidden.to(self.hidden_projection.weight.dtype))
+        return nn.functional.embedding(before, self.predecessor_codebook) * gate[..., None, :]
+
+    def forward(self, queries, candidates):
         """Compute what is added to logits, in fp32: "... slot before candidate".
 
         Args:
-            before: "... slot before", tokens that may stand before each slot.
+            queries: of the tokens that may stand before each slot, "... slot before", and of its hidden state, as the
+                LM head reads it.
             candidates: "... slot candidate", tokens for it.
-            hidden: "... slot hidden", as the LM head reads them.
         """
-        gate = self.hidden_projection(hidden.to(self.hidden_projection.weight.dtype))
-        queries = nn.functional.embedding(before, self.predecessor_codebook) * gate[..., None, :]
         return (queries @ nn.functional.embedding(candidates, self.successor_codebook).mT).float()
 
 

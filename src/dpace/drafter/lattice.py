@@ -72,15 +72,14 @@ class LatticeSelector(Selector):
         """
         candidates = rows.tokens(index)
         scores = self.score(rows, candidates, log_probs, hidden, last_ids, before)
-        return Lattice(candidates, scores, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
+        return Lattice(candidates, scores, log_odds_of(log_probs.detach()))
 
     def propose(self, rows, hidden, last_ids, before, width):
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
         states = hidden[:, 1:]
-        logits = rows.logits(states.flatten(0, 1)).float()
-        top, index = logits.topk(self.num_candidates)
-        log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
-        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, last_ids, before)
+        logits = rows.logits(states.flatten(0, 1))
+        log_probs, index = (x.unflatten(0, states.shape[:2]) for x in candidates_of(logits, self.num_candidates))
+        lattice = self.make_lattice(rows, index, log_probs, states, last_ids, before)
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 
@@ -142,9 +141,28 @@ def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tenso
     for of_slot in best[:, 1:].unbind(1):
         taken.append(of_slot.gather(1, taken[-1]))
     index = torch.cat(taken, dim=1)
-    scores = rows_after(lattice, index)
-    rest = scores.logsumexp(-1) - lattice.log_odds
-    return lattice.candidates.gather(-1, index[..., None])[..., 0], torch.cat([scores, rest[..., None]], dim=-1)
+    scores = with_rest(rows_after(lattice, index), lattice.log_odds)
+    return lattice.candidates.gather(-1, index[..., None])[..., 0], scores
+
+
+def candidates_of(
+    logits: Float[Tensor, "slot row"], num_candidates: int
+) -> tuple[Float[Tensor, "slot choice"], Int[Tensor, "slot choice"]]:
+    """Return the best rows of slots, best first: their log-probabilities in fp32, and which they are."""
+    logits = logits.float()
+    top, index = logits.topk(num_candidates)
+    return top - logits.logsumexp(-1, keepdim=True), index
+
+
+def log_odds_of(log_probs: Float[Tensor, "*slots choice"]) -> Float[Tensor, "*slots"]:
+    """Return the logarithm of the odds that a slot's token is a candidate."""
+    return log_probs.exp().sum(-1).logit(eps=1e-6)
+
+
+def with_rest(scores: Float[Tensor, "*slots choice"], log_odds: Float[Tensor, "*slots"]) -> Tensor:
+    """Append a score for all tokens that are no candidates: in the softmax it has the share that the drafter gives."""
+    rest = scores.logsumexp(-1) - log_odds
+    return torch.cat([scores, rest[..., None]], dim=-1)
 
 
 def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpace.config import DrafterConfig
 from dpace.drafter.views import BlocksHidden
@@ -124,7 +124,11 @@ class Selector:
             as they are drafted, and behind that in the other ways of `Acceptance.bounds`.
         """
         blocks = found.blocks
-        return found.hidden, leading_matches(found.hidden, rows, blocks.labels, blocks.is_scored)
+
+        def judge(hidden: Tensor, labels: Tensor) -> Tensor:
+            return rows.tokens(rows.logits(hidden).argmax(-1))[None] == labels
+
+        return found.hidden, leading_matches(found.hidden, judge, blocks.labels, blocks.is_scored)[:, 0]
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Turn states of `match` into scores of a `Draft`."""
@@ -207,28 +211,36 @@ def draw_draft(
 
 
 def leading_matches(
-    hidden: Float[Tensor, "batch block slot hidden"],
-    rows: DraftRows,
+    states: Float[Tensor, "batch block slot state"],
+    judge: Callable[[Tensor, Tensor], Bool[Tensor, "way row"]],
     labels: Int[Tensor, "batch block slot"],
     is_scored: Bool[Tensor, "batch block slot"],
-) -> Bool[Tensor, "batch block slot"]:
+) -> Bool[Tensor, "way batch block slot"]:
     """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
 
-    It is what `frozen_head_nll` finds, up to each block's first miss. Blocks that are right so far go on with twice as
-    many slots, so little more than tau rows of a block are multiplied with the head, in few products.
+    Blocks that are right so far go on with twice as many slots, so little more than tau rows of a block are judged, in
+    few products.
 
-    Memory: logits of `SCORED_ROWS` slots.
+    Args:
+        states: of the slots.
+        judge: says of states and labels, "row", which drafts are right, in one way or in several, of which the last is
+            right wherever another one is. It gets `SCORED_ROWS` at most.
+        labels: the target's tokens.
+        is_scored: slots that count.
     """
-    is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
+    found = []
+    is_right = torch.ones_like(is_scored[..., 0])
+    num_slots = labels.shape[-1]
     start = 1
-    while start < labels.shape[-1] and is_right.any():
+    while start < num_slots and (not found or is_right.any()):
         at = slice(start, 2 * start)
         is_tried = is_right[..., None] & is_scored[..., at]
-        parts = hidden[..., at, :][is_tried].split(SCORED_ROWS)
-        is_match = torch.zeros_like(is_tried)
-        drafted = rows.tokens(torch.cat([rows.logits(part).argmax(-1) for part in parts]))
-        is_match[is_tried] = drafted == labels[..., at][is_tried]
-        is_accepted[..., at] = is_match.int().cumprod(-1).bool()
-        is_right = is_accepted[..., at][..., -1]
+        parts = zip(*(x[..., at, :][is_tried].split(SCORED_ROWS) for x in (states, labels[..., None])), strict=True)
+        judged = torch.cat([judge(rows, own[:, 0]) for rows, own in parts], dim=-1)
+        is_match = judged.new_zeros(len(judged), *is_tried.shape)
+        is_match[:, is_tried] = judged
+        found.append(is_match)
+        is_right = is_match[-1].all(-1)
         start *= 2
-    return is_accepted
+    is_accepted = torch.cat(found, dim=-1).int().cumprod(-1).bool()
+    return nn.functional.pad(is_accepted, (1, num_slots - 1 - is_accepted.shape[-1]))

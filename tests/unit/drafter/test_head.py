@@ -11,9 +11,10 @@ from dpace.decode import generate, generate_batch
 from dpace.drafter import load_drafter
 from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
 from dpace.drafter.lilicorr import LiLiCorrSizes
+from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.lattice import FusedLattice
 from dpace.fast.packing import refresh_copies
-from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
 from tests.conftest import make_target, make_with_head, make_with_selector
@@ -97,11 +98,10 @@ def test_the_walk_is_a_loop_over_rows():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [make_with_head, make_with_selector])
-def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(make, monkeypatch):
+def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
     """Also the anchor row of each text, whatever the texts beside it have read."""
     target = make_target("qwen3")
-    drafter = make(target, block_size=5)
+    drafter = make_with_head(target, block_size=5)
     found = []
     propose = LatticeSelector.propose
 
@@ -132,3 +132,20 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(make, monkeypa
         for scores, accepted in zip(alone, out.accepted_lengths, strict=False):
             torch.testing.assert_close(trained[anchor], scores[0], atol=1e-3, rtol=1e-3)
             anchor += accepted + 1
+
+
+@torch.no_grad()
+def test_what_is_measured_of_the_selector_is_what_decoding_does(language_target, questions, monkeypatch):
+    """Accepted lengths, and the scores that confidences are computed from."""
+    drafter = make_with_selector(language_target, block_size=5)
+    drafts, propose = [], LatticeSelector.propose
+    monkeypatch.setattr(LatticeSelector, "propose", lambda *args: drafts.append(propose(*args)) or drafts[-1])
+    prompt, parts = questions[0], []
+    out = generate(language_target, drafter, prompt, max_new_tokens=30, width="full", stop_token_ids=[])
+    response = Response("a", "set", [], prompt + out.token_ids, [[len(prompt), len(prompt) + 30]])
+    dataset = ResponseDataset([response], max_length=99, num_anchors=None, seed=0)
+    (found,) = measure_vocabularies(drafter, language_target, dataset, [None], visit=lambda *part: parts.append(part))
+    assert found.rows.tolist() == out.acceptance.rows.tolist() and found.tau < found.bounds[1]
+    reached = slice(out.accepted_lengths[0] + 1)
+    scores = drafter.selector.scores(parts[0][1][reached], DraftRows(language_target))
+    torch.testing.assert_close(scores, drafts[0].scores[0, reached], atol=1e-4, rtol=1e-4)
