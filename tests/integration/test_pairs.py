@@ -254,6 +254,13 @@ PAIRS |= {
         "generate --target {target} --drafter {out}/b/drafter --prompt 'w3 w51' --max-new-tokens 4",
         printed=r"w\d+",
     ),
+    "DFlash2, out and in again": Pair(
+        f"train {RECIPE} --drafter.conv-kernel-size 2 --drafter.head candidate_selector --drafter.head-candidates 4; "
+        "doctor {out}/drafter --target {target} --engine zlab; respond {recipe} --output {out}/c; "
+        "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
+        "train {recipe} --output {out}/c --drafter.init {out}/g",
+        "c/drafter/provenance.json",
+    ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         f"train {RECIPE} --drafter.init {{out}}/g",
@@ -292,7 +299,7 @@ PAIRS |= {
     ),
     "plan, an option of a head, no head": Pair(
         f"plan {RECIPE} --loss.head-weights walk",
-        refused="--loss.head-weights is walk, and the drafter has no head; add --drafter.head",
+        refused="--loss.head-weights is walk, and the drafter has no head that reads it; add --drafter.head",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(

@@ -383,5 +383,4 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     if answers.exists():
         drafter.answers = read_tokens(answers, num_tokens)["token_ids"]
     speed_up(drafter)
-    drafter.selector.speed_up()
     return drafter

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dpace.drafter.lattice import Lattice, LatticeSelector, rows_after
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
-from dpace.fast.lattice import fuse_lattice
 from dpace.loss import Slots, candidate_logits
 
 CE_WEIGHT = 0.25
@@ -34,10 +33,6 @@ class LiLiCorrSelector(LatticeSelector):
     """Scores neighbouring candidates by the network; the drafter's logits are not added to its scores."""
 
     name = "lilicorr"
-
-    def speed_up(self):
-        """See `Selector`."""
-        fuse_lattice(self.network)
 
     def score(self, rows, candidates, log_probs, hidden, last_ids, before):
         """See `LatticeSelector`."""

@@ -47,9 +47,6 @@ class Selector:
     def __init__(self, drafter: Any):
         self.drafter = drafter
 
-    def speed_up(self) -> None:
-        """Make its network faster, in place, with the same results; the layers' products are already."""
-
     def add_loss(
         self, scores: SlotScores, found: BlocksHidden, scorer: Any, whole_blocks: Int[Tensor, " whole"] | None
     ) -> SlotScores:

@@ -8,12 +8,9 @@ import torch
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
-from dpace.drafter import load_drafter
 from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
 from dpace.drafter.lilicorr import LiLiCorrSizes
 from dpace.drafter.vocabulary import DraftRows
-from dpace.fast.lattice import FusedLattice
-from dpace.fast.packing import refresh_copies
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
@@ -57,29 +54,6 @@ def test_a_small_target_gets_a_smaller_head(hidden_size, options, expected):
     sizes = LiLiCorrSizes.chosen(DrafterConfig(head="lilicorr", **options), hidden_size)
     assert (sizes.candidate_topk, sizes.hidden_size, sizes.num_heads) == expected
     assert sizes.options(SimpleNamespace(hidden_size=hidden_size)).items() >= options.items()
-
-
-@pytest.mark.parametrize(("num_blocks", "width"), [(1, None), (3, 48)])
-def test_the_fused_head_gives_the_same_scores(num_blocks, width, tmp_path):
-    """Of whole blocks, also after a change of the weights; others take the head's own."""
-    target = make_target("qwen3")
-    make_with_head(target, block_size=5, head_width=width).save_pretrained(tmp_path, dtype=torch.float32)
-    head = load_drafter(tmp_path, target).lilicorr
-    inputs = [torch.randn(num_blocks, 4, 4, 48), torch.randn(num_blocks, 4, 4).log_softmax(-1)]
-    inputs += [torch.randn(num_blocks, 4, 48), torch.randn(num_blocks, 48)]
-    assert isinstance(head, FusedLattice)
-    for _ in range(2):
-        with torch.no_grad():
-            torch.testing.assert_close(head(*inputs), LiLiCorr.forward(head, *inputs), atol=2e-5, rtol=1e-5)
-            assert head.fast is not None
-            head.in_head.weight.mul_(-1)
-        refresh_copies(head)
-        assert head.fast is None
-    with torch.no_grad():
-        head(*(part[:, :3] for part in inputs[:3]), inputs[3])
-    assert head.fast is None
-    head(*inputs)[1].sum().backward()
-    assert head.in_head.weight.grad.any()
 
 
 def test_the_walk_is_a_loop_over_rows():
