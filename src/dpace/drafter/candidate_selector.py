@@ -63,6 +63,8 @@ class CandidateSelector(LatticeSelector):
 
         A token that is no candidate takes the last one's place. Slots count as the objective says. The rest of the
         drafter gets no gradient from it, so it learns as without a selector.
+
+        Memory: the LM head's rows of all candidates, in fp32.
         """
         rows = scorer.rows
         labels = found.blocks.labels
