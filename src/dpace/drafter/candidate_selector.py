@@ -62,7 +62,7 @@ class CandidateSelector(LatticeSelector):
         """Add the cross-entropy of the target's token among the candidates, after its own token before.
 
         A token that is no candidate takes the last one's place. Slots count as the objective says. The rest of the
-        drafter gets no gradient from it, so it learns as without a selector.
+        drafter gets no gradient from it; only the norm for clipping is that of both.
 
         Memory: the LM head's rows of all candidates, in fp32.
         """
