@@ -40,15 +40,9 @@ class LatticeSelector(Selector):
         return getattr(self.drafter, self.name)
 
     def score(
-        self,
-        rows: DraftRows,
-        candidates: Int[Tensor, "block draft choice"],
-        log_probs: Float[Tensor, "block draft choice"],
-        hidden: Float[Tensor, "block draft hidden"],
-        last_ids: Int[Tensor, " block"],
-        before: Callable[[], Float[Tensor, "block hidden"]],
+        self, rows, candidates, log_probs, hidden, last_ids, before
     ) -> Float[Tensor, "block draft choice choice"]:
-        """Score the candidates of blocks; see `make_lattice` and `Lattice.scores`."""
+        """Compute `Lattice.scores` from its candidates and the other arguments of `make_lattice`."""
         raise NotImplementedError
 
     def make_lattice(

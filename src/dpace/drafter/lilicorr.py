@@ -153,8 +153,7 @@ class LiLiCorrSizes(SelectorSizes):
         """Choose the sizes of a selector.
 
         Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a
-        small target on a CPU it would be more than 10 %, so below 1024 a sixth is taken, 96 at 576, which is about 5 %.
-        There 4 candidates take half of the extra time of 8, and gain about as much (docs/results.md).
+        small target on a CPU it would be far more, so below 1024 a sixth is taken, 96 at 576, and 4 candidates.
         """
         is_small = hidden_size < 1024
         width = config.head_width or (max(8, hidden_size // 48 * 8) if is_small else hidden_size // 4)

@@ -27,6 +27,7 @@ from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.train.loop import num_steps
+from dpace.train.optimizer import is_factor
 
 CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
@@ -194,7 +195,7 @@ class TrainingPlan(TargetPlan):
                 rows = batch.num_tokens
             elif "k_proj" in name or "v_proj" in name:
                 rows += batch.num_tokens
-            if weight.ndim == 2 and "codebook" not in name:
+            if is_factor(name, weight):
                 found.append((batch.size * rows, *weight.shape))
         return found
 

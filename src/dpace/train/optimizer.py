@@ -17,14 +17,16 @@ from dpace.train.sharding import take_share
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
 
-LOOKED_UP = ("bias", "codebook")
-"""Parts of the names of matrices that are no factors of products."""
-
 
 def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the factors in matrix products: bf16, and on a CPU what `--train.products` says."""
     is_rounded = config.products == "bfloat16" or (config.products == "auto" and has_fast_bf16())
     return torch.bfloat16 if device.type != "cpu" or is_rounded else torch.float32
+
+
+def is_factor(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter of a drafter is a factor of products: a matrix, but no bias and no table of tokens."""
+    return parameter.ndim == 2 and "bias" not in name and "codebook" not in name
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -33,8 +35,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     matrices = []
     norms = []
     for name, parameter in model.named_parameters():
-        is_factor = not any(part in name for part in LOOKED_UP)
-        is_matrix = parameter.ndim == 2 and is_factor if is_muon else parameter.ndim > 1
+        is_matrix = is_factor(name, parameter) if is_muon else parameter.ndim > 1
         (matrices if is_matrix else norms).append(parameter)
     options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if is_muon:
