@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpace.batches import feature_files
-from dpace.batches.corpus import Corpus
+from dpace.batches.corpus import Example
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
@@ -55,7 +55,7 @@ def make_datasets(responses: Sequence[Response], recipe: Recipe) -> tuple[Respon
     config = recipe.train
     empty = [replace(response, id=f"empty/{response.id}", response_spans=[]) for response in responses[:5]]
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=0)
-    dataset.corpus = Corpus.of([*responses, *empty])  # those without an anchor too
+    dataset.examples = [Example.of(one) for one in (*responses, *empty)]  # those without an anchor too
     return dataset, ResponseDataset(responses[:3], max_length=config.max_length, num_anchors=None, seed=0)
 
 

@@ -126,11 +126,11 @@ CHECK = f"check --target {TARGET} --drafter . --responses"
 PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
-    "train --prompts.path no.jsonl": "there is no file no.jsonl; name",
+    "train --prompts.path no.jsonl": "no answers to these prompts; write them first with `dpace respond",
     "respond --prompts.path large.yaml": "large.yaml:1: the line is not JSON",
     f"respond --prompts.path {'p' * 300}": "ppp.*too long",
     "respond --output file --prompts.path good.jsonl": "file: File exists",
-    "respond --output foreign --prompts.path good.jsonl": "responses.jsonl was not written by dpace",
+    "respond --output foreign --prompts.path good.jsonl": "has no responses.meta.json that tells what",
     "respond --output out --prompts.path good.jsonl --prompts.heldout-path heldout.jsonl": (
         "held-out prompt '7' .*also a training prompt, '4'"
     ),

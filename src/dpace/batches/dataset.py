@@ -1,4 +1,4 @@
-"""Make batches of conversations: a corpus comes in, padded batches with the blocks of an epoch go out.
+"""Make batches of conversations: these come in, padded batches with the blocks of an epoch go out.
 
 The target's features are kept with them where they fit in memory. The order of an epoch is such that conversations of
 a step are about equally long.
@@ -6,7 +6,6 @@ a step are about equally long.
 
 import copy
 import hashlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dpace.batches.corpus import Corpus
+from dpace.batches.corpus import Example
 from dpace.blocks import build_blocks, sample_anchors
 from dpace.respond.responses import Response
 from dpace.system.progress import track
@@ -33,10 +32,10 @@ Compute = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 class ResponseDataset(torch.utils.data.Dataset):
     """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
 
-    Memory: that of the corpus, and the features where they are kept (tokens x feature x bytes of the target's dtype).
+    Memory: 4 bytes a token, and the features where they are kept (tokens x feature x bytes of the target's dtype).
     """
 
-    def __init__(self, responses: Corpus | Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
+    def __init__(self, responses: Sequence[Example | Response], *, max_length: int, num_anchors: int | None, seed: int):
         self.epoch = 0
         self.max_length = max_length
         self.num_anchors = num_anchors
@@ -44,8 +43,8 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.features: Sequence[Tensor] | None = None
         self.kept: list[int] = []
         """Layers whose outputs are the features, see `Target.features`."""
-        corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
-        self.corpus = corpus.take(np.flatnonzero(corpus.num_anchors(max_length)))
+        examples = (entry if isinstance(entry, Example) else Example.of(entry) for entry in responses)
+        self.examples = [example for example in examples if example.num_anchors(max_length)]
         """Those that have an anchor."""
 
     def with_seed(self, seed: int) -> "ResponseDataset":
@@ -57,12 +56,12 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def ids(self) -> list[str]:
         """Ids of the conversations."""
-        return [self.corpus.id(index) for index in range(len(self))]
+        return [example.id for example in self.examples]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each conversation, prompt included."""
-        return np.minimum(self.corpus.lengths, self.max_length)
+        return np.array([min(len(example.token_ids), self.max_length) for example in self.examples], dtype=np.int64)
 
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
@@ -72,12 +71,12 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
         """Return the tokens of a conversation."""
-        return torch.from_numpy(self.corpus.token_ids(index)[: self.max_length].astype(np.int64))
+        return torch.from_numpy(np.array(self.examples[index].token_ids[: self.max_length], dtype=np.int64))
 
     def is_response(self, index: int) -> Bool[Tensor, " seq"]:
         """Return which tokens of a conversation the target wrote."""
-        flags = torch.zeros(min(int(self.corpus.lengths[index]), self.max_length), dtype=torch.bool)
-        for start, end in self.corpus.spans(index).tolist():
+        flags = torch.zeros(len(self.token_ids(index)), dtype=torch.bool)
+        for start, end in self.examples[index].spans:
             flags[start:end] = True
         return flags
 
@@ -100,7 +99,7 @@ class ResponseDataset(torch.utils.data.Dataset):
     def batches_that_begin_alike(self, numbers: Iterable[int]) -> list[list[int]]:
         """Put conversations into batches that begin alike or are about equally long, to compute features together."""
         chosen = list(numbers)
-        texts = [array("i", self.token_ids(number).tolist()) for number in chosen]
+        texts = [self.examples[number].token_ids[: self.max_length] for number in chosen]
         order = [chosen[place] for place in find_shared(texts)[0]]
         return [order[start : start + FEATURE_BATCH] for start in range(0, len(order), FEATURE_BATCH)]
 
@@ -128,12 +127,12 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def __len__(self):
         """Count the conversations."""
-        return len(self.corpus)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
         is_response = self.is_response(index)
-        seed = (self.seed, self.epoch, self.corpus.id(index))
+        seed = (self.seed, self.epoch, self.examples[index].id)
         return {
             "token_ids": self.token_ids(index),
             "is_response": is_response,

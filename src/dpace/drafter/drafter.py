@@ -294,7 +294,7 @@ class Drafter(DFlashDraftModel):
 
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
         """
-        with filling(save_directory, is_guarded=False) as aside, quiet_library():
+        with filling(save_directory) as aside, quiet_library():
             tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
             super().save_pretrained(aside, state_dict=tensors, **kwargs)
             path = aside / "config.json"

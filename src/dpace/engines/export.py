@@ -18,7 +18,7 @@ from dpace.engines import ExportConfig, all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Engine
 from dpace.system.device import dtype_name
-from dpace.system.ledger import filling, refuse_foreign_files, remove_files
+from dpace.system.ledger import filling, lock_folder, refuse_foreign_files, register_files, remove_files
 from dpace.system.provenance import fingerprint
 from dpace.target import Target
 from dpace.target.files import find_adapter, find_target_files
@@ -178,12 +178,13 @@ def _compared(output: Path, drafter: Drafter) -> Iterator[Path]:
     Raises:
         ValueError: a file differs from what was to be written.
     """
-    with filling(output) as aside:
+    with lock_folder(output), filling(output) as aside:
         yield aside
         again = read_drafter(aside, num_target_layers=drafter.spec.num_target_layers)
         if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
             raise ValueError(f"{output} does not read back as it was written; do not serve it")
         files = [file.name for file in aside.iterdir()]
+        register_files(output, *files)
     if old := remove_files(output, PATTERNS, keep=files):
         print(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}", file=sys.stderr)
 

@@ -140,7 +140,7 @@ def walk_conversation(
     if visit is not None:
         for number, parts in enumerate(reached):
             visit(number, *map(torch.cat, zip(*parts, strict=True)))
-    spans = dataset.corpus.spans(index).clip(max=dataset.max_length).tolist()
+    spans = [[min(edge, dataset.max_length) for edge in span] for span in dataset.examples[index].spans]
     return [
         [walk(dict(zip(anchors.tolist(), way, strict=True)), spans, drafter.block_size) for way in ways]
         for ways in (torch.cat(parts, -1).tolist() for parts in lengths)

@@ -26,7 +26,6 @@ from dpace.plan.training import (
     plan_target,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_prompts
-from dpace.respond.conversation import own_messages
 from dpace.respond.responses import iterate_responses, read_meta
 from dpace.system.progress import count
 from dpace.train.checkpoints import checkpoint_folders
@@ -113,7 +112,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     lines = [prompts_line(parts), f"answers: {len(prompts) - len(waiting):,} kept, {len(waiting):,} to come"]
     if recipe.respond.source == "own":
         for prompt in waiting:
-            own_messages(prompt)
+            prompt.own_messages()
     elif not recipe.respond.server:
         lines.append(time_line(answers=answering_seconds(recipe, plan_target(recipe), waiting)))
     return [*lines, disk_line(recipe.responses_path, answer_bytes(recipe, prompts))]

@@ -103,7 +103,7 @@ def plan_target(recipe: Recipe, *, memory: int | None = None) -> TargetPlan:
 
 def known_lengths(dataset: ResponseDataset) -> np.ndarray:
     """Return tokens and anchors of conversations that are answered, "2 conversation"."""
-    anchors = dataset.corpus.num_anchors(dataset.max_length)
+    anchors = [example.num_anchors(dataset.max_length) for example in dataset.examples]
     return np.stack([dataset.lengths, anchors]).astype(float)
 
 

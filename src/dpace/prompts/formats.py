@@ -32,6 +32,20 @@ class Prompt:
     answer: str | dict[str, Any] | None = None
     """The reply to the last turn that the file has, if any; one with tool calls is a whole message."""
 
+    def own_messages(self) -> list[dict[str, Any]]:
+        """Return the messages with the reply.
+
+        Raises:
+            ValueError: there is no reply.
+        """
+        if self.answer is None:
+            raise ValueError(
+                f"prompt {self.id} has no reply at its end, which --respond.source own trains on; remove the prompt, "
+                "or let the target answer with --respond.source target"
+            )
+        reply = self.answer if isinstance(self.answer, dict) else {"role": "assistant", "content": self.answer}
+        return [*self.turns[0], reply]
+
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts from a file or the Hub.
@@ -53,7 +67,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
     """Read prompts as `read_prompts` does, one at a time."""
-    hub = parse_hub_id(path)
+    hub = _parse_hub_id(path)
     ids: set[str] = set()
     is_table = hub is not None or Path(path).suffix == ".parquet"  # whose rows nobody can change
     default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
@@ -89,7 +103,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str, file:
         ) from error
 
 
-def parse_hub_id(path: str | Path) -> dict[str, Any] | None:
+def _parse_hub_id(path: str | Path) -> dict[str, Any] | None:
     """Take a name apart that stands for a dataset on the Hub; None for a file."""
     match = HUB_ID.fullmatch(path) if isinstance(path, str) else None
     if match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in SUFFIXES:

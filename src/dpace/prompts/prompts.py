@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpace.config import PromptsConfig
-from dpace.prompts.formats import Prompt, iterate_prompts, parse_hub_id, read_prompts
+from dpace.prompts.formats import Prompt, iterate_prompts, read_prompts
 from dpace.prompts.overlap import PublicTexts
-from dpace.prompts.public_sets import SETS
 from dpace.system.progress import count, note
 
 
@@ -122,20 +121,6 @@ def split_ids(config: PromptsConfig, prompts: Iterable[Prompt] | None = None) ->
         },
         num_answers,
     )
-
-
-def prompt_files(config: PromptsConfig) -> list[Path]:
-    """Return the files that the split depends on; datasets on the Hub are none.
-
-    Raises:
-        ValueError: a file is missing.
-    """
-    names = [name for name in (*sources_of(config), *config.decontaminate) if name]
-    paths = [Path(name) for name in names if name not in SETS and not parse_hub_id(name)]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}; name a file of prompts, or a dataset on the Hub as OWNER/NAME")
-    return paths
 
 
 def sources_of(config: PromptsConfig) -> tuple[str, str | None]:

@@ -1,13 +1,13 @@
 """Show on one page what a drafter is trained on, and what is left out and why: `dpace data`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dpace.batches.corpus import Corpus
+from dpace.batches.corpus import Example
 from dpace.measure.records import spread_evenly
 from dpace.prompts.prompts import Split
 from dpace.report.tables import Section, section_table
@@ -31,14 +31,16 @@ def prompts_page(split: Split) -> RenderableType:
     return Text(printable("\n".join(lines)))
 
 
-def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
+def responses_page(
+    examples: Sequence[Example], max_length: int, meta: Mapping[str, Any], tokenizer: Any
+) -> RenderableType:
     """Show lengths and ends of the training answers, and some of them."""
-    answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
-    num_long = int((corpus.lengths > max_length).sum())
-    num_without = int((corpus.num_anchors(max_length) == 0).sum())
+    answers = [[end - start for start, end in example.spans] for example in examples]
+    whole = np.array([len(example.token_ids) for example in examples])
+    num_without = sum(not example.num_anchors(max_length) for example in examples)
     facts = [
-        f"{count(len(corpus), 'conversation')}, {int(corpus.lengths.sum()):,} tokens with their prompts",
-        f"conversations cut at --train.max-length {max_length}: {num_long}",
+        f"{count(len(examples), 'conversation')}, {int(whole.sum()):,} tokens with their prompts",
+        f"conversations cut at --train.max-length {max_length}: {(whole > max_length).sum()}",
         f"left out, without two tokens of an answer in a row: {num_without}",
     ]
     limit = meta.get("max_new_tokens")
@@ -48,23 +50,23 @@ def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tok
         lengths = np.concatenate(answers)
         num_cut = int((lengths == limit).sum())
         facts.append(f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(lengths)}")
-    answered = np.array([lengths.sum() for lengths in answers])
-    lengths = {"prompts": corpus.lengths - answered, "answers, all turns": answered, "conversations": corpus.lengths}
+    answered = np.array([sum(lengths) for lengths in answers])
+    lengths = {"prompts": whole - answered, "answers, all turns": answered, "conversations": whole}
     rows = [
         {"tokens": name, **{at: f"{np.quantile(values, share):.0f}" for at, share in QUANTILES.items()}}
         for name, values in lengths.items()
     ]
-    return Group(Text("\n".join(facts)), section_table(Section("", rows=rows)), *_preview(corpus, tokenizer))
+    return Group(Text("\n".join(facts)), section_table(Section("", rows=rows)), *_preview(examples, tokenizer))
 
 
-def _preview(corpus: Corpus, tokenizer: Any) -> Iterator[RenderableType]:
+def _preview(examples: Sequence[Example], tokenizer: Any) -> Iterator[RenderableType]:
     """Show some conversations; the tokens that are trained on stand between ⟦ and ⟧."""
-    for number in spread_evenly(range(len(corpus)), NUM_SHOWN):
-        yield Text(f"\n{printable(corpus.id(number))}, with what is trained on between ⟦ and ⟧:", "bold")
-        tokens = corpus.token_ids(number).tolist()
+    for example in spread_evenly(examples, NUM_SHOWN):
+        yield Text(f"\n{printable(example.id)}, with what is trained on between ⟦ and ⟧:", "bold")
+        tokens = example.token_ids.tolist()
         text = Text()
         end = 0
-        for start, stop in corpus.spans(number).tolist():
+        for start, stop in example.spans:
             before = printable(tokenizer.decode(tokens[end:start]))
             text.append(f"...{before[-SHOWN_CHARACTERS:]}" if len(before) > SHOWN_CHARACTERS else before)
             answer = printable(tokenizer.decode(tokens[start:stop]))

@@ -14,16 +14,15 @@ from typing import Any
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.respond.conversation import Conversation, is_answer
+from dpace.respond.conversation import Conversation
 from dpace.respond.from_servers import ServerAnswers
 from dpace.respond.in_process import answer_batches
 from dpace.respond.responses import (
     Response,
+    answers_to,
     check_meta,
     find_meta,
-    iterate_responses,
     read_meta,
-    register_answers,
     write_meta,
 )
 from dpace.system import ranks
@@ -44,7 +43,7 @@ def write_responses(
         The responses of the given prompts, in their order, without those that servers could not answer.
     """
     answer_prompts(target, prompts, path, config)
-    by_id = {response.id: response for response in iterate_responses(path)} if prompts else {}
+    by_id = {response.id: response for response in answers_to(path, prompts)} if prompts else {}
     return [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
 
 
@@ -117,18 +116,9 @@ def _find_waiting(
 
     Those that begin alike are neighbours, and the short ones come first otherwise.
     """
-    register_answers(path)
     _collect(path, [])
     check_meta(path, meta)
-    done = set()
-    for response in iterate_responses(path) if path.exists() else ():
-        prompt = by_id.get(response.id)
-        if prompt and not is_answer(response, prompt, is_own=config.source == "own"):
-            raise ValueError(
-                f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
-                "--output, or delete the file"
-            )
-        done.add(response.id)
+    done = {response.id for response in answers_to(path, by_id.values())} if path.exists() else set()
     texts = {name: Conversation(target, prompt, config).check() for name, prompt in by_id.items() if name not in done}
     old = read_meta(path)
     if done and not texts and old.get("complete") and old.get("responses_sha256") != hash_file(path):

@@ -54,7 +54,7 @@ class Conversation:
         turns = self.prompt.turns
         first = self._encode(encode_chat, turns[0])
         if self.config.source == "own":
-            own_messages(self.prompt)
+            self.prompt.own_messages()
             return array("i", first)
         messages = list(turns[0])
         for turn in turns[1:]:
@@ -104,7 +104,7 @@ class Conversation:
         Raises:
             ValueError: it comes without one.
         """
-        for message in own_messages(self.prompt):
+        for message in self.prompt.own_messages():
             if message["role"] == "assistant" and self.messages:
                 self._append(*self._encode(encode_answer, self.messages, message))
             self.messages.append(message)
@@ -121,25 +121,3 @@ def refuse_long_prompts(target: Target | ChatTokenizer, prompts: Iterable[Prompt
     config = RespondConfig(max_new_tokens=max_new_tokens)
     for prompt in prompts:
         Conversation(target, prompt, config).check()
-
-
-def own_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """Return the messages of a prompt that comes with a reply, and the reply.
-
-    Raises:
-        ValueError: there is no reply.
-    """
-    answer = prompt.answer
-    if answer is None:
-        raise ValueError(
-            f"prompt {prompt.id} has no reply at its end, which --respond.source own trains on; remove the prompt, or "
-            "let the target answer with --respond.source target"
-        )
-    return [*prompt.turns[0], answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
-
-
-def is_answer(response: Response, prompt: Prompt, *, is_own: bool = False) -> bool:
-    """Return whether the response answers this very prompt, or with `is_own` is the reply that it comes with."""
-    if is_own:
-        return response.messages == own_messages(prompt)
-    return response.turns(map(len, prompt.turns)) == prompt.turns

@@ -12,8 +12,9 @@ from typing import Any
 import pydantic
 
 from dpace.config import STRICT, RespondConfig
+from dpace.prompts.formats import Prompt
 from dpace.recipes.validation import explain
-from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
+from dpace.system.ledger import read_jsonl, read_object, register_files, write_json
 from dpace.system.progress import quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
 from dpace.target import Target
@@ -70,6 +71,27 @@ def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterato
             reason = explain(error, Response) if isinstance(error, pydantic.ValidationError) else error
             raise ValueError(f"{path}:{number}: {reason}; write the file again with `dpace respond`") from error
         ids.add(response.id)
+        yield response
+
+
+def answers_to(path: str | Path, prompts: Iterable[Prompt]) -> Iterator[Response]:
+    """Read the answers to prompts from `responses.jsonl`, one at a time; those to others are passed over.
+
+    Raises:
+        ValueError: see `read_responses`; or an answer has the id of a prompt, but is one to another text.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+    is_own = read_meta(path).get("source") == "own"
+    for response in iterate_responses(path):
+        prompt = by_id.get(response.id)
+        if prompt is None:
+            continue
+        asked = [prompt.own_messages()] if is_own else prompt.turns
+        if response.turns(map(len, asked)) != asked:
+            raise ValueError(
+                f"{path} has an answer with the id {response.id!r}, but to another text; put the prompts back as they "
+                f"were, name another folder with --output, or delete {path} and answer again"
+            )
         yield response
 
 
@@ -161,29 +183,20 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
         return
     old = read_meta(path)
     other = "name another folder with --output, or delete the file"
-    if not old:
+    if not old:  # perhaps another program's
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
     now = {key: value for key, value in meta.items() if key not in INFORMATIVE}
     way_out = f"set this as it was, {other}"
     same_run({"source": "target"} | old, now, f"{path} was made by {old.get('target')!r}", way_out)
 
 
-def register_answers(path: Path) -> None:
-    """Note that dpace writes a file of responses and what tells what made them.
-
-    Complete ones may have been copied from another folder: their hash says that dpace wrote them.
+def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
+    """Write what made the responses, all or nothing.
 
     Raises:
-        ValueError: a file that dpace did not write.
+        ValueError: there are none yet, and a file of its name that dpace did not write.
     """
-    names = path.name, meta_path(path).name
-    is_new = not refuse_foreign_files(path.parent).issuperset(names)
-    meta = read_meta(path) if is_new and path.exists() else {}
-    are_ours = bool(meta.get("complete")) and meta.get("responses_sha256") == hash_file(path)
-    register_files(path.parent, *names, are_ours=are_ours)
-
-
-def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
-    """Write what made the responses, all or nothing."""
+    if not path.exists():
+        register_files(path.parent, path.name, meta_path(path).name)
     state = {"complete": is_complete, "responses_sha256": hash_file(path) if is_complete else None}
     write_json(meta_path(path), meta | state)

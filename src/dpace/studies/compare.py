@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpace.batches.corpus import Corpus, read_corpora
+from dpace.batches.corpus import Example, read_examples
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, LossConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
@@ -78,7 +78,7 @@ def compare(
         ranks.from_first(lambda: register_files(folder, RESULTS_FILE))
         parts = parts or split_prompts(config.prompts)
         answer_prompts(target, sum(parts, []), config.responses_path, config.respond)
-        *answered, heldout = read_corpora(config.responses_path, [[prompt.id for prompt in part] for part in parts])
+        *answered, heldout = read_examples(config.responses_path, parts)
         train_cells(target, runs, choose_conversations(*answered, recipe=config))
         measure_cells(target, config, runs, heldout_set(heldout, config))
         rows = ranks.from_first(lambda: make_rows(config, parts.heldout))
@@ -187,7 +187,7 @@ def train_cells(target: Target, runs: Mapping[Path, Run], datasets: tuple[Respon
         train(target, seeded, measured, run.recipe, cell, init=run.init, run=run)
 
 
-def heldout_set(heldout: Corpus | Sequence[Response], recipe: Recipe) -> ResponseDataset:
+def heldout_set(heldout: Sequence[Example | Response], recipe: Recipe) -> ResponseDataset:
     """Make the dataset that `measure_cells` takes, without features."""
     return ResponseDataset(heldout, max_length=recipe.train.max_length, num_anchors=None, seed=0)
 

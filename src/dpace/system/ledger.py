@@ -8,9 +8,7 @@ import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from dpace.system import ranks
 
 MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
-LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
-"""In a folder that a process writes to: the lock, and who holds it."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCK, SOFT_LOCK, HOLDER = ".dpace.lock", ".dpace.softlock", ".dpace.holder"
+"""In a folder that a process writes to: the lock, a file that stands for it where there are none, and who holds it."""
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
@@ -102,25 +100,21 @@ def _reading(path: str | Path, what: str) -> Iterator[None]:
         raise ValueError(f"cannot read {path}: {reason}; name {what} in UTF-8") from error
 
 
-def full_disk(error: BaseException, path: str | Path) -> OSError | None:
-    """Return the error of a full disk or quota with the name of a file, also where a library has words of its own."""
-    is_of_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_of_disk or (isinstance(error, OSError | SafetensorError) and re.search(FULL_DISK, str(error))):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    return None
-
-
 @contextlib.contextmanager
 def naming_file(path: str | Path) -> Iterator[None]:
-    """Let an OSError inside the `with` block name this file; errors of a full disk name none."""
+    """Let errors inside the `with` block name this file: one of a full disk, and an OSError that names none.
+
+    A library may have words of its own for a full disk or quota.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if full := full_disk(error, path):
-            raise full from error
-        if isinstance(error, SafetensorError) or error.errno is None:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL_DISK, str(error)):
+            number = errno.ENOSPC
+        elif number is None or error.filename:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -133,13 +127,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
     """Yield a path to write to; what is there at the end of the `with` block takes the file's place.
 
-    A full disk or a killed process leaves the file as it was before. By default the path is this process's own, and
-    `lock_folder` removes it after a kill.
+    A full disk or a killed process leaves the file as it was before. The path is this process's own, and `lock_folder`
+    removes it after a kill.
     """
-    unfinished = unfinished or path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with naming_file(path):
             yield unfinished
@@ -179,29 +173,6 @@ def remove_unfinished(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[None]:
-    """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
-    lock = _acquire(path.with_name(f".dpace.{path.stem}.lock"), timeout=-1.0)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _acquire(path: Path, timeout: float) -> filelock.BaseFileLock:
-    """Lock a file; where the file system has no locks, another file stands for the lock as long as it is held."""
-    lock = filelock.FileLock(path, is_singleton=True)
-    try:
-        lock.acquire(timeout)
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
-        lock = filelock.SoftFileLock(path.with_suffix(".softlock"), is_singleton=True)
-        lock.acquire(timeout)
-    return lock
-
-
 def cut_unfinished_line(path: Path) -> None:
     """Cut off a last line that a killed process left unfinished."""
     data = path.read_bytes() if path.exists() else b""
@@ -224,21 +195,27 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         return
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     holder = folder / HOLDER
+    lock = filelock.FileLock(folder / LOCK, is_singleton=True)
+    stale = ""
     try:
-        lock = _acquire(folder / LOCK, timeout=0.0)
+        try:
+            lock.acquire(timeout=0.0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            lock = filelock.SoftFileLock(folder / SOFT_LOCK, is_singleton=True)
+            stale = f"; if it is gone, remove {folder / SOFT_LOCK}"
+            lock.acquire(timeout=0.0)
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
-        stale = f"; if it is gone, remove {error.lock_file}" if error.lock_file.endswith(".softlock") else ""
         raise ValueError(
             f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
         ) from error
     is_first = lock.lock_counter == 1
     try:
         if is_first:
-            command = " ".join(["dpace", *sys.argv[1:2]])
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
             with naming_file(holder):
-                holder.write_text(f"process {os.getpid()} on {platform.node()} ({command}, since {since})")
+                holder.write_text(f"process {os.getpid()} on {platform.node()}")
             remove_unfinished(folder)
         yield
     finally:
@@ -266,20 +243,15 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
     return written
 
 
-def register_files(folder: str | Path, *names: str, are_ours: bool = False) -> None:
-    """Note that dpace writes these files of a folder, and refuse to write over others.
-
-    Args:
-        folder: made where it is missing.
-        names: of files and folders in it.
-        are_ours: refuse none of them, since they were written by dpace in another folder.
+def register_files(folder: str | Path, *names: str) -> None:
+    """Note that dpace writes these files of a folder, and refuse to write over others; make the folder.
 
     Raises:
         ValueError: one of them exists and was not written by dpace.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = refuse_foreign_files(folder, *(() if are_ours else names))
+    written = refuse_foreign_files(folder, *names)
     if not written.issuperset(names):
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
 
@@ -301,48 +273,38 @@ def remove_files(folder: str | Path, patterns: Sequence[str], *, keep: Collectio
 
 
 @contextlib.contextmanager
-def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool = True) -> Iterator[Path]:
+def filling(folder: str | Path, *, last: str = "config.json") -> Iterator[Path]:
     """Yield an empty folder, whose files move into `folder` at the end of the `with` block.
 
     Files that belong together are written so: aside, then onto the disk, then into place. Where the block fails, the
-    old files stay, and a folder that was not there before is not there after. A process that is killed leaves the old
-    files, the new ones, or, while they are exchanged, no file `last`, without which nothing reads the folder. The same
-    call then writes it whole.
+    old files stay. A process that is killed leaves the old files, the new ones, or, while they are exchanged, no file
+    `last`, without which nothing reads the folder. The same call then writes it whole.
 
     Args:
         folder: made where it is missing.
         last: name of the file that makes the folder valid. Where it is among the new ones, the old one is removed
             first, and the new one is moved last.
-        is_guarded: lock the folder, and refuse to write over files that dpace did not write. Without it both are the
-            caller's.
 
     Raises:
-        ValueError: files of another program would be overwritten, or another process writes there.
         OSError: there is no room, also where a library says so in words of its own; names the outermost folder.
     """
     folder = Path(folder)
-    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        guard = lock_folder(folder) if is_guarded else contextlib.nullcontext()
-        with guard, tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
+        with naming_file(folder), tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
             yield Path(aside)
             files = sorted(Path(aside).iterdir(), key=lambda file: (file.name == last, file.name))
             for file in files:
                 make_readable(file)
                 sync(file)
-            if is_guarded:
-                register_files(folder, *(file.name for file in files))
             if files[-1].name == last:
                 (folder / last).unlink(missing_ok=True)
             for file in files:
                 file.replace(folder / file.name)
             sync(folder)
-    except BaseException as error:
-        if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}:
-            shutil.rmtree(folder, ignore_errors=True)
-        if full := full_disk(error, folder):
-            raise full from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing is in it
         raise
 
 

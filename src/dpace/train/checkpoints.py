@@ -88,7 +88,7 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
                 moments[f"{number}.{name}"] = whole.cpu().contiguous()
     if ranks.is_first():
         folder = checkpoint_folder(checkpoints, state.global_step)
-        with filling(folder, last=MANIFEST, is_guarded=False) as aside:
+        with filling(folder, last=MANIFEST) as aside:
             save_file(moments, aside / MOMENTS)
             write_json(aside / STEPS, {"groups": values["param_groups"], "scheduler": schedule.state_dict()})
             drafter.save_pretrained(aside)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dpace.batches.corpus import Corpus
+from dpace.batches.corpus import Example
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
@@ -88,7 +88,7 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
 
 
 def choose_conversations(
-    responses: Corpus | Sequence[Response], validation: Corpus | Sequence[Response], recipe: Recipe
+    responses: Sequence[Example | Response], validation: Sequence[Example | Response], recipe: Recipe
 ) -> tuple[ResponseDataset, ResponseDataset]:
     """Make the two datasets that `train` takes, without features.
 
@@ -103,7 +103,8 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    if recipe.drafter.head == "lilicorr" and dataset.corpus.num_anchors(config.max_length).max() < size - 1:
+    longest = max(example.num_anchors(config.max_length) for example in dataset.examples)
+    if recipe.drafter.head == "lilicorr" and longest < size - 1:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.head out"

@@ -14,7 +14,7 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import answer_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
-    from dpace.respond.responses import check_meta, known_settings, register_answers
+    from dpace.respond.responses import check_meta, known_settings
     from dpace.target.locate import find_target
 
     parts = split_prompts(recipe.prompts)
@@ -33,8 +33,6 @@ def run(args: list[str]) -> None:
         ranks.end()
         return
     with lock_folder(recipe.output):
-        if ranks.is_first():
-            register_answers(path)
         ranks.from_first(check_and_announce)
         answered = sum(prompt.answer is not None for prompt in prompts)
         if recipe.respond.source == "target" and answered:

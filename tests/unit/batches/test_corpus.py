@@ -2,16 +2,17 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpace.batches.corpus import Answers, Corpus, _batches, load_corpus, read_corpora
+from dpace.batches.corpus import Answers, Example, load_corpus, read_examples
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, Recipe
-from dpace.prompts.prompts import split_ids
+from dpace.prompts.prompts import read_prompts, split_ids
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.responses import Response, read_responses
@@ -33,29 +34,20 @@ def files(tmp_path):
     return tmp_path / "responses.jsonl", PromptsConfig(path=str(prompts))
 
 
-def as_rows(corpus):
-    return [(corpus.id(i), corpus.token_ids(i).tolist(), corpus.spans(i).tolist()) for i in range(len(corpus))]
+def as_rows(examples):
+    return [(one.id, one.token_ids.tolist(), one.spans) for one in examples]
 
 
-def test_the_corpus_is_what_the_files_say_and_is_made_again_when_they_change(files):
+def test_the_corpus_is_what_the_files_say(files, capsys):
     path, config = files
     by_id = {response.id: response for response in read_responses(path)}
     split = split_ids(config)
-    parts = [as_rows(corpus) for corpus in load_corpus(path, config)]
-    for rows, ids in zip(parts, split[:2], strict=True):
-        assert rows == [(i, by_id[i].token_ids, by_id[i].response_spans) for i in ids if i in by_id]
-    made = path.with_name("corpus.arrow")
-    first, written = made.read_bytes(), made.stat().st_mtime_ns
-    load_corpus(path, config)
-    assert made.stat().st_mtime_ns == written
-    made.write_bytes(first[: len(first) // 2])
-    assert as_rows(load_corpus(path, config)[0]) == parts[0]
+    for examples, ids in zip(load_corpus(path, config), split[:2], strict=True):
+        assert as_rows(examples) == [(i, by_id[i].token_ids, by_id[i].response_spans) for i in ids if i in by_id]
+    assert "left out: no answer" in capsys.readouterr().err
     assert len(load_corpus(path, replace(config, limit=4))[0]) <= 4
-    path.write_text(path.read_text().replace('"token_ids": [0, ', '"token_ids": [7, '))
-    assert load_corpus(path, config)[0].token_ids(0)[0] == 7
-    made.write_text("another's")
-    path.with_name(".dpace.json").unlink()
-    with pytest.raises(ValueError, match="was not written by dpace"):
+    write_rows(Path(config.path), [{"prompt": f"other {i}", "id": f"p{i}"} for i in range(30)])
+    with pytest.raises(ValueError, match="but to another text; put the prompts back"):
         load_corpus(path, config)
 
 
@@ -68,11 +60,11 @@ SPANS = st.lists(st.integers(0, 12), max_size=8, unique=True).map(
 @given(spans=st.lists(SPANS, max_size=4), max_length=st.integers(2, 14))
 def test_anchors_are_counted_without_looking_at_tokens(spans, max_length):
     responses = [Response(str(i), "", [], list(range(12)), s) for i, s in enumerate(spans)]
-    corpus = Corpus.of(responses)
+    examples = [Example.of(response) for response in responses]
     flags = [[any(start <= i < end for start, end in r.response_spans) for i in range(12)] for r in responses]
     expected = [len(sample_anchors(of_text[:max_length])) for of_text in flags]
-    assert corpus.num_anchors(max_length).tolist() == expected
-    dataset = ResponseDataset(corpus, max_length=max_length, num_anchors=None, seed=0)
+    assert [example.num_anchors(max_length) for example in examples] == expected
+    dataset = ResponseDataset(examples, max_length=max_length, num_anchors=None, seed=0)
     kept = [number for number, count in enumerate(expected) if count]
     assert dataset.ids == [str(number) for number in kept]
     found = [dataset.is_response(i).tolist() for i in range(len(dataset))]
@@ -80,16 +72,10 @@ def test_anchors_are_counted_without_looking_at_tokens(spans, max_length):
     assert dataset.seen_tokens.tolist() == list(range(min(12, max_length))) * bool(kept)
 
 
-def test_few_answers_are_in_memory_together(monkeypatch):
-    taken = []
-    rows = ((Response(str(i), "s", [], [5], []), taken.append(i) or 0, i) for i in range(40))
-    monkeypatch.setattr("dpace.batches.corpus.BATCH_ROWS", 3)
-    assert len(next(_batches(rows))) == len(taken) == 3
-
-
 def test_comparisons_read_parts_in_the_order_of_their_prompts(files):
-    first, second = read_corpora(files[0], [["p20", "p7", "none"], ["p5"]])
-    assert [first.id(i) for i in range(len(first))] == ["p20", "p7"] and second.lengths.tolist() == [8]
+    prompts = {prompt.id: prompt for prompt in read_prompts(files[1].path)}
+    parts = [[prompts[name] for name in names] for names in (["p20", "p7", "p1"], ["p5"])]
+    assert [[example.id for example in part] for part in read_examples(files[0], parts)] == [["p20", "p7"], ["p5"]]
 
 
 def test_answers_that_are_not_the_targets_are_refused(files):
@@ -114,12 +100,13 @@ def test_answers_that_are_not_the_targets_are_refused(files):
 
 def test_one_page_says_what_is_there(files, capsys):
     path, config = files
-    corpus, _ = load_corpus(path, config)
-    page = responses_page(corpus, 20, {"max_new_tokens": 10}, make_tokenizer())
+    examples, _ = load_corpus(path, config)
+    page = responses_page(examples, 20, {"max_new_tokens": 10}, make_tokenizer())
     console().print(prompts_page(split_ids(config)), page)
     shown = capsys.readouterr().out
-    lengths = [end - start for i in range(len(corpus)) for start, end in corpus.spans(i)]
+    lengths = [end - start for example in examples for start, end in example.spans]
     assert f"at --respond.max-new-tokens 10: {lengths.count(10)} of {len(lengths)}" in shown
-    assert f"conversations cut at --train.max-length 20: {(corpus.lengths > 20).sum()}" in shown
+    num_cut = sum(len(example.token_ids) > 20 for example in examples)
+    assert f"conversations cut at --train.max-length 20: {num_cut}" in shown
     assert "25 to train on, 2 for validation, 3 held out" in shown and "⟦" in shown
-    assert f"{len(corpus)} conversations, " in shown and "answers, all turns" in shown
+    assert f"{len(examples)} conversations, " in shown and "answers, all turns" in shown

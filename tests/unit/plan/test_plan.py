@@ -143,9 +143,7 @@ def answered(tmp_path) -> list[str]:
 
 
 def files(folder) -> dict:
-    """What is written, but for the answers in the form in which they are read fast."""
-    names = ("corpus.arrow", ".dpace.json", ".dpace.corpus.lock")
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in names}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 TELLS = {

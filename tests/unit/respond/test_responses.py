@@ -129,14 +129,16 @@ def test_responses_of_unknown_origin_are_refused(write, path):
 
 
 def test_answers_that_were_copied_are_not_answered_again(write, path, monkeypatch):
-    """The file and its meta file, into another folder; what was changed there may be another program's."""
+    """The file and its meta file, into another folder."""
     whole = write()
     copy = shutil.copytree(path.parent, path.with_name("copy"), ignore=shutil.ignore_patterns(".*")) / path.name
     monkeypatch.setattr("dpace.respond.answering._answer_here", lambda *_: pytest.fail("answered again"))
     assert write(path=copy) == whole
-    copy.with_name(".dpace.json").unlink()
     copy.write_bytes(copy.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match="was not written by dpace"):
+    with pytest.raises(ValueError, match="was changed after dpace wrote it"):
+        write(path=copy)
+    copy.unlink()
+    with pytest.raises(ValueError, match=r"responses.meta.json was not written by dpace"):
         write(path=copy)
 
 
