@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpace.config import PromptsConfig, Recipe
-from dpace.prompts.formats import Prompt, read_prompts
-from dpace.prompts.prompts import sources_of, split_ids
+from dpace.prompts.prompts import Prompt, split_and_explain
 from dpace.respond.responses import Response, answers_to, read_meta
 from dpace.system.progress import count, note
 from dpace.system.provenance import hash_file, same_run
@@ -55,10 +54,9 @@ def load_corpus(path: Path, config: PromptsConfig) -> list[list[Example]]:
     Raises:
         ValueError: prompts or responses that cannot be read.
     """
-    prompts = {prompt.id: prompt for prompt in read_prompts(sources_of(config)[0])}
-    train, validation, *_ = split_ids(config, prompts.values())
-    corpus = read_examples(path, [[prompts[name] for name in names] for names in (train, validation)])
-    if missing := len(train) + len(validation) - sum(map(len, corpus)):
+    parts = split_and_explain(config)[0][:2]
+    corpus = read_examples(path, parts)
+    if missing := sum(map(len, parts)) - sum(map(len, corpus)):
         note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
     return corpus
 

@@ -13,6 +13,7 @@ from dpace.system.progress import describe_error, one_line, quoted
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
 """Keys that a prompt may stand under; a table that has several is read by the first."""
 WANTED = "`messages`, `conversations`, `turns`, `instruction` or `prompt`"
+EMPTY_REPLY = {"role": "assistant", "content": ""}
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -29,8 +30,8 @@ class Prompt:
     """Name of the dataset that the prompt belongs to; results are reported by dataset."""
     turns: list[list[dict[str, Any]]]
     """Messages of each turn; the target answers after each turn. The first message has the `tools`, if any."""
-    answer: str | dict[str, Any] | None = None
-    """The reply to the last turn that the file has, if any; one with tool calls is a whole message."""
+    answer: dict[str, Any] | None = None
+    """The reply to the last turn that the file has, if any: a message."""
 
     def own_messages(self) -> list[dict[str, Any]]:
         """Return the messages with the reply.
@@ -43,8 +44,7 @@ class Prompt:
                 f"prompt {self.id} has no reply at its end, which --respond.source own trains on; remove the prompt, "
                 "or let the target answer with --respond.source target"
             )
-        reply = self.answer if isinstance(self.answer, dict) else {"role": "assistant", "content": self.answer}
-        return [*self.turns[0], reply]
+        return [*self.turns[0], self.answer]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -62,29 +62,24 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         ValueError: file and row of what cannot be read, an empty prompt, an id that occurs twice, or an empty file.
     """
-    return list(iterate_prompts(path))
-
-
-def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
-    """Read prompts as `read_prompts` does, one at a time."""
     hub = _parse_hub_id(path)
-    ids: set[str] = set()
+    prompts: dict[str, Prompt] = {}
     is_table = hub is not None or Path(path).suffix == ".parquet"  # whose rows nobody can change
     default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
     place, rows = _read_rows(Path(path), hub)
     for number, row in rows:
         try:
             prompt = _parse(_take_filled(row) if is_table else row, str(number), default_set)
-            if prompt.id in ids:
+            if prompt.id in prompts:
                 if not is_table:
                     raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
                 prompt = replace(prompt, id=f"{prompt.id}#{number}")
         except ValueError as error:
             raise ValueError(f"{place}{number}: {error}; fix the line") from error
-        ids.add(prompt.id)
-        yield prompt
-    if not ids:
+        prompts[prompt.id] = prompt
+    if not prompts:
         raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {WANTED}")
+    return list(prompts.values())
 
 
 def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
@@ -173,8 +168,7 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
         given = _check_list(row[kind], kind)  # where a text alone may be anyone's
         messages = [_parse_message(entry if isinstance(entry, dict) else {"content": entry}) for entry in given]
         if messages[-1]["role"] == "assistant":
-            last = messages.pop()
-            answer = last["content"] if last.keys() == {"role", "content"} else last
+            answer = messages.pop()
         turns = [messages]
     elif kind == "turns":
         turns = [[_parse_message(turn)] for turn in _check_list(row[kind], kind)]
@@ -185,7 +179,7 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
             if extra := row.get("input"):
                 message["content"] += f"\n\nInput:\n{extra}"
             if output := row.get("output"):
-                answer = _parse_message(output)["content"]
+                answer = _parse_message(output) | {"role": "assistant"}
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
@@ -194,7 +188,7 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
     if tools := next(filter(None, map(_parse_tools, (row.get("tools"), *own))), None):
         turns[0][0]["tools"] = tools
         name += " (tools)"
-    return Prompt(_check_name(row, "id", default_id), name, turns, answer or None)
+    return Prompt(_check_name(row, "id", default_id), name, turns, None if answer == EMPTY_REPLY else answer)
 
 
 def _parse_message(message: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpace.config import PromptsConfig
-from dpace.prompts.formats import Prompt, iterate_prompts, read_prompts
+from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.overlap import PublicTexts
 from dpace.system.progress import count, note
 
@@ -31,18 +31,6 @@ class PromptParts(NamedTuple):
     """Prompts that reported numbers are measured on; nothing is chosen by them."""
 
 
-class Split(NamedTuple):
-    """Ids of prompts in their files, by purpose, and why others are left out."""
-
-    train: list[str]
-    validation: list[str]
-    heldout: list[str]
-    dropped: dict[str, dict[str, str]]
-    """By the reason: ids of prompts that are left out, each with the prompt that it is like."""
-    num_answers: int
-    """Prompts that come with an answer."""
-
-
 def split_prompts(config: PromptsConfig) -> PromptParts:
     """Read the prompts and split them into three parts.
 
@@ -54,73 +42,56 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
         ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
             train on.
     """
-    path, heldout_path = sources_of(config)
-    prompts = read_prompts(path)
-    split = split_ids(config, prompts)
-    for reason, names in split.dropped.items():
+    parts, dropped = split_and_explain(config)
+    for reason, names in dropped.items():
         if names:
             note(f"{count(len(names), 'prompt')} left out: {reason}")
-    if not split.train:
-        raise ValueError(f"{path} has no prompt left to train on; add some, or leave fewer out")
-    by_id = {prompt.id: prompt for prompt in prompts}
-    measured = _rename(read_prompts(heldout_path), by_id.keys()) if heldout_path else by_id
-    return PromptParts(
-        [by_id[name] for name in split.train],
-        [by_id[name] for name in split.validation],
-        [measured[name] for name in split.heldout],
-    )
+    if not parts.train:
+        raise ValueError(f"{config.path} has no prompt left to train on; add some, or leave fewer out")
+    return parts
 
 
-def split_ids(config: PromptsConfig, prompts: Iterable[Prompt] | None = None) -> Split:
-    """Split prompts as `split_prompts` does, and keep only their ids in memory.
+def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dict[str, str]]]:
+    """Split prompts as `split_prompts` does, and tell what is left out.
 
-    Args:
-        config: of the prompts.
-        prompts: those of its `path`, where they are read already.
+    Returns:
+        The parts; and by the reason, the ids of prompts that are left out, each with the prompt that it is like.
     """
     path, heldout_path = sources_of(config)
-    public = PublicTexts(config.decontaminate) if config.decontaminate else None
-    texts: dict[str, bytes] = {}
-    num_answers = 0
-    of_public: dict[str, str] = {}
-    for prompt in prompts or iterate_prompts(path):
-        texts[prompt.id] = hash_text(prompt)
-        num_answers += prompt.answer is not None
-        if public and (like := public.find(prompt)):
-            of_public[prompt.id] = like
-    groups = _group(texts)
+    prompts = read_prompts(path)
+    groups = _group(prompts)
     if heldout_path is None:
         measured = _take_out(groups, config.num_heldout, seed=0)
         if not measured:
             raise ValueError(
-                f"--prompts.num-heldout {config.num_heldout} and {path} with {len(texts)} prompts give no "
+                f"--prompts.num-heldout {config.num_heldout} and {path} with {len(prompts)} prompts give no "
                 "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
                 "held-out prompts with --prompts.heldout-path"
             )
     else:
-        others = _group({prompt.id: hash_text(prompt) for prompt in read_prompts(heldout_path)})
-        if shared := [key for key in others if key in groups]:
-            raise ValueError(
-                f"the held-out prompt {others[shared[0]][0]!r} of {heldout_path} is also a training prompt, "
-                f"{groups[shared[0]][0]!r} of {path}; remove it from one of the files"
-            )
-        measured = list(others.values())
-    validation = _take_out(groups, config.num_validation, seed=1)
-    chosen = [first for first, *_ in validation]
-    rest = [name for name, key in texts.items() if key in groups]
-    of_public = {name: of_public[name] for name in (*chosen, *rest) if name in of_public}
-    return Split(
-        [name for name in rest if name not in of_public][: config.limit],
-        [name for name in chosen if name not in of_public],
+        heldout = read_prompts(heldout_path)
+        for prompt in heldout:
+            if same := groups.get(hash_text(prompt)):
+                raise ValueError(
+                    f"the held-out prompt {prompt.id!r} of {heldout_path} is also a training prompt, {same[0].id!r} of "
+                    f"{path}; remove it from one of the files"
+                )
+        measured = list(_group(_rename(heldout, {prompt.id for prompt in prompts})).values())
+    chosen = _take_out(groups, config.num_validation, seed=1)
+    left = {prompt.id for group in groups.values() for prompt in group}
+    train = [prompt for prompt in prompts if prompt.id in left]
+    validation = [first for first, *_ in chosen]
+    of_public: dict[str, str] = {}
+    if config.decontaminate:
+        public = PublicTexts(config.decontaminate)
+        of_public = {prompt.id: like for prompt in (*validation, *train) if (like := public.find(prompt))}
+    parts = PromptParts(
+        [prompt for prompt in train if prompt.id not in of_public][: config.limit],
+        [prompt for prompt in validation if prompt.id not in of_public],
         [first for first, *_ in measured],
-        {
-            "copies of held-out or validation prompts": {
-                copy: first for first, *copies in (*measured, *validation) for copy in copies
-            },
-            "in the public sets": of_public,
-        },
-        num_answers,
     )
+    copies = {copy.id: first.id for first, *others in (*measured, *chosen) for copy in others}
+    return parts, {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
 
 
 def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
@@ -131,7 +102,7 @@ def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
 
 
 def hash_text(prompt: Prompt) -> bytes:
-    """Hash what a prompt's first turn says; no more is kept while prompts are split, so that a million fit in memory.
+    """Hash what a prompt's first turn says.
 
     The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
     """
@@ -144,28 +115,28 @@ def hash_text(prompt: Prompt) -> bytes:
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def _group(texts: dict[str, bytes]) -> dict[bytes, list[str]]:
-    """Put the ids of prompts that say the same together, in their order."""
-    groups: dict[bytes, list[str]] = {}
-    for name, key in texts.items():
-        groups.setdefault(key, []).append(name)
+def _group(prompts: Iterable[Prompt]) -> dict[bytes, list[Prompt]]:
+    """Put prompts that say the same together, in their order."""
+    groups: dict[bytes, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(hash_text(prompt), []).append(prompt)
     return groups
 
 
-def _take_out(groups: dict[bytes, list[str]], limit: int, *, seed: int) -> list[list[str]]:
+def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> list[list[Prompt]]:
     """Take a random tenth of the groups out, at most `limit`, and return them in their order."""
     keys = list(groups)
     chosen = random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))
     return [groups.pop(keys[number]) for number in sorted(chosen)]
 
 
-def _rename(heldout: Sequence[Prompt], taken: Set[str]) -> dict[str, Prompt]:
-    """Return held-out prompts by their ids, with new ones where training prompts have these."""
+def _rename(heldout: Sequence[Prompt], taken: Set[str]) -> list[Prompt]:
+    """Give held-out prompts new ids where training prompts have these."""
     ids = {prompt.id for prompt in heldout}
     prefix = "heldout/"
     while any(prefix + name in taken | ids for name in taken & ids):
         prefix += "heldout/"
-    return {prompt.id: replace(prompt, id=prefix + prompt.id) if prompt.id in taken else prompt for prompt in heldout}
+    return [replace(prompt, id=prefix + prompt.id) if prompt.id in taken else prompt for prompt in heldout]
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from dpace.batches.corpus import Example
 from dpace.measure.records import spread_evenly
-from dpace.prompts.prompts import Split
+from dpace.prompts.prompts import PromptParts
 from dpace.report.tables import Section, section_table
 from dpace.system.progress import count, printable
 
@@ -20,11 +20,13 @@ SHOWN_CHARACTERS = 240
 QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 
 
-def prompts_page(split: Split) -> RenderableType:
-    """Show how many prompts there are of each part, and what is left out and why."""
-    counts = f"{len(split.train)} to train on, {len(split.validation)} for validation, {len(split.heldout)} held out"
-    lines = [f"prompts: {counts}; {split.num_answers} come with an answer"]
-    for reason, dropped in split.dropped.items():
+def prompts_page(parts: PromptParts, left_out: Mapping[str, Mapping[str, str]]) -> RenderableType:
+    """Show how many prompts there are of each part, and what is left out and why; see `split_and_explain`."""
+    train, validation, heldout = map(len, parts)
+    num_answers = sum(prompt.answer is not None for part in parts for prompt in part)
+    counts = f"{train} to train on, {validation} for validation, {heldout} held out"
+    lines = [f"prompts: {counts}; {num_answers} come with an answer"]
+    for reason, dropped in left_out.items():
         if dropped:
             name, like = next(iter(dropped.items()))
             lines.append(f"left out: {len(dropped)} {reason}, such as {name} (like {like})")

@@ -12,7 +12,7 @@ from dpace.batches.corpus import Answers, Example, load_corpus, read_examples
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, Recipe
-from dpace.prompts.prompts import read_prompts, split_ids
+from dpace.prompts.prompts import read_prompts, split_and_explain
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.responses import Response, read_responses
@@ -41,9 +41,10 @@ def as_rows(examples):
 def test_the_corpus_is_what_the_files_say(files, capsys):
     path, config = files
     by_id = {response.id: response for response in read_responses(path)}
-    split = split_ids(config)
-    for examples, ids in zip(load_corpus(path, config), split[:2], strict=True):
-        assert as_rows(examples) == [(i, by_id[i].token_ids, by_id[i].response_spans) for i in ids if i in by_id]
+    parts, _ = split_and_explain(config)
+    for examples, prompts in zip(load_corpus(path, config), parts[:2], strict=True):
+        expected = [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
+        assert as_rows(examples) == [(one.id, one.token_ids, one.response_spans) for one in expected]
     assert "left out: no answer" in capsys.readouterr().err
     assert len(load_corpus(path, replace(config, limit=4))[0]) <= 4
     write_rows(Path(config.path), [{"prompt": f"other {i}", "id": f"p{i}"} for i in range(30)])
@@ -102,7 +103,7 @@ def test_one_page_says_what_is_there(files, capsys):
     path, config = files
     examples, _ = load_corpus(path, config)
     page = responses_page(examples, 20, {"max_new_tokens": 10}, make_tokenizer())
-    console().print(prompts_page(split_ids(config)), page)
+    console().print(prompts_page(*split_and_explain(config)), page)
     shown = capsys.readouterr().out
     lengths = [end - start for example in examples for start, end in example.spans]
     assert f"at --respond.max-new-tokens 10: {lengths.count(10)} of {len(lengths)}" in shown

@@ -15,7 +15,7 @@ from dpace.prompts.prompts import (
     find_prompt,
     hash_text,
     read_prompts,
-    split_ids,
+    split_and_explain,
     split_prompts,
 )
 from tests.support.files import write_prompts, write_rows
@@ -31,10 +31,10 @@ SHAREGPT = [("system", "s"), ("human", "q"), ("gpt", "a")]
 FORMS = [
     ({"prompt": "q"}, [[user("q")]], None),
     ({"turns": ["q", "and?"]}, [[user("q")], [user("and?")]], None),
-    ({"messages": [SYSTEM, user("q"), REPLY]}, [[SYSTEM, user("q")]], "a"),
+    ({"messages": [SYSTEM, user("q"), REPLY]}, [[SYSTEM, user("q")]], REPLY),
     ({"messages": [user("q"), {**REPLY, "reason": "r"}]}, [[user("q")]], {**REPLY, "reason": "r"}),
-    ({"conversations": [{"from": a, "value": b, "weight": None} for a, b in SHAREGPT]}, [[SYSTEM, user("q")]], "a"),
-    ({"instruction": "Sort.", "input": "2", "output": "1"}, [[user("Sort.\n\nInput:\n2")]], "1"),
+    ({"conversations": [{"from": a, "value": b, "weight": None} for a, b in SHAREGPT]}, [[SYSTEM, user("q")]], REPLY),
+    ({"instruction": "Sort.", "input": "2", "output": "a"}, [[user("Sort.\n\nInput:\n2")]], REPLY),
     ({"instruction": "Sort.", "input": "", "output": ""}, [[user("Sort.")]], None),
 ]
 
@@ -105,7 +105,6 @@ def test_a_fixed_share_is_held_out(tmp_path):
     assert [len(part) for part in parts] == [33, 3, 4]
     assert len({prompt.id for part in parts for prompt in part}) == 40
     assert split_prompts(config) == parts
-    assert [[prompt.id for prompt in part] for part in parts] == list(split_ids(config)[:3])
     few = split_prompts(replace(config, num_validation=0, num_heldout=2, limit=5))
     assert [len(part) for part in few] == [5, 0, 2]
     with pytest.raises(ValueError, match="at least 10"):
@@ -173,9 +172,9 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
     rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?", phrase]
     path = write_prompts(tmp_path / "p.jsonl", rows)
     config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)
-    split = split_ids(config)
-    assert split.dropped["in the public sets"] == {"41": "1", "42": "3", "44": "4"}
-    assert sorted(split.train + split.heldout, key=int) == [str(i) for i in (*range(1, 41), 43)]
+    parts, left_out = split_and_explain(config)
+    assert left_out["in the public sets"] == {"41": "1", "42": "3", "44": "4"}
+    assert sorted((prompt.id for part in parts for prompt in part), key=int) == [str(i) for i in (*range(1, 41), 43)]
     split_prompts(config)
     assert "3 prompts left out: in the public sets" in capsys.readouterr().err
 
@@ -183,9 +182,10 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
 def test_held_out_prompts_of_a_public_set_stay_and_are_not_counted_as_left_out(tmp_path):
     texts = [" ".join(f"word{i}of{number}" for i in range(15)) for number in range(40)]
     path = write_prompts(tmp_path / "p.jsonl", texts)
-    split = split_ids(PromptsConfig(path=path, decontaminate=(write_prompts(tmp_path / "public.jsonl", texts[:30]),)))
-    left_out = split.dropped["in the public sets"]
-    names = [*split.train, *split.validation, *split.heldout, *left_out]
+    public = write_prompts(tmp_path / "public.jsonl", texts[:30])
+    parts, reasons = split_and_explain(PromptsConfig(path=path, decontaminate=(public,)))
+    left_out = reasons["in the public sets"]
+    names = [*(prompt.id for part in parts for prompt in part), *left_out]
     assert left_out and len(names) == len(set(names)) == 40
 
 
@@ -200,7 +200,7 @@ def test_a_prompt_of_two_public_sets_is_found(tmp_path):
 def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
     public = PublicTexts([write_prompts(tmp_path / "a.jsonl", [PUBLIC])])
     chat = [user(PUBLIC), REPLY, user("Go on.")]
-    assert public.find(Prompt("a", "s", [chat], "Well.")) == "1", "a reply to it is trained on"
+    assert public.find(Prompt("a", "s", [chat], REPLY)) == "1", "a reply to it is trained on"
     assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
     result = {"role": "tool", "content": PUBLIC}
     assert public.find(Prompt("a", "s", [[user("Go on."), result]])) is None, "which the user did not say"
