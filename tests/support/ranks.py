@@ -15,13 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpace.batches import feature_files
-from dpace.batches.corpus import Example
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
-from dpace.respond.responses import Response
+from dpace.respond.responses import Example, Response
 from dpace.studies.compare import compare
 from dpace.system import ranks
 from dpace.target import Target

@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dpace.batches.corpus import Example
 from dpace.blocks import build_blocks, sample_anchors
-from dpace.respond.responses import Response
+from dpace.respond.responses import Example, Response
 from dpace.system.progress import track
 from dpace.target import Target
 from dpace.target.beginnings import find_shared

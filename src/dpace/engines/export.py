@@ -178,14 +178,16 @@ def _compared(output: Path, drafter: Drafter) -> Iterator[Path]:
     Raises:
         ValueError: a file differs from what was to be written.
     """
-    with lock_folder(output), filling(output) as aside:
-        yield aside
-        again = read_drafter(aside, num_target_layers=drafter.spec.num_target_layers)
-        if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
-            raise ValueError(f"{output} does not read back as it was written; do not serve it")
-        files = [file.name for file in aside.iterdir()]
-        register_files(output, *files)
-    if old := remove_files(output, PATTERNS, keep=files):
+    with lock_folder(output):
+        with filling(output) as aside:
+            yield aside
+            again = read_drafter(aside, num_target_layers=drafter.spec.num_target_layers)
+            if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
+                raise ValueError(f"{output} does not read back as it was written; do not serve it")
+            files = [file.name for file in aside.iterdir()]
+            register_files(output, *files)
+        old = remove_files(output, PATTERNS, keep=files)
+    if old:
         print(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}", file=sys.stderr)
 
 

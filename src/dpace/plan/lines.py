@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import ByteSize
 
-from dpace.batches.corpus import load_corpus
 from dpace.config import CompareConfig, Recipe
 from dpace.plan.speed import Number
 from dpace.plan.training import (
@@ -26,7 +25,7 @@ from dpace.plan.training import (
     plan_target,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_prompts
-from dpace.respond.responses import iterate_responses, read_meta
+from dpace.respond.responses import iterate_responses, load_examples, read_meta
 from dpace.system.progress import count
 from dpace.train.checkpoints import checkpoint_folders
 from dpace.train.identity import is_finished
@@ -195,12 +194,12 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
 
     Raises:
-        ValueError: see `load_corpus`, `split_prompts` and `plan_recipe`.
+        ValueError: see `load_examples`, `split_prompts` and `plan_recipe`.
     """
     answers = recipe.responses_path
     note = ""
     if read_meta(answers).get("complete"):
-        lengths = known_lengths(choose_conversations(*load_corpus(answers, recipe.prompts), recipe)[0])
+        lengths = known_lengths(choose_conversations(*load_examples(answers, recipe.prompts), recipe)[0])
     elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
         lengths = expected_lengths(split_prompts(recipe.prompts).train, recipe)
         note = "not all answers are there: each counts as long as the recipe allows"

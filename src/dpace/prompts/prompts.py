@@ -5,7 +5,7 @@ import json
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
                     f"the held-out prompt {prompt.id!r} of {heldout_path} is also a training prompt, {same[0].id!r} of "
                     f"{path}; remove it from one of the files"
                 )
-        measured = list(_group(_rename(heldout, {prompt.id for prompt in prompts})).values())
+        measured = list(_group(_rename(heldout, (prompt.id for prompt in prompts))).values())
     chosen = _take_out(groups, config.num_validation, seed=1)
     left = {prompt.id for group in groups.values() for prompt in group}
     train = [prompt for prompt in prompts if prompt.id in left]
@@ -130,13 +130,15 @@ def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> li
     return [groups.pop(keys[number]) for number in sorted(chosen)]
 
 
-def _rename(heldout: Sequence[Prompt], taken: Set[str]) -> list[Prompt]:
-    """Give held-out prompts new ids where training prompts have these."""
-    ids = {prompt.id for prompt in heldout}
-    prefix = "heldout/"
-    while any(prefix + name in taken | ids for name in taken & ids):
-        prefix += "heldout/"
-    return [replace(prompt, id=prefix + prompt.id) if prompt.id in taken else prompt for prompt in heldout]
+def _rename(heldout: Iterable[Prompt], taken: Iterable[str]) -> Iterator[Prompt]:
+    """Give held-out prompts new ids where others have these."""
+    ids = set(taken)
+    for prompt in heldout:
+        name = prompt.id
+        while name in ids:
+            name = f"heldout/{name}"
+        ids.add(name)
+        yield replace(prompt, id=name)
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

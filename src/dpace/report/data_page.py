@@ -7,10 +7,10 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dpace.batches.corpus import Example
 from dpace.measure.records import spread_evenly
 from dpace.prompts.prompts import PromptParts
 from dpace.report.tables import Section, section_table
+from dpace.respond.responses import Example
 from dpace.system.progress import count, printable
 
 NUM_SHOWN = 2

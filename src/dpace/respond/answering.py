@@ -80,9 +80,8 @@ def answer_prompts(
         by_id = {prompt.id: prompt for prompt in prompts}
         waiting = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
         servers = ServerAnswers(target, config) if config.server and waiting else None
-        if config.server:
-            engines = sorted({server.engine for server in servers.servers}) if servers else None
-            meta["servers"] = engines or read_meta(path).get("servers")
+        if servers:
+            meta["servers"] = sorted({server.engine for server in servers.servers})
         if waiting:
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
             mine = [by_id[name] for name in ranks.share(waiting)]
@@ -136,7 +135,7 @@ def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_
         raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts and not read_meta(path).get("complete"):
         _collect(path, prompts)
-        write_meta(path, meta, is_complete=True)
+        write_meta(path, read_meta(path) | meta, is_complete=True)
 
 
 def _collect(path: Path, prompts: Sequence[Prompt]) -> None:

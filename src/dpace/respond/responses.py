@@ -1,21 +1,24 @@
-"""Files of responses: a line of `responses.jsonl` is a conversation, and `responses.meta.json` says what made them.
+"""Files of answers: a line of `responses.jsonl` is a conversation, and `responses.meta.json` says what made them.
 
-Responses come out as dataclasses, and what they depend on as a dictionary: two runs are the same where all of it is.
+Responses come out as dataclasses, and those that a drafter is trained on as token ids: these are all in memory, 4 bytes
+a token. What they depend on is a dictionary: two runs are the same where all of it is.
 """
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
-from dpace.config import STRICT, RespondConfig
-from dpace.prompts.formats import Prompt
+from dpace.config import STRICT, PromptsConfig, Recipe, RespondConfig
+from dpace.prompts.prompts import Prompt, split_and_explain
 from dpace.recipes.validation import explain
+from dpace.system.device import dtype_name
 from dpace.system.ledger import read_jsonl, read_object, register_files, write_json
-from dpace.system.progress import quoted
+from dpace.system.progress import count, note, quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
@@ -41,6 +44,24 @@ class Response:
         messages = iter(self.messages)
         turns = [[*islice(messages, length + 1)][:length] for length in lengths]  # without the answer behind each
         return [*filter(None, [*turns, [*messages]])]
+
+
+class Example(NamedTuple):
+    """A conversation as token ids with the spans that the target wrote."""
+
+    id: str
+    token_ids: array
+    spans: list[list[int]]
+    """[start, end) of each answer."""
+
+    @classmethod
+    def of(cls, response: Response) -> "Example":
+        """Keep of a response what is trained on."""
+        return cls(response.id, array("i", response.token_ids), response.response_spans)
+
+    def num_anchors(self, max_length: int) -> int:
+        """Count the places in the first tokens that a block can start from."""
+        return sum(max(0, min(end, max_length) - start - 1) for start, end in self.spans)
 
 
 def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Response]:
@@ -161,7 +182,7 @@ def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> dict[str
     if not config.server and isinstance(target, Target):
         origin = {
             "revision": getattr(target.model.config, "_commit_hash", None),
-            "dtype": str(target.model.dtype),
+            "dtype": dtype_name(target.model.dtype),
             "target_sha256": target.sha256,
         }
     return {
@@ -187,7 +208,7 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
     now = {key: value for key, value in meta.items() if key not in INFORMATIVE}
     way_out = f"set this as it was, {other}"
-    same_run({"source": "target"} | old, now, f"{path} was made by {old.get('target')!r}", way_out)
+    same_run(old, now, f"{path} was made by {old.get('target')!r}", way_out)
 
 
 def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
@@ -200,3 +221,88 @@ def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
         register_files(path.parent, path.name, meta_path(path).name)
     state = {"complete": is_complete, "responses_sha256": hash_file(path) if is_complete else None}
     write_json(meta_path(path), meta | state)
+
+
+def read_examples(path: Path, parts: Sequence[Sequence[Prompt]]) -> list[list[Example]]:
+    """Read what is trained on of the answers to the prompts of each part, in their order.
+
+    Args:
+        path: of `responses.jsonl`.
+        parts: prompts; those without an answer are left out.
+
+    Raises:
+        ValueError: see `answers_to`.
+    """
+    found = {response.id: Example.of(response) for response in answers_to(path, chain(*parts))}
+    return [[found[prompt.id] for prompt in part if prompt.id in found] for part in parts]
+
+
+def load_examples(path: Path, config: PromptsConfig) -> list[list[Example]]:
+    """Read the answers to the prompts of training and those of validation, in the order of the prompts.
+
+    Raises:
+        ValueError: prompts or responses that cannot be read.
+    """
+    parts = split_and_explain(config)[0][:2]
+    examples = read_examples(path, parts)
+    if missing := sum(map(len, parts)) - sum(map(len, examples)):
+        note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
+    return examples
+
+
+class Answers:
+    """The answers in a recipe's folder, and what made them.
+
+    Args:
+        recipe: names the folder and the prompts.
+        respond: the command that writes the answers.
+
+    Raises:
+        ValueError: there are none, not all prompts are answered, it is not known what made the answers, they were
+            changed, or they were made with another `thinking`.
+    """
+
+    def __init__(self, recipe: Recipe, respond: str):
+        self.prompts = recipe.prompts
+        self.respond = respond
+        self.path = recipe.responses_path
+        if not self.path.exists():
+            raise ValueError(self._none())
+        self.meta = read_meta(self.path)
+        fault = None
+        if not self.meta:
+            fault = "has no meta file beside it that says which target made the answers"
+        elif not self.meta.get("complete"):
+            fault = "holds the answers of an interrupted `dpace respond`"
+        elif self.meta.get("responses_sha256") != hash_file(self.path):
+            fault = "was changed after `dpace respond` wrote it"
+        if fault:
+            raise ValueError(f"{self.path} {fault}; run `{respond}`, which goes on with it or says what to do")
+        self.refuse_others({"thinking": recipe.thinking})
+
+    def _none(self) -> str:
+        return f"{self.path} has no answers to these prompts; write them first with `{self.respond}`"
+
+    def load(self) -> list[list[Example]]:
+        """Read those to train on and those of validation; see `load_examples`.
+
+        Raises:
+            ValueError: none to train on.
+        """
+        examples = load_examples(self.path, self.prompts)
+        if not examples[0]:
+            raise ValueError(self._none())
+        return examples
+
+    def refuse_others(self, known: Mapping[str, Any]) -> None:
+        """Refuse answers that another target gave, or that were made in another way.
+
+        Raises:
+            ValueError: names the first thing that differs, with both values.
+        """
+        compared = {name: value for name, value in known.items() if name in self.meta}
+        way_out = (
+            "train on the target's own answers: set --target, --dtype and --thinking as they were, or write new "
+            f"answers into another folder with `{self.respond}`"
+        )
+        same_run(self.meta, compared, f"the answers in {self.path} were made", way_out)

@@ -173,16 +173,13 @@ class Server(ABC):
                 )
         return answer
 
-    def _collect(self, events: Iterable[dict | None], max_new_tokens: int) -> Answer:
-        """Put an answer together from its events; None is the mark of the end."""
+    def _collect(self, events: Iterable[dict], max_new_tokens: int) -> Answer:
+        """Put an answer together from its events."""
         tokens: list[int] = []
         first = last = 0.0
         counts = end = None
         reply = Reply()
         for event in events:
-            if event is None:
-                end = end or "done"
-                break
             reply = self._read(event)
             if reply.is_all:
                 tokens.clear()
@@ -198,7 +195,7 @@ class Server(ABC):
             end = reply.end or end
         if end in (None, "abort", "error"):
             raise Unavailable(
-                f"{self.url} broke off after {len(tokens)} tokens ({end or 'no mark of the end'}); is the server still "
+                f"{self.url} broke off after {len(tokens)} tokens ({end or 'it gave no reason'}); is the server still "
                 "running?"
             )
         return Answer(tokens, last - first, counts, end in ("stop", "eos"), reply)

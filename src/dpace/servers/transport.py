@@ -94,8 +94,8 @@ class Address:
         with self._open(path, PAGE_SECONDS) as chunks:
             return b"".join(chunks).decode(errors="replace")
 
-    def events(self, path: str, body: dict, max_new_tokens: int) -> Generator[dict | None, None, None]:
-        """Yield the server-sent events of a request with `stream`, and None for the mark of the end.
+    def events(self, path: str, body: dict, max_new_tokens: int) -> Generator[dict, None, None]:
+        """Yield the server-sent events of a request with `stream`, up to the mark of the end.
 
         Without `stream`, the answer is one event.
 
@@ -109,13 +109,11 @@ class Address:
                 yield self._event(path, b"".join(chunks))
                 return
             for line in _lines(chunks):
-                if not line.startswith(b"data:"):
-                    continue
-                data = line.removeprefix(b"data:").strip()
-                if data == b"[DONE]":
-                    yield None
+                name, _, data = line.partition(b":")
+                if data.strip() == b"[DONE]":
                     return
-                yield self._event(path, data)
+                if name == b"data":
+                    yield self._event(path, data)
 
     def _event(self, path: str, data: bytes) -> dict:
         """Parse an event, or an answer in one piece."""

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpace.batches.corpus import Example, read_examples
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, LossConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
@@ -32,7 +31,7 @@ from dpace.measure.results import (
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answering import answer_prompts
-from dpace.respond.responses import Response, check_meta, known_settings
+from dpace.respond.responses import Example, Response, check_meta, known_settings, read_examples
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.system.progress import note

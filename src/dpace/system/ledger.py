@@ -259,16 +259,15 @@ def register_files(folder: str | Path, *names: str) -> None:
 def remove_files(folder: str | Path, patterns: Sequence[str], *, keep: Collection[str]) -> list[str]:
     """Remove what dpace wrote to a folder, by patterns of names, but for the names to keep; return what was removed.
 
-    What another program wrote stays, whatever its name.
+    What another program wrote stays, whatever its name. Call it inside `lock_folder`.
     """
     folder = Path(folder)
-    with lock_folder(folder):
-        written = refuse_foreign_files(folder)
-        like = {name for pattern in patterns for name in fnmatch.filter(written, pattern)}
-        old = sorted(name for name in like.difference(keep) if (folder / name).is_file())
-        for name in old:
-            (folder / name).unlink()
-        write_json(folder / MARKER, {"files": sorted(written.difference(old))})
+    written = refuse_foreign_files(folder)
+    like = {name for pattern in patterns for name in fnmatch.filter(written, pattern)}
+    old = sorted(name for name in like.difference(keep) if (folder / name).is_file())
+    for name in old:
+        (folder / name).unlink()
+    write_json(folder / MARKER, {"files": sorted(written.difference(old))})
     return old
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from dpace.batches.corpus import Example
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
@@ -16,7 +15,7 @@ from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
 from dpace.loss.objective import make_weigh, name_of
 from dpace.recipes.recipe_file import write_recipe
-from dpace.respond.responses import Response
+from dpace.respond.responses import Example, Response
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, register_files, write_json
 from dpace.target import Target

@@ -108,8 +108,8 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     Raises:
         ValueError: its run was split in another way.
     """
-    from dpace.batches.corpus import load_corpus
     from dpace.recipes.recipe_file import read_recipe
+    from dpace.respond.responses import load_examples
     from dpace.system.provenance import same_run
     from dpace.train.identity import data_facts, read_run
     from dpace.train.run import choose_conversations
@@ -120,7 +120,7 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
         return
     trained = read_recipe(drafter / "recipe.yaml")
     way_out = "the held-out prompts may be among them; give the prompts and options of the training"
-    now = data_facts(*choose_conversations(*load_corpus(answers, recipe.prompts), trained))
+    now = data_facts(*choose_conversations(*load_examples(answers, recipe.prompts), trained))
     same_run(kept, now, f"{drafter} holds a run", way_out)
 
 

@@ -24,7 +24,7 @@ def run(args: list[str]) -> None:
     prompts = read_heldout(config.prompts)
     folder = find_drafter(config.drafter)
     responses, meta = read_greedy(config.responses) if config.responses else ([], {})
-    answered_in = meta.get("dtype", config.dtypes[0]).removeprefix("torch.")  # servers do not tell theirs
+    answered_in = meta.get("dtype", config.dtypes[0])  # servers do not tell theirs
     if responses and answered_in not in config.dtypes:
         raise ValueError(
             f"{config.responses} was written in {answered_in}, and --dtypes has {', '.join(config.dtypes)}; rounding "

@@ -8,15 +8,14 @@ from dpace.verbs import load_chat
 def run(args: list[str]) -> None:
     """Run `dpace data`."""
     recipe = parse(Recipe, "data", args, groups=("prompts", "train"))
-    from dpace.batches.corpus import load_corpus
     from dpace.prompts.prompts import split_and_explain
     from dpace.report.data_page import prompts_page, responses_page
     from dpace.report.tables import console
-    from dpace.respond.responses import read_meta
+    from dpace.respond.responses import load_examples, read_meta
 
     path = recipe.responses_path
     console().print(prompts_page(*split_and_explain(recipe.prompts)))
-    train = load_corpus(path, recipe.prompts)[0] if path.exists() else None
+    train = load_examples(path, recipe.prompts)[0] if path.exists() else None
     if not train:
         print(f"{path} has no answers to these prompts")
         print("next:", next_command("respond", "data", args))

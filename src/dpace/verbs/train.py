@@ -12,11 +12,11 @@ from dpace.verbs import announce, load_target
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
-    from dpace.batches.corpus import Answers
     from dpace.engines.initial import start_from
     from dpace.measure.own_text import greedy_share
     from dpace.plan.lines import train_lines
     from dpace.plan.training import known_lengths, plan_recipe
+    from dpace.respond.responses import Answers
     from dpace.train.identity import Run, data_facts, target_facts
     from dpace.train.progress import check_trackers
     from dpace.train.run import check_recipe, choose_conversations, train

@@ -171,7 +171,7 @@ def test_only_greedy_responses_can_be_read_again(tmp_path):
     write_rows(path, [{"id": "a", "set": "s", "messages": [], "token_ids": [1], "response_spans": []}])
     with pytest.raises(ValueError, match="no meta file beside it"):
         read_greedy(path)
-    meta = {"temperature": 0.5, "max_new_tokens": 2, "dtype": "torch.float32", "target_sha256": "0"}
+    meta = {"temperature": 0.5, "max_new_tokens": 2, "dtype": "float32", "target_sha256": "0"}
     path.with_name("responses.meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="temperature 0.5, and only the target's"):
         read_greedy(path)

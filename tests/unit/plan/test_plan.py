@@ -21,6 +21,7 @@ from dpace.plan.speed import Machine, Speed, measure_speed
 from dpace.plan.training import TrainingPlan, known_lengths, plan_recipe
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, known_settings
+from dpace.system.provenance import hash_file
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
@@ -137,7 +138,8 @@ def answered(tmp_path) -> list[str]:
     rows = (asdict(Response(one.id, "prompts", one.turns[0], list(range(5, 45)), [[10, 40]])) for one in prompts)
     (out := tmp_path / "out").mkdir()
     write_rows(out / "responses.jsonl", rows)
-    meta = known_settings(RespondConfig(), thinking=False) | {"target": "x", "complete": True, "num_prompts": 20}
+    state = {"target": "x", "complete": True, "responses_sha256": hash_file(out / "responses.jsonl")}
+    meta = known_settings(RespondConfig(), thinking=False) | state
     (out / "responses.meta.json").write_text(json.dumps(meta))
     return ["--target", str(tmp_path / "target"), "--output", str(out), "--prompts.path", path]
 

@@ -97,7 +97,7 @@ OTHERS = {
     "source": ("own", 'source "own", not "target"'),
     "thinking": (False, "thinking false, not true"),
     "target_sha256": ("0", r"other weights of the target \(sha256 0, not \w{12}\)"),
-    "dtype": ("torch.bfloat16", 'dtype "torch.bfloat16", not "torch.float32"'),
+    "dtype": ("bfloat16", 'dtype "bfloat16", not "float32"'),
     "chat_template_sha256": ("0", "other chat template"),
     "tokenizer_sha256": ("0", "other tokenizer"),
 }

@@ -39,11 +39,13 @@ def events(engine: str, tokens: list[int], drafts: bool):
     if engine == "vllm":
         for part in (tokens[:1], tokens[1:4], tokens[4:]):
             yield {"choices": [{"token_ids": part}]}
-        yield {"choices": [], "usage": {"completion_tokens": len(tokens)}}
+        yield {"choices": [{"finish_reason": "length"}], "usage": {"completion_tokens": len(tokens)}}
     elif engine == "sglang":
         spec = {"spec_verify_ct": len(ACCEPTED), "spec_accept_histogram": [1, 1, 1]} if drafts else {}
         for end in (1, 4, len(tokens)):
-            yield {"output_ids": tokens[:end], "meta_info": {"completion_tokens": end, **spec}}
+            reason = {"type": "length"} if end == len(tokens) else None
+            meta = {"completion_tokens": end, "finish_reason": reason, **spec}
+            yield {"output_ids": tokens[:end], "meta_info": meta}
     else:
         for token in tokens:
             yield {"tokens": [token]}

@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpace.batches.corpus import Answers, Example, load_corpus, read_examples
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, Recipe
 from dpace.prompts.prompts import read_prompts, split_and_explain
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
-from dpace.respond.responses import Response, read_responses
+from dpace.respond.responses import Answers, Example, Response, load_examples, read_examples, read_responses
 from dpace.system.provenance import hash_file
 from tests.conftest import make_tokenizer
 from tests.support.files import write_rows
@@ -38,18 +37,18 @@ def as_rows(examples):
     return [(one.id, one.token_ids.tolist(), one.spans) for one in examples]
 
 
-def test_the_corpus_is_what_the_files_say(files, capsys):
+def test_what_is_trained_on_is_what_the_files_say(files, capsys):
     path, config = files
     by_id = {response.id: response for response in read_responses(path)}
     parts, _ = split_and_explain(config)
-    for examples, prompts in zip(load_corpus(path, config), parts[:2], strict=True):
+    for examples, prompts in zip(load_examples(path, config), parts[:2], strict=True):
         expected = [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
         assert as_rows(examples) == [(one.id, one.token_ids, one.response_spans) for one in expected]
     assert "left out: no answer" in capsys.readouterr().err
-    assert len(load_corpus(path, replace(config, limit=4))[0]) <= 4
+    assert len(load_examples(path, replace(config, limit=4))[0]) <= 4
     write_rows(Path(config.path), [{"prompt": f"other {i}", "id": f"p{i}"} for i in range(30)])
     with pytest.raises(ValueError, match="but to another text; put the prompts back"):
-        load_corpus(path, config)
+        load_examples(path, config)
 
 
 SPANS = st.lists(st.integers(0, 12), max_size=8, unique=True).map(
@@ -82,7 +81,7 @@ def test_comparisons_read_parts_in_the_order_of_their_prompts(files):
 def test_answers_that_are_not_the_targets_are_refused(files):
     path, prompts = files
     meta = path.with_name("responses.meta.json")
-    whole = {"target": "t", "target_sha256": "0", "dtype": "torch.float32", "thinking": False}
+    whole = {"target": "t", "target_sha256": "0", "dtype": "float32", "thinking": False, "complete": True}
 
     def refuse(message, **changes):
         meta.write_text(json.dumps({**whole, "responses_sha256": hash_file(path), **changes}))
@@ -95,13 +94,14 @@ def test_answers_that_are_not_the_targets_are_refused(files):
     refuse("other weights of the target")
     refuse('dtype "float32", not "bfloat16"', target_sha256="1")
     refuse("thinking true, not false", thinking=True)
-    whole.pop("target")
-    refuse("no meta file .* which target made")
+    meta.unlink()
+    with pytest.raises(ValueError, match="no meta file .* which target made"):
+        Answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
 
 
 def test_one_page_says_what_is_there(files, capsys):
     path, config = files
-    examples, _ = load_corpus(path, config)
+    examples, _ = load_examples(path, config)
     page = responses_page(examples, 20, {"max_new_tokens": 10}, make_tokenizer())
     console().print(prompts_page(*split_and_explain(config)), page)
     shown = capsys.readouterr().out
