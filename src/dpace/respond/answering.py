@@ -85,27 +85,13 @@ def answer_prompts(
         if waiting:
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
             mine = [by_id[name] for name in ranks.share(waiting)]
-            answers = servers.answers(mine) if servers else _answer_here(target, mine, config)
+            answers = servers.answers(mine) if servers else answer_batches(target, mine, config)
             own = path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
             _append_answers(answers, own, len(mine))
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, left_out))
     return left_out
-
-
-def _answer_here(
-    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig
-) -> Iterator[Sequence[Response]]:
-    """Yield the answers of this process, or those that the prompts come with."""
-    if config.source == "own":
-        for prompt in prompts:
-            conversation = Conversation(target, prompt, config)
-            conversation.add_own_answers()
-            yield [conversation.response]
-        return
-    assert isinstance(target, Target), "a tokenizer alone answers nothing"
-    yield from answer_batches(target, prompts, config)
 
 
 def _find_waiting(
@@ -115,8 +101,9 @@ def _find_waiting(
 
     Those that begin alike are neighbours, and the short ones come first otherwise.
     """
+    check_meta(path, meta)  # before anything is changed
     _collect(path, [])
-    check_meta(path, meta)
+    check_meta(path, meta)  # where only ranks had written
     done = {response.id for response in answers_to(path, by_id.values())} if path.exists() else set()
     texts = {name: Conversation(target, prompt, config).check() for name, prompt in by_id.items() if name not in done}
     old = read_meta(path)

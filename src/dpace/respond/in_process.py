@@ -17,10 +17,20 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
 from dpace.target import Target, answer_end
+from dpace.target.chat import ChatTokenizer
 
 
-def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Response]]:
-    """Answer prompts in batches, turn by turn, and yield each batch."""
+def answer_batches(
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig
+) -> Iterator[list[Response]]:
+    """Answer prompts in batches, turn by turn, or take the answers that they come with; yield each batch."""
+    if config.source == "own":
+        for prompt in prompts:
+            conversation = Conversation(target, prompt, config)
+            conversation.add_own_answers()
+            yield [conversation.response]
+        return
+    assert isinstance(target, Target), "a tokenizer alone answers nothing"
     for start in range(0, len(prompts), config.batch_size):
         batch = [Conversation(target, prompt, config) for prompt in prompts[start : start + config.batch_size]]
         while active := [conversation for conversation in batch if not conversation.is_answered]:

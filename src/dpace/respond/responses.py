@@ -237,17 +237,17 @@ def read_examples(path: Path, parts: Sequence[Sequence[Prompt]]) -> list[list[Ex
     return [[found[prompt.id] for prompt in part if prompt.id in found] for part in parts]
 
 
-def load_examples(path: Path, config: PromptsConfig) -> list[list[Example]]:
+def load_examples(path: Path, config: PromptsConfig) -> tuple[list[Example], list[Example]]:
     """Read the answers to the prompts of training and those of validation, in the order of the prompts.
 
     Raises:
         ValueError: prompts or responses that cannot be read.
     """
     parts = split_and_explain(config)[0][:2]
-    examples = read_examples(path, parts)
-    if missing := sum(map(len, parts)) - sum(map(len, examples)):
+    train, validation = read_examples(path, parts)
+    if missing := sum(map(len, parts)) - len(train) - len(validation):
         note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
-    return examples
+    return train, validation
 
 
 class Answers:
@@ -283,7 +283,7 @@ class Answers:
     def _none(self) -> str:
         return f"{self.path} has no answers to these prompts; write them first with `{self.respond}`"
 
-    def load(self) -> list[list[Example]]:
+    def load(self) -> tuple[list[Example], list[Example]]:
         """Read those to train on and those of validation; see `load_examples`.
 
         Raises:

@@ -26,8 +26,8 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
-FULL_DISK = r"os error (27|28|122)|\d+ requested and \d+ written"
-"""What safetensors and numpy say where there is no room, or no more of a quota."""
+FULL_DISK = rf"os error (27|28|122)|Errno ({errno.ENOSPC}|{errno.EDQUOT})\b|\d+ requested and \d+ written"
+"""What safetensors, Python and numpy say where there is no room, or no more of a quota."""
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -109,12 +109,11 @@ def naming_file(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL_DISK, str(error)):
-            number = errno.ENOSPC
-        elif number is None or error.filename:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        if re.search(FULL_DISK, str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -122,17 +122,18 @@ def test_responses_of_unknown_origin_are_refused(write, path):
     path.write_text(whole.replace(": [", ":  [", 1))
     with pytest.raises(ValueError, match="was changed after dpace wrote it"):
         write()
-    path.write_text(whole)
+    path.write_text(whole[:-1])
     path.with_name("responses.meta.json").unlink()
     with pytest.raises(ValueError, match="has no responses.meta.json that tells"):
         write()
+    assert path.read_text() == whole[:-1], "which another program may have written"
 
 
 def test_answers_that_were_copied_are_not_answered_again(write, path, monkeypatch):
     """The file and its meta file, into another folder."""
     whole = write()
     copy = shutil.copytree(path.parent, path.with_name("copy"), ignore=shutil.ignore_patterns(".*")) / path.name
-    monkeypatch.setattr("dpace.respond.answering._answer_here", lambda *_: pytest.fail("answered again"))
+    monkeypatch.setattr("dpace.respond.answering.answer_batches", lambda *_: pytest.fail("answered again"))
     assert write(path=copy) == whole
     copy.write_bytes(copy.read_bytes() + b"\n")
     with pytest.raises(ValueError, match="was changed after dpace wrote it"):
