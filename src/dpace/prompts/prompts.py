@@ -57,7 +57,11 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
     Returns:
         The parts; and by the reason, the ids of prompts that are left out, each with the prompt that it is like.
     """
-    path, heldout_path = sources_of(config)
+    path = config.path
+    heldout_path = config.heldout_path
+    if path == "demo":
+        path = demo_path("train")
+        heldout_path = heldout_path or demo_path("heldout")
     prompts = read_prompts(path)
     groups = _group(prompts)
     if heldout_path is None:
@@ -92,13 +96,6 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
     )
     copies = {copy.id: first.id for first, *others in (*measured, *chosen) for copy in others}
     return parts, {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
-
-
-def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
-    """Return where the prompts come from, and those that are held out."""
-    if config.path == "demo":
-        return str(demo_path("train")), config.heldout_path or str(demo_path("heldout"))
-    return config.path, config.heldout_path
 
 
 def hash_text(prompt: Prompt) -> bytes:
