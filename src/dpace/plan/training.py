@@ -1,16 +1,19 @@
-"""Plan by formula what answers and a training take, before a weight is loaded: memory, operations, time and disk.
+"""Plan by formula what answers and a training take, before a weight is loaded: memory, time and disk.
 
 Models whose tensors have shapes only, and the lengths of the conversations come in; numbers go out. Memory is a sum of
-named terms, as if all of them were there at once. Operations are those of products of matrices.
+named terms, as if all of them were there at once. Time is operations over speed: those of products of matrices, and the
+speed of such a product on this machine.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
 from dpace.batches.dataset import ResponseDataset
@@ -18,8 +21,8 @@ from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
-from dpace.plan.speed import Machine, Number, find_machine
 from dpace.prompts.prompts import Prompt
+from dpace.system.device import default_dtype, find_device
 from dpace.system.loading import translate_library_errors
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
@@ -27,8 +30,9 @@ from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.train.loop import num_steps
-from dpace.train.optimizer import is_factor
+from dpace.train.optimizer import is_factor, products_dtype
 
+Number = int | float
 CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
 BYTES_PER_TOKEN = 4
@@ -39,6 +43,30 @@ KEPT_STATES = 1.5
 """Numbers that the backward pass reads, over those that products read and give: norms and activations keep theirs."""
 SMALL_FILES = 2**25
 """Bytes of a drafter's files but weights and moments, at most: lists of tokens, and the logs of 20,000 steps."""
+MOST_BATCH = 64
+"""Largest batch that is tried."""
+NUM_ROWS = 512
+"""Rows of the product that is as fast as a training's."""
+FEWEST_ROWS = 32
+"""Rows of the narrowest product that is measured; one of fewer takes as long on a GPU, and less on a CPU."""
+GPU_FLOPS, GPU_WEIGHTS = 3e14, 1e12
+"""Operations, and weights that are read, in a second by a GPU that is not at hand: a third of an H100's products in
+bf16, and the speed of its memory."""
+
+
+@cache
+def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int) -> Number:
+    """Time a product of rows with weights, and return operations a second.
+
+    The fewer the rows, the more weights there are, which no cache holds: that time is spent on reading them.
+    """
+    if device.type != "cpu" and not torch.accelerator.is_available():
+        return min(GPU_FLOPS, 2 * num_rows * GPU_WEIGHTS)
+    rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
+    weights = torch.ones(2**11, 2**19 // num_rows, device=device, dtype=dtype)
+    timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
+    seconds = min(timer.blocked_autorange(min_run_time=0.2).times)  # which other programs disturb least
+    return 2 * num_rows * weights.numel() / seconds
 
 
 class PaperTarget(Target):
@@ -51,56 +79,6 @@ class PaperTarget(Target):
         return 1.0, LmHead(self.model.get_output_embeddings().weight)
 
 
-@dataclass(frozen=True)
-class TargetPlan:
-    """What the answers of a target take; its tensors need no values."""
-
-    target: Target
-    machine: Machine
-
-    @property
-    def target_bytes(self) -> int:
-        """Bytes of its weights."""
-        return self.target.model.get_memory_footprint(return_buffers=False)
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of its copies in 16 bits, which a CPU reads in the place of weights in fp32."""
-        return self.target_bytes // 2 if self.machine.is_cpu and self.target.head.weight.itemsize == 4 else 0
-
-    def answering_seconds(
-        self, num_answers: int, num_tokens: Number, *, num_read: Number = 0, at_once: int = 1
-    ) -> Number:
-        """Estimate the seconds of plain decoding: to read all weights in each step, or to multiply all tokens by them.
-
-        Args:
-            num_answers: answers to write.
-            num_tokens: of each answer.
-            num_read: tokens of all prompts.
-            at_once: answers that are written together.
-        """
-        num_bytes = math.ceil(num_answers / at_once) * num_tokens * (self.copied_bytes or self.target_bytes)
-        flops = 2 * self.target.model.num_parameters() * (num_read + num_answers * num_tokens)
-        return max(num_bytes / self.machine.speed.bytes_per_second, flops / self.machine.speed.flops)
-
-
-def plan_target(recipe: Recipe, *, memory: int | None = None) -> TargetPlan:
-    """Make the target of a recipe from its config alone, on this machine or on one with as much memory.
-
-    Raises:
-        OSError: there is no readable config of that name.
-        ValueError: a config that transformers does not know, or that its own class refuses; or see `find_target` and
-            `find_machine`.
-    """
-    machine = find_machine(recipe, memory)
-    fix = "name the folder or the Hub id of a causal LM"
-    with translate_library_errors(f"the config of {recipe.target}", fix), torch.device("meta"):
-        config = find_target_files(find_target(recipe.target)).config
-        auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
-        model = auto.from_config(config, dtype=machine.dtype, attn_implementation="eager")
-        return TargetPlan(PaperTarget(model), machine)
-
-
 def known_lengths(dataset: ResponseDataset) -> np.ndarray:
     """Return tokens and anchors of conversations that are answered, "2 conversation"."""
     anchors = dataset.corpus.num_anchors(dataset.max_length)
@@ -109,14 +87,9 @@ def known_lengths(dataset: ResponseDataset) -> np.ndarray:
 
 def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
     """Estimate what `known_lengths` will be, at most: from the prompts' texts, with answers as long as they may be."""
+    asked = [len(str(prompt.turns).encode()) / BYTES_PER_TOKEN for prompt in prompts]
     answered = [len(prompt.turns) * recipe.respond.max_new_tokens for prompt in prompts]
-    asked = [num_prompt_tokens(prompt) for prompt in prompts]
-    return np.array([np.add(asked, answered), answered]).clip(1, recipe.train.max_length)
-
-
-def num_prompt_tokens(prompt: Prompt) -> Number:
-    """Estimate the tokens of a prompt's turns."""
-    return len(str(prompt.turns).encode()) / BYTES_PER_TOKEN
+    return np.array([np.add(asked, answered), answered], float)
 
 
 class Batch(NamedTuple):
@@ -131,10 +104,14 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainingPlan(TargetPlan):
-    """What a training takes; neither target nor drafter need values."""
+class TrainingPlan:
+    """What answers and a training take; neither target nor drafter need values."""
 
     recipe: Recipe
+    device: torch.device
+    free_bytes: int
+    """Memory that is free there."""
+    target: Target
     drafter: Any
     lengths: np.ndarray
     """Tokens and anchors of the conversations, "2 conversation"."""
@@ -143,6 +120,11 @@ class TrainingPlan(TargetPlan):
     def num_steps(self) -> int:
         """Optimizer steps."""
         return num_steps(self.recipe.train, self.lengths.shape[1], num_ranks())
+
+    @property
+    def products(self) -> torch.dtype:
+        """Precision of the products in which the drafter is trained."""
+        return products_dtype(self.recipe.train, self.device)
 
     @property
     def num_moments(self) -> int:
@@ -201,24 +183,22 @@ class TrainingPlan(TargetPlan):
 
     def memory(self, batch: Batch) -> dict[str, Number]:
         """Compute the bytes of a step by part."""
-        head, loss, is_cpu = self.target.head.weight, self.recipe.loss, self.machine.is_cpu
-        num_layers, item = len(self.drafter.layers), self.machine.products.itemsize
+        is_cpu, head, loss = self.device.type == "cpu", self.target.head.weight, self.recipe.loss
+        num_layers, item = len(self.drafter.layers), self.products.itemsize
         slots = batch.size * batch.num_slots
         states = 4 * slots * self.target.hidden_size
         activations = KEPT_STATES * item * sum(rows * (out + of) for rows, out, of in self.matrices(batch))
-        if is_cpu:  # whose attention has its mask as numbers
-            activations += 4 * num_layers * slots * (batch.num_tokens + batch.num_slots)
         if self.recipe.train.gradient_checkpointing:
             activations = activations / num_layers + num_layers * states
         chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
         tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
-        num_weights = self.drafter.num_parameters()
+        of_target, of_drafter = self.target.model.num_parameters(), self.drafter.num_parameters()
         return {
-            "target": self.target_bytes,
-            "its copies for speed": self.copied_bytes,
-            "drafter": num_weights * (4 if item == 4 else 4 + item),
+            "target": of_target * head.itemsize,
+            "its copies in 16 bits": 2 * of_target if is_cpu and head.itemsize == 4 else 0,
+            "drafter": of_drafter * (4 if item == 4 else 4 + item),
             "optimizer's moments": 4 * self.num_moments,
-            "gradient": 4 * num_weights,
+            "gradient": 4 * of_drafter,
             "hidden states": batch.size * batch.num_tokens * self.token_bytes,
             "hidden states that are kept": self.feature_bytes if is_cpu and self.feature_place == "kept" else 0,
             "activations of the drafter": activations,
@@ -226,42 +206,56 @@ class TrainingPlan(TargetPlan):
             "CUDA's context": 0 if is_cpu else CONTEXT_BYTES,
         }
 
-    def fits(self, batch: Batch) -> bool:
-        """Return whether a step fits into the memory."""
-        return sum(self.memory(batch).values()) <= self.machine.memory
+    def largest_batch(self) -> int:
+        """Return how many conversations of a micro-batch fit into the memory, `MOST_BATCH` at most."""
+        batch = self.batch()
+        steps = (self.memory(batch._replace(size=number + 1)) for number in range(MOST_BATCH))
+        return sum(sum(parts.values()) <= self.free_bytes for parts in steps)
 
-    def flops(self, batch: Batch) -> dict[str, Number]:
-        """Compute the operations of an optimizer step by part; of experts, those that are not chosen count too."""
+    def flops(self, batch: Batch) -> tuple[Number, Number]:
+        """Compute the operations of an optimizer step: of the target that reads, and of all else.
+
+        Of experts, those that are not chosen count too.
+        """
         drafter, train = self.drafter, self.recipe.train
-        seen = batch.num_tokens + batch.num_slots
-        if not self.machine.is_cpu:  # whose kernel leaves out what a slot does not see
-            seen = batch.num_tokens / 2 + drafter.block_size
-        slots = batch.size * batch.num_slots
         matrices = self.matrices(batch)
+        slots = batch.size * batch.num_slots
+        seen = batch.num_tokens / 2 + drafter.block_size  # by a slot, on average
         work = sum(rows * out * of for rows, out, of in matrices)
         work += 2 * slots * seen * len(drafter.layers) * drafter.config.num_attention_heads * drafter.config.head_dim
+        work *= 4 if train.gradient_checkpointing else 3
         scored = slots * (1 - 1 / drafter.block_size) * self.num_rows * self.target.hidden_size
+        work += scored * (3 if self.recipe.loss.needs_target_probs else 2)
         last = None if self.recipe.needs_target_hidden else max(drafter.target_layer_ids) + 1
-        read_weights = sum(weight.numel() for weight in self.target.layers[:last].parameters())
+        reading = sum(weight.numel() for weight in self.target.layers[:last].parameters())
+        reading *= batch.size * batch.num_tokens
         sizes = [sorted(sizes) for _, *sizes in matrices if train.optimizer == "muon"]
+        orthogonalizing = sum(10 * (2 * short**2 * long + short**3) for short, long in sizes)
         twice = 2 * train.gradient_accumulation_steps
-        return {
-            "target": twice * batch.size * batch.num_tokens * read_weights,
-            "drafter": twice * work * (4 if train.gradient_checkpointing else 3),
-            "head": twice * scored * (3 if self.recipe.loss.needs_target_probs else 2),
-            "optimizer": sum(10 * (2 * short**2 * long + short**3) for short, long in sizes),
-        }
+        return twice * reading, twice * work + orthogonalizing
 
     @property
     def seconds(self) -> Number:
         """Estimate the seconds of a whole training, without those in which tau is measured."""
+        train = self.recipe.train
         mean = self.batch(np.mean)
-        work = self.flops(mean)
-        reading = work.pop("target") / self.machine.speed.flops
-        step_size = mean.size * self.recipe.train.gradient_accumulation_steps
-        is_kept = self.feature_place != "computed in every step"
-        num_read = self.lengths.shape[1] / step_size if is_kept else self.num_steps
-        return num_read * reading + self.num_steps * sum(work.values()) / self.machine.training_speed.flops
+        reading, training = self.flops(mean)
+        num_read = self.num_steps
+        if self.feature_place != "computed in every step":
+            num_read = self.lengths.shape[1] / (mean.size * train.gradient_accumulation_steps)
+        reader = measure_flops(self.device, self.target.model.dtype, NUM_ROWS)
+        trainer = measure_flops(self.device, self.products, NUM_ROWS)
+        return num_read * reading / reader + self.num_steps * training / trainer
+
+    def answering_seconds(self, lengths: np.ndarray) -> Number:
+        """Estimate the seconds in which the target answers prompts with these `expected_lengths`, at most.
+
+        A token of a prompt takes as long as one of an answer.
+        """
+        at_once = min(lengths.shape[1], self.recipe.respond.batch_size)
+        num_rows = max(at_once, FEWEST_ROWS)
+        work = 2 * self.target.model.num_parameters() * lengths[0].sum() * num_rows / at_once
+        return work / measure_flops(self.device, self.target.model.dtype, num_rows)
 
     @property
     def disk_bytes(self) -> int:
@@ -271,13 +265,24 @@ class TrainingPlan(TargetPlan):
 
 
 def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None) -> TrainingPlan:
-    """Plan a training from its recipe, on this machine or on one with as much memory.
+    """Plan a recipe from the target's config alone, on this machine or on one with as much memory.
 
     Raises:
-        OSError: see `plan_target`.
-        ValueError: see there; or a drafter that cannot work with this target.
+        OSError: there is no readable config of that name.
+        ValueError: a config that transformers does not know, or that its own class refuses; a drafter that cannot work
+            with this target; or see `find_target` and `find_device`.
     """
-    plan = plan_target(recipe, memory=memory)
+    is_here = memory is None or recipe.device == "cpu" or torch.accelerator.is_available()
+    device = find_device(recipe.device) if is_here else torch.device("cuda")
+    if memory is None:
+        is_cpu = device.type == "cpu"
+        memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
+    dtype = getattr(torch, recipe.dtype, default_dtype(device))
+    fix = "name the folder or the Hub id of a causal LM"
+    with translate_library_errors(f"the config of {recipe.target}", fix), torch.device("meta"):
+        config = find_target_files(find_target(recipe.target)).config
+        auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
+        target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
     with torch.device("meta"):
-        drafter = Drafter.from_target(plan.target, **vars(recipe.drafter))
-    return TrainingPlan(plan.target, plan.machine, recipe, drafter, lengths)
+        drafter = Drafter.from_target(target, **vars(recipe.drafter))
+    return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
