@@ -28,7 +28,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
-from dpace.plan.training import NUM_ROWS, measure_flops
+from dpace.plan import NUM_ROWS, measure_flops
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response

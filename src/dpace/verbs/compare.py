@@ -11,7 +11,7 @@ def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
     from dpace.engines.initial import start_from
-    from dpace.plan.lines import comparison_lines
+    from dpace.plan import comparison_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table

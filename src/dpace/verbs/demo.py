@@ -15,7 +15,7 @@ def run(args: list[str]) -> None:
     """Run `dpace demo`."""
     config = parse(DemoConfig, "demo", args)
 
-    from dpace.plan.lines import comparison_lines
+    from dpace.plan import comparison_lines
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output

@@ -27,7 +27,7 @@ def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     asked = parse(PlanConfig, "plan", args)
     from dpace.engines.initial import start_from
-    from dpace.plan.lines import plan_lines
+    from dpace.plan import plan_lines
     from dpace.respond.responses import read_meta
     from dpace.train.run import check_recipe
 

@@ -11,7 +11,7 @@ from dpace.verbs import load_chat, load_target
 def run(args: list[str]) -> None:
     """Run `dpace respond`."""
     recipe = parse(Recipe, "respond", args, groups=("prompts", "respond"))
-    from dpace.plan.lines import answer_lines, waiting_for_answers
+    from dpace.plan import answer_lines, waiting_for_answers
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
     from dpace.respond.conversation import own_messages
@@ -24,10 +24,10 @@ def run(args: list[str]) -> None:
     def check() -> list[str]:
         register_answers(path)
         check_meta(path, known_settings(config, thinking=recipe.thinking))
-        waiting = waiting_for_answers(recipe, parts)
-        for prompt in waiting if config.source == "own" else ():
-            own_messages(prompt)  # refuses one that has no answer
-        return answer_lines(parts, waiting)
+        if config.source == "own":
+            for prompt in prompts:
+                own_messages(prompt)  # refuses one that has no answer
+        return answer_lines(parts, waiting_for_answers(recipe, parts))
 
     with lock_folder(recipe.output):
         lines = ranks.from_first(check)

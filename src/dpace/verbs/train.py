@@ -20,8 +20,7 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.batches.corpus import Answers
     from dpace.engines.initial import start_from
-    from dpace.plan.lines import training_lines
-    from dpace.plan.training import known_lengths, plan_recipe
+    from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.train.identity import Run, data_facts, target_facts
     from dpace.train.progress import check_trackers
     from dpace.train.run import FILES, check_recipe, choose_conversations, train

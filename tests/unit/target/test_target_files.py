@@ -16,7 +16,7 @@ from dpace.config import DrafterConfig, Recipe
 from dpace.decode import generate, generate_plain
 from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
-from dpace.plan.training import plan_recipe
+from dpace.plan import plan_recipe
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.files import find_adapter

@@ -1,36 +1,45 @@
-"""Plan by formula what answers and a training take, before a weight is loaded: memory, time and disk.
+"""Plan by formula what answers and a training take, before a weight is loaded, and write it in lines.
 
-Models whose tensors have shapes only, and the lengths of the conversations come in; numbers go out. Memory is a sum of
-named terms, as if all of them were there at once. Time is operations over speed: those of products of matrices, and the
-speed of such a product on this machine.
+Models whose tensors have shapes only, and the lengths of the conversations come in; memory, time and disk go out, or
+lines of at most 80 columns that a verb prints before it starts. Memory is a sum of named terms, as if all of them were
+there at once. Time is operations over speed: those of products of matrices, and the speed of such a product here.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from pydantic import ByteSize
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
+from dpace.batches.corpus import load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
-from dpace.config import Recipe
+from dpace.config import CompareConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
-from dpace.prompts.prompts import Prompt
+from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
+from dpace.respond.responses import iterate_responses, read_meta
 from dpace.system.device import default_dtype, find_device
 from dpace.system.loading import translate_library_errors
+from dpace.system.progress import count
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
+from dpace.train.identity import is_finished
 from dpace.train.loop import num_steps
 from dpace.train.optimizer import is_factor, products_dtype
+from dpace.train.run import choose_conversations
 
 Number = int | float
 CONTEXT_BYTES = 3 * 2**28
@@ -58,12 +67,13 @@ bf16, and the speed of its memory."""
 def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int) -> Number:
     """Time a product of rows with weights, and return operations a second.
 
-    The fewer the rows, the more weights there are, which no cache holds: that time is spent on reading them.
+    The fewer the rows, the more weights there are, which no cache holds: the time is then that of reading them.
     """
     if device.type != "cpu" and not torch.accelerator.is_available():
         return min(GPU_FLOPS, 2 * num_rows * GPU_WEIGHTS)
+    num_columns = 2 ** (19 if device.type == "cpu" else 22) // num_rows
     rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
-    weights = torch.ones(2**11, 2**19 // num_rows, device=device, dtype=dtype)
+    weights = torch.ones(2**11, num_columns, device=device, dtype=dtype)
     timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
     seconds = min(timer.blocked_autorange(min_run_time=0.2).times)  # which other programs disturb least
     return 2 * num_rows * weights.numel() / seconds
@@ -92,17 +102,6 @@ def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
     return np.array([np.add(asked, answered), answered], float)
 
 
-class Batch(NamedTuple):
-    """A micro-batch, all of whose blocks are full."""
-
-    size: int
-    """Conversations."""
-    num_tokens: Number
-    """Tokens of each."""
-    num_slots: Number
-    """Slots of the blocks of each."""
-
-
 @dataclass(frozen=True)
 class TrainingPlan:
     """What answers and a training take; neither target nor drafter need values."""
@@ -122,9 +121,9 @@ class TrainingPlan:
         return num_steps(self.recipe.train, self.lengths.shape[1], num_ranks())
 
     @property
-    def products(self) -> torch.dtype:
-        """Precision of the products in which the drafter is trained."""
-        return products_dtype(self.recipe.train, self.device)
+    def batch_size(self) -> int:
+        """Conversations in a micro-batch."""
+        return min(self.recipe.train.batch_size, self.lengths.shape[1])
 
     @property
     def num_moments(self) -> int:
@@ -158,36 +157,38 @@ class TrainingPlan:
             return "on disk"
         return "kept" if self.feature_bytes <= train.feature_cache_gib * 2**30 else "computed in every step"
 
-    def batch(self, summary: Any = np.max) -> Batch:
-        """Return the largest micro-batch, or with `np.mean` the mean one."""
-        train = self.recipe.train
+    def sizes(self, summary: Callable[[np.ndarray], Number]) -> tuple[Number, Number]:
+        """Return tokens, and slots of blocks, of the largest conversation with `np.max`, of the mean with `np.mean`."""
         tokens, anchors = self.lengths
-        num_slots = summary(anchors.clip(max=train.num_anchors)) * self.drafter.block_size
-        return Batch(min(train.batch_size, len(tokens)), float(summary(tokens)), float(num_slots))
+        num_blocks = summary(anchors.clip(max=self.recipe.train.num_anchors))
+        return summary(tokens), num_blocks * self.drafter.block_size
 
-    def matrices(self, batch: Batch) -> list[tuple[Number, int, int]]:
-        """List the sizes of each matrix of the drafter, behind the rows that a micro-batch multiplies with it."""
+    def matrices(self, num_tokens: Number, num_slots: Number) -> list[tuple[Number, int, int]]:
+        """List the sizes of each matrix of the drafter, behind the rows that a conversation multiplies with it."""
         found = []
         selector = self.drafter.selector
         for name, weight in self.drafter.named_parameters():
-            rows = batch.num_slots
+            rows = num_slots
             if name.startswith(f"{selector.name}."):
                 rows *= selector.num_candidates
             elif name == "fc.weight":
-                rows = batch.num_tokens
+                rows = num_tokens
             elif "k_proj" in name or "v_proj" in name:
-                rows += batch.num_tokens
+                rows += num_tokens
             if is_factor(name, weight):
-                found.append((batch.size * rows, *weight.shape))
+                found.append((rows, *weight.shape))
         return found
 
-    def memory(self, batch: Batch) -> dict[str, Number]:
-        """Compute the bytes of a step by part."""
+    def memory(self, batch_size: int) -> dict[str, Number]:
+        """Compute the bytes of a step by part, with a micro-batch of the largest conversations."""
+        num_tokens, num_slots = self.sizes(np.max)
         is_cpu, head, loss = self.device.type == "cpu", self.target.head.weight, self.recipe.loss
-        num_layers, item = len(self.drafter.layers), self.products.itemsize
-        slots = batch.size * batch.num_slots
+        num_layers = len(self.drafter.layers)
+        item = products_dtype(self.recipe.train, self.device).itemsize
+        slots = batch_size * num_slots
         states = 4 * slots * self.target.hidden_size
-        activations = KEPT_STATES * item * sum(rows * (out + of) for rows, out, of in self.matrices(batch))
+        kept = sum(rows * (out + of) for rows, out, of in self.matrices(num_tokens, num_slots))
+        activations = KEPT_STATES * item * batch_size * kept
         if self.recipe.train.gradient_checkpointing:
             activations = activations / num_layers + num_layers * states
         chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
@@ -199,7 +200,7 @@ class TrainingPlan:
             "drafter": of_drafter * (4 if item == 4 else 4 + item),
             "optimizer's moments": 4 * self.num_moments,
             "gradient": 4 * of_drafter,
-            "hidden states": batch.size * batch.num_tokens * self.token_bytes,
+            "hidden states": batch_size * num_tokens * self.token_bytes,
             "hidden states that are kept": self.feature_bytes if is_cpu and self.feature_place == "kept" else 0,
             "activations of the drafter": activations,
             "loss through the head": 3 * states + 2 * tiles,
@@ -208,43 +209,40 @@ class TrainingPlan:
 
     def largest_batch(self) -> int:
         """Return how many conversations of a micro-batch fit into the memory, `MOST_BATCH` at most."""
-        batch = self.batch()
-        steps = (self.memory(batch._replace(size=number + 1)) for number in range(MOST_BATCH))
-        return sum(sum(parts.values()) <= self.free_bytes for parts in steps)
+        return sum(sum(self.memory(number + 1).values()) <= self.free_bytes for number in range(MOST_BATCH))
 
-    def flops(self, batch: Batch) -> tuple[Number, Number]:
-        """Compute the operations of an optimizer step: of the target that reads, and of all else.
+    def flops(self) -> tuple[Number, Number]:
+        """Compute the operations of an optimizer step on mean conversations: of the target that reads, and of all else.
 
         Of experts, those that are not chosen count too.
         """
         drafter, train = self.drafter, self.recipe.train
-        matrices = self.matrices(batch)
-        slots = batch.size * batch.num_slots
-        seen = batch.num_tokens / 2 + drafter.block_size  # by a slot, on average
+        num_tokens, num_slots = self.sizes(np.mean)
+        matrices = self.matrices(num_tokens, num_slots)
+        seen = num_tokens / 2 + drafter.block_size  # by a slot, on average
         work = sum(rows * out * of for rows, out, of in matrices)
-        work += 2 * slots * seen * len(drafter.layers) * drafter.config.num_attention_heads * drafter.config.head_dim
+        width = drafter.config.num_attention_heads * drafter.config.head_dim
+        work += 2 * num_slots * seen * width * len(drafter.layers)
         work *= 4 if train.gradient_checkpointing else 3
-        scored = slots * (1 - 1 / drafter.block_size) * self.num_rows * self.target.hidden_size
+        scored = num_slots * (1 - 1 / drafter.block_size) * self.num_rows * self.target.hidden_size
         work += scored * (3 if self.recipe.loss.needs_target_probs else 2)
         last = None if self.recipe.needs_target_hidden else max(drafter.target_layer_ids) + 1
-        reading = sum(weight.numel() for weight in self.target.layers[:last].parameters())
-        reading *= batch.size * batch.num_tokens
+        read_weights = sum(weight.numel() for weight in self.target.layers[:last].parameters())
         sizes = [sorted(sizes) for _, *sizes in matrices if train.optimizer == "muon"]
         orthogonalizing = sum(10 * (2 * short**2 * long + short**3) for short, long in sizes)
-        twice = 2 * train.gradient_accumulation_steps
-        return twice * reading, twice * work + orthogonalizing
+        twice = 2 * self.batch_size * train.gradient_accumulation_steps
+        return twice * num_tokens * read_weights, twice * work + orthogonalizing
 
     @property
     def seconds(self) -> Number:
         """Estimate the seconds of a whole training, without those in which tau is measured."""
         train = self.recipe.train
-        mean = self.batch(np.mean)
-        reading, training = self.flops(mean)
+        reading, training = self.flops()
         num_read = self.num_steps
         if self.feature_place != "computed in every step":
-            num_read = self.lengths.shape[1] / (mean.size * train.gradient_accumulation_steps)
+            num_read = self.lengths.shape[1] / (self.batch_size * train.gradient_accumulation_steps)
         reader = measure_flops(self.device, self.target.model.dtype, NUM_ROWS)
-        trainer = measure_flops(self.device, self.products, NUM_ROWS)
+        trainer = measure_flops(self.device, products_dtype(train, self.device), NUM_ROWS)
         return num_read * reading / reader + self.num_steps * training / trainer
 
     def answering_seconds(self, lengths: np.ndarray) -> Number:
@@ -286,3 +284,115 @@ def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, memory: int | None = Non
     with torch.device("meta"):
         drafter = Drafter.from_target(target, **vars(recipe.drafter))
     return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
+
+
+def size(num_bytes: Number) -> str:
+    """Write a number of bytes, such as 1.2 GiB."""
+    return ByteSize(num_bytes).human_readable(separator=" ")
+
+
+def time_line(work: str, seconds: Number) -> str:
+    """Write about how long some work takes, in days, hours, minutes and seconds."""
+    return f"{work}: about {timedelta(seconds=round(seconds))}"
+
+
+def prompts_line(parts: PromptParts) -> str:
+    """Write how many prompts each part has."""
+    train, validation, heldout = map(len, parts)
+    return f"prompts: {train:,} to train, {validation:,} to choose by, {heldout:,} held out"
+
+
+def waiting_for_answers(recipe: Recipe, parts: PromptParts) -> list[Prompt]:
+    """Return the prompts that have no answer in a recipe's folder."""
+    path = recipe.responses_path
+    kept = {response.id for response in iterate_responses(path)} if path.exists() else set()
+    return [prompt for prompt in sum(parts, []) if prompt.id not in kept]
+
+
+def answer_lines(parts: PromptParts, waiting: Sequence[Prompt]) -> list[str]:
+    """Write how many prompts there are, and how many of them `dpace respond` will answer."""
+    num_kept = sum(map(len, parts)) - len(waiting)
+    return [prompts_line(parts), f"answers: {num_kept:,} kept, {len(waiting):,} to come"]
+
+
+def size_lines(plan: TrainingPlan) -> list[str]:
+    """Write what the training of a drafter is, and what it takes."""
+    return [
+        f"training: {count(plan.num_steps, 'step')}, "
+        f"{count(plan.lengths.shape[1], 'conversation')} of {int(plan.lengths[0].mean()):,} tokens",
+        f"drafter: {plan.drafter.num_parameters() / 1e6:.4g} M parameters; hidden states {plan.feature_place} "
+        f"({size(plan.feature_bytes)})",
+        f"memory: {size(sum(plan.memory(plan.batch_size).values()))} of {size(plan.free_bytes)}",
+        f"disk: up to {size(plan.disk_bytes)} for the drafter and its checkpoints",
+    ]
+
+
+def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
+    """Write how many drafters a verb trains, and what each takes.
+
+    `folders` are those of the drafters, finished ones too.
+
+    Raises:
+        ValueError: the disk has too little room for them; where a training goes on, that is not looked at.
+    """
+    waiting = [folder for folder in folders if not is_finished(folder)]
+    needed = plan.disk_bytes * sum(not folder.exists() for folder in waiting)
+    there = next(filter(Path.exists, folders[0].absolute().parents))
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"drafters and checkpoints will take {size(needed)} in {plan.recipe.output}, and its disk has {size(free)} "
+            "free; make room, or name another folder with --output"
+        )
+    drafters = f"drafters: {len(folders) - len(waiting)} kept, {len(waiting)} to come"
+    return [drafters, *size_lines(plan)] if waiting else [drafters]
+
+
+def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
+    """Write what `dpace compare` or `dpace demo` will do; see `training_lines`.
+
+    Raises:
+        ValueError: see there; or the drafter cannot work with this target.
+    """
+    plan = plan_recipe(config, expected_lengths(parts.train, config))
+    return [prompts_line(parts), *training_lines(plan, folders)]
+
+
+def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
+    """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
+
+    Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
+
+    Raises:
+        ValueError: see `load_corpus`, `split_prompts` and `plan_recipe`.
+    """
+    answers = recipe.responses_path
+    waiting = []
+    if read_meta(answers).get("complete"):
+        lines = []
+        lengths = known_lengths(choose_conversations(*load_corpus(answers, recipe.prompts), recipe)[0])
+    elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
+        parts = split_prompts(recipe.prompts)
+        waiting = waiting_for_answers(recipe, parts)
+        lines = [*answer_lines(parts, waiting), "not all answers are there: each counts as long as the recipe allows"]
+        lengths = expected_lengths(parts.train, recipe)
+    else:
+        lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
+        lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
+    plan = plan_recipe(recipe, lengths, memory=memory)
+    if waiting and recipe.respond.source == "target" and not recipe.respond.server:
+        lines.append(time_line("answering", plan.answering_seconds(expected_lengths(waiting, recipe))))
+    memory_parts = plan.memory(plan.batch_size)
+    lines += [
+        *size_lines(plan),
+        time_line("training", plan.seconds),
+        "memory of a training step, computed:",
+        *(f"  {part:<28} {size(number):>10}" for part, number in memory_parts.items() if number),
+        f"largest --train.batch-size that fits: {plan.largest_batch()}",
+    ]
+    if sum(memory_parts.values()) > plan.free_bytes:
+        lines.append(
+            f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "
+            "--train.max-length, or set --train.gradient-checkpointing"
+        )
+    return lines

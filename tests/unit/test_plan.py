@@ -14,8 +14,7 @@ from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan.lines import training_lines
-from dpace.plan.training import TrainingPlan, expected_lengths, known_lengths, measure_flops, plan_recipe
+from dpace.plan import TrainingPlan, expected_lengths, known_lengths, measure_flops, plan_recipe, training_lines
 from dpace.respond.responses import Response, known_settings
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
@@ -77,13 +76,13 @@ def test_memory_and_operations_of_a_step_are_near_the_measured_ones(name, tmp_pa
     held = {p.untyped_storage()._cdata: p.nbytes for p in [*plan.target.model.parameters(), *loop.drafter.parameters()]}
     held[head.untyped_storage()._cdata] = head.nbytes
     measured = sum(held.values()) + peak_bytes(loop.run)
-    planned = plan.memory(plan.batch())
+    planned = plan.memory(plan.batch_size)
     for part in ("its copies in 16 bits", "hidden states that are kept"):  # which this loop lacks
         del planned[part]
     assert measured / 1.5 < sum(planned.values()) < 1.5 * measured
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loop.take_step(batches)
-    assert sum(plan.flops(plan.batch())) == pytest.approx(counter.get_total_flops(), rel=0.2)
+    assert sum(plan.flops()) == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
 def test_weights_and_moments_of_a_plan_are_those_of_the_files(tmp_path):
@@ -91,12 +90,12 @@ def test_weights_and_moments_of_a_plan_are_those_of_the_files(tmp_path):
     SHAPES[SOFT][0].save_pretrained(tmp_path / "target")
     on_paper = plan_recipe(replace(plan.recipe, target=str(tmp_path / "target")), plan.lengths)
     assert on_paper.target.head.weight.is_meta
-    assert on_paper.memory(plan.batch()) == plan.memory(plan.batch())
+    assert on_paper.memory(plan.batch_size) == plan.memory(plan.batch_size)
     loop.take_step(next(loop.batches_of_steps()))
     loop.save()
     (folder,) = tmp_path.glob("checkpoint-*")
     written = {path.name: path.stat().st_size for path in folder.iterdir()}
-    parts = plan.memory(plan.batch())
+    parts = plan.memory(plan.batch_size)
     weights = parts["drafter"] + parts["optimizer's moments"]
     assert weights < written["model.safetensors"] + written["optimizer.safetensors"] < weights + 2**14
     assert sum(written.values()) < plan.disk_bytes / 3
@@ -104,9 +103,9 @@ def test_weights_and_moments_of_a_plan_are_those_of_the_files(tmp_path):
 
 def test_the_time_of_a_training_is_that_of_its_steps_and_of_hidden_states(tmp_path, monkeypatch):
     """Of 12 conversations, 3 in a step; hidden states that are kept are read once, and else in each of 5 steps."""
-    monkeypatch.setattr("dpace.plan.training.measure_flops", lambda *_: FLOPS)
+    monkeypatch.setattr("dpace.plan.measure_flops", lambda *_: FLOPS)
     plan, _ = make_loop(SOFT, tmp_path)
-    reading, training = plan.flops(plan.batch())
+    reading, training = plan.flops()
     for cache_gib, num_read in ((4.0, 4), (0.0, 5)):
         train = replace(plan.recipe.train, max_steps=5, feature_cache_gib=cache_gib)
         planned = replace(plan, recipe=replace(plan.recipe, train=train))
@@ -115,7 +114,7 @@ def test_the_time_of_a_training_is_that_of_its_steps_and_of_hidden_states(tmp_pa
 
 def test_a_gpu_that_is_not_at_hand_holds_no_copies_and_no_kept_features(tmp_path):
     plan, _ = make_loop(SOFT, tmp_path)
-    parts = replace(plan, device=torch.device("cuda")).memory(plan.batch())
+    parts = replace(plan, device=torch.device("cuda")).memory(plan.batch_size)
     assert parts["its copies in 16 bits"] == parts["hidden states that are kept"] == 0 < parts["CUDA's context"]
 
 
@@ -158,7 +157,7 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
 def test_the_time_of_answers_is_that_of_their_tokens_as_fast_as_they_are_written_together(tmp_path, monkeypatch):
     """A product of fewer rows than 32 takes as long as one of 32."""
     asked = []
-    monkeypatch.setattr("dpace.plan.training.measure_flops", lambda *args: asked.append(args[2]) or FLOPS)
+    monkeypatch.setattr("dpace.plan.measure_flops", lambda *args: asked.append(args[2]) or FLOPS)
     plan, _ = make_loop(SOFT, tmp_path)
     prompts = make_prompts(["x" * 400] * 40)
     for at_once, num_rows in ((40, 40), (8, 32), (64, 40)):
@@ -172,7 +171,7 @@ def test_the_time_of_answers_is_that_of_their_tokens_as_fast_as_they_are_written
 
 def test_the_speed_follows_from_the_least_time(monkeypatch):
     times = SimpleNamespace(times=[0.05, 0.02, 0.03])
-    monkeypatch.setattr("dpace.plan.training.Timer.blocked_autorange", lambda *_, **__: times)
+    monkeypatch.setattr("dpace.plan.Timer.blocked_autorange", lambda *_, **__: times)
     speed = measure_flops.__wrapped__(torch.device("cpu"), torch.float32, 512)
     assert speed == pytest.approx(2 * 512 * 2048 * 1024 * 50)
 
@@ -182,11 +181,11 @@ def test_a_full_disk_is_refused_before_a_training_begins(tmp_path, monkeypatch):
     plan = replace(plan, recipe=replace(plan.recipe, output=str(tmp_path / "new" / "folder")))
     folders = [tmp_path / "new" / "folder" / name for name in "abc"]
     free = SimpleNamespace(free=int(2.5 * plan.disk_bytes))
-    monkeypatch.setattr("dpace.plan.lines.shutil.disk_usage", lambda path: free if path == tmp_path else None)
+    monkeypatch.setattr("dpace.plan.shutil.disk_usage", lambda path: free if path == tmp_path else None)
     assert training_lines(plan, folders[:2])[0] == "drafters: 0 kept, 2 to come"
     with pytest.raises(ValueError, match="make room, or name another folder with --output"):
         training_lines(plan, folders)
-    monkeypatch.setattr("dpace.plan.lines.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("dpace.plan.shutil.disk_usage", lambda _: free)
     folders[0].mkdir(parents=True)
     assert training_lines(plan, folders)[0] == "drafters: 0 kept, 3 to come", "one goes on"
     (folders[0] / "provenance.json").touch()
