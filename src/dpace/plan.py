@@ -209,7 +209,8 @@ class TrainingPlan:
 
     def largest_batch(self) -> int:
         """Return how many conversations of a micro-batch fit into the memory, `MOST_BATCH` at most."""
-        return sum(sum(self.memory(number + 1).values()) <= self.free_bytes for number in range(MOST_BATCH))
+        tried = range(1, MOST_BATCH + 1)
+        return max((number for number in tried if sum(self.memory(number).values()) <= self.free_bytes), default=0)
 
     def flops(self) -> tuple[Number, Number]:
         """Compute the operations of an optimizer step on mean conversations: of the target that reads, and of all else.
