@@ -38,7 +38,7 @@ from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.train.identity import is_finished
 from dpace.train.loop import num_steps
-from dpace.train.optimizer import is_factor, products_dtype
+from dpace.train.optimizer import products_dtype
 from dpace.train.run import choose_conversations
 
 Number = int | float
@@ -48,8 +48,10 @@ BYTES_PER_TOKEN = 4
 """Bytes of a prompt's messages that a token of them has at least, on average: the names of their parts count too."""
 DISTINCT_TOKENS = 10
 """Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
-KEPT_STATES = 1.5
-"""Numbers that the backward pass reads, over those that products read and give: norms and activations keep theirs."""
+KEPT_STATES = 2.25
+"""Numbers of a slot that the backward pass reads, for as many weights as the target is wide."""
+MUON_PRODUCTS = 25
+"""Operations of an orthogonalization for each weight, divided by the width."""
 SMALL_FILES = 2**25
 """Bytes of a drafter's files but weights and moments, at most: lists of tokens, and the logs of 20,000 steps."""
 MOST_BATCH = 64
@@ -163,37 +165,20 @@ class TrainingPlan:
         num_blocks = summary(anchors.clip(max=self.recipe.train.num_anchors))
         return summary(tokens), num_blocks * self.drafter.block_size
 
-    def matrices(self, num_tokens: Number, num_slots: Number) -> list[tuple[Number, int, int]]:
-        """List the sizes of each matrix of the drafter, behind the rows that a conversation multiplies with it."""
-        found = []
-        selector = self.drafter.selector
-        for name, weight in self.drafter.named_parameters():
-            rows = num_slots
-            if name.startswith(f"{selector.name}."):
-                rows *= selector.num_candidates
-            elif name == "fc.weight":
-                rows = num_tokens
-            elif "k_proj" in name or "v_proj" in name:
-                rows += num_tokens
-            if is_factor(name, weight):
-                found.append((rows, *weight.shape))
-        return found
-
     def memory(self, batch_size: int) -> dict[str, Number]:
         """Compute the bytes of a step by part, with a micro-batch of the largest conversations."""
         num_tokens, num_slots = self.sizes(np.max)
         is_cpu, head, loss = self.device.type == "cpu", self.target.head.weight, self.recipe.loss
-        num_layers = len(self.drafter.layers)
+        of_target, of_drafter = self.target.model.num_parameters(), self.drafter.num_parameters()
         item = products_dtype(self.recipe.train, self.device).itemsize
         slots = batch_size * num_slots
         states = 4 * slots * self.target.hidden_size
-        kept = sum(rows * (out + of) for rows, out, of in self.matrices(num_tokens, num_slots))
-        activations = KEPT_STATES * item * batch_size * kept
+        activations = KEPT_STATES * item * slots * of_drafter / self.target.hidden_size
         if self.recipe.train.gradient_checkpointing:
+            num_layers = len(self.drafter.layers)
             activations = activations / num_layers + num_layers * states
         chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
         tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
-        of_target, of_drafter = self.target.model.num_parameters(), self.drafter.num_parameters()
         return {
             "target": of_target * head.itemsize,
             "its copies in 16 bits": 2 * of_target if is_cpu and head.itemsize == 4 else 0,
@@ -215,24 +200,18 @@ class TrainingPlan:
     def flops(self) -> tuple[Number, Number]:
         """Compute the operations of an optimizer step on mean conversations: of the target that reads, and of all else.
 
-        Of experts, those that are not chosen count too.
+        Of experts, those that are not chosen count too; attention is left out.
         """
-        drafter, train = self.drafter, self.recipe.train
+        drafter, train, width = self.drafter, self.recipe.train, self.target.hidden_size
         num_tokens, num_slots = self.sizes(np.mean)
-        matrices = self.matrices(num_tokens, num_slots)
-        seen = num_tokens / 2 + drafter.block_size  # by a slot, on average
-        work = sum(rows * out * of for rows, out, of in matrices)
-        width = drafter.config.num_attention_heads * drafter.config.head_dim
-        work += 2 * num_slots * seen * width * len(drafter.layers)
-        work *= 4 if train.gradient_checkpointing else 3
-        scored = num_slots * (1 - 1 / drafter.block_size) * self.num_rows * self.target.hidden_size
-        work += scored * (3 if self.recipe.loss.needs_target_probs else 2)
         last = None if self.recipe.needs_target_hidden else max(drafter.target_layer_ids) + 1
-        read_weights = sum(weight.numel() for weight in self.target.layers[:last].parameters())
-        sizes = [sorted(sizes) for _, *sizes in matrices if train.optimizer == "muon"]
-        orthogonalizing = sum(10 * (2 * short**2 * long + short**3) for short, long in sizes)
+        read = sum(weight.numel() for weight in self.target.layers[:last].parameters())
+        passes = 4 if train.gradient_checkpointing else 3
+        head_passes = 3 if self.recipe.loss.needs_target_probs else 2
+        trained = passes * drafter.num_parameters() + head_passes * self.num_rows * width
         twice = 2 * self.batch_size * train.gradient_accumulation_steps
-        return twice * num_tokens * read_weights, twice * work + orthogonalizing
+        orthogonalized = drafter.num_parameters() if train.optimizer == "muon" else 0
+        return twice * num_tokens * read, twice * num_slots * trained + MUON_PRODUCTS * width * orthogonalized
 
     @property
     def seconds(self) -> Number:

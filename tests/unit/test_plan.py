@@ -82,7 +82,7 @@ def test_memory_and_operations_of_a_step_are_near_the_measured_ones(name, tmp_pa
     assert measured / 1.5 < sum(planned.values()) < 1.5 * measured
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loop.take_step(batches)
-    assert sum(plan.flops()) == pytest.approx(counter.get_total_flops(), rel=0.2)
+    assert counter.get_total_flops() / 1.5 < sum(plan.flops()) < 1.5 * counter.get_total_flops()
 
 
 def test_weights_and_moments_of_a_plan_are_those_of_the_files(tmp_path):
