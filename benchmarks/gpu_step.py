@@ -16,8 +16,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan.speed import find_machine
-from dpace.plan.training import TrainingPlan, known_lengths
+from dpace.plan import TrainingPlan, known_lengths
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
@@ -153,10 +152,9 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     counted = run.marks.steps[min(WARM_UP, steps // 2) :]
     seconds = statistics.median(sum(step.values()) for step in counted)
     uncached = replace(recipe, train=replace(config, feature_cache_gib=0.0))
-    lengths = known_lengths(dataset)
-    plan = TrainingPlan(target, find_machine(recipe), uncached, drafter, lengths)
-    flops = sum(plan.flops(plan.batch()).values())
-    parts = plan.memory(plan.batch())
+    plan = TrainingPlan(uncached, device, 0, target, drafter, known_lengths(dataset))
+    flops = sum(plan.flops())
+    parts = plan.memory(plan.batch_size)
     del parts["CUDA's context"]  # which torch's allocator does not count
     tokens = per_step * config.max_length
     return drafter.eval(), {

@@ -28,7 +28,6 @@ USAGE = "\n".join(
         textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
         "`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;",
         "`dpace --version` prints the version.",
-        "With --dry-run, a verb that works for long says what it would do, and stops.",
         "",
     ]
 )

@@ -57,24 +57,22 @@ PAIRS = {
         "dpace+kl/seed-0/heldout.json",
     ),
     "compare where bench measured": Pair(
-        f"bench {RECIPE} --drafters {{drafter}}; compare {RECIPE} --dry-run",
+        f"bench {RECIPE} --drafters {{drafter}}; compare {RECIPE}",
         refused="results.json holds what `dpace bench` measured; name another folder with --output",
     ),
     "bench where compare measured": Pair(
         f"compare {RECIPE} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
-        f"bench {RECIPE} --drafters {{drafter}} --dry-run",
+        f"bench {RECIPE} --drafters {{drafter}}",
         refused="results.json holds what `dpace compare` or `dpace demo` measured; name another folder with --output",
     ),
     "prompts that moved after they were answered": Pair(
-        f"train {RECIPE} --prompts.path {{moved}} --dry-run",
+        f"train {RECIPE} --prompts.path {{moved}}",
         refused="has an answer with the id .*, but to another text",
     ),
     "prompts that were added after they were answered": Pair(
-        f"train {RECIPE} --prompts.path {{more}} --dry-run", printed="[34] prompts left out: no answer;"
+        f"plan {RECIPE} --prompts.path {{more}}", printed="[34] prompts left out: no answer;"
     ),
-    "prompts whose keys are in another order": Pair(
-        f"train {RECIPE} --prompts.path {{ordered}} --dry-run", printed="drafter: "
-    ),
+    "prompts whose keys are in another order": Pair(f"plan {RECIPE} --prompts.path {{ordered}}", printed="drafter: "),
     "replies that were corrected after they were taken": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
         "respond {recipe} --output {out}/a --prompts.path {corrected} --respond.source own",
@@ -94,7 +92,7 @@ PAIRS = {
         refused="has source own .* only the target's greedy answers can be read again; leave --responses out",
     ),
     "compare, soft labels of the recipe": Pair(
-        f"compare {RECIPE} --loss.token-loss kl --dry-run",
+        f"compare {RECIPE} --loss.token-loss kl",
         refused="--loss.token-loss and --loss.confidence are taken from the names of --objectives",
     ),
     "the largest seed, several steps": Pair(f"train {RECIPE} --train.seed 4294967295", "drafter/provenance.json"),
@@ -104,7 +102,7 @@ PAIRS = {
     ),
     "from a causal drafter, and not causal": Pair(
         "respond {recipe} --output {out}/a; train {recipe} --output {out}/a --drafter.causal; "
-        "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal --dry-run",
+        "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal",
         refused="--drafter.causal is False, but .* has True; leave --drafter.causal out",
     ),
     "a head, another drafter to start from": Pair(
@@ -154,7 +152,6 @@ PAIRS = {
         refused="--loss.head-penalty 0",
     ),
     "plan, sizes of the drafter to start from": Pair(f"plan {FROM} --device cpu", printed=SMALL),
-    "train, sizes of the drafter to start from": Pair(f"train {FROM} --dry-run", printed=SMALL),
     "plan, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
     ),
@@ -193,13 +190,13 @@ PAIRS = {
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
     ),
-    "servers of hidden states, soft labels, dry run": Pair(
+    "servers of hidden states, soft labels": Pair(
         f"train {RECIPE} --loss.token-loss kl --train.feature-files {{out}}/states "
-        "--train.feature-servers http://127.0.0.1:9 --dry-run",
+        "--train.feature-servers http://127.0.0.1:9",
         refused="give no input of the LM head",
     ),
     "a head, answers shorter than a block": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.block-size 200 --dry-run",
+        f"train {RECIPE} --drafter.head lilicorr --drafter.block-size 200",
         refused="no answer fills a block of 200 tokens",
     ),
 }
@@ -267,33 +264,32 @@ PAIRS |= {
         "drafter/provenance.json",
     ),
     "compare, own answers": Pair(
-        "compare {recipe} --output {out}/a --prompts.path {own} --respond.source own --dry-run",
+        "compare {recipe} --output {out}/a --prompts.path {own} --respond.source own",
         refused="--respond.source is own, and `dpace compare` measures tau on what the target answers",
     ),
     "compare, answers of another length": Pair(
-        f"compare {RECIPE} --respond.max-new-tokens 8 --dry-run", refused="max_new_tokens 12, not 8"
+        f"compare {RECIPE} --respond.max-new-tokens 8", refused="max_new_tokens 12, not 8"
     ),
     "own answers, servers": Pair(
-        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own "
-        "--respond.server http://x --dry-run",
+        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own --respond.server http://x",
         refused="--respond.server asks servers for answers, and --respond.source own takes those of the file",
     ),
     "held-out prompts of a file, all others like public ones": Pair(
         "respond {recipe} --output {out}/a --prompts.heldout-path {sets}/one.jsonl --prompts.path {sets}/two.jsonl "
-        "--prompts.decontaminate {sets}/two.jsonl --dry-run",
+        "--prompts.decontaminate {sets}/two.jsonl",
         refused="two.jsonl has no prompt left to train on",
     ),
     "bench, a later turn that is too long": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} --sets later --sets-dir {{sets}} --dry-run",
+        f"bench {RECIPE} --drafters {{drafter}} --sets later --sets-dir {{sets}}",
         refused="prompt later/1 has .* tokens; with 2 answers of up to 8 new tokens it passes the target's limit",
     ),
     "respond, more tokens than the target reads": Pair(
-        f"respond {RECIPE}/new --respond.max-new-tokens 300 --dry-run", refused=TOO_LONG
+        f"respond {RECIPE}/new --respond.max-new-tokens 300", refused=TOO_LONG
     ),
     "compare, more tokens than the target reads": Pair(
-        f"compare {RECIPE}/new --respond.max-new-tokens 300 --dry-run", refused=TOO_LONG
+        f"compare {RECIPE}/new --respond.max-new-tokens 300", refused=TOO_LONG
     ),
-    "bench, no drafter, a dry run": Pair("bench {recipe} --output {out}/off --dry-run", refused="there is no drafter"),
+    "bench, no drafter": Pair("bench {recipe} --output {out}/off", refused="there is no drafter"),
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
@@ -431,7 +427,7 @@ COVER = (
 AT_ONCE = [
     name
     for name, pair in PAIRS.items()
-    if ";" not in pair.commands and (pair.refused or re.search("^plan|--dry-run", pair.commands))
+    if ";" not in pair.commands and (pair.refused or pair.commands.startswith("plan"))
 ]
 
 

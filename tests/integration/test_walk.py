@@ -49,7 +49,7 @@ def test_from_prompts_to_an_exported_drafter(run, language_folder, language_prom
     assert train == "dpace train recipe.yaml"
     printed = run(train)
     assert "training, dpace: 1 of 30" in printed[1]
-    assert "dpace-out/drafter is finished" in run(train)[1]
+    assert "drafters: 1 kept, 0 to come" in run(train)[1]
     refused = run(f"{train} --max-steps 34", code=1)[1]
     found = re.search(r"run `mv (\S+) (\S+)`, then add (--drafter.init [^ ,]+)", refused)
     assert found, refused

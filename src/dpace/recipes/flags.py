@@ -23,11 +23,6 @@ from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings, without_passwords
 from dpace.recipes.validation import UsageError, explain
 
-DRY_RUN = "--dry-run"
-LONG_VERBS = ("respond", "train", "compare", "bench", "check", "explain", "demo")
-"""Verbs that say with `--dry-run` what they would do, and stop there."""
-PROMPT = "Why is the sky blue?"
-"""The prompt of commands that are shown to be copied."""
 Options = TypeVar("Options")
 
 
@@ -92,19 +87,15 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
             print(textwrap.fill(line, width, subsequent_indent=" " * 16))
     if verb in kinds:
         print(f"--{verb}.NAME may be written as --NAME.")
-    if verb in LONG_VERBS:
-        print(f"{DRY_RUN} says what this would do, and stops.")
     raise SystemExit(0)
 
 
 def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
-    """Return the arguments without `--dry-run`, and the flags among them with their full names."""
+    """Return the arguments, the flags among them with their full names."""
     names, groups = get_type_hints(config_class), _groups(config_class)
     own = get_type_hints(groups[verb]).keys() - names.keys() if verb in groups else ()
     return [
-        f"--{verb}.{arg.removeprefix('--')}" if arg.startswith("--") and _option_of(arg) in own else arg
-        for arg in args
-        if arg != DRY_RUN or verb not in LONG_VERBS
+        f"--{verb}.{arg.removeprefix('--')}" if arg.startswith("--") and _option_of(arg) in own else arg for arg in args
     ]
 
 

@@ -4,45 +4,20 @@
 command that comes next. Heavy imports stand behind the arguments, so that `--help` and refusals come at once.
 """
 
-import sys
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpace.config import Recipe, TargetShard
-from dpace.recipes.flags import DRY_RUN
-from dpace.system import ranks
+from dpace.recipes.flags import command
 
 if TYPE_CHECKING:
-    from dpace.prompts.prompts import Prompt
+    from dpace.measure.results import Results
     from dpace.target import Target
     from dpace.target.chat import ChatTokenizer
 
 TARGET_OPTIONS = ("target", "dtype", "device", "device_map", "thinking")
 """Options that say which target is loaded, and how."""
-
-
-def announce(lines: Sequence[str], args: Sequence[str]) -> bool:
-    """Print what will be done, by one process of several; return whether that is all, as `--dry-run` asks.
-
-    It is the result of a dry run, and else a message.
-    """
-    is_dry = DRY_RUN in args
-    if ranks.is_first():
-        print("\n".join(lines), file=sys.stdout if is_dry else sys.stderr, flush=True)
-    return is_dry
-
-
-def refuse_unreadable(config: Any, prompts: Iterable["Prompt"], max_new_tokens: int, args: Sequence[str]) -> None:
-    """Refuse with `--dry-run` the prompts that a verb refuses once its target is loaded; it takes the tokenizer alone.
-
-    Raises:
-        ValueError: a prompt that passes the target's context with so many new tokens, or that its chat template does
-            not take.
-    """
-    from dpace.respond.conversation import refuse_long_prompts
-
-    if DRY_RUN in args:
-        refuse_long_prompts(load_chat(config), prompts, max_new_tokens)
+PROMPT = "Why is the sky blue?"
+"""The prompt of commands that are shown to be copied."""
 
 
 def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":
@@ -75,3 +50,18 @@ def load_chat(config: Any) -> "ChatTokenizer":
     from dpace.target.locate import find_target
 
     return ChatTokenizer.load(find_target(config.target), config.thinking)
+
+
+def show_results(results: "Results", path: str) -> None:
+    """Print the tables of results, and where they are written."""
+    from dpace.report.sections import tables_of
+    from dpace.report.tables import console, section_table
+    from dpace.system.progress import print_text
+
+    console().print(*map(section_table, tables_of(results)))
+    print_text(f"written: {path}")
+
+
+def generate_command(recipe: Recipe, drafter: object, prompt: str = PROMPT) -> str:
+    """Return the command that answers a prompt with a drafter of a recipe's target."""
+    return command("generate", target=recipe.target, drafter=drafter, thinking=recipe.thinking, prompt=prompt)

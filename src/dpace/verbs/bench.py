@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpace.config import BenchConfig, Recipe
-from dpace.recipes.flags import PROMPT, command, parse
+from dpace.recipes.flags import command, parse
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder
-from dpace.system.progress import note, print_text
-from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
+from dpace.system.ledger import lock_folder, refuse_foreign_files
+from dpace.system.progress import note
+from dpace.verbs import generate_command, load_chat, load_target, show_results
 
 if TYPE_CHECKING:
-    from dpace.measure.results import Results
     from dpace.prompts.prompts import Prompt
-
-    Prompts = Sequence[Prompt]
 
 IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 """Options that running servers do not take."""
@@ -24,7 +21,7 @@ IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
-    from dpace.prompts.prompts import first_of_each_set, split_prompts
+    from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
 
     config = recipe.bench
@@ -35,13 +32,12 @@ def run(args: list[str]) -> None:
     if config.plain_server and not config.server:
         raise ValueError("--bench.plain-server is for servers; name the one with a drafter by --bench.server")
     prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
-    decoded = first_of_each_set(prompts, config.num_prompts)
     measure = _measure_servers if config.server else _measure_here
-    measure(recipe, prompts, decoded, args)
+    measure(recipe, prompts)
 
 
-def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: list[str]) -> None:
-    """Send `decoded`, the first prompts of each set, to running servers."""
+def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
+    """Send the first prompts of each set to running servers."""
     from dpace.measure.servers import bench_servers
 
     config = recipe.bench
@@ -49,31 +45,17 @@ def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", arg
         if getattr(config, name) != getattr(BenchConfig(), name):
             flag = name.replace("_", "-")
             raise ValueError(f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out")
-    refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
-    if announce([f"prompts: {len(decoded):,}, sent to the server"], args):
-        return
-    chat = load_chat(recipe)
     with lock_folder(recipe.output):
-        served = bench_servers(chat, prompts, config, recipe.output)
-    _show(served, f"{recipe.output}/servers.json")
+        served = bench_servers(load_chat(recipe), prompts, config, recipe.output)
+    show_results(served, f"{recipe.output}/servers.json")
     print("next:", command("report", recipe.output))
 
 
-def _show(results: "Results", path: str) -> None:
-    """Print the tables of results, and where they are written."""
-    from dpace.report.sections import tables_of
-    from dpace.report.tables import console, section_table
-
-    console().print(*map(section_table, tables_of(results)))
-    print_text(f"written: {path}")
-
-
-def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: list[str]) -> None:
-    """Decode `decoded`, the first prompts of each set, with the drafters and plainly."""
+def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
+    """Decode the first prompts of each set with the drafters and plainly."""
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
-    from dpace.plan.lines import decoding_lines, num_decodings
     from dpace.target.locate import find_drafter
 
     config, output = recipe.bench, Path(recipe.output)
@@ -88,18 +70,15 @@ def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: 
         named = (str(own),)
     folders = [find_drafter(name, "--bench.drafters") for name in named]
     names = drafter_names(named)
-    refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
-    if announce(decoding_lines(recipe, num_decodings(recipe, prompts, len(names)), config.max_new_tokens), args):
-        return
-    target = load_target(recipe)
-    note(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}")
-    drafters = {name: load_drafter(folder, target) for name, folder in zip(names, folders, strict=True)}
     with lock_folder(output):
+        refuse_foreign_files(output, "results.json")
+        target = load_target(recipe)
+        note(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}")
+        drafters = {name: load_drafter(folder, target) for name, folder in zip(names, folders, strict=True)}
         results = bench(target, drafters, prompts, config, output)
-    if not ranks.end():
-        return
-    _show(results, f"{output}/results.json")
-    print("next:", command("generate", target=recipe.target, drafter=named[0], thinking=recipe.thinking, prompt=PROMPT))
+    if ranks.end():
+        show_results(results, f"{output}/results.json")
+        print("next:", generate_command(recipe, named[0]))
 
 
 def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:

@@ -4,10 +4,7 @@ from pathlib import Path
 
 from dpace.config import CheckConfig, Recipe
 from dpace.recipes.flags import parse
-from dpace.verbs import announce, load_target
-
-NUM_WAYS = 18
-"""Ways in which a prompt is answered."""
+from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
@@ -16,8 +13,7 @@ def run(args: list[str]) -> None:
     from dpace.drafter import load_drafter
     from dpace.measure.check import check
     from dpace.measure.own_text import check_responses, read_greedy
-    from dpace.plan.lines import decoding_lines
-    from dpace.prompts.prompts import first_of_each_set, read_heldout
+    from dpace.prompts.prompts import read_heldout
     from dpace.report.tables import check_table, console
     from dpace.target.locate import find_drafter
 
@@ -30,10 +26,6 @@ def run(args: list[str]) -> None:
             f"{config.responses} was written in {answered_in}, and --dtypes has {', '.join(config.dtypes)}; rounding "
             f"differs: add {answered_in} to --dtypes"
         )
-    num_answers = NUM_WAYS * len(first_of_each_set(prompts, config.num_prompts)) * len(config.dtypes)
-    planned = Recipe(target=config.target, dtype=config.dtypes[0])
-    if announce(decoding_lines(planned, num_answers, config.max_new_tokens), args):
-        return
     failed = []
     for dtype in config.dtypes:
         target = load_target(Recipe(target=config.target, dtype=dtype, device_map=config.device_map))

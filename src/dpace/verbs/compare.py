@@ -1,17 +1,18 @@
 """Train with several objectives and seeds, and compare the drafters."""
 
 from dpace.config import CompareConfig
-from dpace.recipes.flags import PROMPT, command, given_options, parse
+from dpace.recipes.flags import given_options, parse
 from dpace.system import ranks
-from dpace.verbs import announce, load_target, refuse_unreadable
+from dpace.system.progress import note
+from dpace.verbs import generate_command, load_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
     from dpace.engines.initial import start_from
-    from dpace.plan.lines import comparison_lines
-    from dpace.prompts.prompts import first_of_each_set, split_prompts
+    from dpace.plan import comparison_lines
+    from dpace.prompts.prompts import split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
@@ -26,11 +27,7 @@ def run(args: list[str]) -> None:
     drafters = list(check_output(config, init))
     check_trackers(config.train.report_to)
     parts = split_prompts(config.prompts)
-    decoded = first_of_each_set(parts.heldout, config.bench.num_prompts)
-    for prompts, limits in ((decoded, config.bench), (sum(parts, []), config.respond)):
-        refuse_unreadable(config, prompts, limits.max_new_tokens, args)
-    if announce(comparison_lines(config, parts, drafters), args):
-        return
+    note("\n".join(comparison_lines(config, parts, drafters)))
     results = compare(load_target(config), config, parts=parts, init=init)
     if not ranks.end():
         return
@@ -38,8 +35,4 @@ def run(args: list[str]) -> None:
     print(f"written: {config.output}/results.json, a drafter for each objective and seed")
     last_set = results.rows[-1].set  # of several sets, all together
     best = next(row.drafter for row in results.rows if row.set == last_set)
-    drafter = cell_folder(config, best, config.seeds[0])
-    print(
-        "next:",
-        command("generate", target=config.target, drafter=drafter, thinking=config.thinking, prompt=PROMPT),
-    )
+    print("next:", generate_command(config, cell_folder(config, best, config.seeds[0])))

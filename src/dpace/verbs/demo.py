@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from dpace.config import DemoConfig
-from dpace.recipes.flags import command, parse
+from dpace.recipes.flags import parse
 from dpace.system.ledger import refuse_foreign_files
-from dpace.verbs import announce, load_target, refuse_unreadable
+from dpace.system.progress import note
+from dpace.verbs import generate_command, load_target
 
 PAGE = "report.html"
 
@@ -14,7 +15,7 @@ def run(args: list[str]) -> None:
     """Run `dpace demo`."""
     config = parse(DemoConfig, "demo", args)
 
-    from dpace.plan.lines import comparison_lines
+    from dpace.plan import comparison_lines
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
@@ -25,9 +26,7 @@ def run(args: list[str]) -> None:
     drafters = list(check_output(recipe))
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
-    refuse_unreadable(recipe, sum(parts, []), recipe.respond.max_new_tokens, args)
-    if announce(comparison_lines(recipe, parts, drafters), args):
-        return
+    note("\n".join(comparison_lines(recipe, parts, drafters)))
     demo = run_demo(load_target(recipe), recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
@@ -35,4 +34,4 @@ def run(args: list[str]) -> None:
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
     prompt = f"{config.prompts or 'demo'}#{demo.decoded.rows[0].responses[0].id}"
-    print("next:", command("generate", target=recipe.target, drafter=folder, prompt=prompt))
+    print("next:", generate_command(recipe, folder, prompt))

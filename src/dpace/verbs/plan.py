@@ -12,7 +12,7 @@ Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description
 
 @options
 class PlanConfig(Recipe):
-    """Say what training a recipe takes: memory by part, disk, tokens, steps and time.
+    """Say what a recipe takes: answers to come, memory by part, disk, steps and time.
 
     It reads the target's config.json, prompts, answers, and the drafter of --drafter.init, and computes the rest from
     their sizes.
@@ -27,7 +27,7 @@ def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     asked = parse(PlanConfig, "plan", args)
     from dpace.engines.initial import start_from
-    from dpace.plan.lines import plan_lines
+    from dpace.plan import plan_lines
     from dpace.respond.responses import read_meta
     from dpace.train.run import check_recipe
 

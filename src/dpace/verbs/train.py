@@ -1,25 +1,29 @@
 """Train a drafter on the responses."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpace.config import Recipe
 from dpace.recipes.flags import given_options, next_command, parse
 from dpace.system import ranks
+from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
-from dpace.verbs import announce, load_target
+from dpace.verbs import load_target
+
+if TYPE_CHECKING:
+    from dpace.batches.dataset import ResponseDataset
+    from dpace.target import Target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.engines.initial import start_from
-    from dpace.measure.own_text import greedy_share
-    from dpace.plan.lines import train_lines
-    from dpace.plan.training import known_lengths, plan_recipe
+    from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
     from dpace.train.identity import Run, data_facts, target_facts
     from dpace.train.progress import check_trackers
-    from dpace.train.run import check_recipe, choose_conversations, train
+    from dpace.train.run import FILES, check_recipe, choose_conversations, train
 
     run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
     check_recipe(run.recipe)
@@ -28,22 +32,27 @@ def run(args: list[str]) -> None:
     datasets = choose_conversations(*answers.load(), run.recipe)
     run.facts |= data_facts(*datasets)
     folder = Path(recipe.output) / "drafter"
-    lines = [f"{folder} is finished"]
-    if not run.is_finished_in(folder):
-        lines = train_lines(plan_recipe(run.recipe, known_lengths(datasets[0])), folder)
-    if announce(lines, args):
-        return
+    refuse_foreign_files(folder, *FILES)
+    run.is_in(folder)  # refuses another one
+    note("\n".join(training_lines(plan_recipe(run.recipe, known_lengths(datasets[0])), [folder])))
     target = load_target(recipe, shard=recipe.train.target_shard)
     of_target = target_facts(target)
     answers.refuse_others(of_target)
     run.facts |= of_target
     if answers.meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
-        note(
-            f"{greedy_share(target, datasets[0]):.0%} of the tokens of the given answers, in a sample, are the "
-            "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "
-            "--respond.source own let the target answer"
-        )
+        _note_greedy_share(target, datasets[0])
     train(target, *datasets, run.recipe, folder, init=run.init, run=run)
     if ranks.end():
         print(f"drafter in {folder}")
         print("next:", next_command("bench", "train", args))
+
+
+def _note_greedy_share(target: "Target", dataset: "ResponseDataset") -> None:
+    """Say how much of answers that the prompts came with could be accepted."""
+    from dpace.measure.own_text import greedy_share
+
+    note(
+        f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the target's greedy "
+        "choice, and only such tokens are accepted; more are where `dpace respond` without --respond.source own let "
+        "the target answer"
+    )

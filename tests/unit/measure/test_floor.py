@@ -142,7 +142,6 @@ def test_the_command_says_where_tau_is_lost_and_goes_on(
         assert main(["explain", *ask, *options]) == 0
         return capsys.readouterr()
 
-    assert "prompts: 6" in explain("--dry-run").out
     shown = explain("--max-new-tokens", "8").out
     assert "most rejections are the drafter's own" in shown and "explain.json" in shown
     folder = tmp_path / "dpace-explain"

@@ -17,7 +17,7 @@ def test_recipes_parse_and_are_found_by_name(name, capsys):
     recipe = read_recipe(RECIPES[name])
     assert recipe != Recipe()
     assert parse(Recipe, "train", [name]) == recipe
-    assert next_command("bench", "train", [name, "--seed", "7", "--dry-run"]) == f"dpace bench {name} --train.seed 7"
+    assert next_command("bench", "train", [name, "--seed", "7"]) == f"dpace bench {name} --train.seed 7"
     assert main(["--help"]) == 0 and name in capsys.readouterr().out
 
 

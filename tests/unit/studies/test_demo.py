@@ -76,17 +76,29 @@ def test_quick_takes_fewer_prompts_and_steps():
     assert [0 < len(fewer) < len(prompts) for fewer, prompts in parts] == [True, False, True]
 
 
-@pytest.mark.parametrize("verb", ["demo", "compare"])
-@pytest.mark.parametrize("taken", ["out", "out/results.json"])
-def test_the_output_is_refused_before_the_target_is_looked_for(verb, taken, tmp_path, capsys, monkeypatch):
+WRITERS = {
+    "demo": "results.json",
+    "compare": "results.json",
+    "respond": "responses.jsonl",
+    "bench --drafters .": "results.json",
+    "explain --drafter . --target owner/name": "explain.json",
+}
+"""Verbs, and a file that they write."""
+
+
+@pytest.mark.parametrize("line", WRITERS)
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign, tmp_path, capsys, monkeypatch):
     """The demo's target is a download."""
-    for module in ("plan.training", "engines.initial", "target.locate"):  # the last is where the others take it from
+    for module in ("plan", "engines.initial", "target.locate"):  # the last is where the others take it from
         monkeypatch.setattr(f"dpace.{module}.find_target", lambda _: pytest.fail("the target was looked for"))
-    path = tmp_path / taken
-    path.parent.mkdir(exist_ok=True)
+    path = out = tmp_path / "out"
+    if is_foreign:
+        path = out / WRITERS[line]
+        out.mkdir()
     path.write_text("mine")
-    assert main([verb, "--output", str(tmp_path / "out")]) == 1
-    assert re.search(r"out: File exists; |results.json was not written by dpace .*; ", capsys.readouterr().err)
+    assert main([*line.split(), "--output", str(out)]) == 1
+    assert re.search("out: File exists; |was not written by dpace .*; ", capsys.readouterr().err)
 
 
 def test_no_bar_of_a_library_without_a_terminal():

@@ -4,6 +4,7 @@ import json
 import shutil
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,11 +12,11 @@ from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpace.config import Recipe
+from dpace.config import DrafterConfig, Recipe
 from dpace.decode import generate, generate_plain
 from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
-from dpace.plan.training import plan_target
+from dpace.plan import plan_recipe
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.files import find_adapter
@@ -244,7 +245,8 @@ def test_a_vision_language_model_is_used_for_text(tmp_path):
     target = Target.load(name)
     assert type(target.model) is type(model) and count_layers(name) == 4
     assert_decodes(target)
-    assert plan_target(Recipe(target=name)).target.num_layers == 4 and ChatTokenizer.load(name).context == 256
+    plan = plan_recipe(Recipe(target=name, drafter=DrafterConfig(num_layers=1)), np.full((2, 1), 9.0))
+    assert plan.target.num_layers == 4 and ChatTokenizer.load(name).context == 256
 
 
 # devices

@@ -1,0 +1,377 @@
+"""Plan by formula what answers and a training take, before a weight is loaded, and write it in lines.
+
+Models whose tensors have shapes only, and the lengths of the conversations come in; memory, time and disk go out, or
+lines of at most 80 columns that a verb prints before it starts. Memory is a sum of named terms, as if all of them were
+there at once. Time is operations over speed: those of products of matrices, and the speed of such a product here.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from pydantic import ByteSize
+from torch.utils.benchmark import Timer
+from transformers import AutoModelForCausalLM
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.batches.feature_files import bytes_of_token
+from dpace.config import CompareConfig, Recipe
+from dpace.drafter import Drafter
+from dpace.loss.head_scores import default_chunk_bytes
+from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
+from dpace.respond.responses import iterate_responses, load_examples, read_meta
+from dpace.system.device import default_dtype, find_device
+from dpace.system.loading import translate_library_errors
+from dpace.system.progress import count
+from dpace.system.ranks import num_ranks
+from dpace.target import Target
+from dpace.target.files import auto_class, find_target_files
+from dpace.target.head import LmHead
+from dpace.target.locate import find_target
+from dpace.train.identity import is_finished
+from dpace.train.loop import num_steps
+from dpace.train.optimizer import products_dtype
+from dpace.train.run import choose_conversations
+
+Number = int | float
+CONTEXT_BYTES = 3 * 2**28
+"""Bytes that CUDA's context and libraries are assumed to take on a GPU."""
+BYTES_PER_TOKEN = 4
+"""Bytes of a prompt's messages that a token of them has at least, on average: the names of their parts count too."""
+DISTINCT_TOKENS = 10
+"""Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
+KEPT_STATES = 2.25
+"""Numbers of a slot that the backward pass reads, for as many weights as the target is wide."""
+MUON_PRODUCTS = 25
+"""Operations of an orthogonalization for each weight, divided by the width."""
+SMALL_FILES = 2**25
+"""Bytes of a drafter's files but weights and moments, at most: lists of tokens, and the logs of 20,000 steps."""
+MOST_BATCH = 64
+"""Largest batch that is tried."""
+NUM_ROWS = 512
+"""Rows of the product that is as fast as a training's."""
+FEWEST_ROWS = 32
+"""Rows of the narrowest product that is measured; one of fewer takes as long on a GPU, and less on a CPU."""
+GPU_FLOPS, GPU_WEIGHTS = 3e14, 1e12
+"""Operations, and weights that are read, in a second by a GPU that is not at hand: a third of an H100's products in
+bf16, and the speed of its memory."""
+
+
+@cache
+def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int) -> Number:
+    """Time a product of rows with weights, and return operations a second.
+
+    The fewer the rows, the more weights there are, which no cache holds: the time is then that of reading them.
+    """
+    if device.type != "cpu" and not torch.accelerator.is_available():
+        return min(GPU_FLOPS, 2 * num_rows * GPU_WEIGHTS)
+    num_columns = 2 ** (19 if device.type == "cpu" else 22) // num_rows
+    rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
+    weights = torch.ones(2**11, num_columns, device=device, dtype=dtype)
+    timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
+    seconds = min(timer.blocked_autorange(min_run_time=0.2).times)  # which other programs disturb least
+    return 2 * num_rows * weights.numel() / seconds
+
+
+class PaperTarget(Target):
+    """A target whose tensors have shapes and no values; that embedding and head are plain tables is not looked at."""
+
+    cache_ability: Any = "crop"
+    stop_token_ids: Any = ()
+
+    def _find_tables(self) -> tuple[float, LmHead]:
+        return 1.0, LmHead(self.model.get_output_embeddings().weight)
+
+
+def known_lengths(dataset: ResponseDataset) -> np.ndarray:
+    """Return tokens and anchors of conversations that are answered, "2 conversation"."""
+    anchors = [example.num_anchors(dataset.max_length) for example in dataset.examples]
+    return np.stack([dataset.lengths, anchors]).astype(float)
+
+
+def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
+    """Estimate what `known_lengths` will be, at most: from the prompts' texts, with answers as long as they may be."""
+    asked = [len(str(prompt.turns).encode()) / BYTES_PER_TOKEN for prompt in prompts]
+    answered = [len(prompt.turns) * recipe.respond.max_new_tokens for prompt in prompts]
+    return np.array([np.add(asked, answered), answered], float)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What answers and a training take; neither target nor drafter need values."""
+
+    recipe: Recipe
+    device: torch.device
+    free_bytes: int
+    """Memory that is free there."""
+    target: Target
+    drafter: Any
+    lengths: np.ndarray
+    """Tokens and anchors of the conversations, "2 conversation"."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return num_steps(self.recipe.train, self.lengths.shape[1], num_ranks())
+
+    @property
+    def batch_size(self) -> int:
+        """Conversations in a micro-batch."""
+        return min(self.recipe.train.batch_size, self.lengths.shape[1])
+
+    @property
+    def num_moments(self) -> int:
+        """Numbers that the optimizer keeps: two for each weight, and Muon one; its second ones of vectors are few."""
+        return self.drafter.num_parameters() * (1 if self.recipe.train.optimizer == "muon" else 2)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the softmax covers."""
+        num_tokens = len(self.target.head.weight)
+        if self.recipe.loss.vocabulary == "all":
+            return num_tokens
+        return min(num_tokens, int(DISTINCT_TOKENS * self.lengths[0].sum() ** 0.5))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's features where a training reads them."""
+        num_layers = len(self.drafter.target_layer_ids) + self.recipe.needs_target_hidden
+        return bytes_of_token(self.target, num_layers, self.recipe.train.feature_dtype)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the features of all conversations."""
+        return int(self.lengths[0].sum() * self.token_bytes)
+
+    @property
+    def feature_place(self) -> str:
+        """Where the features of all conversations are, see `keep_features`."""
+        train = self.recipe.train
+        if train.feature_files:
+            return "on disk"
+        return "kept" if self.feature_bytes <= train.feature_cache_gib * 2**30 else "computed in every step"
+
+    def sizes(self, summary: Callable[[np.ndarray], Number]) -> tuple[Number, Number]:
+        """Return tokens, and slots of blocks, of the largest conversation with `np.max`, of the mean with `np.mean`."""
+        tokens, anchors = self.lengths
+        num_blocks = summary(anchors.clip(max=self.recipe.train.num_anchors))
+        return summary(tokens), num_blocks * self.drafter.block_size
+
+    def memory(self, batch_size: int) -> dict[str, Number]:
+        """Compute the bytes of a step by part, with a micro-batch of the largest conversations."""
+        num_tokens, num_slots = self.sizes(np.max)
+        is_cpu, head, loss = self.device.type == "cpu", self.target.head.weight, self.recipe.loss
+        of_target, of_drafter = self.target.model.num_parameters(), self.drafter.num_parameters()
+        item = products_dtype(self.recipe.train, self.device).itemsize
+        slots = batch_size * num_slots
+        states = 4 * slots * self.target.hidden_size
+        activations = KEPT_STATES * item * slots * of_drafter / self.target.hidden_size
+        if self.recipe.train.gradient_checkpointing:
+            num_layers = len(self.drafter.layers)
+            activations = activations / num_layers + num_layers * states
+        chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
+        tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
+        return {
+            "target": of_target * head.itemsize,
+            "its copies in 16 bits": 2 * of_target if is_cpu and head.itemsize == 4 else 0,
+            "drafter": of_drafter * (4 if item == 4 else 4 + item),
+            "optimizer's moments": 4 * self.num_moments,
+            "gradient": 4 * of_drafter,
+            "hidden states": batch_size * num_tokens * self.token_bytes,
+            "hidden states that are kept": self.feature_bytes if is_cpu and self.feature_place == "kept" else 0,
+            "activations of the drafter": activations,
+            "loss through the head": 3 * states + 2 * tiles,
+            "CUDA's context": 0 if is_cpu else CONTEXT_BYTES,
+        }
+
+    def largest_batch(self) -> int:
+        """Return how many conversations of a micro-batch fit into the memory, `MOST_BATCH` at most."""
+        tried = range(1, MOST_BATCH + 1)
+        return max((number for number in tried if sum(self.memory(number).values()) <= self.free_bytes), default=0)
+
+    def flops(self) -> tuple[Number, Number]:
+        """Compute the operations of an optimizer step on mean conversations: of the target that reads, and of all else.
+
+        Of experts, those that are not chosen count too; attention is left out.
+        """
+        drafter, train, width = self.drafter, self.recipe.train, self.target.hidden_size
+        num_tokens, num_slots = self.sizes(np.mean)
+        last = None if self.recipe.needs_target_hidden else max(drafter.target_layer_ids) + 1
+        read = sum(weight.numel() for weight in self.target.layers[:last].parameters())
+        passes = 4 if train.gradient_checkpointing else 3
+        head_passes = 3 if self.recipe.loss.needs_target_probs else 2
+        trained = passes * drafter.num_parameters() + head_passes * self.num_rows * width
+        twice = 2 * self.batch_size * train.gradient_accumulation_steps
+        orthogonalized = drafter.num_parameters() if train.optimizer == "muon" else 0
+        return twice * num_tokens * read, twice * num_slots * trained + MUON_PRODUCTS * width * orthogonalized
+
+    @property
+    def seconds(self) -> Number:
+        """Estimate the seconds of a whole training, without those in which tau is measured."""
+        train = self.recipe.train
+        reading, training = self.flops()
+        num_read = self.num_steps
+        if self.feature_place != "computed in every step":
+            num_read = self.lengths.shape[1] / (self.batch_size * train.gradient_accumulation_steps)
+        reader = measure_flops(self.device, self.target.model.dtype, NUM_ROWS)
+        trainer = measure_flops(self.device, products_dtype(train, self.device), NUM_ROWS)
+        return num_read * reading / reader + self.num_steps * training / trainer
+
+    def answering_seconds(self, lengths: np.ndarray) -> Number:
+        """Estimate the seconds in which the target answers prompts with these `expected_lengths`, at most.
+
+        A token of a prompt takes as long as one of an answer.
+        """
+        at_once = min(lengths.shape[1], self.recipe.respond.batch_size)
+        num_rows = max(at_once, FEWEST_ROWS)
+        work = 2 * self.target.model.num_parameters() * lengths[0].sum() * num_rows / at_once
+        return work / measure_flops(self.device, self.target.model.dtype, num_rows)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of a drafter's folder, at most: three checkpoints, since one is written beside two; and the drafter."""
+        num_weights = self.drafter.num_parameters()
+        return 12 * (num_weights + self.num_moments) + 2 * num_weights + SMALL_FILES
+
+
+def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None) -> TrainingPlan:
+    """Plan a recipe from the target's config alone, on this machine or on one with as much memory.
+
+    Raises:
+        OSError: there is no readable config of that name.
+        ValueError: a config that transformers does not know, or that its own class refuses; a drafter that cannot work
+            with this target; or see `find_target` and `find_device`.
+    """
+    is_here = memory is None or recipe.device == "cpu" or torch.accelerator.is_available()
+    device = find_device(recipe.device) if is_here else torch.device("cuda")
+    if memory is None:
+        is_cpu = device.type == "cpu"
+        memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
+    dtype = getattr(torch, recipe.dtype, default_dtype(device))
+    fix = "name the folder or the Hub id of a causal LM"
+    with translate_library_errors(f"the config of {recipe.target}", fix), torch.device("meta"):
+        config = find_target_files(find_target(recipe.target)).config
+        auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
+        target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
+    with torch.device("meta"):
+        drafter = Drafter.from_target(target, **vars(recipe.drafter))
+    return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
+
+
+def size(num_bytes: Number) -> str:
+    """Write a number of bytes, such as 1.2 GiB."""
+    return ByteSize(num_bytes).human_readable(separator=" ")
+
+
+def time_line(work: str, seconds: Number) -> str:
+    """Write about how long some work takes, in days, hours, minutes and seconds."""
+    return f"{work}: about {timedelta(seconds=round(seconds))}"
+
+
+def prompts_line(parts: PromptParts) -> str:
+    """Write how many prompts each part has."""
+    train, validation, heldout = map(len, parts)
+    return f"prompts: {train:,} to train, {validation:,} to choose by, {heldout:,} held out"
+
+
+def waiting_for_answers(recipe: Recipe, parts: PromptParts) -> list[Prompt]:
+    """Return the prompts that have no answer in a recipe's folder."""
+    path = recipe.responses_path
+    kept = {response.id for response in iterate_responses(path)} if path.exists() else set()
+    return [prompt for prompt in sum(parts, []) if prompt.id not in kept]
+
+
+def answer_lines(parts: PromptParts, waiting: Sequence[Prompt]) -> list[str]:
+    """Write how many prompts there are, and how many of them `dpace respond` will answer."""
+    num_kept = sum(map(len, parts)) - len(waiting)
+    return [prompts_line(parts), f"answers: {num_kept:,} kept, {len(waiting):,} to come"]
+
+
+def size_lines(plan: TrainingPlan) -> list[str]:
+    """Write what the training of a drafter is, and what it takes."""
+    return [
+        f"training: {count(plan.num_steps, 'step')}, "
+        f"{count(plan.lengths.shape[1], 'conversation')} of {int(plan.lengths[0].mean()):,} tokens",
+        f"drafter: {plan.drafter.num_parameters() / 1e6:.4g} M parameters; hidden states {plan.feature_place} "
+        f"({size(plan.feature_bytes)})",
+        f"memory: {size(sum(plan.memory(plan.batch_size).values()))} of {size(plan.free_bytes)}",
+        f"disk: up to {size(plan.disk_bytes)} for the drafter and its checkpoints",
+    ]
+
+
+def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
+    """Write how many drafters a verb trains, and what each takes.
+
+    `folders` are those of the drafters, finished ones too.
+
+    Raises:
+        ValueError: the disk has too little room for them; where a training goes on, that is not looked at.
+    """
+    waiting = [folder for folder in folders if not is_finished(folder)]
+    needed = plan.disk_bytes * sum(not folder.exists() for folder in waiting)
+    there = next(filter(Path.exists, folders[0].absolute().parents))
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"drafters and checkpoints will take {size(needed)} in {plan.recipe.output}, and its disk has {size(free)} "
+            "free; make room, or name another folder with --output"
+        )
+    drafters = f"drafters: {len(folders) - len(waiting)} kept, {len(waiting)} to come"
+    return [drafters, *size_lines(plan)] if waiting else [drafters]
+
+
+def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
+    """Write what `dpace compare` or `dpace demo` will do; see `training_lines`.
+
+    Raises:
+        ValueError: see there; or the drafter cannot work with this target.
+    """
+    plan = plan_recipe(config, expected_lengths(parts.train, config))
+    return [prompts_line(parts), *training_lines(plan, folders)]
+
+
+def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
+    """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
+
+    Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
+
+    Raises:
+        ValueError: see `load_examples`, `split_prompts` and `plan_recipe`.
+    """
+    answers = recipe.responses_path
+    waiting = []
+    if read_meta(answers).get("complete"):
+        lines = []
+        lengths = known_lengths(choose_conversations(*load_examples(answers, recipe.prompts), recipe)[0])
+    elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
+        parts = split_prompts(recipe.prompts)
+        waiting = waiting_for_answers(recipe, parts)
+        lines = [*answer_lines(parts, waiting), "not all answers are there: each counts as long as the recipe allows"]
+        lengths = expected_lengths(parts.train, recipe)
+    else:
+        lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
+        lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
+    plan = plan_recipe(recipe, lengths, memory=memory)
+    if waiting and recipe.respond.source == "target" and not recipe.respond.server:
+        lines.append(time_line("answering", plan.answering_seconds(expected_lengths(waiting, recipe))))
+    memory_parts = plan.memory(plan.batch_size)
+    lines += [
+        *size_lines(plan),
+        time_line("training", plan.seconds),
+        "memory of a training step, computed:",
+        *(f"  {part:<28} {size(number):>10}" for part, number in memory_parts.items() if number),
+        f"largest --train.batch-size that fits: {plan.largest_batch()}",
+    ]
+    if sum(memory_parts.values()) > plan.free_bytes:
+        lines.append(
+            f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "
+            "--train.max-length, or set --train.gradient-checkpointing"
+        )
+    return lines
