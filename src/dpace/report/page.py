@@ -11,8 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpace.measure.records import Provenance, group_by
-from dpace.measure.results import CompareResults, ExplainResults, Results, ServerResults, find_results, read_log
+from dpace.measure.records import group_by
+from dpace.measure.results import (
+    CompareResults,
+    ExplainResults,
+    Provenance,
+    Results,
+    ServerResults,
+    find_results,
+    read_log,
+)
 from dpace.recipes.flags import command
 from dpace.recipes.validation import to_json
 from dpace.report.plots import slot_weights, training_curves

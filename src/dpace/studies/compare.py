@@ -16,20 +16,22 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, LossConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
 from dpace.loss.objective import with_objective
-from dpace.measure.benchmark import bench
+from dpace.measure.benchmark import bench, drafted_facts
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.pooling import pool_seeds
 from dpace.measure.records import group_by_set
 from dpace.measure.results import (
     HELDOUT_FILE,
     ComparedRow,
     CompareResults,
+    defined,
+    nullable,
     read_heldout,
     read_log,
     refuse_other_results,
     write_heldout,
     write_results,
 )
+from dpace.metrics import tau_gain
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import Response, check_meta, known_settings
@@ -219,7 +221,6 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
     folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
     measured = {name: [read_heldout(cell) for cell in cells] for name, cells in folders.items()}
     costs = {name: _training_costs(cells) for name, cells in folders.items()}
-    temperature = config.respond.temperature
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
@@ -227,8 +228,19 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
         theirs = by_seed[config.baseline]
         if None in theirs:  # no prompt of the set has a response
             continue
-        facts: Any = {"set": set_name, "num_prompts": len(ids), "temperature": temperature}
-        of_set = [pool_seeds(ours, theirs, drafter=name, **facts, **costs[name]) for name, ours in by_seed.items()]
+        of_set = [
+            ComparedRow(
+                set=set_name,
+                num_prompts=len(ids),
+                temperature=config.respond.temperature,
+                drafter=name,
+                **drafted_facts(ours),
+                tau_by_seed=[defined(one.tau) for one in ours],
+                gain=nullable(tau_gain(ours, theirs)),
+                **costs[name],
+            )
+            for name, ours in by_seed.items()
+        ]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows
 

@@ -19,6 +19,8 @@ from dpace.system.ledger import lock_folder
 from dpace.target import Target
 
 OBJECTIVES = ("dpace", "dflash")
+DECODED = ("decode", "decode-sampled")
+"""Folders of the results of decoding, at temperature 0 and 1."""
 QUICK = {
     "prompts": {"limit": 36},
     "train": {"max_steps": 26, "eval_steps": 26},
@@ -63,20 +65,22 @@ class Demo(NamedTuple):
 
 
 def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
-    """Train, compare and decode; the folder `decode` of the output gets the results of decoding.
+    """Train, compare and decode; the folders `DECODED` of the output get the results of decoding.
 
     Raises:
         ValueError: see `dpace.studies.compare.compare`.
         OSError: see there.
     """
     compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
-    folder = Path(recipe.output) / "decode"
+    greedy, sampled = (Path(recipe.output) / name for name in DECODED)
     drafters = {"dpace": load_drafter(cell_folder(recipe, "dpace", recipe.seeds[0]), target)}
     sampling = replace(recipe.bench, temperatures=(1.0,), widths=("auto",), num_prompts=SAMPLED_PROMPTS)
-    with lock_folder(folder):
-        greedy = bench(target, drafters, parts.heldout, recipe.bench, folder)
-        first_set = [prompt for prompt in parts.heldout if prompt.set == greedy.rows[0].set]
-        return Demo(compared, bench(target, drafters, first_set, sampling, folder))
+    with lock_folder(greedy):
+        decoded = bench(target, drafters, parts.heldout, recipe.bench, greedy)
+    first_set = [prompt for prompt in parts.heldout if prompt.set == decoded.rows[0].set]
+    with lock_folder(sampled):
+        rows = bench(target, drafters, first_set, sampling, sampled).rows
+    return Demo(compared, replace(decoded, rows=[*decoded.rows, *rows]))
 
 
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:

@@ -40,17 +40,17 @@ def test_what_is_written_is_read(results, tmp_path):
 
 
 KEYS = {
-    "target max_new_tokens seed prompt_seeds tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
-    "target_weights_sha256 engine dtype hardware versions schema_version rows comparisons": BENCH,
-    "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval reach_rate "
+    "target max_new_tokens seed tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
+    "target_weights_sha256 widths is_compiled engine dtype hardware versions schema_version rows comparisons": BENCH,
+    "drafter width set temperature num_responses block_size histogram tau tau_interval reach_rate "
     "share_copied tokens_per_second plain_tokens_per_second decode_speedup decode_speedup_interval published "
     "num_same_text responses plain_responses compiled": BENCH.rows[0],
-    "drafter width set id turn temperature prompt_tokens token_ids accepted_lengths widths num_copied histogram "
+    "drafter width id turn prompt_tokens token_ids block_size accepted_lengths widths num_copied "
     "num_without_bonus decode_tokens decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
     "set drafter temperature num_prompts block_size histogram tau tau_interval tau_by_seed reach_rate gain "
-    "gain_by_seed step_seconds peak_memory_bytes": COMPARE.rows[0],
-    "set temperature num_responses tau tau_interval num_verifications histogram tau_here tau_over_here "
+    "step_seconds peak_memory_bytes": COMPARE.rows[0],
+    "set temperature num_responses tau tau_interval num_verifications tau_here tau_over_here "
     "tokens_per_second plain_tokens_per_second num_same_text control_same_text same_text_gain": SERVERS.rows[0],
 }
 
@@ -96,7 +96,6 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
     assert found.acceptance(["other"]) is None
     with changed_json(tmp_path / "heldout.json") as value:
         assert sorted(value) == ["block_size", "histogram", "ids", "num_without_bonus", "responses_sha256"]
-        del value["responses_sha256"]  # which older versions did not write
         del value["ids"]
     with pytest.raises(ValueError, match=r"heldout.json: ids is missing; remove the file"):
         read_heldout(tmp_path)

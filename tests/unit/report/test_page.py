@@ -52,7 +52,7 @@ def test_the_page_has_every_section(folder, capsys):
 
 
 def test_a_folder_of_compare_and_logs_are_read(tmp_path):
-    row = make_compared(set="a", tau_by_seed=[2.0, 2.0], gain_by_seed=[0.1, None], step_seconds=None)
+    row = make_compared(set="a", tau_by_seed=[2.0, 2.0], step_seconds=None)
     compared = make_compare(
         row, replace(row, drafter="dflash", tau=None, histogram=[0, 0, 0]), seeds=[0, 1], decode=make_bench()
     )

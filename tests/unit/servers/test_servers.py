@@ -8,15 +8,15 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, ServedAnswer, ServedRecord
-from dpace.measure.results import Row, read_results, write_results
+from dpace.measure.records import PLAIN
+from dpace.measure.results import ServedAnswer, ServedRecord, read_results, write_results
 from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
 from dpace.report.sections import served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_tokenizer
 from tests.support.files import make_prompts, write_prompts
-from tests.support.rows import make_compare, make_plain, make_response, make_row
+from tests.support.rows import make_compare, make_row
 from tests.support.stub_server import PAGES, StubServer, pages
 
 ACCEPTED = [2, 0, 1]
@@ -41,7 +41,7 @@ def events(engine: str, tokens: list[int], drafts: bool):
             yield {"choices": [{"token_ids": part}]}
         yield {"choices": [], "usage": {"completion_tokens": len(tokens)}}
     elif engine == "sglang":
-        spec = {"spec_verify_ct": len(ACCEPTED), "spec_accept_histogram": [1, 1, 1]} if drafts else {}
+        spec = {"spec_verify_ct": len(ACCEPTED)} if drafts else {}
         for end in (1, 4, len(tokens)):
             yield {"output_ids": tokens[:end], "meta_info": {"completion_tokens": end, **spec}}
     else:
@@ -73,7 +73,7 @@ class Fake(StubServer):
         said = list(events(self.engine, [(sum(prompt) + i) % 50 for i in range(NUM_TOKENS)], self.drafts))
         if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
             accepted = [max(0, count - sum(prompt) % 2) for count in ACCEPTED]  # requests differ in it
-            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": [3]}
+            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted)}
             said[-1]["metrics"] = {"speculative_decoding": spec}
         request.send("".join(f"data: {json.dumps(event)}\n\n" for event in said).encode() + b"data: [DONE]\n\n")
 
@@ -118,7 +118,6 @@ def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
     (row,) = measure(drafter, plain, PROMPTS[:3])
     assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
     assert row.num_same_text == row.control_same_text == row.num_responses == 3
-    assert row.histogram == ([3, 3, 3] if engine == "sglang" else None)
     expected = [(encode_chat(CHAT, prompt.turns[0]), 7 + i) for i, prompt in enumerate(PROMPTS[:3])]
     for server, num_passes in ((drafter, 1), (plain, 2)):
         sent = server.bodies[1:]  # the first is a warm-up
@@ -163,22 +162,22 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothin
 
 
 @pytest.mark.parametrize(
-    ("options", "tau", "histogram", "verdict"),
+    ("options", "tau", "verdict"),
     [
-        ({"drafts": False}, None, None, "not known"),
-        ({"drafts": True}, 2.0, None, "no tau here"),
-        ({"drafts": True, "tells": True}, (4 * 6 + 4 * 4) / 24, [24], "no tau here"),
+        ({"drafts": False}, None, "not known"),
+        ({"drafts": True}, 2.0, "no tau here"),
+        ({"drafts": True, "tells": True}, (4 * 6 + 4 * 4) / 24, "no tau here"),
     ],
 )
 def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(
-    options, tau, histogram, verdict, start, measure, tmp_path
+    options, tau, verdict, start, measure, tmp_path
 ):
     """vLLM's counters tell what one prompt has added; with `--per-request-spec-decode-metrics`, its requests do.
 
     There half of the prompts accept two tokens less.
     """
     (row,) = measure(start("vllm", **options), None, PROMPTS)
-    assert row.tau == tau and row.histogram == histogram
+    assert row.tau == tau
     assert row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
     assert row.tokens_per_second > 0 and not texts_note([row])
     (shown,) = servers(read_results(tmp_path / "servers.json")).rows
@@ -209,10 +208,9 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdic
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
-def measured(*names: str) -> dict[tuple[float, str], Row]:
-    """What this process measured on prompts: the accepted lengths 0 and 2 each."""
-    ours, plain = ([make(id=name) for name in names] for make in (make_response, make_plain))
-    return {(0.0, "s"): make_row(responses=ours, plain_responses=plain)}
+def measured(*names: str) -> dict[tuple[float, str], list[int]]:
+    """What this process emitted for prompts: four tokens in two verifications each."""
+    return {(0.0, name): [4, 2] for name in names}
 
 
 def test_tau_here_is_that_of_the_prompts_that_both_have():
@@ -222,7 +220,7 @@ def test_tau_here_is_that_of_the_prompts_that_both_have():
     assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
     (row,) = make_rows(records, measured("1", "2"))
     assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
-    for here in (measured("other"), {(1.0, "s"): measured("1")[0.0, "s"]}):
+    for here in (measured("other"), {(1.0, "1"): [4, 2]}):
         (row,) = make_rows(records, here)
         assert row.tau_here == row.tau_over_here == (None, None, None) and served_verdict(row) == "no tau here"
 
