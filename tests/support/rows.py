@@ -40,19 +40,19 @@ _DRAFTED: dict[str, Any] = {
     "temperature": 0.0,
     "block_size": 3,
     "histogram": [1, 0, 1],
-    "tau": 2.0,
-    "tau_interval": (1.5, 2.5),
+    "tau": (2.0, 1.5, 2.5),
     "reach_rate": [0.5, 0.5],
 }
 _ROW = Row(
     **_DRAFTED,
     width="full",
     num_responses=1,
+    tau_gain=(0.0, None, None),
+    speed_ratio=(1.0, None, None),
     share_copied=0.0,
     tokens_per_second=4.0,
     plain_tokens_per_second=2.0,
-    decode_speedup=2.0,
-    decode_speedup_interval=(None, None),
+    decode_speedup=(2.0, None, None),
     published=Published(tau=2.0, decode_speedup=2.0),
     num_same_text=1,
     responses=[],
@@ -64,8 +64,6 @@ _COMPARED = ComparedRow(
     num_prompts=1,
     tau_by_seed=[2.0],
     gain=(0.1, 0.0, 0.2),
-    step_seconds=0.5,
-    peak_memory_bytes=None,
 )
 _SETUP: dict[str, Any] = {
     "target": "t",
@@ -79,8 +77,7 @@ _SERVED = ServerRow(
     set="s",
     temperature=0.0,
     num_responses=1,
-    tau=None,
-    tau_interval=(None, None),
+    tau=_UNKNOWN,
     num_verifications=None,
     tau_here=_UNKNOWN,
     tau_over_here=_UNKNOWN,
@@ -127,6 +124,5 @@ def make_bench(*rows: Row, **changes: Any) -> BenchResults:
         hardware=Hardware(device="a processor", cores=2, torch_threads=2),
         versions=Versions(dpace="0.1.0", torch="2", transformers="5", python="3.11"),
         rows=list(rows) or [make_row()],
-        comparisons=[],
     )
     return replace(results, **changes)

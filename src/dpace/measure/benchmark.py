@@ -25,7 +25,6 @@ from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, group_b
 from dpace.measure.results import (
     BenchRecord,
     BenchResults,
-    Comparison,
     CompiledBaseline,
     Estimate,
     Provenance,
@@ -125,15 +124,14 @@ def bench(
         records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
     records.read()
     rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs])
-    results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
+    results = BenchResults(**vars(setup), rows=rows)
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
 
 
 def hash_config(drafter: Drafter) -> str:
-    """Hash what the drafter's config says about decoding."""
+    """Hash what the drafter's config and draft vocabulary say about decoding."""
     spec = asdict(drafter.spec)
-    del spec["record"], spec["special_token_ids"]
     spec["confidence_temperature"] = drafter.confidence_temperature
     if drafter.vocabulary is not None:
         spec["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()
@@ -171,7 +169,7 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
                 accepted_lengths=generation.accepted_lengths,
                 widths=generation.widths,
                 num_copied=generation.num_copied,
-                num_without_bonus=generation.acceptance.total_without_bonus,
+                num_without_bonus=generation.acceptance.without_bonus.item(),
                 decode_tokens=generation.num_decode_tokens,
                 decode_seconds=generation.decode_seconds,
                 prefill_seconds=generation.prefill_seconds,
@@ -202,8 +200,9 @@ def make_rows(records: Iterable[BenchRecord]) -> list[Row]:
         plain = by_way.pop((PLAIN, None))
         compiled = by_way.pop((COMPILED, None), [])
         for (name, width), ours in by_way.items():
+            first = next(theirs for (_, same_width), theirs in by_way.items() if same_width == width)
             row = _pool_responses(
-                ours, plain, compiled, set=set_name, temperature=temperature, drafter=name, width=width
+                ours, plain, compiled, first, set=set_name, temperature=temperature, drafter=name, width=width
             )
             rows.append(row)
     return rows
@@ -221,10 +220,17 @@ def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
 
 
 def _pool_responses(
-    ours: list[ResponseRecord], plain: list[ResponseRecord], compiled: list[ResponseRecord], **way: Any
+    ours: list[ResponseRecord],
+    plain: list[ResponseRecord],
+    compiled: list[ResponseRecord],
+    first: list[ResponseRecord],
+    **way: Any,
 ) -> Row:
-    """Make the row of a drafter; steps of plain decoding may have been compiled for all responses, or not."""
-    speedup = _speedup_over(ours, plain)
+    """Make the row of a drafter, compared with the first one.
+
+    Steps of plain decoding may have been compiled for all responses, or not.
+    """
+    acceptance = acceptance_of(ours)
     published = Published(
         tau=defined(published_tau([r.accepted_lengths for r in ours])),
         decode_speedup=defined(published_speedup(map(TIMES, ours), map(TIMES, plain))),
@@ -232,12 +238,13 @@ def _pool_responses(
     return Row(
         **way,
         num_responses=len(ours),
-        **drafted_facts([acceptance_of(ours)]),
+        **drafted_facts([acceptance]),
+        tau_gain=nullable(tau_gain([acceptance], [acceptance_of(first)])),
+        speed_ratio=_speedup_over(ours, first),
         share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.decode_tokens for r in ours)),
         tokens_per_second=tokens_per_second(ours),
         plain_tokens_per_second=tokens_per_second(plain),
-        decode_speedup=speedup[0],
-        decode_speedup_interval=speedup[1:],
+        decode_speedup=_speedup_over(ours, plain),
         published=published,
         num_same_text=sum(r.same_text for r in ours),
         responses=ours,
@@ -249,22 +256,18 @@ def _pool_responses(
 def drafted_facts(seeds: Sequence[Acceptance]) -> dict[str, Any]:
     """Return what a `DraftedRow` says of the same prompts with one seed or several."""
     pooled = Acceptance.pooled(seeds)
-    tau = nullable(tau_estimate([seeds]))
     return {
         "block_size": pooled.block_size,
         "histogram": pooled.counts.tolist(),
-        "tau": tau[0],
-        "tau_interval": tau[1:],
+        "tau": nullable(tau_estimate([seeds])),
         "reach_rate": pooled.reach_rate.tolist(),
     }
 
 
 def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord]) -> CompiledBaseline:
-    speedup = _speedup_over(ours, compiled)
     return CompiledBaseline(
         tokens_per_second=tokens_per_second(compiled),
-        decode_speedup=speedup[0],
-        decode_speedup_interval=speedup[1:],
+        decode_speedup=_speedup_over(ours, compiled),
         num_same_text=sum(r.same_text for r in compiled),
     )
 
@@ -277,20 +280,3 @@ def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
     """Sum seconds and tokens of each prompt, "prompt 2", in the order of the prompts."""
     groups = group_by(responses, attrgetter("id")).values()
     return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])
-
-
-def compare_drafters(rows: Sequence[Row]) -> Iterator[Comparison]:
-    """Compare every drafter with the first on the same prompts: gain of tau, ratio of tokens a second."""
-    first = {(row.set, row.temperature, row.width): row for row in reversed(rows)}
-    for row in rows:
-        base = first[row.set, row.temperature, row.width]
-        if base is not row:
-            yield Comparison(
-                set=row.set,
-                temperature=row.temperature,
-                width=row.width,
-                drafter=row.drafter,
-                baseline=base.drafter,
-                tau_gain=nullable(tau_gain([acceptance_of(row.responses)], [acceptance_of(base.responses)])),
-                speed_ratio=_speedup_over(row.responses, base.responses),
-            )

@@ -28,10 +28,8 @@ LOG = TypeAdapter(list[dict[str, float]])
 NOT_EMPTY = Field(min_length=1, description="a list of one or more rows")
 Count = Annotated[int, Field(ge=0, description="a count")]
 Seconds = Annotated[float, Field(ge=0, description="a time in seconds")]
-Interval = tuple[float | None, float | None]
-"""Ends of a 95 % interval; None where there are too few prompts for one, or nothing to measure."""
 Estimate = tuple[float | None, float | None, float | None]
-"""A number and the ends of its 95 % interval."""
+"""A number and the ends of its 95 % interval; None where there are too few prompts for one, or nothing to measure."""
 
 
 def defined(value: float) -> float | None:
@@ -214,9 +212,8 @@ class CompiledBaseline:
     """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
 
     tokens_per_second: float
-    decode_speedup: float | None
+    decode_speedup: Estimate
     """The drafter's tokens a second over these."""
-    decode_speedup_interval: Interval
     num_same_text: int
     """Responses with the tokens of plain decoding."""
 
@@ -233,9 +230,8 @@ class DraftedRow:
     block_size: int
     histogram: list[Count]
     """Verifications by accepted length."""
-    tau: float | None
+    tau: Estimate
     """Pooled over verifications; None without one."""
-    tau_interval: Interval
     reach_rate: list[float]
 
 
@@ -245,13 +241,16 @@ class Row(DraftedRow):
 
     width: Width
     num_responses: int
+    tau_gain: Estimate
+    """Tau over that of the first drafter, on the same prompts, as a ratio minus 1."""
+    speed_ratio: Estimate
+    """Tokens a second over the first drafter's."""
     share_copied: float
     """Share of the tokens that prompt lookup proposed, 0 to 1."""
     tokens_per_second: float
     plain_tokens_per_second: float
-    decode_speedup: float | None
+    decode_speedup: Estimate
     """None where every response is a single token."""
-    decode_speedup_interval: Interval
     published: Published
     num_same_text: int
     responses: list[ResponseRecord]
@@ -272,22 +271,6 @@ class Row(DraftedRow):
 
 
 @json_object
-class Comparison:
-    """A drafter against the first one, on the same prompts."""
-
-    set: str
-    temperature: float
-    width: Width
-    drafter: str
-    baseline: str
-    """The first drafter's name."""
-    tau_gain: Estimate
-    """Ratio of the taus minus 1."""
-    speed_ratio: Estimate
-    """Ratio of tokens a second."""
-
-
-@json_object
 class ComparedRow(DraftedRow):
     """An objective on one set, all seeds pooled, measured on held-out responses."""
 
@@ -295,10 +278,6 @@ class ComparedRow(DraftedRow):
     tau_by_seed: list[float | None]
     gain: Estimate
     """Tau over the baseline's, as a ratio minus 1."""
-    step_seconds: float | None
-    """Median of the training steps; None where no step was logged."""
-    peak_memory_bytes: int | None
-    """While training; None where that is not known."""
 
 
 @json_object
@@ -308,9 +287,8 @@ class ServerRow:
     set: str
     temperature: float
     num_responses: int
-    tau: float | None
-    """None where the server does not report verifications, as are the next ones."""
-    tau_interval: Interval
+    tau: Estimate
+    """None where the server does not report verifications, as is the next one."""
     num_verifications: int | None
     tau_here: Estimate
     """Tau of whole drafts in this process, on the prompts that both have; from results.json."""
@@ -335,8 +313,6 @@ class BenchResults(Provenance):
     schema_version: Literal[1] = 1
     rows: Annotated[list[Row], NOT_EMPTY]
     """One or more: for each drafter, width, set and temperature."""
-    comparisons: list[Comparison]
-    """Every drafter against the first."""
 
 
 @json_object

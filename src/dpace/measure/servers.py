@@ -180,15 +180,13 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, *, drafts: bool
     served = {(record.temperature, record.id): _emitted(record) for record in records} if drafts else {}
     common = [key for key in served if key in here]
     paired = [[[side[key] for key in common]] for side in (served, here)]
-    tau = nullable(estimate([[list(served.values())]]))
     drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
     num_same, num_control, gain = _same_texts(records) if plain else (None, None, (None, None, None))
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
         num_responses=len(drafted),
-        tau=tau[0],
-        tau_interval=tau[1:],
+        tau=nullable(estimate([[list(served.values())]])),
         num_verifications=sum(number for _, number in served.values()) if drafts else None,
         tau_here=nullable(estimate(paired[1:])),
         tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),

@@ -4,7 +4,6 @@ A recipe, objectives and seeds come in; a drafter for each objective and seed, a
 compare` and `dpace demo` both run this.
 """
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -26,7 +25,6 @@ from dpace.measure.results import (
     defined,
     nullable,
     read_heldout,
-    read_log,
     refuse_other_results,
     write_heldout,
     write_results,
@@ -36,7 +34,7 @@ from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import Response, check_meta, known_settings
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
+from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.system.progress import note
 from dpace.target import Target
 from dpace.train.identity import Run, data_facts, hash_rows, target_facts
@@ -220,7 +218,6 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
     """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
     folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
     measured = {name: [read_heldout(cell) for cell in cells] for name, cells in folders.items()}
-    costs = {name: _training_costs(cells) for name, cells in folders.items()}
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
@@ -237,21 +234,8 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
                 **drafted_facts(ours),
                 tau_by_seed=[defined(one.tau) for one in ours],
                 gain=nullable(tau_gain(ours, theirs)),
-                **costs[name],
             )
             for name, ours in by_seed.items()
         ]
-        rows += sorted(of_set, key=lambda row: -(row.tau or 0))
+        rows += sorted(of_set, key=lambda row: -(row.tau[0] or 0))
     return rows
-
-
-def _training_costs(folders: Sequence[Path]) -> dict[str, Any]:
-    """Compute the median seconds of a training step, and the peak memory, of drafters; None where not known."""
-    logs = [read_log(folder) for folder in folders]
-    fix = "remove its folder, and the same command trains it again"
-    peaks = [read_object(folder / "provenance.json", fix).get("peak_memory_bytes") for folder in folders]
-    seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
-    return {
-        "step_seconds": statistics.median(seconds) if seconds else None,
-        "peak_memory_bytes": max(filter(None, peaks), default=None),
-    }

@@ -101,14 +101,14 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         for row in decoded.rows
         if row.width == "auto"
     ]
-    decay = {row.set: row.tau or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
+    decay = {row.set: row.tau[0] or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
     gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
     taus = [
         {
             "set": row.set,
             "prompts": str(row.num_prompts),
             "tau, decay": f"{decay[row.set]:.2f}",
-            "tau, D-PACE": f"{row.tau or 0:.2f}",
+            "tau, D-PACE": f"{row.tau[0] or 0:.2f}",
             "gain [95 % over prompts]": percent(row.gain),
         }
         for row in gains
@@ -124,7 +124,7 @@ def _name(row: Row) -> str:
 
 
 def _with_speedup(row: Row) -> str:
-    return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
+    return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
 
 
 def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
@@ -134,7 +134,7 @@ def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
     copying = [_name(row) for row in drafted if _name(row) in copied and row.share_copied >= MANY_COPIED]
     if copying:
         yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
-    slower = [_name(row) for row in drafted if (row.decode_speedup or 1) < 1]
+    slower = [_name(row) for row in drafted if (row.decode_speedup[0] or 1) < 1]
     if slower:
         yield (
             f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "

@@ -56,7 +56,7 @@ def test_both_baselines_are_in_the_results(target, lengths, tmp_path, capsys):
     assert "compiling the steps of plain decoding" in capsys.readouterr().err
     for row in results.rows:
         assert row.compiled and row.compiled.num_same_text == row.num_responses == 3
-        assert row.compiled.decode_speedup == pytest.approx(row.tokens_per_second / row.compiled.tokens_per_second)
+        assert row.compiled.decode_speedup[0] == pytest.approx(row.tokens_per_second / row.compiled.tokens_per_second)
     assert read_results(tmp_path / "results.json") == results
     again = bench(target, drafters, PROMPTS, CONFIG, tmp_path)
     assert lengths == [8, 12] * (1 + 2 * 3), "one to compile, one for each prompt, and none again"
@@ -82,13 +82,8 @@ def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_pat
     assert "left out: no compiler is here\n" in capsys.readouterr().err
 
 
-def test_tables_name_it_where_it_was_measured_and_count_texts_where_the_rule_keeps_them():
-    found = CompiledBaseline(
-        tokens_per_second=3.0, decode_speedup=1.33, decode_speedup_interval=(None, None), num_same_text=1
-    )
+def test_tables_name_it_where_it_was_measured():
+    found = CompiledBaseline(tokens_per_second=3.0, decode_speedup=(1.33, None, None), num_same_text=1)
     shown = speeds(make_bench(make_row(compiled=found), make_row()))
     assert shown.note.endswith("plain decoding with compiled steps: s dpace full 0: 1.33")
-    rows = make_row(temperature=1.0, drafter="d, speculative"), make_row(temperature=1.0)
-    assert "1 of 1 responses are exactly" in speeds(make_bench(*rows)).note
-    assert "are exactly" not in speeds(make_bench(rows[0])).note
     assert "compiled" not in speeds(make_bench()).note

@@ -116,7 +116,7 @@ def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however. Each prompt has a seed of its own."""
     drafter, plain = pair(engine)
     (row,) = measure(drafter, plain, PROMPTS[:3])
-    assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
+    assert row.tau[0] == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
     assert row.num_same_text == row.control_same_text == row.num_responses == 3
     expected = [(encode_chat(CHAT, prompt.turns[0]), 7 + i) for i, prompt in enumerate(PROMPTS[:3])]
     for server, num_passes in ((drafter, 1), (plain, 2)):
@@ -140,7 +140,7 @@ def test_later_turns_see_earlier_answers_and_are_drawn_with_their_prompt(pair, m
     prompts = [replace(prompt, turns=prompt.turns * (1 + i % 2)) for i, prompt in enumerate(PROMPTS[:4])]
     (row,) = measure(drafter, plain, prompts)
     assert row.num_same_text == row.control_same_text == row.num_responses == 6
-    assert row.tau == 2.0 and row.tau_interval == row.same_text_gain[1:] == (None, None)
+    assert row.tau == (2.0, None, None) and row.same_text_gain[1:] == (None, None)
     ours, theirs = ([body["prompt"] for body in server.bodies[1:]] for server in (drafter, plain))
     assert theirs == [token_ids for token_ids in ours for _ in range(2)]
     assert len(ours[2]) > len(ours[1]) + NUM_TOKENS
@@ -177,7 +177,7 @@ def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(
     There half of the prompts accept two tokens less.
     """
     (row,) = measure(start("vllm", **options), None, PROMPTS)
-    assert row.tau == tau
+    assert row.tau[0] == tau
     assert row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
     assert row.tokens_per_second > 0 and not texts_note([row])
     (shown,) = servers(read_results(tmp_path / "servers.json")).rows
@@ -216,7 +216,7 @@ def measured(*names: str) -> dict[tuple[float, str], list[int]]:
 def test_tau_here_is_that_of_the_prompts_that_both_have():
     records = [served(str(number), [1, 0], 0.5) for number in range(8)]
     (row,) = make_rows(records, measured(*"2345679", "other"))
-    assert row.tau_interval == (row.tau, row.tau) == (1.5, 1.5) and row.tau_here == (2.0, 2.0, 2.0)
+    assert row.tau == (1.5, 1.5, 1.5) and row.tau_here == (2.0, 2.0, 2.0)
     assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
     (row,) = make_rows(records, measured("1", "2"))
     assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
@@ -227,7 +227,7 @@ def test_tau_here_is_that_of_the_prompts_that_both_have():
 
 def test_a_prompt_without_verifications_or_times_leaves_out_what_follows_from_them():
     (row,) = make_rows([served("0", [2, 0], 1.0), served("1", [], 3.0)], measured("0", "1"))
-    assert row.tau == 2.0 and row.num_verifications == 2 and row.tokens_per_second == 4 / 4
+    assert row.tau[0] == 2.0 and row.num_verifications == 2 and row.tokens_per_second == 4 / 4
     (row,) = make_rows([served("0", [2, 0], 0.0)], {})
     assert row.tokens_per_second is None, "all tokens came at once"
 
@@ -238,9 +238,9 @@ def test_an_answer_without_drafts_counts_a_token_a_pass():
     (sides,) = drafted.turns
     plain = replace(drafted, id="1", turns=[{**sides, DRAFTER: sides[PLAIN]}])  # three tokens
     (row,) = make_rows([drafted, plain], {})
-    assert (row.tau, row.num_verifications) == ((4 + 2) / 4, 4)
+    assert (row.tau[0], row.num_verifications) == ((4 + 2) / 4, 4)
     (row,) = make_rows([plain], {})
-    assert row.tau is row.num_verifications is None, "nothing says that it drafts"
+    assert row.tau[0] is row.num_verifications is None, "nothing says that it drafts"
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert "not known" not in again and "tau in training, on validation responses: 1.50" in again
     here, found = read_results(out / "results.json"), read_results(out / "servers.json")
     (row,) = found.rows
-    assert found.tau_in_training == 1.5 and row.tau_here == (here.rows[0].tau, *here.rows[0].tau_interval)
+    assert found.tau_in_training == 1.5 and row.tau_here == here.rows[0].tau
     assert row.tau_over_here[0] == pytest.approx(2.0 / row.tau_here[0] - 1)
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))

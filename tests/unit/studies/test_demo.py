@@ -61,7 +61,7 @@ def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_slower_or_worse_has_a_reason():
-    slow = make_row(set="a", width="auto", decode_speedup=0.5)
+    slow = make_row(set="a", width="auto", decode_speedup=(0.5, None, None))
     fast = make_row(set="b", width="auto", share_copied=0.5, temperature=1.0)
     alone = make_row(set="b", width="copies", temperature=1.0)
     worse, better = make_compared(gain=(-0.1, -0.2, -0.05)), make_compared(gain=(0.1, 0.05, 0.2))
