@@ -26,10 +26,9 @@ _RESPONSE = ResponseRecord(
     token_ids=[1, 2, 3, 4, 5],
     block_size=3,
     accepted_lengths=[0, 2],
+    emitted_lengths=[1, 3],
     widths=[3, 3],
     num_copied=0,
-    num_without_bonus=0,
-    decode_tokens=4,
     decode_seconds=1.0,
     prefill_seconds=0.5,
     same_text=True,
@@ -90,7 +89,9 @@ _SERVED = ServerRow(
 
 
 make_response = partial(replace, _RESPONSE)
-make_plain = partial(replace, _RESPONSE, drafter="plain", width=None, accepted_lengths=[], widths=[])
+make_plain = partial(
+    replace, _RESPONSE, drafter="plain", width=None, accepted_lengths=[], emitted_lengths=[], widths=[]
+)
 make_row = partial(replace, _ROW, responses=[make_response()], plain_responses=[make_plain()])
 make_compared = partial(replace, _COMPARED)
 make_served = partial(replace, _SERVED)

@@ -52,7 +52,7 @@ RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
 SPECULATIVE = ", speculative"
 """How the name of a drafter ends whose drafts that rule verified."""
-TIMES = attrgetter("decode_seconds", "decode_tokens")
+TIMES = attrgetter("decode_seconds", "num_decode_tokens")
 """What the speed of a response follows from."""
 Way = tuple[str, Width | None]
 """A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
@@ -159,20 +159,12 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
     for turn, (token_ids, done) in enumerate(ask_in_turn(target, prompt, ways, **options)):
         for (name, width), generation in done.items():
             yield ResponseRecord(
+                **vars(generation),
                 drafter=name,
                 width=width,
                 id=prompt.id,
                 turn=turn,
                 prompt_tokens=len(token_ids),
-                token_ids=generation.token_ids,
-                block_size=generation.block_size,
-                accepted_lengths=generation.accepted_lengths,
-                widths=generation.widths,
-                num_copied=generation.num_copied,
-                num_without_bonus=generation.acceptance.without_bonus.item(),
-                decode_tokens=generation.num_decode_tokens,
-                decode_seconds=generation.decode_seconds,
-                prefill_seconds=generation.prefill_seconds,
                 same_text=generation.token_ids == done[PLAIN, None].token_ids,
             )
 
@@ -211,9 +203,7 @@ def make_rows(records: Iterable[BenchRecord]) -> list[Row]:
 def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
     """Put the verifications of a drafter's responses together, one histogram a prompt."""
     prompts = [
-        Acceptance.pooled(
-            [Acceptance.from_lengths(turn.accepted_lengths, turn.block_size, turn.num_without_bonus) for turn in turns]
-        )
+        Acceptance.pooled([turn.acceptance for turn in turns])
         for turns in group_by(responses, attrgetter("id")).values()
     ]
     return Acceptance.of_prompts(prompts)
@@ -241,7 +231,7 @@ def _pool_responses(
         **drafted_facts([acceptance]),
         tau_gain=nullable(tau_gain([acceptance], [acceptance_of(first)])),
         speed_ratio=_speedup_over(ours, first),
-        share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.decode_tokens for r in ours)),
+        share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.num_decode_tokens for r in ours)),
         tokens_per_second=tokens_per_second(ours),
         plain_tokens_per_second=tokens_per_second(plain),
         decode_speedup=_speedup_over(ours, plain),

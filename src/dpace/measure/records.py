@@ -106,7 +106,7 @@ def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
 def tokens_per_second(answers: Sequence[ResponseRecord] | Sequence[ServedAnswer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
     seconds = sum(answer.decode_seconds for answer in answers)
-    return sum(answer.decode_tokens for answer in answers) / seconds if seconds else math.nan
+    return sum(answer.num_decode_tokens for answer in answers) / seconds if seconds else math.nan
 
 
 class Records(Generic[Record]):

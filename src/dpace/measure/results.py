@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dpace.config import Width
+from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, to_json
 from dpace.servers.apis import Counts
@@ -115,7 +116,7 @@ class ExplainSetup(Setup):
 
 
 @json_object
-class ResponseRecord:
+class ResponseRecord(Generation):
     """One response, decoded by a drafter or plainly."""
 
     drafter: str
@@ -127,21 +128,6 @@ class ResponseRecord:
     turn: int
     """Turn of the prompt, from 0."""
     prompt_tokens: int
-    token_ids: list[int]
-    block_size: int
-    """1 for plain decoding."""
-    accepted_lengths: list[Count]
-    """Accepted draft tokens of each verification, in order; empty for plain decoding, as are the next ones."""
-    widths: list[int]
-    """Tokens that the target read in each."""
-    num_copied: int
-    """Accepted tokens that prompt lookup proposed."""
-    num_without_bonus: Count
-    """Verifications whose last accepted token ended the text."""
-    decode_tokens: Count
-    """Tokens after the first."""
-    decode_seconds: Seconds
-    prefill_seconds: float
     same_text: bool
     """It has the tokens of plain decoding."""
 
@@ -157,7 +143,7 @@ class ServedAnswer:
     """Verifications; None where the server reports none."""
 
     @property
-    def decode_tokens(self) -> int:
+    def num_decode_tokens(self) -> int:
         """Number of tokens after the first."""
         return len(self.token_ids) - 1
 

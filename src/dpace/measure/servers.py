@@ -147,7 +147,7 @@ def totals_here(path: Path, known: Mapping[str, Any]) -> Totals:
     for row in rows:
         for name, turns in group_by(row.responses, attrgetter("id")).items():
             num_verifications = sum(len(turn.accepted_lengths) for turn in turns)
-            totals[row.temperature, name] = [sum(turn.decode_tokens for turn in turns), num_verifications]
+            totals[row.temperature, name] = [sum(turn.num_decode_tokens for turn in turns), num_verifications]
     return totals
 
 
@@ -205,7 +205,7 @@ def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
 
 def _emitted(record: ServedRecord) -> list[int]:
     """Count emitted tokens and verifications of all turns; without drafts, both are the tokens after the first."""
-    counts = [answer.counts or Counts(answer.decode_tokens, 0) for answer in _answers([record], DRAFTER)]
+    counts = [answer.counts or Counts(answer.num_decode_tokens, 0) for answer in _answers([record], DRAFTER)]
     return [sum(one.num_emitted for one in counts), sum(one.num_verifications for one in counts)]
 
 

@@ -128,9 +128,11 @@ def speeds(results: BenchResults) -> Section:
     ]
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
     compiled = {" ".join(_way(row).values()): row.compiled.decode_speedup for row in results.rows if row.compiled}
-    found = ", ".join(f"{way}: {with_interval(*speedup)}" for way, speedup in compiled.items())
-    baseline = compiled and f"decode_speedup over plain decoding with compiled steps: {found}"
-    return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, [advice(results), baseline])))
+    notes = [advice(results)]
+    if compiled:
+        found = ", ".join(f"{way}: {with_interval(*speedup)}" for way, speedup in compiled.items())
+        notes.append(f"decode_speedup over plain decoding with compiled steps: {found}")
+    return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
 
 
 def advice(results: BenchResults) -> str:

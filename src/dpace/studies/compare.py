@@ -216,8 +216,9 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
 
 def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[ComparedRow]:
     """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
-    folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
-    measured = {name: [read_heldout(cell) for cell in cells] for name, cells in folders.items()}
+    measured = {
+        name: [read_heldout(cell_folder(config, name, seed)) for seed in config.seeds] for name in objectives_of(config)
+    }
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]

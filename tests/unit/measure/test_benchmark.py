@@ -76,14 +76,14 @@ def test_turns_are_drawn_with_their_prompt(num_prompts):
         for number, speed in enumerate([1.0, 2.0, 4.0, 1.5, 3.0, 2.5][:num_prompts]):
             responses = []
             for turn in range(num_turns):
-                place = {"id": str(number), "turn": turn, "decode_tokens": 8 // num_turns}
+                place = {"id": str(number), "turn": turn, "token_ids": [0] * (1 + 8 // num_turns)}
                 responses.append(make_plain(**place, decode_seconds=8 / num_turns))
                 responses.append(make_response(**place, **counts, decode_seconds=8 / num_turns / speed))
             records.append(BenchRecord(set="s", id=str(number), temperature=0.0, responses=responses))
         (row,) = make_rows(records)
         return row
 
-    two, one = measure(2), measure(1, accepted_lengths=[0, 2, 0, 2])
+    two, one = measure(2), measure(1, accepted_lengths=[0, 2, 0, 2], emitted_lengths=[1, 3, 1, 3])
     assert two.num_responses == 2 * num_prompts and two.decode_speedup == one.decode_speedup
     assert two.tau == one.tau
     assert (two.decode_speedup[1:] == (None, None)) is (num_prompts < MIN_PROMPTS)

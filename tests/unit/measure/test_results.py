@@ -38,8 +38,8 @@ KEYS = {
     "drafter width set temperature num_responses block_size histogram tau reach_rate "
     "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup published "
     "num_same_text responses plain_responses compiled": BENCH.rows[0],
-    "drafter width id turn prompt_tokens token_ids block_size accepted_lengths widths num_copied "
-    "num_without_bonus decode_tokens decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
+    "drafter width id turn prompt_tokens token_ids block_size accepted_lengths emitted_lengths widths "
+    "num_copied decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
     "set drafter temperature num_prompts block_size histogram tau tau_by_seed reach_rate gain": COMPARE.rows[0],
     "set temperature num_responses tau num_verifications tau_here tau_over_here "
