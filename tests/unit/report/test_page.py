@@ -77,7 +77,7 @@ def test_a_folder_of_compare_and_logs_are_read(tmp_path):
         "Training": ("tau, validation", "optimizer step"),
         "Weights over training": ("step 10", " dpace<", " drafter<"),
     }.items():
-        assert all(word in sections[title].drawing() for word in words)
+        assert all(word in sections[title].drawing for word in words)
 
 
 def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
