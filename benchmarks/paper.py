@@ -127,7 +127,7 @@ def tau_of(row: Row) -> np.ndarray:
 def speedup_of(row: Row) -> np.ndarray:
     """Speedup of published tables: ratio of mean seconds a token."""
     sides = row.plain_responses, row.responses
-    return np.array([[r.decode_seconds / max(1, r.decode_tokens) for r in side] for side in sides])
+    return np.array([[r.decode_seconds / max(1, r.num_decode_tokens) for r in side] for side in sides])
 
 
 def matrix(results: dict[int, BenchResults]) -> Section:

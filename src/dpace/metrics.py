@@ -85,11 +85,6 @@ class Acceptance:
         return self.rows.sum(0)
 
     @property
-    def total_without_bonus(self) -> int:
-        """`num_without_bonus`, all prompts together."""
-        return int(self.without_bonus.sum())
-
-    @property
     def emitted_tokens(self) -> np.ndarray:
         """Accepted draft tokens and bonus tokens, one number a prompt."""
         return self.rows @ (np.arange(self.block_size) + 1) - self.without_bonus

@@ -107,7 +107,7 @@ def test_llamacpp_reports_what_we_count(
     counts = [answer["counts"]["num_verifications"] for answer in answers(tmp_path)]
     assert all(abs(count - len(out.widths)) <= 1 for count, out in zip(counts, ours, strict=True))
     assert row.num_verifications == sum(counts)
-    assert row.tau == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau, rel=0.05)
+    assert row.tau[0] == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau, rel=0.05)
 
 
 def test_llamacpp_answers_as_this_process_does(tmp_path):
@@ -131,4 +131,4 @@ def test_vllm_reports_what_we_count(real_pair, tmp_path):
     assert [answer["token_ids"] for answer in answers(tmp_path)] == [out.token_ids for out in real_pair.ours]
     assert row.num_verifications == pytest.approx(sum(len(out.widths) for out in real_pair.ours), abs=3)
     tau = Acceptance.pooled([out.acceptance for out in real_pair.ours]).tau
-    assert row.tau == pytest.approx(tau, rel=0.05)
+    assert row.tau[0] == pytest.approx(tau, rel=0.05)

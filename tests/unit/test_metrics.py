@@ -26,7 +26,7 @@ def test_hand_counted():
         assert acceptance.reach_rate.tolist() == [0.5, 0.25, 0.25]
         assert acceptance.counts.tolist() == [2, 1, 0, 1]
     ended = Acceptance.of_prompts([Acceptance([2, 1, 0, 1], 4, num_without_bonus=1), together])
-    assert ended.tau == 15 / 8 and ended.without_bonus.tolist() == [1, 0] and ended.total_without_bonus == 1
+    assert ended.tau == 15 / 8 and ended.without_bonus.tolist() == [1, 0]
     with pytest.raises(ValueError, match="at least one"):
         Acceptance.of_prompts([])
 

@@ -1,39 +1,42 @@
 """Measure drafters against plain decoding, by prompt sets and temperatures, and write results.json.
 
 Every prompt is decoded plainly, with each drafter and verification length, and maybe plainly with compiled steps, which
-is the baseline that a drafter has to beat where compiling pays. `dpace.measure.records` keeps the responses, and
-`dpace.measure.pooling` makes rows from them.
+is the baseline that a drafter has to beat where compiling pays. `dpace.measure.records` keeps the responses; rows with
+tau, speeds and their intervals are pooled from them.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.pooling import compare_drafters, make_rows
-from dpace.measure.records import (
-    COMPILED,
-    PLAIN,
+from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, group_by, setup_of, tokens_per_second
+from dpace.measure.results import (
+    BenchRecord,
+    BenchResults,
+    CompiledBaseline,
+    Estimate,
     Provenance,
-    Records,
+    Published,
     ResponseRecord,
-    ask_in_turn,
-    setup_of,
+    Row,
+    defined,
+    nullable,
+    write_results,
 )
-from dpace.measure.results import BenchResults, Row, read_results, write_results
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
 from dpace.prompts.prompts import Prompt, first_of_each_set
-from dpace.recipes.validation import to_json
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
@@ -47,19 +50,10 @@ WARM_UP_TOKENS = 8
 """Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
-
 SPECULATIVE = ", speculative"
 """How the name of a drafter ends whose drafts that rule verified."""
-HASHED_AS = {
-    "num_attention_heads": "num_heads",
-    "rope_parameters": "rope",
-    "input_embedding_scale": "embed_scale",
-    "output_multiplier": "logit_scale",
-    "final_logit_softcapping": "softcap",
-}
-"""Names of a spec's values in the hash of a config, which say whether answers of an earlier call are taken."""
-WAY = attrgetter("set", "temperature", "drafter", "width")
-"""What tells rows of the same results from one another."""
+TIMES = attrgetter("decode_seconds", "num_decode_tokens")
+"""What the speed of a response follows from."""
 Way = tuple[str, Width | None]
 """A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
@@ -71,13 +65,12 @@ def bench(
 ) -> BenchResults:
     """Decode every prompt plainly and with each drafter and width, in turn, and write `results.json`.
 
-    Rows that it has of other sets, temperatures, widths, rules and drafters stay, where all else is the same.
-
     The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's
-    speed does not favour one side. Each finished response is kept in `bench-*.jsonl`, a file for each way to measure;
-    an interrupted call goes on after it. The answers to earlier turns are the plain ones, so all sides see the same
-    prompts. Prompt `i` draws with `seed + i` on all sides, which gives the same text above temperature 0 too. Several
-    ranks measure a share of the prompts each, and the first one writes the results.
+    speed does not favour one side. Each finished prompt is kept in `bench-*.jsonl`, a file for each way to measure: an
+    interrupted call goes on after it, and the same call again decodes nothing. The answers to earlier turns are the
+    plain ones, so all sides see the same prompts. Prompt `i` draws with `seed + i` on all sides, which gives the same
+    text above temperature 0 too. Several ranks measure a share of the prompts each, and the first one writes the
+    results.
 
     Returns:
         What `results.json` holds.
@@ -96,88 +89,49 @@ def bench(
         named[way] = drafter
         for width in config.widths:
             ways[way, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
-    setup = _bench_setup(target, named, config)
-    records = Records(folder / "bench.jsonl", ResponseRecord, setup, prompts)
-    prompts = first_of_each_set(prompts, config.num_prompts)
-    refuse_long_prompts(target, prompts, config.max_new_tokens)
-    if config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu"):
+    is_compiled = config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu")
+    if is_compiled:
         ways[COMPILED, None] = partial(decode_compiled, Decoder(target, None, compile=True))
-
-    def is_done(temperature: float, prompt: Prompt) -> bool:
-        turns = range(len(prompt.turns))
-        return all((temperature, prompt.id, turn, *way) in records.rows for turn, way in product(turns, ways))
-
-    mine = ranks.share(list(enumerate(product(config.temperatures, prompts))))
-    missing = [(number, job) for number, job in mine if not is_done(*job)]
-    if missing:
-        _warm_up(target, ways, missing[0][1], config.max_new_tokens)
-    for number, (temperature, prompt) in track(missing, "decoding", done=len(mine) - len(missing)):
-        options = {
-            "max_new_tokens": config.max_new_tokens,
-            "temperature": temperature,
-            "seed": records.seeds[prompt.id],
-        }
-        for record in _decode_prompt(target, ways, prompt, rotation=number, **options):
-            records.add(record)
-    records.read()
-    rows = make_rows(records.rows, prompts, config, setup.drafters)
-    return ranks.from_first(lambda: _write_with_earlier(folder / "results.json", setup, rows))
-
-
-def _write_with_earlier(path: Path, setup: Provenance, rows: list[Row]) -> BenchResults:
-    """Write results, with the rows of earlier calls for other sets, temperatures, widths, rules or drafters.
-
-    Where anything else of an earlier call differs, also the weights of a drafter, its file gets another name, which a
-    message says.
-    """
-    earlier = None
-    with suppress(ValueError, OSError):
-        earlier = read_results(path)
-    if isinstance(earlier, BenchResults):
-        same = replace(setup, drafters=earlier.drafters, drafter_configs=earlier.drafter_configs)
-        before, now = _weights(earlier), _weights(setup)
-        if vars(same).items() <= vars(earlier).items() and before | now == now | before:
-            measured = {WAY(row) for row in rows}
-            rows = [*(row for row in earlier.rows if WAY(row) not in measured), *rows]
-            setup = replace(
-                setup,
-                drafters=earlier.drafters | setup.drafters,
-                drafter_configs=(earlier.drafter_configs or {}) | (setup.drafter_configs or {}),
-            )
-        else:
-            aside = path.with_stem(f"{path.stem}-{hash_json(to_json(earlier))[:8]}")
-            register_files(path.parent, aside.name)
-            path.replace(aside)
-            print(f"{path} had results of other settings, which are now in {aside.name}", file=sys.stderr)
-    results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
-    write_results(path, results)
-    return results
-
-
-def _weights(setup: Provenance) -> dict[str, str]:
-    """Return the hashes of the drafters' weights, by their names without the rule."""
-    return {name.removesuffix(SPECULATIVE): sha256 for name, sha256 in setup.drafters.items()}
-
-
-def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:
-    """Return all that the responses depend on, apart from the prompts."""
-    return Provenance(
+    setup = Provenance(
         **setup_of(target, config),
-        drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
+        drafters={name: fingerprint(drafter) for name, drafter in named.items()},
         target_weights_sha256=target.sha256,
-        drafter_configs={name: hash_config(drafter) for name, drafter in drafters.items()},
+        drafter_configs={name: hash_config(drafter) for name, drafter in named.items()},
+        widths=list(config.widths),
+        is_compiled=is_compiled,
         engine="dpace.decode",
         dtype=dtype_name(target.model.dtype),
         hardware=find_hardware(target.device),
         versions=find_versions(),
     )
+    records = Records(folder / "bench.jsonl", BenchRecord, setup, prompts)
+    prompts = first_of_each_set(prompts, config.num_prompts)
+    refuse_long_prompts(target, prompts, config.max_new_tokens)
+    jobs = list(product(config.temperatures, prompts))
+    missing = records.missing(jobs)
+    if missing:
+        _warm_up(target, ways, missing[0][1], config.max_new_tokens)
+    for number, (temperature, prompt) in track(missing, "decoding"):
+        responses = _decode_prompt(
+            target,
+            ways,
+            prompt,
+            rotation=number,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            seed=records.seeds[prompt.id],
+        )
+        records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
+    records.read()
+    rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs])
+    results = BenchResults(**vars(setup), rows=rows)
+    ranks.from_first(lambda: write_results(folder / "results.json", results))
+    return results
 
 
 def hash_config(drafter: Drafter) -> str:
-    """Hash what the drafter's config says about decoding."""
-    values = asdict(drafter.spec)
-    del values["record"], values["special_token_ids"]
-    spec = {HASHED_AS.get(name, name): value for name, value in values.items()}
+    """Hash what the drafter's config and draft vocabulary say about decoding."""
+    spec = asdict(drafter.spec)
     spec["confidence_temperature"] = drafter.confidence_temperature
     if drafter.vocabulary is not None:
         spec["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()
@@ -201,26 +155,16 @@ def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_toke
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
-    """Decode one prompt in every way, and yield a record for each turn and way; options are those of `ask_in_turn`."""
+    """Decode one prompt in every way, and yield each response; options are those of `ask_in_turn`."""
     for turn, (token_ids, done) in enumerate(ask_in_turn(target, prompt, ways, **options)):
         for (name, width), generation in done.items():
             yield ResponseRecord(
+                **vars(generation),
                 drafter=name,
                 width=width,
-                set=prompt.set,
                 id=prompt.id,
                 turn=turn,
-                temperature=options["temperature"],
                 prompt_tokens=len(token_ids),
-                token_ids=generation.token_ids,
-                accepted_lengths=generation.accepted_lengths,
-                widths=generation.widths,
-                num_copied=generation.num_copied,
-                histogram=[] if width is None else generation.acceptance.counts.tolist(),
-                num_without_bonus=generation.acceptance.total_without_bonus,
-                decode_tokens=generation.num_decode_tokens,
-                decode_seconds=generation.decode_seconds,
-                prefill_seconds=generation.prefill_seconds,
                 same_text=generation.token_ids == done[PLAIN, None].token_ids,
             )
 
@@ -236,3 +180,93 @@ def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_token
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         decoder.generate(token_ids, **first)
         return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)
+
+
+def make_rows(records: Iterable[BenchRecord]) -> list[Row]:
+    """Pool prompts into one row for each temperature, set, drafter and width."""
+    rows = []
+    groups = group_by(records, attrgetter("temperature", "set"))
+    for temperature, set_name in sorted(groups):
+        responses = chain.from_iterable(record.responses for record in groups[temperature, set_name])
+        by_way = group_by(responses, attrgetter("drafter", "width"))
+        plain = by_way.pop((PLAIN, None))
+        compiled = by_way.pop((COMPILED, None), [])
+        for (name, width), ours in by_way.items():
+            first = next(theirs for (_, same_width), theirs in by_way.items() if same_width == width)
+            row = _pool_responses(
+                ours, plain, compiled, first, set=set_name, temperature=temperature, drafter=name, width=width
+            )
+            rows.append(row)
+    return rows
+
+
+def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
+    """Put the verifications of a drafter's responses together, one histogram a prompt."""
+    prompts = [
+        Acceptance.pooled([turn.acceptance for turn in turns])
+        for turns in group_by(responses, attrgetter("id")).values()
+    ]
+    return Acceptance.of_prompts(prompts)
+
+
+def _pool_responses(
+    ours: list[ResponseRecord],
+    plain: list[ResponseRecord],
+    compiled: list[ResponseRecord],
+    first: list[ResponseRecord],
+    **way: Any,
+) -> Row:
+    """Make the row of a drafter, compared with the first one.
+
+    Steps of plain decoding may have been compiled for all responses, or not.
+    """
+    acceptance = acceptance_of(ours)
+    published = Published(
+        tau=defined(published_tau([r.accepted_lengths for r in ours])),
+        decode_speedup=defined(published_speedup(map(TIMES, ours), map(TIMES, plain))),
+    )
+    return Row(
+        **way,
+        num_responses=len(ours),
+        **drafted_facts([acceptance]),
+        tau_gain=nullable(tau_gain([acceptance], [acceptance_of(first)])),
+        speed_ratio=_speedup_over(ours, first),
+        share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.num_decode_tokens for r in ours)),
+        tokens_per_second=tokens_per_second(ours),
+        plain_tokens_per_second=tokens_per_second(plain),
+        decode_speedup=_speedup_over(ours, plain),
+        published=published,
+        num_same_text=sum(r.same_text for r in ours),
+        responses=ours,
+        plain_responses=plain,
+        compiled=_compiled_baseline(ours, compiled) if len(compiled) == len(plain) else None,
+    )
+
+
+def drafted_facts(seeds: Sequence[Acceptance]) -> dict[str, Any]:
+    """Return what a `DraftedRow` says of the same prompts with one seed or several."""
+    pooled = Acceptance.pooled(seeds)
+    return {
+        "block_size": pooled.block_size,
+        "histogram": pooled.counts.tolist(),
+        "tau": nullable(tau_estimate([seeds])),
+        "reach_rate": pooled.reach_rate.tolist(),
+    }
+
+
+def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord]) -> CompiledBaseline:
+    return CompiledBaseline(
+        tokens_per_second=tokens_per_second(compiled),
+        decode_speedup=_speedup_over(ours, compiled),
+        num_same_text=sum(r.same_text for r in compiled),
+    )
+
+
+def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
+    return nullable(decode_speedup(_prompt_times(ours), _prompt_times(theirs)))
+
+
+def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
+    """Sum seconds and tokens of each prompt, "prompt 2", in the order of the prompts."""
+    groups = group_by(responses, attrgetter("id")).values()
+    return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])

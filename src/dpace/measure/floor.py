@@ -9,6 +9,7 @@ Source: the idea is that of arXiv 2608.27339.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,16 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.benchmark import hash_config
-from dpace.measure.records import ExplainedRecord, ExplainSetup, Records, group_by_set, setup_of, spread_evenly
-from dpace.measure.results import ExplainResults, ExplainRow, SlotLoss, nullable, write_results
+from dpace.measure.records import Records, group_by_set, setup_of, spread_evenly
+from dpace.measure.results import (
+    ExplainedRecord,
+    ExplainResults,
+    ExplainRow,
+    ExplainSetup,
+    SlotLoss,
+    nullable,
+    write_results,
+)
 from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import refuse_long_prompts
@@ -215,12 +224,17 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
         num_blocks=config.num_blocks,
     )
     records = Records(folder / "explain.jsonl", ExplainedRecord, setup, prompts)
-    missing = [prompt for prompt in prompts if prompt.id not in records.rows]
-    for prompt in track(missing, "sampling", done=len(prompts) - len(missing)):
+    for _, (temperature, prompt) in track(records.missing(product([config.temperature], prompts)), "sampling"):
         token_ids = encode_chat(target, prompt.turns[0])
         found = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
-        losses = found.sum(0).tolist()
-        records.add(ExplainedRecord(set=prompt.set, id=prompt.id, num_blocks=len(found), losses=losses))
+        record = ExplainedRecord(
+            set=prompt.set,
+            id=prompt.id,
+            temperature=temperature,
+            num_blocks=len(found),
+            losses=found.sum(0).tolist(),
+        )
+        records.add(record)
     results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(list(records.rows.values())))
     write_results(folder / RESULTS_FILE, results)
     return results

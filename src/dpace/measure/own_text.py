@@ -6,8 +6,8 @@ target's greedy text. Where a text differs, a `Divergence` has the target's marg
 
 import itertools
 import math
-import random
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
+from dpace.measure.records import spread_evenly
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
 from dpace.system.progress import count
@@ -90,7 +91,7 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
 
     Args:
         target: loaded in the precision that the answers were written in.
-        responses: of which a fixed random sample is read.
+        responses: of which some are read, evenly chosen.
         meta: what made them, see `dpace.respond.responses.read_meta`.
 
     Raises:
@@ -100,7 +101,7 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
     if meta.get("source") != "servers":  # which do not tell the hash of their weights
         now = {"target_sha256": target.sha256} | now
     same_run(meta, now, "the answers were made", "name the target that answered, or leave --responses out")
-    chosen = random.Random(0).sample(list(responses), min(NUM_REREAD, len(responses)))
+    chosen = spread_evenly(responses, NUM_REREAD)
     answers = [
         (response, span, f"{response.id}, answer {number}")
         for response in chosen
@@ -113,12 +114,12 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
 
 @torch.inference_mode()
 def greedy_share(target: Target, dataset: ResponseDataset) -> float:
-    """Return which share of the answers' tokens are the target's most likely ones, in a fixed random sample.
+    """Return which share of the answers' tokens are the target's most likely ones, in some of them.
 
     Memory: logits of `READ_ROWS` tokens.
     """
     equal = []
-    for index in random.Random(0).sample(range(len(dataset)), min(NUM_SHARED, len(dataset))):
+    for index in spread_evenly(range(len(dataset)), NUM_SHARED):
         token_ids = dataset.token_ids(index).to(target.device)
         is_answer = dataset.is_response(index)[1:].to(target.device)
         hidden = target.hidden(token_ids[None])[0, :-1]
@@ -135,19 +136,19 @@ def _best_tokens(target: Target, hidden: Float[Tensor, "row hidden"]) -> Int[Ten
 def _reread(
     target: Target, response: Response, span: Sequence[int], where: str, max_new_tokens: int
 ) -> Divergence | None:
-    """Return the first token of an answer that the target would not have written; without one, the last tie."""
+    """Return the first token of an answer that the target would not have written; without one, the first tie."""
     prompt, answer = response.token_ids[: span[0]], response.token_ids[slice(*span)]
     text = torch.tensor([prompt + answer], device=target.device)
     best = _best_tokens(target, target.hidden(text)[0, len(prompt) - 1 :]).tolist()
     own = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
-    divergence = None
-    for place, (found, expected) in enumerate(itertools.zip_longest(answer, own)):
-        if found != expected:
-            other = answer[:place] + own[place : place + 1]
-            divergence = find_divergence(target, Sampler(device=target.device), where, prompt, answer, other)
-            if not divergence.is_tie:
-                break
-    return divergence
+    places = [place for place, (found, other) in enumerate(itertools.zip_longest(answer, own)) if found != other]
+    divergences = [
+        find_divergence(
+            target, Sampler(device=target.device), where, prompt, answer, answer[:place] + own[place : place + 1]
+        )
+        for place in places
+    ]
+    return min(divergences, key=attrgetter("is_tie"), default=None)
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""Finished responses of a measurement, kept on disk at once, so that an interrupted one goes on after them.
+"""Finished prompts of a measurement, kept on disk at once, so that an interrupted one goes on after them.
 
-`Records` takes what is measured and how, and gives back what a file holds of it: responses of `dpace bench`, prompts
-that running servers answered, or prompts of `dpace explain`. The rows of results are pooled from these records.
+`Records` takes what is measured and how, and gives back what a file holds of it: prompts of `dpace bench`, of running
+servers or of `dpace explain`. The rows of results are pooled from these records.
 """
 
 import json
@@ -11,20 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from pydantic import Field
 
-from dpace.config import BenchConfig, ExplainConfig, RespondConfig, Width
-from dpace.metrics import Acceptance
+from dpace.config import BenchConfig, ExplainConfig, RespondConfig
+from dpace.measure.results import PromptRecord, ResponseRecord, ServedAnswer, Setup
 from dpace.prompts.prompts import Prompt
-from dpace.recipes.validation import from_json, json_object, to_json
+from dpace.recipes.validation import from_json, to_json
 from dpace.respond.conversation import Conversation
-from dpace.servers.apis import Counts
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
-from dpace.system.provenance import Hardware, Versions, hash_json
+from dpace.system.provenance import hash_json
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 
@@ -34,168 +32,10 @@ COMPILED = "plain, compiled"
 """Name of the same with compiled steps."""
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
-SEED_RULE = "seed + i for prompt i, counted from 0"
-"""How each prompt's seed is made, in results."""
 Item = TypeVar("Item")
-Count = Annotated[int, Field(ge=0, description="a count")]
-Seconds = Annotated[float, Field(ge=0, description="a time in seconds")]
-
-
-@json_object
-class Setup:
-    """What all records of a measurement share; with the prompts, it tells them from those of another one."""
-
-    target: str
-    max_new_tokens: int
-    seed: int
-    prompt_seeds: str | None = None
-    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
-    tokenizer_sha256: str | None = None
-    chat_template_sha256: str | None = None
-    thinking: bool | None = None
-
-
-@json_object
-class Provenance(Setup):
-    """What made the numbers of `dpace bench`."""
-
-    drafters: dict[str, str]
-    """Hashes of their weights, by name."""
-    target_weights_sha256: str | None = None
-    """`dpace.target.Target.sha256`."""
-    drafter_configs: dict[str, str] | None = None
-    """Hashes of the drafters' configs, by name."""
-    engine: str
-    dtype: str
-    hardware: Hardware
-    versions: Versions
-
-
-@json_object
-class ServerAddress:
-    """Where a server runs."""
-
-    url: str
-    engine: str
-    """What it turned out to be."""
-    model: str | None = None
-    """What it calls its model, where it says so."""
-    version: str | None = None
-    """Which version of the engine runs, where it says so."""
-
-
-@json_object
-class ServerSetup(Setup):
-    """What made the numbers of running servers."""
-
-    servers: dict[str, ServerAddress]
-    """By side, `drafter` and `plain`."""
-
-
-@json_object
-class ExplainSetup(Setup):
-    """What made the numbers of `dpace explain`."""
-
-    target_weights_sha256: str
-    drafter_sha256: str
-    drafter_config: str
-    """Hash of it."""
-    dtype: str
-    temperature: float
-    verify_rule: str
-    num_samples: int
-    """Continuations of an anchor."""
-    num_blocks: int
-    """Most blocks of a response."""
-
-
-@json_object
-class ResponseRecord:
-    """One response, decoded by a drafter or plainly; a line of bench.jsonl."""
-
-    drafter: str
-    """Its name, `PLAIN` or `COMPILED`."""
-    width: Width | None
-    """None for plain decoding."""
-    set: str
-    id: str
-    """The prompt's."""
-    turn: int
-    """Turn of the prompt, from 0."""
-    temperature: float
-    prompt_tokens: int
-    token_ids: list[int]
-    accepted_lengths: list[Count]
-    """Accepted draft tokens of each verification, in order; empty for plain decoding, as are the next ones."""
-    widths: list[int]
-    """Tokens that the target read in each."""
-    num_copied: int
-    """Accepted tokens that prompt lookup proposed."""
-    histogram: list[Count]
-    """Verifications by accepted length."""
-    num_without_bonus: Count
-    """Verifications whose last accepted token ended the text."""
-    decode_tokens: Count
-    """Tokens after the first."""
-    decode_seconds: Seconds
-    prefill_seconds: float
-    same_text: bool
-    """It has the tokens of plain decoding."""
-
-    @property
-    def key(self) -> tuple:
-        """What tells it from the others of a file."""
-        return self.temperature, self.id, self.turn, self.drafter, self.width
-
-
-@json_object
-class ServedAnswer:
-    """What a server answered to one turn of a prompt."""
-
-    token_ids: list[int]
-    decode_seconds: Seconds
-    """After the first token."""
-    counts: Counts | None
-    """Verifications; None where the server reports none."""
-
-    @property
-    def decode_tokens(self) -> int:
-        """Number of tokens after the first."""
-        return len(self.token_ids) - 1
-
-
-@json_object
-class ServedRecord:
-    """A prompt that servers answered; a line of servers.jsonl."""
-
-    set: str
-    id: str
-    """The prompt's."""
-    temperature: float
-    turns: list[dict[str, ServedAnswer]]
-    """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
-
-    @property
-    def key(self) -> tuple:
-        """What tells it from the others of a file."""
-        return self.temperature, self.id
-
-
-@json_object
-class ExplainedRecord:
-    """A prompt whose blocks were measured by `dpace explain`; a line of explain.jsonl."""
-
-    set: str
-    id: str
-    """The prompt's."""
-    num_blocks: Count
-    losses: list[list[float]]
-    """What `dpace.measure.floor.score_block` returns, summed over the blocks."""
-
-    @property
-    def key(self) -> str:
-        """What tells it from the others of a file."""
-        return self.id
+Record = TypeVar("Record", bound=PromptRecord)
+Job = tuple[float, Prompt]
+"""What a record is made of: a temperature and a prompt."""
 
 
 def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> dict[str, Any]:
@@ -204,7 +44,6 @@ def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) 
         "target": chat.name,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "prompt_seeds": SEED_RULE,
         "thinking": chat.thinking,
         **tokenizer_hashes(chat),
     }
@@ -238,7 +77,7 @@ def ask_in_turn(
     while not conversation.is_answered:
         token_ids = conversation.ask()
         answers = {way: ways[way](token_ids, max_new_tokens=max_new_tokens, **options) for way in order}
-        yield token_ids, answers
+        yield token_ids, {way: answers[way] for way in ways}
         conversation.add(token_ids, answers[next(iter(ways))].token_ids)
 
 
@@ -264,29 +103,17 @@ def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in places]
 
 
-def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
-    """Put the verifications of a drafter's responses together, one histogram a prompt."""
-    prompts = [
-        Acceptance.pooled([Acceptance(turn.histogram, len(turn.histogram), turn.num_without_bonus) for turn in turns])
-        for turns in group_by(responses, attrgetter("id")).values()
-    ]
-    return Acceptance.of_prompts(prompts)
-
-
 def tokens_per_second(answers: Sequence[ResponseRecord] | Sequence[ServedAnswer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
     seconds = sum(answer.decode_seconds for answer in answers)
-    return sum(answer.decode_tokens for answer in answers) / seconds if seconds else math.nan
-
-
-Record = TypeVar("Record", ResponseRecord, ServedRecord, ExplainedRecord)
+    return sum(answer.num_decode_tokens for answer in answers) / seconds if seconds else math.nan
 
 
 class Records(Generic[Record]):
-    """Finished responses or prompts by their keys, kept in a file whose first line says all that changes them.
+    """Finished prompts by temperature and id, kept in a file whose first line says all that changes them.
 
     Each way to measure has a file of its own, which its name tells by a hash of that line. So records of other weights,
-    servers or settings are neither taken for new ones nor lost. Of two records with the same key, the last one counts.
+    servers or settings are neither taken for new ones nor lost. Of two records of a prompt, the last one counts.
     Each rank of a command adds to a file of its own until `read`.
 
     Args:
@@ -302,15 +129,23 @@ class Records(Generic[Record]):
     def __init__(self, path: Path, kind: type[Record], setup: Setup, prompts: Sequence[Prompt]):
         self.kind = kind
         self.seeds = {prompt.id: setup.seed + number for number, prompt in enumerate(prompts)}
-        known = {name: value for name, value in to_json(setup).items() if value is not None}
-        self.first_line = known | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
+        self.first_line = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
         self.path = path.with_stem(f"{path.stem}-{hash_json(self.first_line)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
         self.read()
 
+    def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
+        """Return this rank's share of the jobs that have no record, with their numbers among all."""
+        mine = ranks.share(list(enumerate(jobs)))
+        return [
+            (number, (temperature, prompt))
+            for number, (temperature, prompt) in mine
+            if (temperature, prompt.id) not in self.rows
+        ]
+
     def add(self, record: Record) -> None:
         """Keep one, on disk at once."""
-        self.rows[record.key] = record
+        self.rows[record.temperature, record.id] = record
         with naming_file(self.own), self.own.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
 
@@ -318,13 +153,13 @@ class Records(Generic[Record]):
         """Put what all ranks have measured into one file, and let each of them have it."""
         ranks.barrier()
         ranks.from_first(self._collect)
-        self.rows: dict[Any, Record] = {}
+        self.rows: dict[tuple[float, str], Record] = {}
         for number, line in list(read_jsonl(self.path))[1:]:
             try:
                 record = from_json(self.kind, line)
             except ValueError as error:
                 raise ValueError(f"{self.path}:{number}: {error}; remove the line, and it is measured again") from error
-            self.rows[record.key] = record
+            self.rows[record.temperature, record.id] = record
 
     def _collect(self) -> None:
         """Begin the file, or append what ranks have left; a kill in between leaves lines twice."""

@@ -1,7 +1,8 @@
-"""Read and write results.json, servers.json, explain.json and heldout.json; no other module does.
+"""The files that measuring writes, and reading and writing them; no other module does.
 
-The dataclasses are the files: a field is a key. Rows come from `dpace.measure.pooling` and `dpace.measure.servers`, and
-are read by the report, the model card and scripts. The keys and types of what is read are checked.
+The dataclasses are the files: a field is a key. A `PromptRecord` is a line of bench-*.jsonl, servers-*.jsonl or
+explain-*.jsonl; `Results` are results.json, servers.json and explain.json, which the report, the model card and scripts
+read; and `Heldout` is heldout.json. The keys and types of what is read are checked.
 """
 
 import math
@@ -12,10 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dpace.config import Width
-from dpace.measure.records import Count, ExplainSetup, Provenance, ResponseRecord, ServerSetup, acceptance_of
+from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, to_json
+from dpace.servers.apis import Counts
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
+from dpace.system.provenance import Hardware, Versions
 
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
 """Names under which results are found in a folder."""
@@ -24,10 +27,10 @@ MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
 NOT_EMPTY = Field(min_length=1, description="a list of one or more rows")
-Interval = tuple[float | None, float | None]
-"""Ends of a 95 % interval; None where there are too few prompts for one, or nothing to measure."""
+Count = Annotated[int, Field(ge=0, description="a count")]
+Seconds = Annotated[float, Field(ge=0, description="a time in seconds")]
 Estimate = tuple[float | None, float | None, float | None]
-"""A number and the ends of its 95 % interval."""
+"""A number and the ends of its 95 % interval; None where there are too few prompts for one, or nothing to measure."""
 
 
 def defined(value: float) -> float | None:
@@ -38,6 +41,146 @@ def defined(value: float) -> float | None:
 def nullable(numbers: Iterable[float]) -> tuple[Any, ...]:
     """Replace those of several numbers that have no value by None."""
     return tuple(map(defined, numbers))
+
+
+@json_object
+class Setup:
+    """What all records of a measurement share; with the prompts, it tells them from those of another one.
+
+    Prompt `i` draws with `seed + i`.
+    """
+
+    target: str
+    max_new_tokens: int
+    seed: int
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    thinking: bool
+
+
+@json_object
+class Provenance(Setup):
+    """What made the numbers of `dpace bench`."""
+
+    drafters: dict[str, str]
+    """Hashes of their weights, by name."""
+    target_weights_sha256: str
+    """`dpace.target.Target.sha256`."""
+    drafter_configs: dict[str, str]
+    """Hashes of the drafters' configs, by name."""
+    widths: list[Width]
+    is_compiled: bool
+    """Whether plain decoding was to be measured with compiled steps too."""
+    engine: str
+    dtype: str
+    hardware: Hardware
+    versions: Versions
+
+
+@json_object
+class ServerAddress:
+    """Where a server runs."""
+
+    url: str
+    engine: str
+    """What it turned out to be."""
+    model: str | None
+    """What it calls its model, where it says so."""
+    version: str | None
+    """Which version of the engine runs, where it says so."""
+
+
+@json_object
+class ServerSetup(Setup):
+    """What made the numbers of running servers."""
+
+    servers: dict[str, ServerAddress]
+    """By side, `drafter` and `plain`."""
+
+
+@json_object
+class ExplainSetup(Setup):
+    """What made the numbers of `dpace explain`."""
+
+    target_weights_sha256: str
+    drafter_sha256: str
+    drafter_config: str
+    """Hash of it."""
+    dtype: str
+    temperature: float
+    verify_rule: str
+    num_samples: int
+    """Continuations of an anchor."""
+    num_blocks: int
+    """Most blocks of a response."""
+
+
+@json_object
+class ResponseRecord(Generation):
+    """One response, decoded by a drafter or plainly."""
+
+    drafter: str
+    """Its name, `PLAIN` or `COMPILED` of `dpace.measure.records`."""
+    width: Width | None
+    """None for plain decoding."""
+    id: str
+    """The prompt's."""
+    turn: int
+    """Turn of the prompt, from 0."""
+    prompt_tokens: int
+    same_text: bool
+    """It has the tokens of plain decoding."""
+
+
+@json_object
+class ServedAnswer:
+    """What a server answered to one turn of a prompt."""
+
+    token_ids: list[int]
+    decode_seconds: Seconds
+    """After the first token."""
+    counts: Counts | None
+    """Verifications; None where the server reports none."""
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Number of tokens after the first."""
+        return len(self.token_ids) - 1
+
+
+@json_object
+class PromptRecord:
+    """A prompt that was measured at a temperature."""
+
+    set: str
+    id: str
+    """The prompt's."""
+    temperature: float
+
+
+@json_object
+class BenchRecord(PromptRecord):
+    """A prompt that was decoded in every way; a line of bench-*.jsonl."""
+
+    responses: list[ResponseRecord]
+    """Turn by turn."""
+
+
+@json_object
+class ServedRecord(PromptRecord):
+    """A prompt that servers answered; a line of servers-*.jsonl."""
+
+    turns: list[dict[str, ServedAnswer]]
+    """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
+
+
+@json_object
+class ExplainedRecord(PromptRecord):
+    """A prompt whose blocks were measured by `dpace explain`; a line of explain-*.jsonl."""
+
+    num_blocks: Count
+    losses: list[list[float]]
+    """What `dpace.measure.floor.score_block` returns, summed over the blocks."""
 
 
 @json_object
@@ -55,9 +198,8 @@ class CompiledBaseline:
     """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
 
     tokens_per_second: float
-    decode_speedup: float | None
+    decode_speedup: Estimate
     """The drafter's tokens a second over these."""
-    decode_speedup_interval: Interval
     num_same_text: int
     """Responses with the tokens of plain decoding."""
 
@@ -74,9 +216,8 @@ class DraftedRow:
     block_size: int
     histogram: list[Count]
     """Verifications by accepted length."""
-    tau: float | None
+    tau: Estimate
     """Pooled over verifications; None without one."""
-    tau_interval: Interval
     reach_rate: list[float]
 
 
@@ -86,26 +227,23 @@ class Row(DraftedRow):
 
     width: Width
     num_responses: int
-    num_without_bonus: Count
+    tau_gain: Estimate
+    """Tau over that of the first drafter, on the same prompts, as a ratio minus 1."""
+    speed_ratio: Estimate
+    """Tokens a second over the first drafter's."""
     share_copied: float
     """Share of the tokens that prompt lookup proposed, 0 to 1."""
     tokens_per_second: float
     plain_tokens_per_second: float
-    decode_speedup: float | None
+    decode_speedup: Estimate
     """None where every response is a single token."""
-    decode_speedup_interval: Interval
     published: Published
     num_same_text: int
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
-    compiled: CompiledBaseline | None = None
+    compiled: CompiledBaseline | None
     """None where it was not measured, as on a CPU."""
-
-    @property
-    def acceptance(self) -> Acceptance:
-        """The verifications, one histogram a prompt."""
-        return acceptance_of(self.responses)
 
     @property
     def verify_rule(self) -> str:
@@ -119,22 +257,6 @@ class Row(DraftedRow):
 
 
 @json_object
-class Comparison:
-    """A drafter against the first one, on the same prompts."""
-
-    set: str
-    temperature: float
-    width: Width
-    drafter: str
-    baseline: str
-    """The first drafter's name."""
-    tau_gain: Estimate
-    """Ratio of the taus minus 1."""
-    speed_ratio: Estimate
-    """Ratio of tokens a second."""
-
-
-@json_object
 class ComparedRow(DraftedRow):
     """An objective on one set, all seeds pooled, measured on held-out responses."""
 
@@ -142,11 +264,6 @@ class ComparedRow(DraftedRow):
     tau_by_seed: list[float | None]
     gain: Estimate
     """Tau over the baseline's, as a ratio minus 1."""
-    gain_by_seed: list[float | None]
-    step_seconds: float | None
-    """Median of the training steps; None where no step was logged."""
-    peak_memory_bytes: int | None
-    """While training; None where that is not known."""
 
 
 @json_object
@@ -156,12 +273,9 @@ class ServerRow:
     set: str
     temperature: float
     num_responses: int
-    tau: float | None
-    """None where the server does not report verifications, as are the next ones."""
-    tau_interval: Interval
+    tau: Estimate
+    """None where the server does not report verifications, as is the next one."""
     num_verifications: int | None
-    histogram: list[Count] | None
-    """Verifications by accepted length, where the server tells more than the sum."""
     tau_here: Estimate
     """Tau of whole drafts in this process, on the prompts that both have; from results.json."""
     tau_over_here: Estimate
@@ -185,8 +299,6 @@ class BenchResults(Provenance):
     schema_version: Literal[1] = 1
     rows: Annotated[list[Row], NOT_EMPTY]
     """One or more: for each drafter, width, set and temperature."""
-    comparisons: list[Comparison]
-    """Every drafter against the first."""
 
 
 @json_object
@@ -312,8 +424,8 @@ class Heldout:
     block_size: int
     histogram: list[list[Count]]
     num_without_bonus: list[Count]
-    responses_sha256: str | None = None
-    """Hash of the responses; older versions lack it."""
+    responses_sha256: str
+    """Hash of the responses."""
 
     def acceptance(self, ids: Sequence[str]) -> Acceptance | None:
         """Take the rows of some prompts, in their order; None where it has none of them."""
@@ -325,7 +437,7 @@ class Heldout:
         return Acceptance([self.histogram[i] for i in chosen], self.block_size, counts)
 
 
-def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance, sha256: str | None = None) -> None:
+def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance, sha256: str) -> None:
     """Write heldout.json into a drafter's folder, all or nothing, from an acceptance with a row for each prompt.
 
     `sha256` is the hash of the responses.

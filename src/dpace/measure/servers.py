@@ -13,27 +13,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpace.config import BenchConfig
-from dpace.measure.records import (
-    PLAIN,
-    Records,
-    ServedAnswer,
-    ServedRecord,
-    ServerAddress,
-    ServerSetup,
-    ask_in_turn,
-    group_by,
-    setup_of,
-    tokens_per_second,
-)
+from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
     Estimate,
-    Row,
+    ServedAnswer,
+    ServedRecord,
+    ServerAddress,
     ServerResults,
     ServerRow,
+    ServerSetup,
     defined,
     nullable,
     read_log,
@@ -55,6 +45,8 @@ CONTROL = "plain again"
 """Name of the second pass of the server without a drafter."""
 SERVERS_FILE = "servers.json"
 """What the rows are written to."""
+Totals = dict[tuple[float, str], list[int]]
+"""Emitted tokens and verifications, by temperature and prompt."""
 
 
 def bench_servers(
@@ -93,24 +85,25 @@ def bench_servers(
     refuse_long_prompts(chat, prompts, config.max_new_tokens)
     here = {}
     try:
-        here = rows_here(folder / "results.json", known)
+        here = totals_here(folder / "results.json", known)
     except (OSError, ValueError) as error:
         print(f"tau here is not known: {error}", file=sys.stderr)
     drafter = folder / "drafter"
     log = read_log(drafter) if (drafter / "trainer_state.json").exists() else []
     tau_in_training = max((entry["eval_tau"] for entry in log if "eval_tau" in entry), default=None)
     jobs = list(product(config.temperatures, prompts))
-    missing = [(temperature, prompt) for temperature, prompt in jobs if (temperature, prompt.id) not in records.rows]
+    missing = records.missing(jobs)
     if missing:  # a warm-up, which is not counted
-        first_turn = encode_chat(chat, missing[0][1].turns[0])
+        temperature, prompt = missing[0][1]
+        first_turn = encode_chat(chat, prompt.turns[0])
         for server in sides.values():
-            server.answer(first_turn, 16, missing[0][0], config.seed)
+            server.answer(first_turn, 16, temperature, config.seed)
     else:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
     ways = {side: partial(_ask_server, server) for side, server in sides.items()}
     if PLAIN in ways:
         ways[CONTROL] = ways[PLAIN]
-    for number, (temperature, prompt) in enumerate(track(missing, "asking servers", done=len(jobs) - len(missing))):
+    for number, (temperature, prompt) in track(missing, "asking servers"):
         turns = ask_in_turn(
             chat,
             prompt,
@@ -128,8 +121,8 @@ def bench_servers(
     return results
 
 
-def rows_here(path: Path, known: Mapping[str, Any]) -> dict[tuple[float, str], Row]:
-    """Read what this process measured with whole drafts, verified by equality: rows by temperature and set.
+def totals_here(path: Path, known: Mapping[str, Any]) -> Totals:
+    """Read what this process emitted with whole drafts, verified by equality.
 
     Args:
         path: of the results.json of `dpace bench`.
@@ -150,7 +143,12 @@ def rows_here(path: Path, known: Mapping[str, Any]) -> dict[tuple[float, str], R
             f"{path} has whole drafts of {len(drafters)} drafters, expected 1; measure the served one alone, with "
             "--bench.widths full"
         )
-    return {(row.temperature, row.set): row for row in rows}
+    totals: Totals = {}
+    for row in rows:
+        for name, turns in group_by(row.responses, attrgetter("id")).items():
+            num_verifications = sum(len(turn.accepted_lengths) for turn in turns)
+            totals[row.temperature, name] = [sum(turn.num_decode_tokens for turn in turns), num_verifications]
+    return totals
 
 
 def _ask_server(
@@ -166,40 +164,30 @@ def _ask_server(
     return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.decode_seconds, counts=counts)
 
 
-def make_rows(records: Sequence[ServedRecord], here: Mapping[tuple[float, str], Row]) -> list[ServerRow]:
-    """Pool prompts into one row for each temperature and set, beside the rows of this process."""
+def make_rows(records: Sequence[ServedRecord], here: Totals) -> list[ServerRow]:
+    """Pool prompts into one row for each temperature and set, beside what this process emitted."""
     groups = group_by(records, attrgetter("temperature", "set"))
     drafts = any(answer.counts for answer in _answers(records, DRAFTER))
-    return [_pool_prompts(groups[key], here.get(key), drafts=drafts) for key in sorted(groups)]
+    return [_pool_prompts(groups[key], here, drafts=drafts) for key in sorted(groups)]
 
 
-def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: bool) -> ServerRow:
+def _pool_prompts(records: Sequence[ServedRecord], here: Totals, *, drafts: bool) -> ServerRow:
     """Pool the prompts of one row; intervals resample them.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports. Where it reports some, an
     answer without any had no drafts: each pass of the target then emitted one token.
     """
-    counts = {record.id: _verifications(record) for record in records} if drafts else {}
-    total = Counts.pooled([*counts.values()]) if drafts else None
-    served = {name: [found.num_emitted, found.num_verifications] for name, found in counts.items()}
-    ours = {}
-    if here:
-        names = dict.fromkeys(response.id for response in here.responses)
-        totals = np.stack([here.acceptance.emitted_tokens, here.acceptance.rows.sum(-1)], 1)
-        ours = dict(zip(names, totals.tolist(), strict=True))
-    common = [name for name in served if name in ours]
-    paired = [[[side[name] for name in common]] for side in (served, ours)]
-    tau = nullable(estimate([[list(served.values())]]))
+    served = {(record.temperature, record.id): _emitted(record) for record in records} if drafts else {}
+    common = [key for key in served if key in here]
+    paired = [[[side[key] for key in common]] for side in (served, here)]
     drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
     num_same, num_control, gain = _same_texts(records) if plain else (None, None, (None, None, None))
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
         num_responses=len(drafted),
-        tau=tau[0],
-        tau_interval=tau[1:],
-        num_verifications=total and total.num_verifications,
-        histogram=total and total.histogram,
+        tau=nullable(estimate([[list(served.values())]])),
+        num_verifications=sum(number for _, number in served.values()) if drafts else None,
         tau_here=nullable(estimate(paired[1:])),
         tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),
         tokens_per_second=defined(tokens_per_second(drafted)),
@@ -215,10 +203,10 @@ def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
     return [turn[side] for record in records for turn in record.turns if side in turn]
 
 
-def _verifications(record: ServedRecord) -> Counts:
-    """Return the verifications of all turns; without drafts, they are the tokens after the first."""
-    answers = _answers([record], DRAFTER)
-    return Counts.pooled([one.counts or Counts(one.decode_tokens, 0, [one.decode_tokens]) for one in answers])
+def _emitted(record: ServedRecord) -> list[int]:
+    """Count emitted tokens and verifications of all turns; without drafts, both are the tokens after the first."""
+    counts = [answer.counts or Counts(answer.num_decode_tokens, 0) for answer in _answers([record], DRAFTER)]
+    return [sum(one.num_emitted for one in counts), sum(one.num_verifications for one in counts)]
 
 
 def _same_texts(records: Iterable[ServedRecord]) -> tuple[int, int, Estimate]:

@@ -7,12 +7,19 @@ shows, and drawings.
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpace.measure.records import Provenance, group_by
-from dpace.measure.results import CompareResults, ExplainResults, Results, ServerResults, find_results, read_log
+from dpace.measure.records import group_by
+from dpace.measure.results import (
+    CompareResults,
+    ExplainResults,
+    Provenance,
+    Results,
+    ServerResults,
+    find_results,
+    read_log,
+)
 from dpace.recipes.flags import command
 from dpace.recipes.validation import to_json
 from dpace.report.plots import slot_weights, training_curves
@@ -72,12 +79,12 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
             "Losses of different objectives have different scales; tau can be compared. It is measured on the "
             "validation share of the training prompts, and chooses the checkpoint."
         )
-        yield Section("Training", text, drawing=partial(training_curves, logs))
+        yield Section("Training", text, drawing=training_curves(logs))
         text = (
             "Each slot's share of a block's weight, at up to five steps. D-PACE moves weight to later slots as the "
             "drafter gets better at the first ones; fixed schedules do not."
         )
-        yield Section("Weights over training", text, drawing=partial(slot_weights, logs))
+        yield Section("Weights over training", text, drawing=slot_weights(logs))
     measured = results.decode if isinstance(results, CompareResults) else results
     if measured:
         facts = {field.name: to_json(getattr(measured, field.name)) for field in fields(Provenance)}

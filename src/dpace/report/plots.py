@@ -1,17 +1,12 @@
-"""Draw acceptance by slot, and training from its logs.
-
-Each drawing is one SVG, with a panel for each set, quantity or objective.
-"""
+"""Draw training from its logs: each drawing is one SVG, with a panel for each quantity or objective."""
 
 import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
-from dpace.measure.records import group_by, spread_evenly
-from dpace.measure.results import DraftedRow
+from dpace.measure.records import spread_evenly
 from dpace.system.progress import one_line
 
 MAX_COLUMNS = 3
@@ -34,21 +29,6 @@ STYLE: dict[Any, Any] = {
 }
 Logs = Mapping[str, Sequence[Sequence[dict[str, Any]]]]
 """Training logs by objective, one for each seed."""
-
-
-def acceptance_by_slot(rows: Sequence[DraftedRow]) -> str:
-    """Draw the reach rate by slot, a panel for each set."""
-    names = sorted({row.drafter for row in rows})
-
-    def draw(axis: Any, of_set: list[DraftedRow]) -> None:
-        for row in of_set:
-            color = f"C{names.index(row.drafter)}"
-            slots = range(1, row.block_size)
-            name = label(f"{row.drafter}, T={row.temperature:g}")
-            axis.plot(slots, row.reach_rate, color=color, linestyle="--" if row.temperature else "-", label=name)
-        axis.set(xlabel="slot", ylabel="reach rate", ylim=(0, 1.02))
-
-    return draw_panels(group_by(rows, attrgetter("set")), draw)
 
 
 def training_curves(logs: Logs) -> str:

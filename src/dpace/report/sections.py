@@ -4,7 +4,6 @@ In come results, as other verbs wrote them; out come sections, which the termina
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from dpace.measure.records import spread_evenly
@@ -12,18 +11,15 @@ from dpace.measure.results import (
     BenchResults,
     ComparedRow,
     CompareResults,
-    Comparison,
     DraftedRow,
     Estimate,
     ExplainResults,
-    Interval,
     Results,
     Row,
     ServerResults,
     ServerRow,
     SlotLoss,
 )
-from dpace.report.plots import acceptance_by_slot
 from dpace.report.tables import Section
 
 MAX_SLOTS = 15
@@ -58,19 +54,19 @@ def _rates(row: Row | ServerRow) -> str:
     return f"{with_interval(row.tokens_per_second, form='.1f')} ({plain})"
 
 
-def _way(row: Row | Comparison) -> dict[str, str]:
+def _way(row: Row) -> dict[str, str]:
     """Name a row; a width that copied says how many of the tokens."""
-    copied = f", {row.share_copied:.0%} copied" if isinstance(row, Row) and row.share_copied else ""
+    copied = f", {row.share_copied:.0%} copied" if row.share_copied else ""
     return {"set": row.set, "drafter": row.drafter, "width": f"{row.width}{copied}", "T": f"{row.temperature:g}"}
 
 
-def verdict(interval: Interval, border: int = 1, above: str = "faster", below: str = "slower") -> str:
-    """Tell on which side of a border an interval lies: by default, whether a decode_speedup is one.
+def verdict(estimate: Estimate, border: int = 1, above: str = "faster", below: str = "slower") -> str:
+    """Tell on which side of a border the interval lies: by default, whether a decode_speedup is one.
 
     Returns:
         `above`, `below`, `not clear` or `too few prompts`.
     """
-    low, high = interval
+    _, low, high = estimate
     if low is None or high is None:
         return "too few prompts"
     return above if low > border else below if high < border else "not clear"
@@ -78,16 +74,16 @@ def verdict(interval: Interval, border: int = 1, above: str = "faster", below: s
 
 def judge_gain(row: ComparedRow) -> str:
     """Judge an objective from the interval of its gain: `better`, `worse`, or as `verdict` otherwise."""
-    return verdict(row.gain[1:], 0, "better", "worse")
+    return verdict(row.gain, 0, "better", "worse")
 
 
 def served_verdict(row: ServerRow) -> str:
     """Judge whether a server accepts what this process does."""
-    if row.tau is None:
+    if row.tau[0] is None:
         return "not known"
     if row.tau_here[0] is None:
         return "no tau here"
-    return verdict(row.tau_over_here[1:], 0, "accepts more", "accepts less")
+    return verdict(row.tau_over_here, 0, "accepts more", "accepts less")
 
 
 def tables_of(results: Results) -> Iterator[Section]:
@@ -104,8 +100,8 @@ def tables_of(results: Results) -> Iterator[Section]:
     benchmark = results.decode if isinstance(results, CompareResults) else results
     if benchmark:
         yield speeds(benchmark)
-        if benchmark.comparisons:
-            yield pairs(benchmark.comparisons)
+        if len({row.drafter for row in benchmark.rows}) > 1:
+            yield pairs(benchmark.rows)
     whole = [row for row in results.rows if isinstance(row, ComparedRow) or row.width == "full"]
     if whole:
         yield slots(whole)
@@ -121,59 +117,54 @@ def speeds(results: BenchResults) -> Section:
     )
     rows = [
         {
-            "verdict": verdict(row.decode_speedup_interval),
+            "verdict": verdict(row.decode_speedup),
             **_way(row),
-            "decode_speedup [95 %]": with_interval(row.decode_speedup, *row.decode_speedup_interval),
-            "tau [95 %]": with_interval(row.tau, *row.tau_interval),
+            "decode_speedup [95 %]": with_interval(*row.decode_speedup),
+            "tau [95 %]": with_interval(*row.tau),
             "tok/s (plain)": _rates(row),
             "same text": same_text(row),
         }
         for row in results.rows
     ]
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    notes = [advice(results)]
-    if kept := [row for row in results.rows if row.keeps_text]:
-        num_same, num_all = sum(row.num_same_text for row in kept), sum(row.num_responses for row in kept)
-        notes.append(f"{num_same} of {num_all} responses are exactly the target's own text")
     compiled = {" ".join(_way(row).values()): row.compiled.decode_speedup for row in results.rows if row.compiled}
+    notes = [advice(results)]
     if compiled:
-        found = ", ".join(f"{way}: {with_interval(speedup)}" for way, speedup in compiled.items())
+        found = ", ".join(f"{way}: {with_interval(*speedup)}" for way, speedup in compiled.items())
         notes.append(f"decode_speedup over plain decoding with compiled steps: {found}")
-    return Section(title, text, rows, num_texts=4, note="; ".join(notes))
+    return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
 
 
 def advice(results: BenchResults) -> str:
-    """Tell on which sets decoding is faster; where that is none, tell so and what can be done."""
+    """Tell what can be done where no drafter is clearly faster."""
     rows = [row for row in results.rows if row.width != "copies"] or results.rows
-    faster = dict.fromkeys(row.set for row in rows if verdict(row.decode_speedup_interval) == "faster")
-    others = dict.fromkeys(row.set for row in rows if row.set not in faster)
-    if not faster:
-        return (
-            "nothing here is clearly faster than plain decoding: measure more prompts, train longer or on more prompts "
-            "(docs/train.md), or decode without the drafter"
-        )
-    found = f"faster than plain decoding on {' and '.join(faster)}"
-    rest = f"but not clearly on {' and '.join(others)}: measure more prompts there, or decode without the drafter"
-    return f"{found}, {rest}" if others else found
+    if any(verdict(row.decode_speedup) == "faster" for row in rows):
+        return ""
+    return (
+        "nothing here is clearly faster than plain decoding: measure more prompts, train longer or on more prompts "
+        "(docs/train.md), or decode without the drafter"
+    )
 
 
-def pairs(comparisons: Sequence[Comparison]) -> Section:
+def pairs(rows: Sequence[Row]) -> Section:
     """Make the table of drafters against the first one."""
-    rows = [
+    first = rows[0].drafter
+    cells = [
         {
-            "verdict": verdict(row.speed_ratio[1:]),
+            "verdict": verdict(row.speed_ratio),
             **_way(row),
             "tau [95 %]": percent(row.tau_gain),
             "speed ratio [95 %]": with_interval(*row.speed_ratio),
         }
-        for row in comparisons
+        for row in rows
+        if row.drafter != first
     ]
     text = "Differences on the same prompts, with 95 % intervals of the paired difference."
-    return Section(f"Compared with {comparisons[0].baseline}", text, rows, num_texts=4)
+    return Section(f"Compared with {first}", text, cells, num_texts=4)
 
 
 def slots(whole: Sequence[DraftedRow]) -> Section:
-    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot; and draw it.
+    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot.
 
     There are at most `MAX_SLOTS` slots, evenly chosen. A drafter's blocks may be shorter than another's.
     """
@@ -184,9 +175,7 @@ def slots(whole: Sequence[DraftedRow]) -> Section:
         named = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
         rows.append(named | {f"{slot}": rates.get(slot, "") for slot in shown})
     title = "Reach rate in %: slots 1 to k of a whole draft all accepted"
-    return Section(
-        title, "What the drafter alone can do.", rows, num_texts=2, drawing=partial(acceptance_by_slot, whole)
-    )
+    return Section(title, "What the drafter alone can do.", rows, num_texts=2)
 
 
 def comparison(results: CompareResults) -> Section:
@@ -199,16 +188,13 @@ def comparison(results: CompareResults) -> Section:
     rows = []
     for row in results.rows:
         is_baseline = row.drafter == results.baseline
-        seconds, memory = row.step_seconds, row.peak_memory_bytes
         rows.append(
             {
                 "verdict": "baseline" if is_baseline else judge_gain(row),
                 "set": row.set,
                 "objective": row.drafter,
-                "tau [95 %]": with_interval(row.tau, *row.tau_interval),
+                "tau [95 %]": with_interval(*row.tau),
                 f"over {results.baseline} [95 %]": "-" if is_baseline else percent(row.gain),
-                "ms/step": "-" if seconds is None else f"{1000 * seconds:.0f}",
-                "peak GiB": "-" if memory is None else f"{memory / 2**30:.2f}",
             }
         )
     seeds = ", ".join(map(str, results.seeds))
@@ -295,7 +281,7 @@ def servers(results: ServerResults) -> Section:
                 "verdict": served_verdict(row),
                 "set": row.set,
                 "T": f"{row.temperature:g}",
-                "tau [95 %]": with_interval(row.tau, *row.tau_interval),
+                "tau [95 %]": with_interval(*row.tau),
                 "tau here": with_interval(row.tau_here[0]),
                 "over here [95 %]": percent(row.tau_over_here),
                 "tok/s (plain)": _rates(row),
@@ -311,7 +297,7 @@ def servers(results: ServerResults) -> Section:
 def texts_note(rows: Sequence[ServerRow]) -> str:
     """Compare greedy texts with those of the plain server's second pass, set by set; empty without such a server."""
     judged = [
-        f"{row.set} {verdict(row.same_text_gain[1:], 0, 'more often equal', 'less often equal')}"
+        f"{row.set} {verdict(row.same_text_gain, 0, 'more often equal', 'less often equal')}"
         for row in rows
         if row.temperature == 0 and row.num_same_text is not None
     ]

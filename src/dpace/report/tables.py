@@ -6,7 +6,7 @@ a line of its own, and words are folded. Numbers are never cut.
 
 import html
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ class Section(NamedTuple):
     """Columns of words, which come first and begin at the left; the others are numbers."""
     note: str = ""
     """Stands below the table."""
-    drawing: Callable[[], str] | None = None
-    """Makes an SVG; only the page has it."""
+    drawing: str = ""
+    """An SVG; only the page has it."""
 
 
 def console() -> Console:

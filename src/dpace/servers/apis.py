@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import pydantic
 from pydantic import BaseModel, NonNegativeInt
@@ -34,8 +33,6 @@ class Counts:
     num_verifications: NonNegativeInt
     num_accepted: NonNegativeInt
     """Draft tokens."""
-    histogram: list[NonNegativeInt] | None = None
-    """Verifications by accepted length, where the server tells more than the sum."""
 
     @property
     def num_emitted(self) -> int:
@@ -45,17 +42,6 @@ class Counts:
     def __sub__(self, before: "Counts") -> "Counts":
         """What came after an earlier reading of the same counters."""
         return Counts(self.num_verifications - before.num_verifications, self.num_accepted - before.num_accepted)
-
-    @staticmethod
-    def pooled(parts: Sequence["Counts"]) -> "Counts":
-        """All together."""
-        histograms = [part.histogram for part in parts if part.histogram]
-        columns = zip_longest(*histograms, fillvalue=0) if len(histograms) == len(parts) else ()
-        return Counts(
-            sum(part.num_verifications for part in parts),
-            sum(part.num_accepted for part in parts),
-            [sum(column) for column in columns] or None,
-        )
 
 
 class Reply(BaseModel):
@@ -257,7 +243,7 @@ class VllmServer(Server):
         usage = event.get("usage") or {}
         counts = None
         if spec := (event.get("metrics") or {}).get("speculative_decoding"):
-            counts = Counts(spec["num_spec_steps"], spec["num_accepted_draft_tokens"], spec.get("acceptance_histogram"))
+            counts = Counts(spec["num_spec_steps"], spec["num_accepted_draft_tokens"])
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
@@ -286,7 +272,7 @@ class VllmServer(Server):
 class SglangServer(Server):
     """SGLang: its native `/generate`, counts in `meta_info`.
 
-    Source: `spec_verify_ct` and `spec_accept_histogram` of sgl-project/sglang.
+    Source: `spec_verify_ct` of sgl-project/sglang.
     """
 
     engine = "sglang"
@@ -311,8 +297,7 @@ class SglangServer(Server):
         counts = None
         if verified := meta.get("spec_verify_ct"):
             accepted = max(0, meta["completion_tokens"] - 1 - verified)  # each emits one token more, after the prompt's
-            histogram = meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram")
-            counts = Counts(verified, accepted, histogram)
+            counts = Counts(verified, accepted)
         return Reply(
             tokens=tokens,
             is_all=len(tokens) == meta.get("completion_tokens"),  # unless it was told to send the rest only

@@ -4,7 +4,6 @@ A recipe, objectives and seeds come in; a drafter for each objective and seed, a
 compare` and `dpace demo` both run this.
 """
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -15,25 +14,26 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, LossConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
 from dpace.loss.objective import with_objective
-from dpace.measure.benchmark import bench
+from dpace.measure.benchmark import bench, drafted_facts
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.pooling import pool_seeds
 from dpace.measure.records import group_by_set
 from dpace.measure.results import (
     HELDOUT_FILE,
     ComparedRow,
     CompareResults,
+    defined,
+    nullable,
     read_heldout,
-    read_log,
     refuse_other_results,
     write_heldout,
     write_results,
 )
+from dpace.metrics import tau_gain
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import Example, Response, check_meta, known_settings, read_examples
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
+from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.system.progress import note
 from dpace.target import Target
 from dpace.train.identity import Run, data_facts, hash_rows, target_facts
@@ -215,10 +215,9 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
 
 def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[ComparedRow]:
     """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
-    folders = {name: [cell_folder(config, name, seed) for seed in config.seeds] for name in objectives_of(config)}
-    measured = {name: [read_heldout(cell) for cell in cells] for name, cells in folders.items()}
-    costs = {name: _training_costs(cells) for name, cells in folders.items()}
-    temperature = config.respond.temperature
+    measured = {
+        name: [read_heldout(cell_folder(config, name, seed)) for seed in config.seeds] for name in objectives_of(config)
+    }
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
@@ -226,19 +225,17 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
         theirs = by_seed[config.baseline]
         if None in theirs:  # no prompt of the set has a response
             continue
-        facts: Any = {"set": set_name, "num_prompts": len(ids), "temperature": temperature}
-        of_set = [pool_seeds(ours, theirs, drafter=name, **facts, **costs[name]) for name, ours in by_seed.items()]
-        rows += sorted(of_set, key=lambda row: -(row.tau or 0))
+        of_set = [
+            ComparedRow(
+                set=set_name,
+                num_prompts=len(ids),
+                temperature=config.respond.temperature,
+                drafter=name,
+                **drafted_facts(ours),
+                tau_by_seed=[defined(one.tau) for one in ours],
+                gain=nullable(tau_gain(ours, theirs)),
+            )
+            for name, ours in by_seed.items()
+        ]
+        rows += sorted(of_set, key=lambda row: -(row.tau[0] or 0))
     return rows
-
-
-def _training_costs(folders: Sequence[Path]) -> dict[str, Any]:
-    """Compute the median seconds of a training step, and the peak memory, of drafters; None where not known."""
-    logs = [read_log(folder) for folder in folders]
-    fix = "remove its folder, and the same command trains it again"
-    peaks = [read_object(folder / "provenance.json", fix).get("peak_memory_bytes") for folder in folders]
-    seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
-    return {
-        "step_seconds": statistics.median(seconds) if seconds else None,
-        "peak_memory_bytes": max(filter(None, peaks), default=None),
-    }

@@ -19,6 +19,8 @@ from dpace.system.ledger import lock_folder
 from dpace.target import Target
 
 OBJECTIVES = ("dpace", "dflash")
+DECODED = ("decode", "decode-sampled")
+"""Folders of the results of decoding, at temperature 0 and 1."""
 QUICK = {
     "prompts": {"limit": 36},
     "train": {"max_steps": 26, "eval_steps": 26},
@@ -63,20 +65,22 @@ class Demo(NamedTuple):
 
 
 def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
-    """Train, compare and decode; the folder `decode` of the output gets the results of decoding.
+    """Train, compare and decode; the folders `DECODED` of the output get the results of decoding.
 
     Raises:
         ValueError: see `dpace.studies.compare.compare`.
         OSError: see there.
     """
     compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
-    folder = Path(recipe.output) / "decode"
+    greedy, sampled = (Path(recipe.output) / name for name in DECODED)
     drafters = {"dpace": load_drafter(cell_folder(recipe, "dpace", recipe.seeds[0]), target)}
     sampling = replace(recipe.bench, temperatures=(1.0,), widths=("auto",), num_prompts=SAMPLED_PROMPTS)
-    with lock_folder(folder):
-        greedy = bench(target, drafters, parts.heldout, recipe.bench, folder)
-        first_set = [prompt for prompt in parts.heldout if prompt.set == greedy.rows[0].set]
-        return Demo(compared, bench(target, drafters, first_set, sampling, folder))
+    with lock_folder(greedy):
+        decoded = bench(target, drafters, parts.heldout, recipe.bench, greedy)
+    first_set = [prompt for prompt in parts.heldout if prompt.set == decoded.rows[0].set]
+    with lock_folder(sampled):
+        rows = bench(target, drafters, first_set, sampling, sampled).rows
+    return Demo(compared, replace(decoded, rows=[*decoded.rows, *rows]))
 
 
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
@@ -97,14 +101,14 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         for row in decoded.rows
         if row.width == "auto"
     ]
-    decay = {row.set: row.tau or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
+    decay = {row.set: row.tau[0] or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
     gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
     taus = [
         {
             "set": row.set,
             "prompts": str(row.num_prompts),
             "tau, decay": f"{decay[row.set]:.2f}",
-            "tau, D-PACE": f"{row.tau or 0:.2f}",
+            "tau, D-PACE": f"{row.tau[0] or 0:.2f}",
             "gain [95 % over prompts]": percent(row.gain),
         }
         for row in gains
@@ -120,7 +124,7 @@ def _name(row: Row) -> str:
 
 
 def _with_speedup(row: Row) -> str:
-    return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
+    return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
 
 
 def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
@@ -130,7 +134,7 @@ def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
     copying = [_name(row) for row in drafted if _name(row) in copied and row.share_copied >= MANY_COPIED]
     if copying:
         yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
-    slower = [_name(row) for row in drafted if (row.decode_speedup or 1) < 1]
+    slower = [_name(row) for row in drafted if (row.decode_speedup[0] or 1) < 1]
     if slower:
         yield (
             f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "

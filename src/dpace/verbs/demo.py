@@ -19,7 +19,7 @@ def run(args: list[str]) -> None:
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
-    from dpace.studies.demo import demo_prompts, demo_recipe, findings, run_demo
+    from dpace.studies.demo import DECODED, demo_prompts, demo_recipe, findings, run_demo
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
@@ -30,7 +30,7 @@ def run(args: list[str]) -> None:
     demo = run_demo(load_target(recipe), recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
-    write_report([output, output / "decode"], output / PAGE)
+    write_report([output, *(output / name for name in DECODED)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
     prompt = f"{config.prompts or 'demo'}#{demo.decoded.rows[0].responses[0].id}"

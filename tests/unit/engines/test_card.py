@@ -56,7 +56,9 @@ def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
 ):
     """Not those of another drafter, and nothing of files that cannot be read."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
-    rows = [make_row(drafter=name, set="language", tau=tau) for name, tau in (("mine", 2.34), ("other", 3.45))]
+    rows = [
+        make_row(drafter=name, set="language", tau=(tau, None, None)) for name, tau in (("mine", 2.34), ("other", 3.45))
+    ]
     hashes = {"mine": fingerprint(language_drafter), "other": "0" * 64}
     write_results(tmp_path / "run" / "results.json", make_bench(*rows, drafters=hashes))
     text = (do_export("zlab", folder=source, push="me/tiny-DFlash", license="mit").path / "README.md").read_text()

@@ -4,33 +4,41 @@ from dataclasses import fields, replace
 
 import pytest
 
-from dpace.measure.records import Provenance, Records, ResponseRecord
+from dpace.measure.records import Records
+from dpace.measure.results import BenchRecord, Provenance
+from dpace.prompts.prompts import Prompt
 from tests.support.files import make_prompts
-from tests.support.rows import make_bench, make_plain, make_response
+from tests.support.rows import make_bench, make_response
 
 SETUP = Provenance(**{field.name: getattr(make_bench(), field.name) for field in fields(Provenance)})
 PROMPTS = make_prompts("xx")
 
 
 def open_records(folder, setup=SETUP, prompts=PROMPTS):
-    return Records(folder / "bench.jsonl", ResponseRecord, setup, prompts)
+    return Records(folder / "bench.jsonl", BenchRecord, setup, prompts)
+
+
+def record(name: str = "0", **changes) -> BenchRecord:
+    return BenchRecord(set="s", id=name, temperature=0.0, responses=[make_response(id=name, **changes)])
 
 
 def test_records_go_on_and_the_last_ones_count(tmp_path):
     records = open_records(tmp_path)
-    for record in (make_plain(), make_response(), make_plain(decode_seconds=9.0), make_response(turn=1)):
-        records.add(record)
-    found = open_records(tmp_path).rows
-    assert found == records.rows and found[0.0, "0", 0, "plain", None].decode_seconds == 9.0 and len(found) == 3
+    for one in (record("0"), record("0", decode_seconds=9.0), record("1")):
+        records.add(one)
+    again = open_records(tmp_path)
+    assert again.rows == records.rows and again.rows[0.0, "0"].responses[0].decode_seconds == 9.0
+    jobs = [(temperature, Prompt(name, "s", [])) for temperature in (0.0, 1.0) for name in "01"]
+    assert again.missing(jobs) == [(2, jobs[2]), (3, jobs[3])]
 
 
 @pytest.mark.parametrize("other", [(replace(SETUP, seed=1), PROMPTS), (SETUP, PROMPTS[:1])])
 def test_records_of_another_measurement_are_neither_taken_nor_lost(other, tmp_path):
-    open_records(tmp_path).add(make_plain())
+    open_records(tmp_path).add(record())
     assert not open_records(tmp_path, *other).rows
-    open_records(tmp_path, *other).add(make_plain(id="1"))
+    open_records(tmp_path, *other).add(record("1"))
     found = [open_records(tmp_path), open_records(tmp_path, *other)]
-    assert [[record.id for record in records.rows.values()] for records in found] == [["0"], ["1"]]
+    assert [[one.id for one in records.rows.values()] for records in found] == [["0"], ["1"]]
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path):

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from dpace.measure.results import (
-    Comparison,
     find_results,
     read_heldout,
     read_log,
@@ -19,15 +18,9 @@ from dpace.recipes.validation import to_json
 from tests.support.files import changed_json
 from tests.support.rows import make_bench, make_compare, make_compared, make_row, make_served, make_servers
 
-WHERE = {"set": "s", "temperature": 0.0}
 BENCH = make_bench(
     make_row(),
-    make_row(width=2, tau=None, histogram=[0, 0, 0], tau_interval=(None, None)),
-    comparisons=[
-        Comparison(
-            **WHERE, width="full", drafter="b", baseline="a", tau_gain=(None,) * 3, speed_ratio=(1.0, None, None)
-        )
-    ],
+    make_row(width=2, tau=(None,) * 3, histogram=[0, 0, 0]),
 )
 COMPARE = make_compare(make_compared(), decode=BENCH)
 SERVERS = make_servers(make_served())
@@ -40,17 +33,16 @@ def test_what_is_written_is_read(results, tmp_path):
 
 
 KEYS = {
-    "target max_new_tokens seed prompt_seeds tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
-    "target_weights_sha256 engine dtype hardware versions schema_version rows comparisons": BENCH,
-    "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval reach_rate "
-    "share_copied tokens_per_second plain_tokens_per_second decode_speedup decode_speedup_interval published "
+    "target max_new_tokens seed tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
+    "target_weights_sha256 widths is_compiled engine dtype hardware versions schema_version rows": BENCH,
+    "drafter width set temperature num_responses block_size histogram tau reach_rate "
+    "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup published "
     "num_same_text responses plain_responses compiled": BENCH.rows[0],
-    "drafter width set id turn temperature prompt_tokens token_ids accepted_lengths widths num_copied histogram "
-    "num_without_bonus decode_tokens decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
+    "drafter width id turn prompt_tokens token_ids block_size accepted_lengths emitted_lengths widths "
+    "num_copied decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
-    "set drafter temperature num_prompts block_size histogram tau tau_interval tau_by_seed reach_rate gain "
-    "gain_by_seed step_seconds peak_memory_bytes": COMPARE.rows[0],
-    "set temperature num_responses tau tau_interval num_verifications histogram tau_here tau_over_here "
+    "set drafter temperature num_prompts block_size histogram tau tau_by_seed reach_rate gain": COMPARE.rows[0],
+    "set temperature num_responses tau num_verifications tau_here tau_over_here "
     "tokens_per_second plain_tokens_per_second num_same_text control_same_text same_text_gain": SERVERS.rows[0],
 }
 
@@ -96,7 +88,6 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
     assert found.acceptance(["other"]) is None
     with changed_json(tmp_path / "heldout.json") as value:
         assert sorted(value) == ["block_size", "histogram", "ids", "num_without_bonus", "responses_sha256"]
-        del value["responses_sha256"]  # which older versions did not write
         del value["ids"]
     with pytest.raises(ValueError, match=r"heldout.json: ids is missing; remove the file"):
         read_heldout(tmp_path)

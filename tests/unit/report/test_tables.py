@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from dpace.measure.results import Comparison
 from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, verdict
 from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
@@ -27,10 +26,8 @@ def tables():
         **NAMES,
         block_size=16,
         reach_rate=[1.0] * 15,
-        tau=12.34,
-        tau_interval=INTERVAL,
-        decode_speedup=10.0,
-        decode_speedup_interval=INTERVAL,
+        tau=(12.34, *INTERVAL),
+        decode_speedup=(10.0, *INTERVAL),
         tokens_per_second=1234.5,
         num_same_text=880,
         num_responses=880,
@@ -39,14 +36,13 @@ def tables():
     )
     yield speeds(make_bench(row, row))
     yield slots([row])
-    yield pairs([Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))])
-    compared = make_compared(**NAMES, tau_interval=INTERVAL, gain=GAIN, peak_memory_bytes=2**34)
+    yield pairs([make_row(), make_row(**NAMES, tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))])
+    compared = make_compared(**NAMES, tau=(2.0, *INTERVAL), gain=GAIN)
     yield comparison(make_compare(compared))
     served = make_served(
         set=NAMES["set"],
         temperature=0.6,
-        tau=12.34,
-        tau_interval=INTERVAL,
+        tau=(12.34, *INTERVAL),
         tau_here=(12.34, *INTERVAL),
         tau_over_here=GAIN,
         tokens_per_second=1234.5,
@@ -80,32 +76,31 @@ def test_an_interval_has_a_line_of_its_own_where_the_table_is_too_wide(words, in
 
 
 def test_rows_say_what_they_know():
-    """How much was copied, texts that are to be kept, and costs; a shorter block has no cells for the last slots."""
+    """How much was copied, and texts that are to be kept; a shorter block has no cells for the last slots."""
     sampled = make_row(temperature=1.0, drafter="dpace, speculative")
     rows = speeds(make_bench(make_row(share_copied=0.25, width="auto", num_same_text=0), sampled)).rows
     assert [row["width"] for row in rows] == ["auto, 25% copied", "full"]
     assert [row["same text"] for row in rows] == ["0/1", "-"]
     first, second = slots([make_row(reach_rate=[0.5], block_size=2), make_row(reach_rate=[1.0] * 3, block_size=4)]).rows
     assert [*first.values()][3:] == ["50", "", ""] and [*second.values()][3:] == ["100"] * 3
-    ours, base = make_compared(peak_memory_bytes=2**31), make_compared(drafter="dflash", step_seconds=None)
+    ours, base = make_compared(), make_compared(drafter="dflash")
     cells = [" ".join(row.values()) for row in comparison(make_compare(ours, base)).rows]
     assert cells == [
-        "not clear s dpace 2.00 [1.50, 2.50] +10.0 % [+0.0, +20.0] 500 2.00",
-        "baseline s dflash 2.00 [1.50, 2.50] - - -",
+        "not clear s dpace 2.00 [1.50, 2.50] +10.0 % [+0.0, +20.0]",
+        "baseline s dflash 2.00 [1.50, 2.50] -",
     ]
 
 
 def test_advice_follows_from_the_verdicts():
     faster, slower = (1.1, 1.3), (0.7, 0.9)
     ends = {"faster": faster, "slower": slower, "not clear": (0.9, 1.1), "too few prompts": (None, None)}
-    assert all(verdict(interval) == words for words, interval in ends.items())
+    assert all(verdict((1.0, *interval)) == words for words, interval in ends.items())
 
     def advise(*rows) -> str:
-        named = (make_row(set=name, width=width, decode_speedup_interval=interval) for name, width, interval in rows)
+        named = (make_row(set=name, width=width, decode_speedup=(1.0, *interval)) for name, width, interval in rows)
         return advice(make_bench(*named))
 
     better, worse = ("a", "auto", faster), ("b", "auto", slower)
-    assert advise(better) == "faster than plain decoding on a"
-    assert "on a, but not clearly on b: measure more prompts there" in advise(better, worse)
+    assert advise(better, worse) == ""
     for rows in ([worse], [worse, ("b", "copies", faster)]):
         assert advise(*rows).startswith("nothing here is clearly faster"), "copies need no drafter"

@@ -8,15 +8,15 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, ServedAnswer, ServedRecord
-from dpace.measure.results import Row, read_results, write_results
+from dpace.measure.records import PLAIN
+from dpace.measure.results import ServedAnswer, ServedRecord, read_results, write_results
 from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
 from dpace.report.sections import served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_tokenizer
 from tests.support.files import make_prompts, write_prompts
-from tests.support.rows import make_compare, make_plain, make_response, make_row
+from tests.support.rows import make_compare, make_row
 from tests.support.stub_server import PAGES, StubServer, pages
 
 ACCEPTED = [2, 0, 1]
@@ -41,7 +41,7 @@ def events(engine: str, tokens: list[int], drafts: bool):
             yield {"choices": [{"token_ids": part}]}
         yield {"choices": [{"finish_reason": "length"}], "usage": {"completion_tokens": len(tokens)}}
     elif engine == "sglang":
-        spec = {"spec_verify_ct": len(ACCEPTED), "spec_accept_histogram": [1, 1, 1]} if drafts else {}
+        spec = {"spec_verify_ct": len(ACCEPTED)} if drafts else {}
         for end in (1, 4, len(tokens)):
             reason = {"type": "length"} if end == len(tokens) else None
             meta = {"completion_tokens": end, "finish_reason": reason, **spec}
@@ -75,7 +75,7 @@ class Fake(StubServer):
         said = list(events(self.engine, [(sum(prompt) + i) % 50 for i in range(NUM_TOKENS)], self.drafts))
         if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
             accepted = [max(0, count - sum(prompt) % 2) for count in ACCEPTED]  # requests differ in it
-            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": [3]}
+            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted)}
             said[-1]["metrics"] = {"speculative_decoding": spec}
         request.send("".join(f"data: {json.dumps(event)}\n\n" for event in said).encode() + b"data: [DONE]\n\n")
 
@@ -118,9 +118,8 @@ def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however. Each prompt has a seed of its own."""
     drafter, plain = pair(engine)
     (row,) = measure(drafter, plain, PROMPTS[:3])
-    assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
+    assert row.tau[0] == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
     assert row.num_same_text == row.control_same_text == row.num_responses == 3
-    assert row.histogram == ([3, 3, 3] if engine == "sglang" else None)
     expected = [(encode_chat(CHAT, prompt.turns[0]), 7 + i) for i, prompt in enumerate(PROMPTS[:3])]
     for server, num_passes in ((drafter, 1), (plain, 2)):
         sent = server.bodies[1:]  # the first is a warm-up
@@ -143,7 +142,7 @@ def test_later_turns_see_earlier_answers_and_are_drawn_with_their_prompt(pair, m
     prompts = [replace(prompt, turns=prompt.turns * (1 + i % 2)) for i, prompt in enumerate(PROMPTS[:4])]
     (row,) = measure(drafter, plain, prompts)
     assert row.num_same_text == row.control_same_text == row.num_responses == 6
-    assert row.tau == 2.0 and row.tau_interval == row.same_text_gain[1:] == (None, None)
+    assert row.tau == (2.0, None, None) and row.same_text_gain[1:] == (None, None)
     ours, theirs = ([body["prompt"] for body in server.bodies[1:]] for server in (drafter, plain))
     assert theirs == [token_ids for token_ids in ours for _ in range(2)]
     assert len(ours[2]) > len(ours[1]) + NUM_TOKENS
@@ -165,22 +164,22 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothin
 
 
 @pytest.mark.parametrize(
-    ("options", "tau", "histogram", "verdict"),
+    ("options", "tau", "verdict"),
     [
-        ({"drafts": False}, None, None, "not known"),
-        ({"drafts": True}, 2.0, None, "no tau here"),
-        ({"drafts": True, "tells": True}, (4 * 6 + 4 * 4) / 24, [24], "no tau here"),
+        ({"drafts": False}, None, "not known"),
+        ({"drafts": True}, 2.0, "no tau here"),
+        ({"drafts": True, "tells": True}, (4 * 6 + 4 * 4) / 24, "no tau here"),
     ],
 )
 def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(
-    options, tau, histogram, verdict, start, measure, tmp_path
+    options, tau, verdict, start, measure, tmp_path
 ):
     """vLLM's counters tell what one prompt has added; with `--per-request-spec-decode-metrics`, its requests do.
 
     There half of the prompts accept two tokens less.
     """
     (row,) = measure(start("vllm", **options), None, PROMPTS)
-    assert row.tau == tau and row.histogram == histogram
+    assert row.tau[0] == tau
     assert row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
     assert row.tokens_per_second > 0 and not texts_note([row])
     (shown,) = servers(read_results(tmp_path / "servers.json")).rows
@@ -211,27 +210,26 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdic
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
-def measured(*names: str) -> dict[tuple[float, str], Row]:
-    """What this process measured on prompts: the accepted lengths 0 and 2 each."""
-    ours, plain = ([make(id=name) for name in names] for make in (make_response, make_plain))
-    return {(0.0, "s"): make_row(responses=ours, plain_responses=plain)}
+def measured(*names: str) -> dict[tuple[float, str], list[int]]:
+    """What this process emitted for prompts: four tokens in two verifications each."""
+    return {(0.0, name): [4, 2] for name in names}
 
 
 def test_tau_here_is_that_of_the_prompts_that_both_have():
     records = [served(str(number), [1, 0], 0.5) for number in range(8)]
     (row,) = make_rows(records, measured(*"2345679", "other"))
-    assert row.tau_interval == (row.tau, row.tau) == (1.5, 1.5) and row.tau_here == (2.0, 2.0, 2.0)
+    assert row.tau == (1.5, 1.5, 1.5) and row.tau_here == (2.0, 2.0, 2.0)
     assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
     (row,) = make_rows(records, measured("1", "2"))
     assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
-    for here in (measured("other"), {(1.0, "s"): measured("1")[0.0, "s"]}):
+    for here in (measured("other"), {(1.0, "1"): [4, 2]}):
         (row,) = make_rows(records, here)
         assert row.tau_here == row.tau_over_here == (None, None, None) and served_verdict(row) == "no tau here"
 
 
 def test_a_prompt_without_verifications_or_times_leaves_out_what_follows_from_them():
     (row,) = make_rows([served("0", [2, 0], 1.0), served("1", [], 3.0)], measured("0", "1"))
-    assert row.tau == 2.0 and row.num_verifications == 2 and row.tokens_per_second == 4 / 4
+    assert row.tau[0] == 2.0 and row.num_verifications == 2 and row.tokens_per_second == 4 / 4
     (row,) = make_rows([served("0", [2, 0], 0.0)], {})
     assert row.tokens_per_second is None, "all tokens came at once"
 
@@ -242,9 +240,9 @@ def test_an_answer_without_drafts_counts_a_token_a_pass():
     (sides,) = drafted.turns
     plain = replace(drafted, id="1", turns=[{**sides, DRAFTER: sides[PLAIN]}])  # three tokens
     (row,) = make_rows([drafted, plain], {})
-    assert (row.tau, row.num_verifications) == ((4 + 2) / 4, 4)
+    assert (row.tau[0], row.num_verifications) == ((4 + 2) / 4, 4)
     (row,) = make_rows([plain], {})
-    assert row.tau is row.num_verifications is None, "nothing says that it drafts"
+    assert row.tau[0] is row.num_verifications is None, "nothing says that it drafts"
 
 
 @pytest.fixture
@@ -290,7 +288,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert "not known" not in again and "tau in training, on validation responses: 1.50" in again
     here, found = read_results(out / "results.json"), read_results(out / "servers.json")
     (row,) = found.rows
-    assert found.tau_in_training == 1.5 and row.tau_here == (here.rows[0].tau, *here.rows[0].tau_interval)
+    assert found.tau_in_training == 1.5 and row.tau_here == here.rows[0].tau
     assert row.tau_over_here[0] == pytest.approx(2.0 / row.tau_here[0] - 1)
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))

@@ -31,9 +31,9 @@ def test_compare(config, language_target, tmp_path):
     names = {OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
     assert {row.drafter for row in results.rows} == names
-    assert [row.tau for row in results.rows] == sorted((row.tau for row in results.rows), reverse=True)
+    assert [row.tau[0] for row in results.rows] == sorted((row.tau[0] for row in results.rows), reverse=True)
     for row in results.rows:
-        assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
+        assert len(row.tau_by_seed) == 2 and row.num_prompts == 6
         assert row.drafter == OWN or row.gain == (0, 0, 0)
     assert (tmp_path / "out" / "decode" / "results.json").stat().st_size > 100
     greedy = {row.drafter: row for row in results.decode.rows}

@@ -10,7 +10,7 @@ from dpace.cli import main
 from dpace.config import DemoConfig
 from dpace.measure.results import CompareResults, read_results
 from dpace.recipes import RECIPES
-from dpace.studies.demo import demo_prompts, demo_recipe, remarks
+from dpace.studies.demo import DECODED, demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -37,7 +37,7 @@ def recipe(tmp_path, monkeypatch) -> None:
 
 
 def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
-    """Speeds, taus and the next command in 80 columns; the same command again trains nothing."""
+    """Speeds, taus and the next command in 80 columns; the same command again trains and decodes nothing."""
     assert main(["demo", *flags]) == 0
     done = capsys.readouterr()
     lines = done.out.splitlines()
@@ -53,13 +53,15 @@ def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
     assert [row.set for row in results.rows] == ["set0", "set0", "set1", "set1", "all", "all"]
     counts = {row.set: sum(row.histogram) for row in results.rows if row.drafter == "dpace"}
     assert counts["all"] == counts["set0"] + counts["set1"]
-    assert "decode_speedup" in (out / "report.html").read_text()
-    monkeypatch.setattr("dpace.studies.compare.train", lambda *_, **__: pytest.fail("trained again"))
+    page = (out / "report.html").read_text()
+    assert all(f"<h2>{out / name}</h2>" in page for name in DECODED) and "decode_speedup" in page
+    for work in ("studies.compare.train", "measure.benchmark.ask_in_turn"):
+        monkeypatch.setattr(f"dpace.{work}", lambda *_, **__: pytest.fail("done again"))
     assert main(["demo", *flags]) == 0
 
 
 def test_what_is_slower_or_worse_has_a_reason():
-    slow = make_row(set="a", width="auto", decode_speedup=0.5)
+    slow = make_row(set="a", width="auto", decode_speedup=(0.5, None, None))
     fast = make_row(set="b", width="auto", share_copied=0.5, temperature=1.0)
     alone = make_row(set="b", width="copies", temperature=1.0)
     worse, better = make_compared(gain=(-0.1, -0.2, -0.05)), make_compared(gain=(0.1, 0.05, 0.2))
