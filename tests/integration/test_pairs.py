@@ -245,7 +245,7 @@ PAIRS |= {
         "drafter/provenance.json",
     ),
     "options of a head": Pair(
-        f"train {RECIPE} {HEAD} --drafter.head-width 16 --loss.head-weights walk --loss.head-penalty 0",
+        f"train {RECIPE} {HEAD} --drafter.head-width 16 --loss.head-penalty 0",
         "drafter/provenance.json",
     ),
     "from a drafter with a head": Pair(
@@ -298,8 +298,8 @@ PAIRS |= {
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
     "plan, an option of a head, no head": Pair(
-        f"plan {RECIPE} --loss.head-weights walk",
-        refused="--loss.head-weights is walk, and the drafter has no head that reads it; add --drafter.head",
+        f"plan {RECIPE} --loss.head-penalty 0.5",
+        refused="--loss.head-penalty is 0.5, and the drafter has no head that reads it; add --drafter.head",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(
