@@ -42,7 +42,6 @@ class Engine:
     """Its name on pages and in messages."""
     reads: tuple[str, ...] = ("DFlashDraftModel",)
     """What it reads that not every engine does: published names of networks, and `PROPERTIES`."""
-    precisions: tuple[str, ...] = ("keep", "float32", "float16", "bfloat16")
     layout: str = "published"
     """Which files it reads; a model card is for all engines that read the same ones."""
     library: str = "transformers"
@@ -56,11 +55,6 @@ class Engine:
         Raises:
             ValueError: names the option; or see `fault`.
         """
-        if config.dtype not in self.precisions:
-            raise ValueError(
-                f"--dtype is {config.dtype}, which is not written for {self.title}; take one of "
-                f"{', '.join(self.precisions)}, or --to gguf"
-            )
         if config.target_gguf and self.layout != "gguf":
             raise ValueError(f"--target-gguf is for --to gguf, and this is --to {self.name}; leave it out")
         if fault := self.fault(spec):
@@ -106,7 +100,7 @@ class Engine:
         return spec, tensors
 
     def cast(self, tensor: Tensor, dtype: str) -> Tensor:
-        """Round a tensor to one of `precisions`."""
+        """Round a tensor to the precision of `--dtype`."""
         return tensor if dtype == "keep" or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:

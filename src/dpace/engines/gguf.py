@@ -83,8 +83,6 @@ TENSOR_TYPES = {
     torch.int64: gguf.GGMLQuantizationType.I64,
 }
 DTYPES = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
-QUANTIZED = ("q8_0", "q5_0", "q4_0")
-"""Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
 
 
 class Gguf(Engine):
@@ -93,7 +91,6 @@ class Gguf(Engine):
     name = "gguf"
     title = "llama.cpp"
     reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
-    precisions = (*Engine.precisions, *QUANTIZED)
     layout = "gguf"
     library = "gguf"
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
@@ -145,14 +142,12 @@ probability; try a few values on your prompts.
 
     def cast(self, tensor, dtype):
         """See `Engine`; llama.cpp needs all but matrices in float32."""
-        if dtype in QUANTIZED or tensor.dim() != 2:
-            return unpack(*pack(super().cast(tensor, "float32"), dtype))
-        return super().cast(tensor, dtype)
+        return super().cast(tensor, dtype if tensor.dim() == 2 else "float32")
 
     def write(self, folder, drafter, config, target):
         """See `Engine`."""
         path = folder / f"dflash-{Path(config.served_target).resolve().name}-{config.dtype}.gguf"
-        write_gguf(path, drafter, str(config.target_gguf), config.dtype)
+        write_gguf(path, drafter, str(config.target_gguf))
         return path
 
     def is_written(self, path):
@@ -174,16 +169,9 @@ def gguf_name(name: str) -> str:
     return NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
 
 
-def pack(tensor: Tensor, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-    """Return the bytes of a tensor for the file, and their type.
-
-    They are those of its own dtype, but for matrices that are to be quantized. A matrix whose rows are no blocks of 32
-    stays as it is.
-    """
+def pack(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+    """Return the bytes of a tensor for the file, and their type."""
     tensor = tensor.detach().cpu().contiguous()
-    if dtype in QUANTIZED and tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
-        kind = gguf.GGMLQuantizationType[dtype.upper()]
-        return gguf.quants.quantize(tensor.numpy(), kind), kind
     # numpy has no bf16: gguf takes its bytes, as those of blocks
     data = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
     return data.numpy(), TENSOR_TYPES[tensor.dtype]
@@ -193,7 +181,7 @@ def unpack(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
     """Return the tensor of such bytes, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
     if kind in DTYPES:
         return torch.from_numpy(np.array(data)).view(DTYPES[kind])
-    return torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
+    return torch.from_numpy(gguf.quants.dequantize(data, kind))
 
 
 class _StrictReader(gguf.GGUFReader):
@@ -237,14 +225,13 @@ def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
     return reader
 
 
-def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path, dtype: str = "keep") -> None:
+def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path) -> None:
     """Write a drafter for llama.cpp.
 
     Args:
         path: of the new file.
-        drafter: matrices in float32, float16, bfloat16, or to be quantized; all other tensors in float32.
+        drafter: matrices in float32, float16 or bfloat16; all other tensors in float32.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
-        dtype: one of `QUANTIZED`, or what the drafter has.
 
     Raises:
         ValueError: see `open_target_gguf`.
@@ -259,7 +246,7 @@ def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path, dtype: str
     for name, tensor in drafter.state_dict().items():
         if name == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
-        data, kinds[name] = pack(tensor, dtype)
+        data, kinds[name] = pack(tensor)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kinds[name])
     mostly = kinds["fc.weight"].name
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])

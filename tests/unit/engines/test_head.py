@@ -41,7 +41,7 @@ def drafter(kind, folders) -> Drafter:
 
 
 def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
-    path = do_export("vllm", kind).path
+    path = do_export("vllm", kind)
     config = read_json(path / "config.json")
     assert config["architectures"] == ["LiLiCorrDraftModel"]
     taps = {"conv_kernel_size": 2, "conv_group_size": 16} if drafter.spec.conv_kernel_size else {}
@@ -72,8 +72,8 @@ def test_older_names_are_read(kind, drafter, folders, tmp_path):
 
 
 def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
-    assert do_export("gguf", kind, plain=True).path.exists()
-    path = do_export("zlab", kind, plain=True).path
+    assert do_export("gguf", kind, plain=True).exists()
+    path = do_export("zlab", kind, plain=True)
     assert read_json(path / "config.json")["dpace"] == {"target": "a"}, "what was measured with the head does not stay"
     plain = Drafter.from_pretrained(path)
     assert plain.lilicorr is None and plain.selector.num_candidates == 1
@@ -84,7 +84,7 @@ def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
 def test_without_the_selector_its_tables_are_zeros(do_export):
     with pytest.raises(ValueError, match="a head, which transformers does not run"):
         do_export("transformers", "selector")
-    plain = Drafter.from_pretrained(do_export("transformers", "selector", plain=True).path)
+    plain = Drafter.from_pretrained(do_export("transformers", "selector", plain=True))
     assert not any(table.any() for table in plain.candidate_selector.buffers())
 
 

@@ -152,7 +152,6 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
 
 
 LATE = {
-    "--to zlab --dtype q8_0": "--dtype is q8_0",
     "--to zlab --plain": "has no head",
     "--to gguf": "name one with --target-gguf",
     "--to gguf --target-gguf nothing.gguf": "nothing.gguf: No such file",
