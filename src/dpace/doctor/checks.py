@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
-from dpace.drafter.files import read_quantized, read_tensors
-from dpace.drafter.spec import DrafterSpec, own_tables, read_rope
+from dpace.drafter.spec import DrafterSpec, own_tables, read_quantized, read_rope, read_tensors
 from dpace.drafter.values import read_object
 from dpace.engines import EngineName, engine_of
 from dpace.system.device import dtype_name

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpace.drafter.lattice import Lattice, LatticeSelector, rows_after
-from dpace.drafter.selector import SelectorSizes
+from dpace.drafter.selector import Lattice, LatticeSelector, SelectorSizes, rows_after
 from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
 from dpace.loss import candidate_logits
 

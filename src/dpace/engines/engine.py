@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.files import read_folder
-from dpace.drafter.kinds import published_name
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, published_name, read_folder
 from dpace.engines import EngineName, ExportConfig, all_engines
 from dpace.target import Target
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import make_drafter
-from dpace.drafter.files import read_folder
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines import ExportConfig, all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Engine

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.kinds import read_sizes
-from dpace.drafter.spec import LAYER_SIZES, DrafterSpec
+from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
 from dpace.system.loading import translate_library_errors

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dpace.drafter.files import read_folder
+from dpace.drafter.spec import read_folder
 from dpace.drafter.values import read_object
 from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
 from dpace.engines.engine import to_layer_ids

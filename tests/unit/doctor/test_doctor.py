@@ -13,7 +13,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
 from dpace.doctor.doctor import RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
-from dpace.drafter.files import read_folder
+from dpace.drafter.spec import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.target import Target

@@ -11,8 +11,7 @@ import yaml
 
 from dpace.cli import main
 from dpace.decode.loop import generate_plain
-from dpace.drafter.files import read_folder
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines import EngineName, engine_of
 from dpace.engines.card import engine_sections
 from dpace.engines.export import import_drafter

@@ -17,7 +17,7 @@ from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
 from dpace.drafter.drafter import make_drafter
-from dpace.drafter.files import read_folder
+from dpace.drafter.spec import read_folder
 from dpace.engines.export import import_drafter
 from dpace.engines.gguf import write_gguf
 from dpace.target import Target

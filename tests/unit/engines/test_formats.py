@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import dpace.engines.speculators
 from dpace.drafter import Drafter
-from dpace.drafter.files import read_folder
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import ENGINE, open_target_gguf, pack, write_gguf
 from tests.conftest import make_target, make_with_convolutions

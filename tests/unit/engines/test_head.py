@@ -91,7 +91,7 @@ def test_without_the_selector_its_tables_are_zeros(do_export):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"lilicorr_logit_scale": None}, "has no lilicorr_logit_scale"),
+        ({"lilicorr_logit_scale": None}, "lilicorr_logit_scale is missing"),
         ({"lilicorr_num_heads": 3}, "lilicorr_num_heads is 3, expected a divisor of the head's width, which is 8"),
         ({"sample_from_anchor": True}, "sample_from_anchor is True, which"),
     ],
