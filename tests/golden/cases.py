@@ -86,7 +86,7 @@ KINDS = {
     ),
 }
 OBJECTIVES = (
-    "dflash dpace-confidence-only dpace-continuation-only dpace-exact chain-reward vat spec-auf uniform medusa "
+    "dflash dpace-confidence-only dpace-continuation-only vat spec-auf uniform medusa "
     "dpace+kl dpace+lk dpace+overlap dpace+kl+overlap"
 ).split()
 CASES = {
