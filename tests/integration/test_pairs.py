@@ -258,12 +258,12 @@ PAIRS |= {
         f"train {RECIPE} --drafter.conv-kernel-size 2 --drafter.head candidate_selector --drafter.head-candidates 4; "
         "doctor {out}/drafter --target {target} --engine zlab; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
-        "train {recipe} --output {out}/c --drafter.init {out}/g",
+        "train {recipe} --output {out}/c --drafter.init {out}/g/{file}",
         "c/drafter/provenance.json",
     ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
-        f"train {RECIPE} --drafter.init {{out}}/g",
+        f"train {RECIPE} --drafter.init {{out}}/g/{{file}}",
         "drafter/provenance.json",
     ),
     "compare, own answers": Pair(
@@ -395,6 +395,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
         "drafter": drafter,
         "other": shutil.copytree(drafter, folder / "other" / "drafter"),
         "gguf": target_gguf,
+        "file": f"dflash-{language_folder.name}-bfloat16.gguf",
         "quantized": write_fp8(language_folder, folder / "quantized"),
         "adapter": write_adapter(shutil.copytree(language_folder, folder / "base"), width=48),
     }

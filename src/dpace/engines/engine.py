@@ -42,8 +42,6 @@ class Engine:
     """What it reads that not every engine does: published names of networks, and `PROPERTIES`."""
     layout: str = "published"
     """Which files it reads; a model card is for all engines that read the same ones."""
-    library: str = "transformers"
-    """What the Hub reads the files with."""
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
@@ -122,7 +120,3 @@ class Engine:
         """
         spec, tensors = read_folder(path)
         return spec, {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in tensors.items()}
-
-    def target_of(self, path: Path) -> str | None:
-        """Return which target the files name; None where they name none."""
-        return None

@@ -145,7 +145,8 @@ def _compared(output: Path, drafter: Drafter) -> Iterator[Path]:
     """
     with filling(output) as aside:
         yield aside
-        again = read_drafter(aside, num_target_layers=drafter.spec.num_target_layers)
+        path = next(aside.glob("*.gguf"), aside)
+        again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
         if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
             raise ValueError(f"{output} does not read back as it was written; do not serve it")
         files = [file.name for file in aside.iterdir()]
@@ -159,7 +160,7 @@ def count_layers(target: str) -> int:
 
 
 def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
-    """Read a folder of any known format, or a file of an engine, also the only one of a folder, with its weights.
+    """Read a folder of any known format, or a file of an engine, with its weights.
 
     Raises:
         ValueError: see `Engine.read` and `make_drafter`.

@@ -91,7 +91,6 @@ class Gguf(Engine):
     title = "llama.cpp"
     reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
     layout = "gguf"
-    library = "gguf"
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
 ```bash
@@ -150,16 +149,12 @@ probability; try a few values on your prompts.
         return path
 
     def is_written(self, path):
-        """See `Engine`; a folder may hold the file."""
-        return path.suffix == ".gguf" or not (path / "config.json").exists() and any(path.glob("*.gguf"))
+        """See `Engine`."""
+        return path.suffix == ".gguf"
 
     def read(self, path, num_target_layers):
         """See `Engine`."""
-        files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            names = " and ".join(file.name for file in files)
-            raise ValueError(f"{path} has {names}, and each may be another drafter; name one of the files")
-        return read_gguf(files[0], num_target_layers)
+        return read_gguf(path, num_target_layers)
 
 
 def gguf_name(name: str) -> str:

@@ -14,7 +14,6 @@ from dpace.decode.loop import generate_plain
 from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines import EngineName, engine_of
 from dpace.engines.card import engine_sections
-from dpace.engines.export import import_drafter
 from dpace.measure.results import write_results
 from dpace.system.ledger import MARKER
 from dpace.system.provenance import fingerprint
@@ -117,10 +116,6 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
         assert "tensors read back bit for bit" in printed
         before = names
     assert set(read_json(out / MARKER)["files"]) == {*before, "README.md"}
-    (out / "config.json").unlink()
-    shutil.copy(out / "own.gguf", out / "other.gguf")
-    with pytest.raises(ValueError, match=r"has other.gguf and own.gguf.*name one"):
-        import_drafter(out, tmp_path / "again", target=str(language_folder))
 
 
 @quiet
