@@ -5,7 +5,6 @@ whether they can be read, fit one another, and have the published layout. Then t
 prompts, and its tau is measured as the config says and as other values would have it.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -164,7 +163,11 @@ def compare(
     """Compare a config with the one that dpace would write of its spec for this target."""
     own = replace(spec, **facts_of(target), special_token_ids={})
     expected = own.published(own.config().to_dict()) | dict.fromkeys(SPELLINGS, own.rope_parameters)
-    config = {"dtype": found.get("torch_dtype"), **found, **dict.fromkeys(SPELLINGS), **read_spellings(found)}
+    spelled = {
+        key: attempt(key, lambda names=names: read_rope({name: found.get(name) for name in names}))[0]
+        for key, names in SPELLINGS.items()
+    }
+    config = {"dtype": found.get("torch_dtype"), **found, **spelled}
     stored = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
     facts = {"target": target.short_name, "dtype": dtype_name(target.model.dtype), "thinking": target.thinking}
     expected["dtype"] = " and ".join(sorted(stored)) or config["dtype"]
@@ -181,15 +184,6 @@ def compare(
             if key == "block_size" and look_up(config, "dflash_config.block_size") is None:
                 result = "fails"  # where it is absent, engines refuse the folder, or take 16
             yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else fix)
-
-
-def read_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary embedding as each spelling alone says it; spellings that say nothing are left out."""
-    found = {}
-    for key, names in SPELLINGS.items():
-        with contextlib.suppress(ValueError):
-            found[key] = read_rope({name: config.get(name) for name in names})
-    return found
 
 
 def look_up(config: Mapping[str, Any], path: str) -> Any:

@@ -81,13 +81,5 @@ class CandidateSelectorSizes(SelectorSizes):
         """See `SelectorSizes`."""
         return {"head": self.name, "head_candidates": self.top_k, "head_width": self.rank}
 
-    def config_keys(self):
-        """See `SelectorSizes`."""
-        return {"selector_rank": self.rank, "selector_top_k": self.top_k}
-
-    def describe(self, spec):
-        """See `SelectorSizes`."""
-        return f"DFlash2's candidate selector, over the {self.top_k} best tokens of each slot, of rank {self.rank}"
-
 
 SIZES = CandidateSelectorSizes

@@ -105,6 +105,7 @@ class LiLiCorrSizes(SelectorSizes):
     """Sizes and constants of a LiLiCorr selector."""
 
     name = "lilicorr"
+    prefix = "lilicorr_"
     architecture = "LiLiCorrDraftModel"
     selector = LiLiCorrSelector
     older_names = OLDER_NAMES
@@ -159,12 +160,9 @@ class LiLiCorrSizes(SelectorSizes):
             )
         super().check(spec)
 
-    def describe(self, spec):
-        """See `SelectorSizes`."""
-        return (
-            f"LiLiCorr, over the {self.candidate_topk} best tokens of each slot, {self.num_layers} layers of width "
-            f"{self.width(spec)}"
-        )
+    def config_keys(self):
+        """See `SelectorSizes`; engines choose the network by the first two."""
+        return {"projector_type": self.name, "lilicorr_enabled": True, **super().config_keys()}
 
 
 SIZES = LiLiCorrSizes

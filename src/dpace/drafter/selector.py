@@ -306,8 +306,8 @@ class SelectorSizes:
 
     name: ClassVar[str]
     """Its choice of `--drafter.head`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
-    prefix: ClassVar[str] = ""
-    """What its keys in `dflash_config` begin with; its name and an underscore where this is empty."""
+    prefix: ClassVar[str]
+    """What its keys in `dflash_config` begin with."""
     architecture: ClassVar[str]
     """Name of its networks in published configs."""
     with_convolutions: ClassVar[str] = ""
@@ -345,9 +345,4 @@ class SelectorSizes:
 
     def config_keys(self) -> dict[str, Any]:
         """Return what it adds to `dflash_config`."""
-        sizes = {f"{self.name}_{key}": value for key, value in vars(self).items()}
-        return {"projector_type": self.name, f"{self.name}_enabled": True, **sizes}
-
-    def describe(self, spec: Any) -> str:
-        """Say what it is, for the model card."""
-        return self.name
+        return {f"{self.prefix}{key}": value for key, value in vars(self).items()}

@@ -348,7 +348,7 @@ def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Selector
     for name, sizes in SELECTORS.items():
         network = dpace.modeling_dflash.SELECTORS[name]
         if network.is_in(nested) or sizes.architecture in str(config.get("architectures")):
-            prefix = sizes.prefix or f"{name}_"
+            prefix = sizes.prefix
             values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
             return read_values(sizes, values, prefix)
     return None

@@ -51,7 +51,7 @@ def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
     assert "lilicorr.feature_mlp.up_proj.weight" in files
     assert not any("selector" in name for name in files)
     card = (path / "README.md").read_text()
-    assert "| head | LiLiCorr, over the 4 best tokens" in card
+    assert "| head | `--drafter.head lilicorr`: projector_type lilicorr" in card
     assert "--to gguf --plain" in card and "from transformers" not in card
 
 
