@@ -151,14 +151,16 @@ class DrafterSpec:
         return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
 
     @property
-    def layer_keys(self) -> dict[str, int]:
-        """What its layers add to `dflash_config`.
+    def network_keys(self) -> dict[str, Any]:
+        """What its layers and its selector add to `dflash_config`.
 
         Beside convolutions, engines want a selector; one of zeros changes nothing. llama.cpp wants its
         k (k + 1) <= hidden size.
         """
         keys = {name: getattr(self, name) for name in LAYER_SIZES if getattr(self, name)}
-        if not self.conv_kernel_size or self.selector:
+        if self.selector:
+            return keys | self.selector.config_keys()
+        if not self.conv_kernel_size:
             return keys
         top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
         return {**keys, "selector_rank": 1, "selector_top_k": top_k}
@@ -244,8 +246,7 @@ class DrafterSpec:
             self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
         )
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
-        dflash = {name: values[name] for name in nested if name in values} | self.layer_keys
-        dflash |= self.selector.config_keys() if self.selector else {}
+        dflash = {name: values[name] for name in nested if name in values} | self.network_keys
         attention = {
             "layer_types": list(self.layer_types) or ["full_attention"] * self.num_layers,
             "use_sliding_window": self.sliding_window is not None,

@@ -269,8 +269,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     config = spec.config()
     values = {
         **{name: getattr(config, published, None) for published, name in FIELDS.items()},
-        **spec.layer_keys,
-        **(spec.selector.config_keys() if spec.selector else {}),
+        **spec.network_keys,
         "attention.value_length": spec.head_dim,
         "rope.freq_base": spec.rope_parameters["rope_theta"],
         "attention.causal": spec.is_causal,
