@@ -242,7 +242,7 @@ def export_all(
 
     def write(name: str, place: Path, to: Any, **more: Any) -> Path:
         about = {"drafter": str(place), "target": target.name, "target_gguf": gguf if to == "gguf" else None}
-        return export(place, target, ExportConfig(to=to, output=str(folder / f"dflash-{name}"), **about, **more)).path
+        return export(place, target, ExportConfig(to=to, output=str(folder / f"dflash-{name}"), **about, **more))
 
     folders = {name: write(name, whole, name) for name in ("zlab", "speculators")}
     if (source / VOCABULARY_FILE).exists():
@@ -259,7 +259,7 @@ def main(
     target: tyro.conf.Positional[str],
     drafter: tyro.conf.Positional[str],
     gguf: str | None = None,
-    precisions: tuple[str, ...] = ("float16", "q8_0"),
+    precisions: tuple[str, ...] = ("float16",),
     vllm_python: str | None = None,
     prompts: int = 2,
     tokens: int = 64,

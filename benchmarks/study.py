@@ -72,7 +72,6 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "growing-head": ("dpace", HEAD | GROWING),
     "growing-head-4": ("dpace", HEAD | GROWING | {"drafter.head_candidates": 4}),
     "growing-selector": ("dpace", GROWING | {"drafter.head": "candidate_selector"}),
-    "growing-head-walk": ("dpace", HEAD | GROWING | {"loss.head_weights": "walk"}),
 }
 """By the study's names: the objective, as `dpace compare` takes it, and other changes of the recipe."""
 KINDS = {

@@ -324,7 +324,7 @@ def random_drafter_gguf(random_drafter_folder, language_target, target_gguf, tmp
     """The same as a file of llama.cpp."""
     names = {"drafter": "x", "output": str(tmp_path_factory.mktemp("gguf")), "target": "some/target"}
     config = ExportConfig(to="gguf", target_gguf=str(target_gguf), **names)
-    return export(random_drafter_folder, language_target, config).path.read_bytes()
+    return export(random_drafter_folder, language_target, config).read_bytes()
 
 
 @pytest.fixture(scope="session")

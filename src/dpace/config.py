@@ -190,11 +190,6 @@ class LossConfig:
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
-    head_weights: Literal["mean", "objective", "walk"] = "mean"
-    """How much each slot counts in LiLiCorr's loss; in the selector's, as much as in the drafter's.
-    mean: all slots before the first whose token is no candidate count alike, as published.
-    objective: by the objective's weights from the probabilities of the head's walk. walk: the same, which then are the
-    drafter's weights too."""
     head_penalty: PositiveOrZero = 0.25
     """Weight of LiLiCorr's penalty for choices that the target dislikes; 0 saves the target's upper layers."""
 

@@ -86,21 +86,6 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
 
 
 @torch.no_grad()
-def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
-    """Weigh each slot by the exact gradient of the smoothed surrogate.
-
-    `w[j] = dpace_weights[j] * (1 - alpha) q[j] / q~[j]`: the gradient of `sum over m of product over i <= m of q~[i]`
-    with respect to `log q[j]`. D-PACE leaves the last factor out, and so trains hardest the slots that are still wrong.
-    With the factor, the gradient vanishes where `q` is small. The two agree at `alpha = 0`. Arguments, returns and
-    errors as in `dpace_weights`.
-
-    Source: D-PACE (arXiv 2605.18810), the derivative of equation 7 written out.
-    """
-    share = (1 - alpha) * token_probs.float() / smoothed(token_probs, is_scored, alpha).clamp_min(_TINY)
-    return dpace_weights(token_probs, is_scored, alpha) * share
-
-
-@torch.no_grad()
 def bv_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by its share in the logarithm of the expected accepted length.
 
@@ -113,27 +98,6 @@ def bv_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5)
     """
     total = dpace_confidence_only_weights(token_probs, is_scored, alpha).sum(-1, keepdim=True)
     return dpace_weights(token_probs, is_scored, alpha) / total.clamp_min(_TINY)
-
-
-@torch.no_grad()
-def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored) -> Weights:
-    """Weigh each slot by 1 plus its share in the undetached chain reward.
-
-    The loss `sum over k of -log q[k] - 1 / slots * sum over m of product over i <= m of q[i]` has a reward that is
-    neither smoothed nor detached. Its gradient is that of cross-entropy weighed by `1 + 1 / slots *
-    dpace_weights(q, alpha=0)`, with `slots` the number of scored slots of the block.
-
-    Args:
-        token_probs: `q`, in [0, 1].
-        is_scored: slots that count.
-
-    Returns:
-        fp32 weights, detached.
-
-    Source: Teaching Diffusion to Speculate Left-to-Right (arXiv 2606.11552), the chain reward as an additive term.
-    """
-    num_slots = is_scored.sum(-1, keepdim=True).clamp_min(1)
-    return is_scored + dpace_weights(token_probs, is_scored, alpha=0.0) / num_slots
 
 
 def _behind_rejection(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block slot"]:

@@ -73,11 +73,8 @@ KINDS = {
     "dflash": Case(),
     "convolutions": Case({"conv_kernel_size": 2}),
     "lilicorr": Case(LILICORR),
-    "lilicorr walk": Case(
-        {**LILICORR, "conv_kernel_size": 2}, LossConfig(head_weights="walk", head_penalty=0.0, vocabulary="seen")
-    ),
+    "lilicorr seen": Case({**LILICORR, "conv_kernel_size": 2}, LossConfig(head_penalty=0.0, vocabulary="seen")),
     "candidate selector": Case({"head": "candidate_selector", "head_candidates": 4, "conv_kernel_size": 2}),
-    "lilicorr objective": Case(LILICORR, LossConfig(head_weights="objective"), steps=4, is_decoded=False),
     "from anchor": Case(from_anchor=True),
     "causal": Case({"causal": True}),
     "window": Case({"sliding_window": 9, "full_layers": (0,)}),
@@ -89,7 +86,7 @@ KINDS = {
     ),
 }
 OBJECTIVES = (
-    "dflash dpace-confidence-only dpace-continuation-only dpace-exact chain-reward vat spec-auf uniform medusa "
+    "dflash dpace-confidence-only dpace-continuation-only vat spec-auf uniform medusa "
     "dpace+kl dpace+lk dpace+overlap dpace+kl+overlap"
 ).split()
 CASES = {

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpace.drafter import load_drafter
-from dpace.drafter.files import read_folder
+from dpace.drafter.spec import read_folder
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.engines import EngineName, ExportConfig
 from dpace.engines.export import export, import_drafter

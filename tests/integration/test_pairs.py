@@ -242,7 +242,7 @@ PAIRS |= {
         "drafter/provenance.json",
     ),
     "options of a head": Pair(
-        f"train {RECIPE} {HEAD} --drafter.head-width 16 --loss.head-weights walk --loss.head-penalty 0",
+        f"train {RECIPE} {HEAD} --drafter.head-width 16 --loss.head-penalty 0",
         "drafter/provenance.json",
     ),
     "from a drafter with a head": Pair(
@@ -255,12 +255,12 @@ PAIRS |= {
         f"train {RECIPE} --drafter.conv-kernel-size 2 --drafter.head candidate_selector --drafter.head-candidates 4; "
         "doctor {out}/drafter --target {target} --engine zlab; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
-        "train {recipe} --output {out}/c --drafter.init {out}/g",
+        "train {recipe} --output {out}/c --drafter.init {out}/g/{file}",
         "c/drafter/provenance.json",
     ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
-        f"train {RECIPE} --drafter.init {{out}}/g",
+        f"train {RECIPE} --drafter.init {{out}}/g/{{file}}",
         "drafter/provenance.json",
     ),
     "compare, own answers": Pair(
@@ -294,8 +294,8 @@ PAIRS |= {
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
     "plan, an option of a head, no head": Pair(
-        f"plan {RECIPE} --loss.head-weights walk",
-        refused="--loss.head-weights is walk, and the drafter has no head that reads it; add --drafter.head",
+        f"plan {RECIPE} --loss.head-penalty 0.5",
+        refused="--loss.head-penalty is 0.5, and the drafter has no head that reads it; add --drafter.head",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(
@@ -391,6 +391,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
         "drafter": drafter,
         "other": shutil.copytree(drafter, folder / "other" / "drafter"),
         "gguf": target_gguf,
+        "file": f"dflash-{language_folder.name}-bfloat16.gguf",
         "quantized": write_fp8(language_folder, folder / "quantized"),
         "adapter": write_adapter(shutil.copytree(language_folder, folder / "base"), width=48),
     }

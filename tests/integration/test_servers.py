@@ -94,7 +94,7 @@ def test_llamacpp_reports_what_we_count(
     language_target, language_drafter_folder, language_drafter, language_prompts, target_gguf, tmp_path
 ):
     names = {"drafter": "x", "target": "x", "output": str(tmp_path / "gguf"), "target_gguf": str(target_gguf)}
-    drafter = str(export(language_drafter_folder, language_target, ExportConfig(to="gguf", **names)).path)
+    drafter = str(export(language_drafter_folder, language_target, ExportConfig(to="gguf", **names)))
     prompts = make_prompts(language_prompts[50:56])
     served = llamacpp(target_gguf, drafter=drafter, num_draft_tokens=5)
     with served as address, llamacpp(target_gguf) as plain:

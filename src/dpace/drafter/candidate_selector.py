@@ -8,12 +8,10 @@ Source: DFlash2, z-lab/dflash; the loss is ours.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpace.drafter.lattice import LatticeSelector, candidates_of, log_odds_of, with_rest
-from dpace.drafter.selector import SelectorSizes, leading_matches
+from dpace.drafter.selector import LatticeSelector, SelectorSizes
 from dpace.drafter.values import Count
-from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import candidate_logits
 
 
@@ -27,36 +25,6 @@ class CandidateSelector(LatticeSelector):
         first = last_ids[:, None, None].expand(-1, 1, self.num_candidates)
         previous = torch.cat([first, candidates[:, :-1]], dim=1)
         return self.network(self.network.queries(previous, hidden), candidates) + log_probs[..., None, :]
-
-    def match(self, found, rows):
-        """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label.
-
-        Up to its first miss, a walk stands on the labels.
-        """
-        blocks = found.blocks
-        previous = nn.functional.pad(blocks.labels[..., :-1], (1, 0))[..., None]
-        states = torch.cat([found.hidden, self.network.queries(previous, found.hidden)[..., 0, :]], dim=-1)
-
-        def judge(states: Tensor, labels: Tensor) -> Tensor:
-            candidates, scores, _ = self._choices(states, rows)
-            is_true = candidates == labels[:, None]
-            chosen = scores.argmax(-1, keepdim=True)
-            return torch.stack([is_true.gather(1, chosen)[:, 0], is_true[:, 0], is_true.any(-1)])
-
-        return states, leading_matches(states, judge, blocks.labels, blocks.is_scored)[:, 0]
-
-    def scores(self, states, rows):
-        """See `Selector`."""
-        _, scores, log_odds = self._choices(states, rows)
-        return with_rest(scores, log_odds)
-
-    def _choices(self, states: Tensor, rows: DraftRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Return slots' candidates, their scores after one token each, and the candidates' log-odds."""
-        rank = self.network.hidden_projection.out_features
-        log_probs, index = candidates_of(rows.logits(states[:, :-rank]), self.num_candidates)
-        candidates = rows.tokens(index)
-        added = self.network(states[:, None, -rank:], candidates)[:, 0]
-        return candidates, log_probs + added, log_odds_of(log_probs)
 
     def add_loss(self, scores, found, scorer, whole_blocks):
         """Add the cross-entropy of the target's token among the candidates, after its own token before.
@@ -112,14 +80,6 @@ class CandidateSelectorSizes(SelectorSizes):
     def options(self, spec):
         """See `SelectorSizes`."""
         return {"head": self.name, "head_candidates": self.top_k, "head_width": self.rank}
-
-    def config_keys(self):
-        """See `SelectorSizes`."""
-        return {"selector_rank": self.rank, "selector_top_k": self.top_k}
-
-    def describe(self, spec):
-        """See `SelectorSizes`."""
-        return f"DFlash2's candidate selector, over the {self.top_k} best tokens of each slot, of rank {self.rank}"
 
 
 SIZES = CandidateSelectorSizes

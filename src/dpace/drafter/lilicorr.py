@@ -6,16 +6,15 @@ Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from dpace.drafter.lattice import Lattice, LatticeSelector, rows_after
-from dpace.drafter.selector import SelectorSizes
+from dpace.drafter.selector import Lattice, LatticeSelector, SelectorSizes, rows_after
 from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
-from dpace.loss import Slots, candidate_logits
+from dpace.loss import candidate_logits
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
@@ -42,7 +41,6 @@ class LiLiCorrSelector(LatticeSelector):
     def add_loss(self, scores, found, scorer, whole_blocks):
         """Add the loss of the walk, in blocks all of whose slots are scored."""
         rows = scorer.rows
-        config = scorer.loss
         blocks = found.blocks
         if (whole := whole_blocks) is None:
             whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
@@ -64,32 +62,9 @@ class LiLiCorrSelector(LatticeSelector):
         with scorer.autocast():
             before = found.before.flatten(0, 1)[whole]
             lattice = self.make_lattice(rows, index, log_probs, hidden, last_ids, lambda: before)
-        walk = walk_losses(lattice, labels, target_logits, config.head_penalty)
-        walk_weights = walk.is_candidate.int().cumprod(-1)
-        if config.head_weights != "mean":
-            probs = torch.exp(-scores.nll)
-            probs.flatten(0, 1)[whole, 1:] = walk.probs
-            is_match = scores.is_match.clone()
-            is_match.flatten(0, 1)[whole, 1:] = walk.is_match
-            weights = scorer.weigh(Slots(blocks.is_scored, probs, is_match, None)).detach().float()
-            walk_weights = pick(weights)
-            if config.head_weights == "walk":
-                scores = scores._replace(weights=weights, losses=(weights * scores.token_losses).sum(-1))
-        losses = scores.losses.flatten().index_add(0, whole, (walk_weights * walk.losses).sum(-1))
+        walk = walk_losses(lattice, labels, target_logits, scorer.loss.head_penalty)
+        losses = scores.losses.flatten().index_add(0, whole, walk)
         return scores._replace(losses=losses.view_as(scores.losses))
-
-
-class WalkLosses(NamedTuple):
-    """What a lattice is trained with, where the token before each slot is the target's own."""
-
-    losses: Float[Tensor, "block draft"]
-    """Cross-entropy and penalty, each times its weight; carries the gradient."""
-    probs: Float[Tensor, "block draft"]
-    """Probability of the target's token, detached; 0 where it cannot be taken."""
-    is_candidate: Bool[Tensor, "block draft"]
-    """Whether the target's token is a candidate."""
-    is_match: Bool[Tensor, "block draft"]
-    """Whether the walk takes the target's token."""
 
 
 def walk_losses(
@@ -97,13 +72,13 @@ def walk_losses(
     labels: Int[Tensor, "block draft"],
     target_logits: Float[Tensor, "block draft choice"] | None,
     penalty: float,
-) -> WalkLosses:
-    """Compute the loss of a walk that takes the target's tokens.
+) -> Float[Tensor, " block"]:
+    """Compute the loss of a walk that takes the target's tokens, in each block.
 
-    With `r` the softmax of a slot's scores after the target's token before, it is `CE_WEIGHT * -log r[true]`, and
-    `penalty` times `sum of r[j] * max(0, l[true] - l[j])`, where `l` are the target's logits: a wrong choice costs as
-    much as the target dislikes it. A token that is no candidate is not put among them: its slot, and the one behind it,
-    have no loss.
+    It is a sum over the slots before the first whose token is no candidate. With `r` the softmax of a slot's scores
+    after the target's token before, a slot adds `CE_WEIGHT * -log r[true]`, and `penalty` times
+    `sum of r[j] * max(0, l[true] - l[j])`, where `l` are the target's logits: a wrong choice costs as much as the
+    target dislikes it.
 
     Args:
         lattice: of whole blocks.
@@ -114,7 +89,7 @@ def walk_losses(
     Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
     """
     is_true = lattice.candidates == labels[..., None]
-    is_candidate = is_true.any(-1)
+    is_counted = is_true.any(-1).int().cumprod(-1)
     index = is_true.int().argmax(-1)
     log_probs = rows_after(lattice, index).log_softmax(-1)
     own = log_probs.gather(-1, index[..., None])[..., 0]
@@ -122,9 +97,7 @@ def walk_losses(
     if target_logits is not None:
         worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)
         losses = losses + penalty * (log_probs.exp() * worse).sum(-1)
-    can_take = is_candidate & nn.functional.pad(is_candidate[:, :-1], (1, 0), value=True)
-    is_match = can_take & (log_probs.argmax(-1) == index)
-    return WalkLosses(losses * can_take, own.detach().exp() * can_take, is_candidate, is_match)
+    return (is_counted * losses).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +105,7 @@ class LiLiCorrSizes(SelectorSizes):
     """Sizes and constants of a LiLiCorr selector."""
 
     name = "lilicorr"
+    prefix = "lilicorr_"
     architecture = "LiLiCorrDraftModel"
     selector = LiLiCorrSelector
     older_names = OLDER_NAMES
@@ -186,12 +160,9 @@ class LiLiCorrSizes(SelectorSizes):
             )
         super().check(spec)
 
-    def describe(self, spec):
-        """See `SelectorSizes`."""
-        return (
-            f"LiLiCorr, over the {self.candidate_topk} best tokens of each slot, {self.num_layers} layers of width "
-            f"{self.width(spec)}"
-        )
+    def config_keys(self):
+        """See `SelectorSizes`; engines choose the network by the first two."""
+        return {"projector_type": self.name, "lilicorr_enabled": True, **super().config_keys()}
 
 
 SIZES = LiLiCorrSizes

@@ -1,7 +1,8 @@
-"""How the tokens of a draft are chosen from what the network computes for each slot; here, each slot's own best one.
+"""How the tokens of a draft are chosen from what the network computes for each slot.
 
-Another selector is a file with a subclass of `Selector` and one of `SelectorSizes`. Training, measuring and decoding
-call the methods of the first, and files and options those of the second. They know no more of it.
+Here are each slot's own best token, and a walk through scores of each candidate after each one of the slot before. A
+selector with a network of its own is a file with a subclass of `LatticeSelector` and one of `SelectorSizes`. Training,
+measuring and decoding call the methods of the first, and files and options those of the second, and know no more of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,22 +115,186 @@ class Selector:
         return probs.expand(len(tokens), -1, -1)
 
     def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
-        """Find the slots of a text's blocks that greedy verification accepts.
+        """Find the slots of a text's blocks that greedy verification accepts: those before its first wrong draft.
+
+        Blocks that are right so far go on with twice as many slots, so little more than tau rows of a block are read.
 
         Returns:
             States of the slots, "1 block slot state", of which `scores` makes those of a draft; and the accepted slots,
             as they are drafted, and behind that in the other ways of `Acceptance.bounds`.
         """
-        blocks = found.blocks
-
-        def judge(hidden: Tensor, labels: Tensor) -> Tensor:
-            return rows.tokens(rows.logits(hidden).argmax(-1))[None] == labels
-
-        return found.hidden, leading_matches(found.hidden, judge, blocks.labels, blocks.is_scored)[:, 0]
+        labels, is_scored = found.blocks.labels, found.blocks.is_scored
+        is_match = torch.zeros_like(is_scored)
+        is_right = torch.ones_like(is_scored[..., 0])
+        start = 1
+        while start < found.blocks.block_size and is_right.any():
+            at = slice(start, 2 * start)
+            is_tried = is_right[..., None] & is_scored[..., at]
+            parts = found.hidden[..., at, :][is_tried].split(SCORED_ROWS)
+            tokens = torch.cat([rows.tokens(rows.logits(part).argmax(-1)) for part in parts])
+            is_match[..., at][is_tried] = tokens == labels[..., at][is_tried]
+            is_right = is_match[..., at].all(-1)
+            start *= 2
+        is_accepted = is_match[..., 1:].int().cumprod(-1).bool()
+        return found.hidden, nn.functional.pad(is_accepted, (1, 0))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Turn states of `match` into scores of a `Draft`."""
         return rows.logits(states)
+
+
+def draw_draft(
+    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: Any
+) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    """Draw each slot's token from its logits; see `Selector.draw`.
+
+    Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
+    """
+    if not sampler.processors:
+        probs = sampler.probs(sampler.scores(logits, text))
+        return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
+    drawn = []
+    rows = []
+    for slot in logits:
+        probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
+        drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
+        rows.append(probs)
+    return torch.tensor(drawn, device=logits.device), torch.cat(rows)
+
+
+class Lattice(NamedTuple):
+    """A head's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft."""
+
+    candidates: Int[Tensor, "batch draft choice"]
+    """Tokens, the drafter's best first."""
+    scores: Float[Tensor, "batch draft choice choice"]
+    """Scores of a slot's candidates after each candidate of the slot before; in the first slot all are after the
+    anchor."""
+    log_odds: Float[Tensor, "batch draft"]
+    """Logarithm of the odds that a slot's token is a candidate, in the drafter's softmax."""
+
+
+class LatticeSelector(Selector):
+    """Walks through the lattice of a block's candidates; shapes and arguments are those of `Selector`."""
+
+    def __init__(self, drafter: Any):
+        super().__init__(drafter)
+        self.num_candidates = self.network.num_candidates
+
+    @property
+    def network(self) -> Any:
+        """Its network in the drafter."""
+        return getattr(self.drafter, self.name)
+
+    def score(
+        self, rows, candidates, log_probs, hidden, last_ids, before
+    ) -> Float[Tensor, "block draft choice choice"]:
+        """Compute `Lattice.scores` from its candidates and the other arguments of `make_lattice`."""
+        raise NotImplementedError
+
+    def make_lattice(
+        self,
+        rows: DraftRows,
+        index: Int[Tensor, "block draft choice"],
+        log_probs: Float[Tensor, "block draft choice"],
+        hidden: Float[Tensor, "block draft hidden"],
+        last_ids: Int[Tensor, " block"],
+        before: Callable[[], Float[Tensor, "block hidden"]],
+    ) -> Lattice:
+        """Score the candidates of blocks.
+
+        Args:
+            rows: of the tokens that may be drafted.
+            index: the best of these rows at each slot.
+            log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
+            hidden: final hidden states of the slots.
+            last_ids: see `Selector.propose`, as the next one.
+            before: returns what the drafter's attention reads of the token before each anchor.
+        """
+        candidates = rows.tokens(index)
+        scores = self.score(rows, candidates, log_probs, hidden, last_ids, before)
+        log_odds = log_probs.detach().exp().sum(-1).logit(eps=1e-6)
+        return Lattice(candidates, scores, log_odds)
+
+    def propose(self, rows, hidden, last_ids, before, width):
+        """Walk through the lattice of all slots, as in training, and propose the first tokens."""
+        states = hidden[:, 1:]
+        logits = rows.logits(states.flatten(0, 1)).float().unflatten(0, states.shape[:2])
+        top, index = logits.topk(self.num_candidates)
+        log_probs = top - logits.logsumexp(-1, keepdim=True)
+        lattice = self.make_lattice(rows, index, log_probs, states, last_ids, before)
+        tokens, scores = take_walk(lattice)
+        return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
+
+    def draw(self, draft, num_drawn, rows, text, sampler):
+        """Draw the tokens from the lattice, a slot after the other.
+
+        A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
+        Filters and processors of the target do not matter: any distribution keeps the target's text, if it is the one
+        drawn from.
+        """
+        lattice = draft.lattice
+        index = 0
+        chosen = []
+        for scores in lattice.scores[0, :num_drawn]:
+            probs = (scores[index] / sampler.temperature).softmax(-1)
+            index = torch.multinomial(probs, 1, generator=sampler.generator)[0]
+            chosen.append(index)
+        tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(chosen)[:, None])[:, 0]
+        return tokens, self.chances(draft, tokens[None], rows, sampler)[0]
+
+    def chances(self, draft, tokens, rows, sampler):
+        """Score the candidates after each token before; after one that is no candidate, as after the first."""
+        lattice = Lattice(*(values.expand(len(tokens), *values.shape[1:]) for values in draft.lattice))
+        candidates = lattice.candidates[:, : tokens.shape[1]]
+        index = (candidates == tokens[..., None]).int().argmax(-1)
+        probs = (rows_after(lattice, index) / sampler.temperature).softmax(-1)
+        return probs.new_zeros(*tokens.shape, len(rows.target.head.weight)).scatter_(2, candidates, probs)
+
+    def match(self, found, rows):
+        """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
+        labels = found.blocks.labels[0, :, 1:]
+        num_slots = labels.shape[1]
+        inputs = found.hidden[0], found.blocks.labels[0, :, 0], found.before[0]
+        parts = [states.split(max(1, SCORED_ROWS // num_slots)) for states in inputs]
+        drafts = [
+            self.propose(rows, hidden, last_ids, lambda before=before: before, num_slots + 1)
+            for hidden, last_ids, before in zip(*parts, strict=True)
+        ]
+        tokens, scores, lattices = zip(*drafts, strict=True)
+        is_true = torch.cat([lattice.candidates for lattice in lattices]) == labels[..., None]
+        is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
+        is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
+        return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
+
+    def scores(self, states, rows):
+        """Return the states, which are scores."""
+        return states
+
+
+def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice_or_rest"]]:
+    """Take the best candidate of each slot after that of the slot before; on ties the drafter's better one.
+
+    Returns:
+        The tokens; and the scores that each was the best of, with a last one for all tokens that are no candidates: in
+        the softmax it has the share that the drafter gives them.
+    """
+    best = lattice.scores.argmax(-1)
+    taken = [best[:, 0, :1]]
+    for of_slot in best[:, 1:].unbind(1):
+        taken.append(of_slot.gather(1, taken[-1]))
+    index = torch.cat(taken, dim=1)
+    scores = rows_after(lattice, index)
+    rest = scores.logsumexp(-1) - lattice.log_odds
+    tokens = lattice.candidates.gather(-1, index[..., None])[..., 0]
+    return tokens, torch.cat([scores, rest[..., None]], dim=-1)
+
+
+def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:
+    """Return the scores of the first slots' candidates, each after the candidate `index` of the slot before."""
+    scores = lattice.scores[:, : index.shape[1]]
+    before = nn.functional.pad(index[:, :-1], (1, 0))[..., None, None]
+    return scores.gather(2, before.expand(-1, -1, 1, scores.shape[-1]))[:, :, 0]
 
 
 @dataclass(frozen=True)
@@ -141,8 +306,8 @@ class SelectorSizes:
 
     name: ClassVar[str]
     """Its choice of `--drafter.head`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
-    prefix: ClassVar[str] = ""
-    """What its keys in `dflash_config` begin with; its name and an underscore where this is empty."""
+    prefix: ClassVar[str]
+    """What its keys in `dflash_config` begin with."""
     architecture: ClassVar[str]
     """Name of its networks in published configs."""
     with_convolutions: ClassVar[str] = ""
@@ -180,64 +345,4 @@ class SelectorSizes:
 
     def config_keys(self) -> dict[str, Any]:
         """Return what it adds to `dflash_config`."""
-        sizes = {f"{self.name}_{key}": value for key, value in vars(self).items()}
-        return {"projector_type": self.name, f"{self.name}_enabled": True, **sizes}
-
-    def describe(self, spec: Any) -> str:
-        """Say what it is, for the model card."""
-        return self.name
-
-
-def draw_draft(
-    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: Any
-) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
-    """Draw each slot's token from its logits; see `Selector.draw`.
-
-    Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
-    """
-    if not sampler.processors:
-        probs = sampler.probs(sampler.scores(logits, text))
-        return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
-    drawn = []
-    rows = []
-    for slot in logits:
-        probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
-        drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
-        rows.append(probs)
-    return torch.tensor(drawn, device=logits.device), torch.cat(rows)
-
-
-def leading_matches(
-    states: Float[Tensor, "batch block slot state"],
-    judge: Callable[[Tensor, Tensor], Bool[Tensor, "way row"]],
-    labels: Int[Tensor, "batch block slot"],
-    is_scored: Bool[Tensor, "batch block slot"],
-) -> Bool[Tensor, "way batch block slot"]:
-    """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
-
-    Blocks that are right so far go on with twice as many slots, so little more than tau rows of a block are judged, in
-    few products.
-
-    Args:
-        states: of the slots.
-        judge: says of states and labels, "row", which drafts are right, in one way or in several, of which the last is
-            right wherever another one is. It gets `SCORED_ROWS` at most.
-        labels: the target's tokens.
-        is_scored: slots that count.
-    """
-    found = []
-    is_right = torch.ones_like(is_scored[..., 0])
-    num_slots = labels.shape[-1]
-    start = 1
-    while start < num_slots and (not found or is_right.any()):
-        at = slice(start, 2 * start)
-        is_tried = is_right[..., None] & is_scored[..., at]
-        parts = zip(*(x[..., at, :][is_tried].split(SCORED_ROWS) for x in (states, labels[..., None])), strict=True)
-        judged = torch.cat([judge(rows, own[:, 0]) for rows, own in parts], dim=-1)
-        is_match = judged.new_zeros(len(judged), *is_tried.shape)
-        is_match[:, is_tried] = judged
-        found.append(is_match)
-        is_right = is_match[-1].all(-1)
-        start *= 2
-    is_accepted = torch.cat(found, dim=-1).int().cumprod(-1).bool()
-    return nn.functional.pad(is_accepted, (1, num_slots - 1 - is_accepted.shape[-1]))
+        return {f"{self.prefix}{key}": value for key, value in vars(self).items()}

@@ -1,23 +1,27 @@
-"""A drafter's description for engines, and its `config.json`.
+"""A drafter's description for engines, its `config.json`, and its folder in the published DFlash layout.
 
 What comes in is a config in any spelling; what goes out is a `DrafterSpec` whose values were checked with pydantic, and
-the config that every engine reads.
+the config that every engine reads. A folder gives its tensors too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field, InstanceOf, Strict
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
-from dpace.config import DrafterConfig
-from dpace.drafter.kinds import read_sizes
+from dpace.config import DrafterConfig, Head
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import (
     COPY_AGAIN,
@@ -32,7 +36,7 @@ from dpace.drafter.values import (
     read_values,
 )
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
-from dpace.system.loading import translate_library_errors
+from dpace.system.loading import read_config, refuse_mismatch, translate_library_errors
 
 WHAT = "the drafter of this config"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,6 +46,13 @@ EITHER = ("block_size", "mask_token_id", "target_layer_ids", "sample_from_anchor
 """Keys that stand in `dflash_config` or at the top level."""
 LAYER_SIZES = ("conv_kernel_size", "conv_group_size")
 """Sizes in `dflash_config` of what a layer has beside DFlash's; 0 or missing in a layer without it."""
+FIX = "copy config and weights again, or `dpace import` the drafter if another program wrote it"
+TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
+"""Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
+SELECTORS: dict[str, type[SelectorSizes]] = {
+    name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(Head)
+}
+"""Sizes of the selectors that there are, a file each; `dpace.modeling_dflash` has their networks."""
 
 
 def are_servable(target_layer_ids: Sequence[int], num_target_layers: int) -> bool:
@@ -140,14 +151,16 @@ class DrafterSpec:
         return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
 
     @property
-    def layer_keys(self) -> dict[str, int]:
-        """What its layers add to `dflash_config`.
+    def network_keys(self) -> dict[str, Any]:
+        """What its layers and its selector add to `dflash_config`.
 
         Beside convolutions, engines want a selector; one of zeros changes nothing. llama.cpp wants its
         k (k + 1) <= hidden size.
         """
         keys = {name: getattr(self, name) for name in LAYER_SIZES if getattr(self, name)}
-        if not self.conv_kernel_size or self.selector:
+        if self.selector:
+            return keys | self.selector.config_keys()
+        if not self.conv_kernel_size:
             return keys
         top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
         return {**keys, "selector_rank": 1, "selector_top_k": top_k}
@@ -233,8 +246,7 @@ class DrafterSpec:
             self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
         )
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
-        dflash = {name: values[name] for name in nested if name in values} | self.layer_keys
-        dflash |= self.selector.config_keys() if self.selector else {}
+        dflash = {name: values[name] for name in nested if name in values} | self.network_keys
         attention = {
             "layer_types": list(self.layer_types) or ["full_attention"] * self.num_layers,
             "use_sliding_window": self.sliding_window is not None,
@@ -294,6 +306,10 @@ class DrafterSpec:
             )
 
 
+SAME_AS_OPTIONS = [name for name in DrafterSpec.__dataclass_fields__ if name in DrafterConfig.__dataclass_fields__]
+"""Options of training that a spec has under the same names."""
+
+
 def own_tables(names: Iterable[str]) -> dict[str, bool]:
     """Return what tensors of these names say in a config: which tables are the drafter's own."""
     return {f"has_own_{name}": f"{name}.weight" in names for name in ("embed_tokens", "lm_head")}
@@ -324,5 +340,94 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default", **rope, "rope_theta": theta}
 
 
-SAME_AS_OPTIONS = [name for name in DrafterSpec.__dataclass_fields__ if name in DrafterConfig.__dataclass_fields__]
-"""Options of training that a spec has under the same names."""
+def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> SelectorSizes | None:
+    """Read the sizes of a selector from a config and its `dflash_config`; None where they have none.
+
+    Raises:
+        ValueError: see `read_values`.
+    """
+    for name, sizes in SELECTORS.items():
+        network = dpace.modeling_dflash.SELECTORS[name]
+        if network.is_in(nested) or sizes.architecture in str(config.get("architectures")):
+            prefix = sizes.prefix
+            values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
+            return read_values(sizes, values, prefix)
+    return None
+
+
+def published_name(name: str) -> str:
+    """Return the name that this project writes for a tensor, which older files may call otherwise."""
+    sizes = SELECTORS.get(name.partition(".")[0], SelectorSizes)
+    for older, newer in sizes.older_names.items():
+        name = name.replace(f".{older}.", f".{newer}.")
+    return name
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a drafter's folder, also in shards.
+
+    Raises:
+        ValueError: damaged weights, or none in safetensors.
+    """
+    tensors = {}
+    with translate_library_errors(f"the drafter {folder}", FIX):
+        for file in sorted(folder.glob("model*.safetensors")):
+            tensors |= {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    if not tensors:
+        raise ValueError(f"the drafter {folder} has no model.safetensors, and pickles are not read; {FIX}")
+    return tensors
+
+
+def read_folder(
+    folder: str | Path, to_published: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> tuple[DrafterSpec, dict[str, Tensor]]:
+    """Read a z-lab or SpecForge folder, also one whose weights are quantized as transformers reads it.
+
+    Args:
+        folder: of the drafter.
+        to_published: turns another layout's config into the published one.
+
+    Returns:
+        The spec, and the weights as they are in the files; quantized ones in fp32.
+
+    Raises:
+        ValueError: no such folder, or a config or tensors that this project does not know.
+    """
+    folder = Path(folder)
+    if (folder / "mask_embedding.pt").exists():
+        raise ValueError(
+            f"{folder} has a mask embedding of its own (mask_embedding.pt), a pickle, which dpace does not open; write "
+            "the target's embedding with this row at mask_token_id into model.safetensors, as embed_tokens.weight"
+        )
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    try:
+        spec = DrafterSpec.from_config(own_tables(tensors) | to_published(config))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    if quantized := read_object(config, "quantization_config"):
+        tensors = read_quantized(folder, spec, quantized)
+    return spec, tensors
+
+
+def read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
+    """Let transformers turn quantized weights into plain ones.
+
+    Memory: all weights in fp32.
+
+    Returns:
+        Tensors by their published names.
+
+    Raises:
+        ValueError: a method or tensors that transformers does not know, or a package that is missing.
+    """
+    config = spec.config()
+    config.quantization_config = quantized
+    what = f"the drafter {folder}, which is quantized ({quantized.get('quant_method')!r:.50})"
+    with translate_library_errors(what, "install what is missing, or take a drafter that is not quantized"):
+        loaded: Any = DFlashDraftModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    model, info = loaded
+    refuse_mismatch(what, info, FIX, unknown=info["unexpected_keys"] - TARGET_TABLES)
+    return model.state_dict()

@@ -9,6 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
+from dpace.recipes.validation import explain
+
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 MAX_LAYERS = 1000
 """Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
@@ -39,13 +41,7 @@ def read_values(kind: type[Made], values: Mapping[str, Any], prefix: str = "") -
     try:
         return adapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        name = f"{prefix}{key}"
-        if first["type"] == "missing":
-            raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
-        fault = first["msg"].replace("Input should be", "it should be")
-        raise ValueError(f"{name} is {values[key]!r:.100}: {fault}; {COPY_AGAIN}") from error
+        raise ValueError(f"in the drafter's config {prefix}{explain(error, kind)}; {COPY_AGAIN}") from error
 
 
 def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -46,30 +46,29 @@ class ExportConfig:
     """Folder or Hub id of the target."""
     target_name: HubName | None = None
     """Hub id of the target for the model card and the config of speculators, as OWNER/NAME; --target by default.
-    It keeps a folder's path out of them, and is needed to push where the target is a folder."""
+    It keeps a folder's path out of them, and is needed with --name where the target is a folder."""
     to: EngineName
     """Engine to write for; gguf is for llama.cpp. All but gguf and speculators read the layout of `dpace train`.
     A drafter that the engine would read wrongly is refused."""
     output: Text
     """Folder that the files are written to."""
+    name: HubName | None = None
+    """Hub id of the drafter for the commands of the model card, as OWNER/NAME; --output by default."""
     target_gguf: Text | None = None
     """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
-    dtype: Literal["keep", "float32", "float16", "bfloat16", "q8_0", "q5_0", "q4_0"] = "keep"
-    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32.
-    q8_0, q5_0 and q4_0 are for GGUF files: 32 numbers share a scale."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
+    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     plain: bool = False
     """Leave out the drafter's head: DFlash's own layout, which engines without LiLiCorr read."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     license: Text = "other"
     """License of the weights for the model card, by the Hub's short name, such as apache-2.0."""
-    push: Text | None = None
-    """Repository on the Hugging Face Hub to upload the folder to; no upload by default."""
 
     @property
-    def name(self) -> str:
-        """What the model card calls the drafter."""
-        return self.push or self.output
+    def served_name(self) -> str:
+        """What engines are to call the drafter."""
+        return self.name or self.output
 
     @property
     def served_target(self) -> str:

@@ -49,9 +49,7 @@ def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -
     }
 
 
-def write_card(
-    path: Path, drafter: Drafter, config: ExportConfig, *, folder: Path, source: Drafter, merging: str = ""
-) -> None:
+def write_card(path: Path, drafter: Drafter, config: ExportConfig, *, folder: Path, source: Drafter) -> None:
     """Write `README.md` beside what was exported.
 
     Args:
@@ -61,11 +59,10 @@ def write_card(
         folder: that the drafter was read from. The card has its `recipe.yaml`, and those rows of the `results.json`
             beside the folder that were measured with these weights.
         source: the drafter that was read.
-        merging: lines that merge the target, where engines cannot serve it as it is.
     """
     spec = drafter.spec
     engine = engine_of(config.to)
-    served = path.name if path.is_file() else config.name
+    served = path.name if path.is_file() else config.served_name
     sections = engine_sections(engine.layout, spec, served, config.served_target)
     recipe = _read_beside(folder / "recipe.yaml", read_recipe)
     results = None if config.plain else _measured(folder, source)
@@ -80,7 +77,6 @@ def write_card(
         spec=spec,
         target=config.served_target,
         is_local=Path(config.served_target).is_dir(),
-        merging=merging,
         tags=[*TAGS, *sections],
         results=results,
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),

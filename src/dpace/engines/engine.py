@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.files import read_folder
-from dpace.drafter.kinds import published_name
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, published_name, read_folder
 from dpace.engines import EngineName, ExportConfig, all_engines
 from dpace.target import Target
 
@@ -42,11 +40,8 @@ class Engine:
     """Its name on pages and in messages."""
     reads: tuple[str, ...] = ("DFlashDraftModel",)
     """What it reads that not every engine does: published names of networks, and `PROPERTIES`."""
-    precisions: tuple[str, ...] = ("keep", "float32", "float16", "bfloat16")
     layout: str = "published"
     """Which files it reads; a model card is for all engines that read the same ones."""
-    library: str = "transformers"
-    """What the Hub reads the files with."""
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
@@ -56,11 +51,6 @@ class Engine:
         Raises:
             ValueError: names the option; or see `fault`.
         """
-        if config.dtype not in self.precisions:
-            raise ValueError(
-                f"--dtype is {config.dtype}, which is not written for {self.title}; take one of "
-                f"{', '.join(self.precisions)}, or --to gguf"
-            )
         if config.target_gguf and self.layout != "gguf":
             raise ValueError(f"--target-gguf is for --to gguf, and this is --to {self.name}; leave it out")
         if fault := self.fault(spec):
@@ -106,7 +96,7 @@ class Engine:
         return spec, tensors
 
     def cast(self, tensor: Tensor, dtype: str) -> Tensor:
-        """Round a tensor to one of `precisions`."""
+        """Round a tensor to the precision of `--dtype`."""
         return tensor if dtype == "keep" or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
@@ -130,7 +120,3 @@ class Engine:
         """
         spec, tensors = read_folder(path)
         return spec, {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in tensors.items()}
-
-    def target_of(self, path: Path) -> str | None:
-        """Return which target the files name; None where they name none."""
-        return None

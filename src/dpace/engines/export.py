@@ -3,25 +3,23 @@
 All that is written is read again and compared with what was to be written, before it takes its place.
 """
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import make_drafter
-from dpace.drafter.files import read_folder
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines import ExportConfig, all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Engine
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, lock_folder, refuse_foreign_files, register_files, remove_files
+from dpace.system.progress import note
 from dpace.system.provenance import fingerprint
 from dpace.target import Target
-from dpace.target.files import find_adapter, find_target_files
+from dpace.target.files import find_target_files
 from dpace.train.identity import RUN_FILE
 
 PATTERNS = ("config.json", "README.md", "model*.safetensors*", "modeling_*.py", "*.gguf")
@@ -62,15 +60,6 @@ def without_selector(spec: DrafterSpec) -> DrafterSpec:
     return replace(spec, selector=None, record=record)
 
 
-class Exported(NamedTuple):
-    """What was written, and read again as it was to be written."""
-
-    path: Path
-    """What an engine is given: the folder, or the GGUF file in it."""
-    files: list[str]
-    """Names of all files."""
-
-
 def check_export(folder: Path, config: ExportConfig) -> None:
     """Refuse an export that cannot be made, before a model is loaded.
 
@@ -90,8 +79,11 @@ def check_export(folder: Path, config: ExportConfig) -> None:
     engine_of(config.to).check(config, replace(spec, has_own_embed_tokens=False, has_own_lm_head=False))
 
 
-def export(folder: str | Path, target: Target, config: ExportConfig) -> Exported:
+def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     """Write a drafter for an engine with a model card, read it again, and compare.
+
+    Returns:
+        What an engine is given: the folder, or the GGUF file in it.
 
     Raises:
         ValueError: see `check_export`; tables of its own that the engine does not read, or files that do not read back
@@ -116,37 +108,10 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Exported
     drafter = make_drafter(spec, {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()})
     if config.dtype == "keep":
         config = replace(config, dtype=dtype_name(drafter.fc.weight.dtype))
-    merging = lines_to_merge(target, config.served_target)
-    if merging:
-        print(
-            f"{config.served_target} is a LoRA adapter, which engines do not serve as a model; merge it, and name the "
-            f"merged model with --target-name:\n{merging}",
-            file=sys.stderr,
-        )
     with _compared(output, drafter) as aside:
         path = engine.write(aside, drafter, config, target)
-        write_card(path, drafter, config, folder=folder, source=source, merging=merging)
-        files = sorted(file.name for file in aside.iterdir())
-    return Exported(output / path.relative_to(aside), files)
-
-
-def lines_to_merge(target: Target, name: str) -> str:
-    """Write the lines of Python that merge a LoRA adapter into its base.
-
-    Args:
-        target: that was loaded.
-        name: what the engine is to call it.
-
-    Returns:
-        The lines; empty where the name is not that of an adapter.
-    """
-    if Path(target.name).resolve() != Path(name).resolve() or not find_adapter(target.name):
-        return ""
-    return (
-        "import peft, transformers\n"
-        f"peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')\n"
-        f"transformers.AutoTokenizer.from_pretrained({target.tokenizer.name_or_path!r}).save_pretrained('merged')"
-    )
+        write_card(path, drafter, config, folder=folder, source=source)
+    return output / path.relative_to(aside)
 
 
 def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
@@ -181,14 +146,15 @@ def _compared(output: Path, drafter: Drafter) -> Iterator[Path]:
     with lock_folder(output):
         with filling(output) as aside:
             yield aside
-            again = read_drafter(aside, num_target_layers=drafter.spec.num_target_layers)
+            path = next(aside.glob("*.gguf"), aside)
+            again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
             if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
                 raise ValueError(f"{output} does not read back as it was written; do not serve it")
             files = [file.name for file in aside.iterdir()]
             register_files(output, *files)
         old = remove_files(output, PATTERNS, keep=files)
     if old:
-        print(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}", file=sys.stderr)
+        note(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}")
 
 
 def count_layers(target: str) -> int:
@@ -197,7 +163,7 @@ def count_layers(target: str) -> int:
 
 
 def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
-    """Read a folder of any known format, or a file of an engine, also the only one of a folder, with its weights.
+    """Read a folder of any known format, or a file of an engine, with its weights.
 
     Raises:
         ValueError: see `Engine.read` and `make_drafter`.
@@ -209,25 +175,3 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 def writer_of(path: Path) -> Engine:
     """Find the engine in whose layout files are; the published one's where they say nothing else."""
     return next((engine for engine in all_engines() if engine.is_written(path)), Engine())
-
-
-def push(folder: str | Path, repo: str, files: Sequence[str]) -> str:
-    """Upload files of a folder to the Hugging Face Hub and return the address.
-
-    The repository is made where it is missing.
-
-    Raises:
-        ValueError: the Hub does not take it.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter", allow_patterns=list(files))
-    except Exception as error:  # the Hub's many ways not to take files
-        raise ValueError(
-            f"the drafter is in {folder}, and the Hub does not take it as {repo} ({error}); check the "
-            "name, the network and `hf auth login`, and run the command again"
-        ) from error
-    return str(address)

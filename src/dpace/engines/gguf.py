@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.kinds import read_sizes
-from dpace.drafter.spec import LAYER_SIZES, DrafterSpec
+from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
 from dpace.system.loading import translate_library_errors
@@ -83,8 +82,6 @@ TENSOR_TYPES = {
     torch.int64: gguf.GGMLQuantizationType.I64,
 }
 DTYPES = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
-QUANTIZED = ("q8_0", "q5_0", "q4_0")
-"""Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
 
 
 class Gguf(Engine):
@@ -93,9 +90,7 @@ class Gguf(Engine):
     name = "gguf"
     title = "llama.cpp"
     reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
-    precisions = (*Engine.precisions, *QUANTIZED)
     layout = "gguf"
-    library = "gguf"
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
 ```bash
@@ -145,27 +140,21 @@ probability; try a few values on your prompts.
 
     def cast(self, tensor, dtype):
         """See `Engine`; llama.cpp needs all but matrices in float32."""
-        if dtype in QUANTIZED or tensor.dim() != 2:
-            return unpack(*pack(super().cast(tensor, "float32"), dtype))
-        return super().cast(tensor, dtype)
+        return super().cast(tensor, dtype if tensor.dim() == 2 else "float32")
 
     def write(self, folder, drafter, config, target):
         """See `Engine`."""
         path = folder / f"dflash-{Path(config.served_target).resolve().name}-{config.dtype}.gguf"
-        write_gguf(path, drafter, str(config.target_gguf), config.dtype)
+        write_gguf(path, drafter, str(config.target_gguf))
         return path
 
     def is_written(self, path):
-        """See `Engine`; a folder may hold the file."""
-        return path.suffix == ".gguf" or not (path / "config.json").exists() and any(path.glob("*.gguf"))
+        """See `Engine`."""
+        return path.suffix == ".gguf"
 
     def read(self, path, num_target_layers):
         """See `Engine`."""
-        files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            names = " and ".join(file.name for file in files)
-            raise ValueError(f"{path} has {names}, and each may be another drafter; name one of the files")
-        return read_gguf(files[0], num_target_layers)
+        return read_gguf(path, num_target_layers)
 
 
 def gguf_name(name: str) -> str:
@@ -174,16 +163,9 @@ def gguf_name(name: str) -> str:
     return NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
 
 
-def pack(tensor: Tensor, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-    """Return the bytes of a tensor for the file, and their type.
-
-    They are those of its own dtype, but for matrices that are to be quantized. A matrix whose rows are no blocks of 32
-    stays as it is.
-    """
+def pack(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+    """Return the bytes of a tensor for the file, and their type."""
     tensor = tensor.detach().cpu().contiguous()
-    if dtype in QUANTIZED and tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
-        kind = gguf.GGMLQuantizationType[dtype.upper()]
-        return gguf.quants.quantize(tensor.numpy(), kind), kind
     # numpy has no bf16: gguf takes its bytes, as those of blocks
     data = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
     return data.numpy(), TENSOR_TYPES[tensor.dtype]
@@ -193,7 +175,7 @@ def unpack(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
     """Return the tensor of such bytes, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
     if kind in DTYPES:
         return torch.from_numpy(np.array(data)).view(DTYPES[kind])
-    return torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
+    return torch.from_numpy(gguf.quants.dequantize(data, kind))
 
 
 class _StrictReader(gguf.GGUFReader):
@@ -237,14 +219,13 @@ def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
     return reader
 
 
-def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path, dtype: str = "keep") -> None:
+def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path) -> None:
     """Write a drafter for llama.cpp.
 
     Args:
         path: of the new file.
-        drafter: matrices in float32, float16, bfloat16, or to be quantized; all other tensors in float32.
+        drafter: matrices in float32, float16 or bfloat16; all other tensors in float32.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
-        dtype: one of `QUANTIZED`, or what the drafter has.
 
     Raises:
         ValueError: see `open_target_gguf`.
@@ -259,7 +240,7 @@ def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path, dtype: str
     for name, tensor in drafter.state_dict().items():
         if name == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
-        data, kinds[name] = pack(tensor, dtype)
+        data, kinds[name] = pack(tensor)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kinds[name])
     mostly = kinds["fc.weight"].name
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])
@@ -288,8 +269,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     config = spec.config()
     values = {
         **{name: getattr(config, published, None) for published, name in FIELDS.items()},
-        **spec.layer_keys,
-        **(spec.selector.config_keys() if spec.selector else {}),
+        **spec.network_keys,
         "attention.value_length": spec.head_dim,
         "rope.freq_base": spec.rope_parameters["rope_theta"],
         "attention.causal": spec.is_causal,

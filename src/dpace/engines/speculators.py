@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dpace.drafter.files import read_folder
+from dpace.drafter.spec import read_folder
 from dpace.drafter.values import read_object
 from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
 from dpace.engines.engine import to_layer_ids
@@ -37,7 +37,6 @@ class Speculators(Vllm):
     title = "speculators"
     reads = ("DFlashDraftModel", "sample_from_anchor", "draft_vocab_size")
     layout = "speculators"
-    library = "speculators"
 
     def fault(self, spec):
         """See `Engine`."""
@@ -116,11 +115,6 @@ class Speculators(Vllm):
     def read(self, path, num_target_layers):
         """See `Engine`."""
         return read_folder(path, lambda config: to_published(config, num_target_layers))
-
-    def target_of(self, path):
-        """See `Engine`."""
-        name = read_object(read_object(read_config(path), "speculators_config"), "verifier").get("name_or_path")
-        return name if isinstance(name, str) else None
 
 
 def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dpace.verbs import load_target
 def run(args: list[str]) -> None:
     """Run `dpace doctor`."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
-    from dpace.doctor.doctor import RUN, diagnose
-    from dpace.drafter.files import read_folder
+    from dpace.doctor import RUN, diagnose
+    from dpace.drafter.spec import read_folder
     from dpace.report.tables import Section, console, section_table
     from dpace.target.locate import find_drafter
 

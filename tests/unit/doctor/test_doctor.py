@@ -11,9 +11,9 @@ import torch
 import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
-from dpace.doctor.doctor import RUN, Trial, accept_drafts, diagnose, read_as
+from dpace.doctor import RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
-from dpace.drafter.files import read_folder
+from dpace.drafter.spec import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.target import Target
@@ -38,7 +38,7 @@ UP = "layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch):
-    monkeypatch.setattr("dpace.doctor.doctor.MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 6)
 
 
 def set_values(folder: Path, values: dict) -> None:
@@ -240,7 +240,7 @@ def accept(monkeypatch):
             rows[:, right if WAYS[key][0](drafter) == value else wrong] += 1
             return Acceptance(rows, drafter.block_size)
 
-        monkeypatch.setattr("dpace.doctor.doctor.heldout_acceptance", measure)
+        monkeypatch.setattr("dpace.doctor.heldout_acceptance", measure)
 
     return patch
 

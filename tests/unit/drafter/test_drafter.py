@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from dpace.blocks import build_blocks
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.mask_token import check_mask_token, choose_mask_token
+from dpace.drafter.drafter import check_mask_token, choose_mask_token
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashConvolution, _small_tiles
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer

@@ -8,8 +8,8 @@ import torch
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
-from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
 from dpace.drafter.lilicorr import LiLiCorrSizes
+from dpace.drafter.selector import Lattice, LatticeSelector, take_walk
 from dpace.drafter.vocabulary import DraftRows
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorr

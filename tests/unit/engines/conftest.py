@@ -9,7 +9,7 @@ import torch
 
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines import ExportConfig
-from dpace.engines.export import Exported, export
+from dpace.engines.export import export
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import check_recipe, make_datasets
@@ -128,9 +128,9 @@ def expected(folders, language_target, prompts) -> dict[str, Steps]:
 
 
 @pytest.fixture
-def do_export(language_target, folders, target_gguf, tmp_path) -> Callable[..., Exported]:
-    def run(to, kind="trained", folder=None, **options) -> Exported:
-        settings = {"drafter": "x", "output": str(tmp_path / to), "push": "tiny-dflash", "target": "some/target"}
+def do_export(language_target, folders, target_gguf, tmp_path) -> Callable[..., Path]:
+    def run(to, kind="trained", folder=None, **options) -> Path:
+        settings = {"drafter": "x", "output": str(tmp_path / to), "name": "tiny-dflash", "target": "some/target"}
         if to == "gguf":
             settings["target_gguf"] = str(target_gguf)
         return export(folder or folders[kind], language_target, ExportConfig(to=to, **settings | options))

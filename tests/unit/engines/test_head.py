@@ -41,7 +41,7 @@ def drafter(kind, folders) -> Drafter:
 
 
 def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
-    path = do_export("vllm", kind).path
+    path = do_export("vllm", kind)
     config = read_json(path / "config.json")
     assert config["architectures"] == ["LiLiCorrDraftModel"]
     taps = {"conv_kernel_size": 2, "conv_group_size": 16} if drafter.spec.conv_kernel_size else {}
@@ -51,7 +51,7 @@ def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
     assert "lilicorr.feature_mlp.up_proj.weight" in files
     assert not any("selector" in name for name in files)
     card = (path / "README.md").read_text()
-    assert "| head | LiLiCorr, over the 4 best tokens" in card
+    assert "| head | `--drafter.head lilicorr`: projector_type lilicorr" in card
     assert "--to gguf --plain" in card and "from transformers" not in card
 
 
@@ -72,8 +72,8 @@ def test_older_names_are_read(kind, drafter, folders, tmp_path):
 
 
 def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
-    assert do_export("gguf", kind, plain=True).path.exists()
-    path = do_export("zlab", kind, plain=True).path
+    assert do_export("gguf", kind, plain=True).exists()
+    path = do_export("zlab", kind, plain=True)
     assert read_json(path / "config.json")["dpace"] == {"target": "a"}, "what was measured with the head does not stay"
     plain = Drafter.from_pretrained(path)
     assert plain.lilicorr is None and plain.selector.num_candidates == 1
@@ -84,14 +84,14 @@ def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
 def test_without_the_selector_its_tables_are_zeros(do_export):
     with pytest.raises(ValueError, match="a head, which transformers does not run"):
         do_export("transformers", "selector")
-    plain = Drafter.from_pretrained(do_export("transformers", "selector", plain=True).path)
+    plain = Drafter.from_pretrained(do_export("transformers", "selector", plain=True))
     assert not any(table.any() for table in plain.candidate_selector.buffers())
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"lilicorr_logit_scale": None}, "has no lilicorr_logit_scale"),
+        ({"lilicorr_logit_scale": None}, "lilicorr_logit_scale is missing"),
         ({"lilicorr_num_heads": 3}, "lilicorr_num_heads is 3, expected a divisor of the head's width, which is 8"),
         ({"sample_from_anchor": True}, "sample_from_anchor is True, which"),
     ],

@@ -73,7 +73,7 @@ FOLDERS = {
     "make them equal": config(rope_theta=1.0),
     "no rope_theta; engines would silently take 10000": config(rope_theta=None, rope_parameters=None),
     "no conv_kernel_size": config(architectures=["DFlash2DraftModel"]),
-    "has no selector_top_k": config(dflash_config={"selector_rank": 256}),
+    "selector_top_k is missing": config(dflash_config={"selector_rank": 256}),
     "sliding layers and no sliding_window": config(layer_types=["sliding_attention"] * 2),
     "use_sliding_window and no layer_types": config(layer_types=None, use_sliding_window=True),
     "causal is True in dflash_config and False at the top": config(dflash_config={"causal": True}),
@@ -152,7 +152,6 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
 
 
 LATE = {
-    "--to zlab --dtype q8_0": "--dtype is q8_0",
     "--to zlab --plain": "has no head",
     "--to gguf": "name one with --target-gguf",
     "--to gguf --target-gguf nothing.gguf": "nothing.gguf: No such file",

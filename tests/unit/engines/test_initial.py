@@ -40,7 +40,7 @@ def start(language_drafter_folder, language_folder):
 def test_another_layout_gives_the_same_start(
     start, do_export, language_target, language_drafter_folder, language_drafter
 ):
-    recipe, init = start(do_export("speculators", folder=language_drafter_folder).path)
+    recipe, init = start(do_export("speculators", folder=language_drafter_folder))
     shape = recipe.drafter
     assert (shape.num_layers, shape.block_size, shape.num_features, shape.norm_scale) == (2, 6, 2, 1.0)
     assert list(shape.target_layer_ids) == language_drafter.target_layer_ids

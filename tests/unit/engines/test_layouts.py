@@ -63,14 +63,14 @@ def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, langua
 def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, language_target, tmp_path):
     shutil.copytree(folder, tmp_path / "a")
     DraftVocabulary(TOKENS).save(tmp_path / "a")
-    path = do_export("speculators", folder=tmp_path / "a").path
+    path = do_export("speculators", folder=tmp_path / "a")
     assert f"{len(TOKENS)} of 64 tokens" in (path / "README.md").read_text()
     tensors = load_file(path / "model.safetensors")
     ids = tensors["d2t"] + torch.arange(len(TOKENS))
     assert ids.tolist() == sorted(TOKENS) and tensors["t2d"].nonzero().flatten().tolist() == sorted(TOKENS)
     assert torch.equal(tensors["lm_head.weight"].float(), language_target.head.weight[ids])
     DraftVocabulary(range(64)).save(tmp_path / "a")  # no part of the target's
-    path = do_export("speculators", folder=tmp_path / "a").path
+    path = do_export("speculators", folder=tmp_path / "a")
     assert "d2t" not in load_file(path / "model.safetensors")
 
 

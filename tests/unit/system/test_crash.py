@@ -57,7 +57,8 @@ def runs(
         **{f"export {to}": f"{export} {to}" for to in ("zlab", "speculators")},
         "export gguf": f"{export} gguf --target-gguf {target_gguf}",
         "export over another": f"{export} zlab --dtype bfloat16",
-        **{f"import {to}": f"import {folder / to}" for to in ("zlab", "speculators", "gguf")},
+        **{f"import {to}": f"import {folder / to}" for to in ("zlab", "speculators")},
+        "import gguf": f"import {folder}/gguf/dflash-{language_folder.name}-bfloat16.gguf",
     }
 
     def run_train(output: Path) -> None:
