@@ -103,11 +103,7 @@ def attend_in_groups(
     is_on_cpu = query.device.type == "cpu"
     if mask is not None and (mask.shape[2] > 1 or not is_on_cpu):
         mask = _repeat_mask(mask, rows.shape[2] // queries if mask.shape[2] > 1 else 1, query.dtype)
-    if queries == 1 and mask is not None and is_on_cpu and torch.compiler.is_compiling():
-        # In the compiler's own loops, which take less than a kernel's call.
-        scores = (rows[..., None, :] * key[:, :, None]).sum(-1) * (scale or rows.shape[-1] ** -0.5)
-        out = ((scores + mask).softmax(-1)[..., None] * value[:, :, None]).sum(-2)
-    elif num_shared >= MIN_SHARED_KEYS and is_on_cpu:
+    if num_shared >= MIN_SHARED_KEYS and is_on_cpu:
         out = _attend_in_two_parts(rows, key, value, mask, scale, num_shared)
     else:
         out = attend(rows, key, value, attn_mask=mask, scale=scale)

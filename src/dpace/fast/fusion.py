@@ -112,7 +112,7 @@ class Rotation:
     """The rotary embedding of one forward pass, shared by all its layers.
 
     The first layer makes it. It is kept as an attribute of the sines, which are the same tensor for all layers of a
-    pass; inside `torch.compile`, which sees that all layers make the same, it is not kept.
+    pass.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor):
@@ -124,8 +124,6 @@ class Rotation:
     @classmethod
     def of(cls, rope: Any) -> "Rotation":
         """Return the rotation with these cosines and sines, a pair, which another layer may have made."""
-        if torch.compiler.is_compiling():
-            return cls(*rope)
         kept = vars(rope[1])
         if "rotation" not in kept:
             kept["rotation"] = cls(*rope)

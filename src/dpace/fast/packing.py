@@ -6,9 +6,7 @@ that have changed since; decoding calls it once a request.
 """
 
 import functools
-import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -84,10 +82,10 @@ class FastModule(nn.Module):
     def is_usable(self, rows: Tensor, dtype: torch.dtype) -> bool:
         """Return whether a fast form in a dtype may be used: same dtype, no training and no gradient.
 
-        On a GPU `torch.compile` combines products and norms itself, so it gets the model's own code.
+        `torch.compile` combines products and norms itself, so it gets the model's own code.
         """
-        is_compiled = torch.compiler.is_compiling() and rows.device.type != "cpu"
-        return rows.dtype == dtype and not (self.training or torch.is_grad_enabled() or is_compiled)
+        needs_own_code = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return rows.dtype == dtype and not needs_own_code
 
     def _apply(self, *args, **kwargs):
         """Move or cast the weights, and drop their fast form."""
@@ -101,44 +99,11 @@ class PackedLinear(FastModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as `nn.Linear` does."""
         if self.is_usable(input, self.weight.dtype) and input.dim() > 1:
-            if self.fast is None and not torch.compiler.is_compiling():
+            if self.fast is None:
                 self.fast = FastForm(self, pack(self.weight, self.bias))
-            if self.fast is not None and self.fast.product is not None:
+            if self.fast.product is not None:
                 return self.fast.product(input)
         return super().forward(input)
-
-
-class PackedProduct:
-    """A product with a packed weight, which `torch.compile` takes as one operation.
-
-    It cannot trace what FBGEMM and oneDNN pack. So the operation knows the product by its number, which is part of the
-    compiled code: another copy of the weight has another number and is compiled again.
-    """
-
-    numbers = itertools.count()
-    alive: weakref.WeakValueDictionary[int, "PackedProduct"] = weakref.WeakValueDictionary()
-
-    def __init__(self, multiply: Product, width: int):
-        self.multiply = multiply
-        self.width = width
-        self.number = next(self.numbers)
-        self.alive[self.number] = self
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Multiply rows, "* in"."""
-        if torch.compiler.is_compiling():
-            return torch.ops.dpace.multiply(rows, self.number)
-        return self.multiply(rows)
-
-
-def _shape_of_product(rows: Tensor, number: int) -> Tensor:
-    return rows.new_empty(*rows.shape[:-1], PackedProduct.alive[number].width)
-
-
-OPERATIONS = torch.library.Library("dpace", "DEF")
-OPERATIONS.define("multiply(Tensor rows, int number) -> Tensor")
-OPERATIONS.impl("multiply", lambda rows, number: PackedProduct.alive[number].multiply(rows), "CPU")
-OPERATIONS.impl("multiply", _shape_of_product, "Meta")
 
 
 @torch.no_grad()
@@ -166,7 +131,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return PackedProduct(lambda rows: multiply(rows, packed, bias, "none", [], ""), len(weight))
+    return lambda rows: multiply(rows, packed, bias, "none", [], "")
 
 
 def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
@@ -195,7 +160,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         out = multiply(rows * 2.0**-exponent if exponent else rows, packed)
         return out if bias is None else out + bias
 
-    return PackedProduct(product, len(weight))
+    return product
 
 
 @functools.cache
