@@ -108,10 +108,6 @@ class Batch:
         prompts = [row.token_ids for row in self.rows]
         hidden, features = read_texts(self.target, prompts, self.caches[0], self.layer_ids)
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
-        if self.drafter is not None and self.drafter.num_context < features.shape[1]:
-            ends = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=hidden.device)
-            positions = (ends - positions[:, : self.drafter.num_context]).clamp_min(0)
-            features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
         self.read = [features, positions]
         choices = self.target.logits(hidden).split(1)
         drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, choices, strict=True)])

@@ -226,6 +226,7 @@ class Speculation:
         """
         start = self.text.start
         features = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
+        features = features[:, -self.drafter.num_context :]  # no layer sees what is before
         positions = torch.arange(start - features.shape[1], start, device=features.device)[None]
         state = State(last_ids, starts, self.limits, features, positions)
         width = min(self.text.remaining + 1, self.max_width)

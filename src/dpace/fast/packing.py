@@ -5,7 +5,6 @@
 that have changed since; decoding calls it once a request.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 ROWS = 8
 """Number of input rows that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
+FBGEMM = ("fbgemm", "x86")
+"""torch's engines of quantized products, by default on a CPU with AVX2, in which FBGEMM multiplies with fp16."""
 Product = Callable[[Tensor], Tensor]
 """Function from rows, "* in", to their product with a packed weight, "* out". Not differentiable."""
 
@@ -144,7 +145,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     not depend on the tokens that are read with it. With AVX2 only, it sums in another order where its last one or two
     rows remain; products then differ by rounding in fp32.
     """
-    if not _has_fp16_products():
+    if torch.backends.quantized.engine not in FBGEMM:
         return None
     largest = float(weight.abs().max().nan_to_num())
     for exponent in (0, 15 - math.frexp(largest)[1]):
@@ -161,17 +162,6 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         return out if bias is None else out + bias
 
     return product
-
-
-@functools.cache
-def _has_fp16_products() -> bool:
-    """Find out whether FBGEMM is in this build, works on this CPU, and sums in fp32."""
-    rows, weight = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0)).half().float()
-    try:
-        out = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
 
 
 def has_fast_bf16() -> bool:
