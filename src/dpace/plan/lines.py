@@ -30,8 +30,7 @@ from dpace.respond.conversation import own_messages
 from dpace.respond.responses import iterate_responses, read_meta
 from dpace.system.progress import count
 from dpace.train.checkpoints import checkpoint_folders
-from dpace.train.identity import is_finished
-from dpace.train.run import choose_conversations
+from dpace.train.run import choose_conversations, is_finished
 
 START = timedelta(seconds=15)
 """Time that a command takes to import libraries, to find and read its files, and to write what it found."""

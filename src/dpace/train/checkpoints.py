@@ -40,8 +40,6 @@ class TrainingState:
     """That tau."""
     log_history: list[dict[str, float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
-    unlogged: dict[str, Any] = field(default_factory=dict)
-    """What `StepLog` has of the steps since the last entry."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
         """Add an entry to the log, and return it."""

@@ -17,9 +17,8 @@ def run(args: list[str]) -> None:
     from dpace.measure.own_text import greedy_share
     from dpace.plan.lines import train_lines
     from dpace.plan.training import known_lengths, plan_recipe
-    from dpace.train.identity import Run, data_facts, target_facts
     from dpace.train.progress import check_trackers
-    from dpace.train.run import check_recipe, choose_conversations, train
+    from dpace.train.run import Run, check_recipe, choose_conversations, data_facts, target_facts, train
 
     run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
     check_recipe(run.recipe)

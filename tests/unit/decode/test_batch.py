@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dpace.cli import main
 from dpace.decode import Decoder
-from dpace.decode.decoder import generate_batch
+from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
