@@ -137,15 +137,15 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """
     is_compiling = torch.compiler.is_compiling()
     made = {} if is_compiling else vars(mask).setdefault("repeated", {})
-    if (num_groups, dtype) not in made:
+    if num_groups not in made:
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
         if mask.device.type != "cpu" and not is_compiling:
             columns = mask.shape[3]
             repeated = nn.functional.pad(repeated, (0, -columns % ALIGNMENT))[..., :columns]
-        made[num_groups, dtype] = repeated
-    return made[num_groups, dtype]
+        made[num_groups] = repeated
+    return made[num_groups]
 
 
 AttentionInterface.register(NAME, grouped_attention)

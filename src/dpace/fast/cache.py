@@ -232,8 +232,8 @@ class RaggedCache(DynamicCache):
             layer.buffers = [buffer[: len(rows)] for buffer in layer.buffers]
 
 
-class RaggedLayer(DynamicLayer):
-    """A `DynamicLayer` whose rows hold different numbers of tokens.
+class RaggedLayer(PreallocatedLayer):
+    """A `PreallocatedLayer` whose rows hold different numbers of tokens.
 
     Each new token is written to a given column and replaces the token that was there. Columns not written yet are
     zero, so that a mask is enough to hide them. `keys` and `values` stay empty, and so the layer's length is 0: what is
@@ -251,11 +251,6 @@ class RaggedLayer(DynamicLayer):
     rows: Tensor
     columns: Tensor
     end: int
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity = capacity
-        self.buffers: list[Tensor] = []
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values to their columns and return views of the columns before `end`."""

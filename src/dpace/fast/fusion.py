@@ -150,7 +150,7 @@ class FusedProducts(FastForm):
         """Compute the layer's output, with its own part of the cache."""
         query, key, value = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(key, value)
-        is_whole = isinstance(cache, RaggedLayer) and not cache.is_part and not torch.compiler.is_compiling()
+        is_whole = isinstance(cache, RaggedLayer) and not cache.is_part
         shared = cache.num_shared if is_whole else 0
         return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling, num_shared=shared))
 
@@ -192,7 +192,7 @@ class FusedProducts(FastForm):
 class FusedLayer(FastModule):
     """A mixin for one of `LAYERS`, whose own code still runs where the fused products cannot be used."""
 
-    def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings: Any = None, **kwargs):
         """Compute the layer's output, equal to that of its own class."""
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
