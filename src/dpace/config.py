@@ -6,6 +6,7 @@ The classes are pydantic's: a value of another type, outside its range, or of an
 """
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -478,6 +479,15 @@ class Recipe:
     def responses_path(self) -> Path:
         """File that the target's answers are in."""
         return Path(self.output) / "responses.jsonl"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of drafter, loss and training, named as `train.seed`."""
+        return {
+            f"{group}.{name}": value
+            for group in ("drafter", "loss", "train")
+            for name, value in asdict(getattr(self, group)).items()
+        }
 
     @property
     def needs_target_hidden(self) -> bool:

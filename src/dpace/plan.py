@@ -35,10 +35,9 @@ from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
-from dpace.train.identity import is_finished
 from dpace.train.loop import num_steps
 from dpace.train.optimizer import products_dtype
-from dpace.train.run import choose_conversations
+from dpace.train.run import choose_conversations, is_finished
 
 Number = int | float
 CONTEXT_BYTES = 3 * 2**28

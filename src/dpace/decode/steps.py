@@ -52,23 +52,20 @@ def draft_step(
     """
     slots = torch.arange(drafter.num_slots, device=state.starts.device)
     masks = slots.new_full((len(state.starts), drafter.num_slots - 1), drafter.mask_token_id)
-    # No layer sees what is before; in a batch, the features of rejected tokens stand behind those of accepted ones.
-    read = slice(-max(drafter.num_context, drafter.block_size), None)
-    positions = state.positions[:, read]
     drafted = draft_block(
         drafter,
         rows.target,
         torch.cat([state.last_ids, masks], dim=1),
-        state.features[:, read],
-        position_ids=torch.cat([positions, state.starts + slots], dim=1),
-        attention_mask=cache.place_block(positions, state.starts),
+        state.features,
+        position_ids=torch.cat([state.positions, state.starts + slots], dim=1),
+        attention_mask=cache.place_block(state.positions, state.starts),
         cache=cache,
     )
     cache.crop(-drafter.num_slots)
 
     def newest() -> Tensor:
         """Find the row of the token before each anchor, which stands at different places in the rows of a batch."""
-        place = (positions == state.starts - 1).int().argmax(-1)
+        place = (state.positions == state.starts - 1).int().argmax(-1)
         return drafted.context[torch.arange(len(place), device=place.device), place]
 
     hidden = to_predicted(drafted.hidden, drafter.first_slot)

@@ -103,11 +103,7 @@ def attend_in_groups(
     is_on_cpu = query.device.type == "cpu"
     if mask is not None and (mask.shape[2] > 1 or not is_on_cpu):
         mask = _repeat_mask(mask, rows.shape[2] // queries if mask.shape[2] > 1 else 1, query.dtype)
-    if queries == 1 and mask is not None and is_on_cpu and torch.compiler.is_compiling():
-        # In the compiler's own loops, which take less than a kernel's call.
-        scores = (rows[..., None, :] * key[:, :, None]).sum(-1) * (scale or rows.shape[-1] ** -0.5)
-        out = ((scores + mask).softmax(-1)[..., None] * value[:, :, None]).sum(-2)
-    elif num_shared >= MIN_SHARED_KEYS and is_on_cpu:
+    if num_shared >= MIN_SHARED_KEYS and is_on_cpu:
         out = _attend_in_two_parts(rows, key, value, mask, scale, num_shared)
     else:
         out = attend(rows, key, value, attn_mask=mask, scale=scale)
@@ -141,15 +137,15 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """
     is_compiling = torch.compiler.is_compiling()
     made = {} if is_compiling else vars(mask).setdefault("repeated", {})
-    if (num_groups, dtype) not in made:
+    if num_groups not in made:
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
         if mask.device.type != "cpu" and not is_compiling:
             columns = mask.shape[3]
             repeated = nn.functional.pad(repeated, (0, -columns % ALIGNMENT))[..., :columns]
-        made[num_groups, dtype] = repeated
-    return made[num_groups, dtype]
+        made[num_groups] = repeated
+    return made[num_groups]
 
 
 AttentionInterface.register(NAME, grouped_attention)

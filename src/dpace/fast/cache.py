@@ -23,6 +23,8 @@ NUM_KEPT = 2
 """Tokens that it then accepts of a draft."""
 NUM_REJECTED = 2
 """Tokens that it rejects behind them."""
+UNSEEN = -(2**40)
+"""Position of what a column holds that no slot may see: farther away than any reach."""
 
 CacheAbility = Literal["crop", "rewind", "append"]
 """What a target's caches can do after a rejected draft.
@@ -38,8 +40,8 @@ class TextCache(DynamicCache):
     Layers of a target with a sliding window or a recurrent state keep transformers' own cache layers. Only after
     `activate_past_recording` can these be cropped; they then keep all tokens until the next crop.
 
-    Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once; in a drafter's layers
-    with a window, of about 1.25 windows at most.
+    Memory: keys and values of `capacity` tokens in every full-attention layer and in all layers of a drafter, allocated
+    at once.
 
     Args:
         config: of the model.
@@ -53,7 +55,7 @@ class TextCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 self.layers[number] = PreallocatedLayer(capacity)
             elif num_slots and type(layer) is DynamicSlidingWindowLayer:
-                self.layers[number] = WindowLayer(capacity, layer.sliding_window - 1 + num_slots)
+                self.layers[number] = PreallocatedLayer(capacity, layer.sliding_window - 1 + num_slots)
 
     def place(self, positions: Int[Tensor, "1 new"]) -> None:
         """Return no mask: the next tokens follow those in the cache, and see these and one another as usual."""
@@ -81,16 +83,22 @@ class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the beginnings of two preallocated buffers.
 
     New tokens are copied in; going back only sets a length. `keys` and `values` stay empty.
+
+    Args:
+        capacity: longest text, in tokens, with the slots of a block.
+        num_read: the most tokens that a pass reads, the last ones: in a drafter's layer with a window, those before the
+            anchor that a slot sees, and the slots; by default all.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, num_read: int | None = None):
         self.capacity = capacity
+        self.num_read = num_read or capacity
         self.length = 0
         self.buffers: list[Tensor] = []
         super().__init__()
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write new keys and values behind the old ones and return views of all."""
+        """Write new keys and values behind the old ones and return views of those that are read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
@@ -100,7 +108,8 @@ class PreallocatedLayer(DynamicLayer):
         keys.narrow(2, start, count).copy_(key_states)
         values.narrow(2, start, count).copy_(value_states)
         self.length = end = start + count
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        count = min(end, self.num_read)
+        return keys.narrow(2, end - count, count), values.narrow(2, end - count, count)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens in the cache."""
@@ -111,44 +120,15 @@ class PreallocatedLayer(DynamicLayer):
         self.length = max(0, self.length + tokens_to_remove)
 
 
-class WindowLayer(PreallocatedLayer):
-    """A `PreallocatedLayer` of a drafter that keeps the last tokens only.
-
-    Where the buffers are full, the tokens that may still be seen move to their beginning. A quarter of a window of room
-    makes that rare.
-
-    Args:
-        capacity: longest text, in tokens, with the slots of a block.
-        num_kept: the most tokens that one pass reads: those before the anchor that a slot sees, and the slots.
-    """
-
-    def __init__(self, capacity: int, num_kept: int):
-        super().__init__(min(capacity, num_kept + max(num_kept // 4, 64)))
-        self.num_kept = num_kept
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write new keys and values behind the old ones and return views of the last ones."""
-        new = [states[:, :, -self.num_kept :] for states in (key_states, value_states)]
-        count = new[0].shape[2]
-        if self.length + count > self.capacity:
-            kept = min(self.length, self.num_kept - count)
-            for buffer in self.buffers:
-                buffer.narrow(2, 0, kept).copy_(buffer.narrow(2, self.length - kept, kept).clone())
-            self.length = kept
-        return tuple(states[:, :, -self.num_kept :] for states in super().update(*new))
-
-
 class RaggedCache(DynamicCache):
     """The cache of several texts of different lengths.
 
     In a target's cache a token's column is its position, so there are no holes. A query sees the columns up to its own
     position. A rejected token lies above these until the next block, which begins there and is no shorter, overwrites
     it. A drafter's cache begins with `num_slots` columns for the slots of a block, which are never kept. A token's
-    column is its position behind these; in a layer with a window the columns are a ring, which newer tokens write over.
-    One more column takes what no layer may keep: rejected tokens, and those before the window.
+    column is its position behind these.
 
-    Memory: keys and values of `num_slots + capacity` tokens a row, allocated at the first pass; in a drafter's layers
-    with a window, of a block and the window.
+    Memory: keys and values of `num_slots + capacity` tokens a row, allocated at the first pass.
 
     Attributes:
         end: number of columns that the next passes read, at most all.
@@ -182,10 +162,7 @@ class RaggedCache(DynamicCache):
         self.dtype = dtype
         self.num_slots = num_slots
         self.reaches = reaches or {}
-        self.kinds = config.layer_types if num_slots else ()
-        rings = [min(capacity, self.reaches[kind].window - 1) for kind in self.kinds]
-        sizes = [num_slots + ring for ring in rings] or [capacity] * len(self.layers)
-        self.layers: Any = [RaggedLayer(size) for size in sizes]
+        self.layers: Any = [RaggedLayer(self.end) for _ in self.layers]
 
     def place(
         self, positions: Int[Tensor, "batch new"], rows: Sequence[int] | None = None
@@ -211,37 +188,29 @@ class RaggedCache(DynamicCache):
         reach goes. Masks of layers with full attention are the same for all slots, and have one row.
         """
         slots = torch.arange(self.num_slots, device=starts.device)
+        self.write_to(torch.cat([self.num_slots + positions, slots.expand(len(starts), -1)], dim=1))
+        columns = torch.arange(self.end - self.num_slots, device=starts.device)
+        held = torch.where(columns < starts, columns, UNSEEN)
+        at = torch.cat([starts + slots, held], dim=1)  # position of what a column holds
         masks = {}
         for kind, reach in self.reaches.items():
-            layers = [layer for layer, own in zip(self.layers, self.kinds, strict=True) if own == kind]
-            ring = layers[0].capacity - self.num_slots
-            is_kept = (positions < starts) & (positions >= starts - ring)
-            columns = self.num_slots + torch.where(is_kept, positions % ring, ring)
-            self.write_to(torch.cat([columns, slots.expand(len(starts), -1)], dim=1), layers=layers)
-            before = starts - 1
-            places = torch.arange(layers[0].end - self.num_slots, device=starts.device)
-            held = before - (before - places) % ring
-            at = torch.cat([starts + slots, held], dim=1)  # position of what a column holds; below 0 where it is empty
             queries = starts + (slots if reach != FULL else slots[:1])
-            is_seen = (at >= 0)[:, None] & reach.sees(queries[..., None] - at[:, None])
-            masks[kind] = is_seen[:, None]
+            masks[kind] = reach.sees(queries[..., None] - at[:, None])[:, None]
         return masks
 
     def crop(self, tokens_to_remove: int) -> None:
         """Do nothing: the next block overwrites the slots of a drafted one."""
 
-    def write_to(
-        self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None, layers: Sequence[Any] | None = None
-    ) -> None:
-        """Make the next pass write its tokens to these columns, of all rows and in all layers or of the given ones."""
+    def write_to(self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None) -> None:
+        """Make the next pass write its tokens to these columns, of all rows or of the given ones."""
         device = columns.device
         # All rows are counted on the device, which does not have to wait for the host.
         numbers = torch.arange(len(columns), device=device) if rows is None else torch.tensor(rows, device=device)
-        for layer in layers or self.layers:
+        for layer in self.layers:
             layer.rows = numbers[:, None]
             layer.is_part = rows is not None
             layer.columns = columns
-            layer.end = min(self.end, layer.capacity)
+            layer.end = self.end
 
     def copy_columns(self, row: int, others: Sequence[int], start: int, end: int) -> None:
         """Copy what a row has in the columns from `start` to `end` to other rows."""
@@ -263,8 +232,8 @@ class RaggedCache(DynamicCache):
             layer.buffers = [buffer[: len(rows)] for buffer in layer.buffers]
 
 
-class RaggedLayer(DynamicLayer):
-    """A `DynamicLayer` whose rows hold different numbers of tokens, and one column for what nobody reads.
+class RaggedLayer(PreallocatedLayer):
+    """A `PreallocatedLayer` whose rows hold different numbers of tokens.
 
     Each new token is written to a given column and replaces the token that was there. Columns not written yet are
     zero, so that a mask is enough to hide them. `keys` and `values` stay empty, and so the layer's length is 0: what is
@@ -283,18 +252,13 @@ class RaggedLayer(DynamicLayer):
     columns: Tensor
     end: int
 
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity = capacity
-        self.buffers: list[Tensor] = []
-
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values to their columns and return views of the columns before `end`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             count = self.num_rows or len(key_states)
             for x in (key_states, value_states):
-                buffer = x.new_zeros(count, x.shape[1], self.capacity + 1, x.shape[-1])
+                buffer = x.new_zeros(count, x.shape[1], self.capacity, x.shape[-1])
                 self.buffers.append(buffer)
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):

@@ -109,27 +109,13 @@ def _try_out(layer: Any) -> Tensor:
 
 
 class Rotation:
-    """The rotary embedding of one forward pass, shared by all its layers.
-
-    The first layer makes it. It is kept as an attribute of the sines, which are the same tensor for all layers of a
-    pass; inside `torch.compile`, which sees that all layers make the same, it is not kept.
-    """
+    """The rotary embedding of a forward pass, from its cosines and sines."""
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.half = sin.shape[-1] // 2
         first, second = sin.unsqueeze(1).chunk(2, -1)
         self.sin = torch.cat([-first, second], dim=-1)
         self.cos = cos.unsqueeze(1)
-
-    @classmethod
-    def of(cls, rope: Any) -> "Rotation":
-        """Return the rotation with these cosines and sines, a pair, which another layer may have made."""
-        if torch.compiler.is_compiling():
-            return cls(*rope)
-        kept = vars(rope[1])
-        if "rotation" not in kept:
-            kept["rotation"] = cls(*rope)
-        return kept["rotation"]
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate "batch head seq dim" as `apply_rotary_pos_emb` of transformers does, into a new tensor."""
@@ -164,7 +150,7 @@ class FusedProducts(FastForm):
         """Compute the layer's output, with its own part of the cache."""
         query, key, value = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(key, value)
-        is_whole = isinstance(cache, RaggedLayer) and not cache.is_part and not torch.compiler.is_compiling()
+        is_whole = isinstance(cache, RaggedLayer) and not cache.is_part
         shared = cache.num_shared if is_whole else 0
         return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling, num_shared=shared))
 
@@ -206,7 +192,7 @@ class FusedProducts(FastForm):
 class FusedLayer(FastModule):
     """A mixin for one of `LAYERS`, whose own code still runs where the fused products cannot be used."""
 
-    def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings: Any = None, **kwargs):
         """Compute the layer's output, equal to that of its own class."""
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
@@ -214,7 +200,7 @@ class FusedLayer(FastModule):
         if not (fused and attend and self.is_usable(hidden_states, fused.dtype)):
             kwargs |= {"cache": cache, "position_embeddings": position_embeddings}
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        query, key, value = fused.heads(fused.norm(hidden_states, 0), Rotation.of(position_embeddings))
+        query, key, value = fused.heads(fused.norm(hidden_states, 0), Rotation(*position_embeddings))
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx, kwargs=kwargs)
         attended, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
@@ -231,7 +217,7 @@ class FusedDraftLayer(FastModule, DFlashLayer):
         if fused is None or not is_dense or not self.is_usable(hidden, fused.dtype):
             return super().forward(hidden, context, rope, mask, cache, block_size)
         attention: Any = self.self_attn
-        rotation = Rotation.of(rope)
+        rotation = Rotation(*rope)
 
         def attend(rows):
             query, key, value = fused.heads(torch.cat([context, rows], dim=1), rotation)

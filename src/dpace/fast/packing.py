@@ -5,10 +5,7 @@
 that have changed since; decoding calls it once a request.
 """
 
-import functools
-import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +15,8 @@ from torch import Tensor, nn
 
 ROWS = 8
 """Number of input rows that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
+FBGEMM = ("fbgemm", "x86")
+"""torch's engines of quantized products, by default on a CPU with AVX2, in which FBGEMM multiplies with fp16."""
 Product = Callable[[Tensor], Tensor]
 """Function from rows, "* in", to their product with a packed weight, "* out". Not differentiable."""
 
@@ -84,10 +83,10 @@ class FastModule(nn.Module):
     def is_usable(self, rows: Tensor, dtype: torch.dtype) -> bool:
         """Return whether a fast form in a dtype may be used: same dtype, no training and no gradient.
 
-        On a GPU `torch.compile` combines products and norms itself, so it gets the model's own code.
+        `torch.compile` combines products and norms itself, so it gets the model's own code.
         """
-        is_compiled = torch.compiler.is_compiling() and rows.device.type != "cpu"
-        return rows.dtype == dtype and not (self.training or torch.is_grad_enabled() or is_compiled)
+        needs_own_code = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return rows.dtype == dtype and not needs_own_code
 
     def _apply(self, *args, **kwargs):
         """Move or cast the weights, and drop their fast form."""
@@ -101,44 +100,11 @@ class PackedLinear(FastModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as `nn.Linear` does."""
         if self.is_usable(input, self.weight.dtype) and input.dim() > 1:
-            if self.fast is None and not torch.compiler.is_compiling():
+            if self.fast is None:
                 self.fast = FastForm(self, pack(self.weight, self.bias))
-            if self.fast is not None and self.fast.product is not None:
+            if self.fast.product is not None:
                 return self.fast.product(input)
         return super().forward(input)
-
-
-class PackedProduct:
-    """A product with a packed weight, which `torch.compile` takes as one operation.
-
-    It cannot trace what FBGEMM and oneDNN pack. So the operation knows the product by its number, which is part of the
-    compiled code: another copy of the weight has another number and is compiled again.
-    """
-
-    numbers = itertools.count()
-    alive: weakref.WeakValueDictionary[int, "PackedProduct"] = weakref.WeakValueDictionary()
-
-    def __init__(self, multiply: Product, width: int):
-        self.multiply = multiply
-        self.width = width
-        self.number = next(self.numbers)
-        self.alive[self.number] = self
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Multiply rows, "* in"."""
-        if torch.compiler.is_compiling():
-            return torch.ops.dpace.multiply(rows, self.number)
-        return self.multiply(rows)
-
-
-def _shape_of_product(rows: Tensor, number: int) -> Tensor:
-    return rows.new_empty(*rows.shape[:-1], PackedProduct.alive[number].width)
-
-
-OPERATIONS = torch.library.Library("dpace", "DEF")
-OPERATIONS.define("multiply(Tensor rows, int number) -> Tensor")
-OPERATIONS.impl("multiply", lambda rows, number: PackedProduct.alive[number].multiply(rows), "CPU")
-OPERATIONS.impl("multiply", _shape_of_product, "Meta")
 
 
 @torch.no_grad()
@@ -166,7 +132,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return PackedProduct(lambda rows: multiply(rows, packed, bias, "none", [], ""), len(weight))
+    return lambda rows: multiply(rows, packed, bias, "none", [], "")
 
 
 def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
@@ -179,7 +145,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     not depend on the tokens that are read with it. With AVX2 only, it sums in another order where its last one or two
     rows remain; products then differ by rounding in fp32.
     """
-    if not _has_fp16_products():
+    if torch.backends.quantized.engine not in FBGEMM:
         return None
     largest = float(weight.abs().max().nan_to_num())
     for exponent in (0, 15 - math.frexp(largest)[1]):
@@ -195,18 +161,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         out = multiply(rows * 2.0**-exponent if exponent else rows, packed)
         return out if bias is None else out + bias
 
-    return PackedProduct(product, len(weight))
-
-
-@functools.cache
-def _has_fp16_products() -> bool:
-    """Find out whether FBGEMM is in this build, works on this CPU, and sums in fp32."""
-    rows, weight = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0)).half().float()
-    try:
-        out = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
+    return product
 
 
 def has_fast_bf16() -> bool:

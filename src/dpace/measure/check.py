@@ -19,7 +19,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import CheckConfig, RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
-from dpace.decode.decoder import generate_batch
+from dpace.decode.batch import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter

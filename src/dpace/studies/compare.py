@@ -36,8 +36,16 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.system.progress import note
 from dpace.target import Target
-from dpace.train.identity import Run, data_facts, hash_rows, target_facts
-from dpace.train.run import check_recipe, choose_conversations, keep_features, train
+from dpace.train.run import (
+    Run,
+    check_recipe,
+    choose_conversations,
+    data_facts,
+    hash_rows,
+    keep_features,
+    target_facts,
+    train,
+)
 
 RESULTS_FILE = "results.json"
 """What `compare` writes into its folder itself."""

@@ -68,6 +68,8 @@ class Target:
         ValueError: the model has no list of decoder layers, or its embedding or head is more than a scaled table.
     """
 
+    is_sharded = False
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
         self.tokenizer: Any = tokenizer
@@ -268,7 +270,7 @@ class Target:
         token_ids = token_ids.to(self.device, non_blocking=True)
         is_part = MIN_SHARED <= num_shared < num_tokens
         is_worth_it = num_shared * (num_rows - 1) >= MIN_SAVED * num_rows * num_tokens
-        if not is_part or not is_worth_it or self.cache_ability == "append":
+        if self.is_sharded or not is_part or not is_worth_it or self.cache_ability == "append":
             return self._run(token_ids, layer_ids)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], layer_ids, cache)
@@ -318,10 +320,12 @@ class ShardedTarget(Target):
     """A target for training, of which each rank has a share of the layers, and both tables.
 
     All ranks have to call its methods together, as often and in the same order, each with a text of its own. A layer's
-    weights are gathered where it runs.
+    weights are gathered where it runs. A beginning that rows share is read once for each row.
 
     Memory: the layers' weights over the number of ranks, the tables, and one whole layer.
     """
+
+    is_sharded = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self._sha256 = fingerprint(model, num_values=FINGERPRINT_VALUES)
@@ -332,13 +336,3 @@ class ShardedTarget(Target):
     def sha256(self) -> str:
         """Fingerprint of its weights, the same as of the whole target."""
         return self._sha256
-
-    @torch.no_grad()
-    def features(self, token_ids: Tensor, layer_ids: Sequence[int]) -> Tensor:
-        """Compute the features of this rank's text, while the other ranks call this with theirs.
-
-        A beginning that rows share is read once for each row.
-        """
-        num_rows, num_tokens = token_ids.shape
-        self.refuse_rotation(num_rows, num_tokens, num_tokens)
-        return self._run(token_ids.to(self.device), layer_ids)

@@ -21,7 +21,6 @@ from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
 from dpace.train.checkpoints import STATE, write_state
-from dpace.train.identity import OBJECTIVE_SHA256
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import peak_memory
 
@@ -51,7 +50,8 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any]) -> 
     recipe = loop.recipe
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    objective = {name.removeprefix("loss."): run[name] for name in ("loss.objective", OBJECTIVE_SHA256) if name in run}
+    names = "objective", "objective_sha256"
+    objective = {name: run[f"loss.{name}"] for name in names if f"loss.{name}" in run}
     record = {
         "target": target.short_name,
         "dtype": dtype_name(target.model.dtype),

@@ -23,7 +23,6 @@ from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
 from dpace.system.progress import note, one_line
 from dpace.train.checkpoints import TrainingState
-from dpace.train.identity import flat_settings
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
@@ -94,17 +93,6 @@ class StepLog:
         """Add the `loss`, `grad_norm`, `learning_rate` and `seconds` of an optimizer step."""
         self._steps.append(numbers)
 
-    def unlogged(self, accelerator: Accelerator) -> dict[str, Any]:
-        """Return what was added since the last entry, over all ranks; they call this together."""
-        total: Any = accelerator.reduce(self._sums, reduction="sum")
-        return {"sums": total.tolist(), "steps": self._steps}
-
-    def go_on(self, unlogged: dict[str, Any]) -> None:
-        """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = list(unlogged.get("steps", []))
-        if self._steps and ranks.is_first():
-            self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
-
     def entry(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the log's entry for these steps over all ranks, and begin anew.
 
@@ -160,7 +148,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         Sends them an entry of the log.
     """
     trackers: dict[str, GeneralTracker] = {}
-    settings = without_passwords({"target": recipe.target, **flat_settings(recipe)})
+    settings = without_passwords({"target": recipe.target, **recipe.settings})
     settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
 
     def attempt(name: str, work: Callable[..., Any], *args: Any, **options: Any) -> None:

@@ -1,32 +1,59 @@
-"""Train a drafter: from responses to a folder with its weights, recipe and provenance."""
+"""Train a drafter: from responses to a folder with its weights, recipe and provenance.
 
+What a training depends on stands in the folder's `run.json`: the conversations, the target, and the settings that
+change results. A folder with another run is refused.
+"""
+
+import hashlib
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import Recipe
+from dpace.config import Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
-from dpace.loss.objective import make_weigh, name_of
+from dpace.loss.objective import load_custom, make_weigh, name_of, source_sha256
 from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Example, Response
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, register_files, write_json
+from dpace.system.device import dtype_name
+from dpace.system.ledger import lock_folder, read_object, register_files, write_json
+from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
+from dpace.target.chat import tokenizer_hashes
 from dpace.target.target import HEAD_INPUT
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
-from dpace.train.identity import RUN_FILE, Run, data_facts, flat_settings, target_facts
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import reset_peak_memory
 from dpace.train.sharding import wants_shards
 
+RUN_FILE = "run.json"
+STEP_SIZE = "conversations_per_step"
+NO_RESULT = {
+    "train.batch_size",  # only the product with the next one and the ranks counts, and is `STEP_SIZE`
+    "train.gradient_accumulation_steps",
+    "drafter.init",  # the weights count, by their hash
+    "train.logging_steps",
+    "train.save_steps",
+    "train.report_to",
+    "train.feature_cache_gib",
+    "train.feature_files",
+    "train.feature_files_gib",
+    "train.gradient_checkpointing",
+    "train.target_shard",
+}
+"""Settings that change no result: a run goes on with other values of them."""
+OTHER_RUN = "name another folder with --output, or delete that one"
 FILES = (
     "config.json",
     "model.safetensors",
@@ -40,6 +67,117 @@ FILES = (
     "checkpoints",
 )
 """What `train` writes into a drafter's folder."""
+
+
+def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> dict[str, Any]:
+    """Return the settings that change what is trained on these ranks, and hashes of what they name by code or weights.
+
+    Args:
+        recipe: every setting.
+        weigh: the function of a custom objective, where it is at hand; otherwise it is imported by its name.
+        init: the drafter that the training starts from; None where it starts from nothing.
+
+    Raises:
+        ValueError: see `load_custom` and `source_sha256`.
+    """
+    settings = {name: value for name, value in recipe.settings.items() if name not in NO_RESULT}
+    settings[STEP_SIZE] = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * ranks.num_ranks()
+    settings["init_sha256"] = None if init is None else fingerprint(init)
+    settings["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
+    if weigh is not None or is_custom(recipe.loss.objective):
+        settings["loss.objective_sha256"] = source_sha256(weigh or load_custom(recipe.loss.objective))
+    settings["thinking"] = recipe.thinking
+    return json.loads(json.dumps(settings))
+
+
+def hash_rows(dataset: ResponseDataset) -> str:
+    """Hash ids, tokens, and which of them the target wrote."""
+    digest = hashlib.sha256()
+    for index, response_id in enumerate(dataset.ids):
+        name, token_ids = response_id.encode(), dataset.token_ids(index)
+        digest.update(f"{len(name)} {len(token_ids)} ".encode() + name)
+        digest.update(token_ids.to(torch.int64).numpy().tobytes())
+        digest.update(dataset.is_response(index).to(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_run(folder: str | Path) -> dict[str, Any] | None:
+    """Read the facts of the run in a folder; None where the folder has no run.
+
+    Raises:
+        ValueError: the file cannot be read as that.
+    """
+    path = Path(folder) / RUN_FILE
+    return read_object(path, OTHER_RUN) if path.exists() else None
+
+
+class Run:
+    """A training: its recipe, the drafter that it starts from, and the facts that decide what comes out of it.
+
+    `facts` is what `run.json` holds. Those of the settings are there at once; `data_facts` and `target_facts` are added
+    when they are known, so that a folder with another run is refused before a model is loaded.
+
+    Args:
+        recipe: every setting, as `start_from` gives it where there is a drafter to start from.
+        init: that drafter.
+        weigh: the function of a custom objective, where it is at hand; otherwise it is imported by its name.
+
+    Raises:
+        ValueError: see `settings_of`.
+    """
+
+    def __init__(self, recipe: Recipe, init: Drafter | None = None, weigh: Weigh | None = None):
+        self.recipe = recipe
+        self.init = init
+        self.facts = settings_of(recipe, weigh, init)
+
+    def is_in(self, folder: str | Path) -> bool:
+        """Return whether a folder holds this run, finished or not.
+
+        Facts that are not known yet are not compared. An option that the folder's version of dpace did not have counts
+        as its default.
+
+        Args:
+            folder: a drafter's folder; it may be missing.
+
+        Raises:
+            ValueError: it holds another run; names the first thing that differs, with both values.
+        """
+        kept = read_run(folder)
+        if kept is None:
+            return False
+        ways = {STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks"}
+        if is_finished(folder):
+            here = shlex.quote(str(folder))
+            aside = shlex.quote(f"{folder}-before")
+            longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
+            ways |= {"train.max_steps": longer, "train.num_epochs": longer}
+        same_run({**settings_of(Recipe()), **kept}, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
+        return True
+
+    def is_finished_in(self, folder: str | Path) -> bool:
+        """Return whether a folder holds this run with its drafter; see `is_in`."""
+        return self.is_in(folder) and is_finished(folder)
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Return whether the run of a folder, whichever it is, has written its drafter."""
+    return (Path(folder) / "provenance.json").exists()
+
+
+def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
+    """Hash the conversations that are trained on and those that choose the checkpoint."""
+    return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
+
+
+def target_facts(target: Target) -> dict[str, Any]:
+    """Return what identifies a target and how its text is made."""
+    return {
+        "thinking": target.thinking,
+        "dtype": dtype_name(target.model.dtype),
+        **tokenizer_hashes(target),
+        "target_sha256": target.sha256,
+    }
 
 
 def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
@@ -68,8 +206,8 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
             "with --train.feature-files"
         )
-    defaults = flat_settings(Recipe())
-    for name, value in flat_settings(recipe).items():
+    defaults = Recipe().settings
+    for name, value in recipe.settings.items():
         is_read = has_head if name.startswith("drafter.") else recipe.drafter.head == "lilicorr"
         if ".head_" in name and not is_read and value != defaults[name]:
             flag = f"--{name.replace('_', '-')}"

@@ -47,7 +47,7 @@ class GenerateConfig(SamplingConfig):
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
     compile: bool = False
-    """Compile the decoding steps, on a GPU as CUDA graphs, and verify whole drafts.
+    """Compile the decoding steps, for a GPU, as CUDA graphs, and verify whole drafts.
     It cannot be combined with --stream, --verify-rule speculative or another --width."""
 
 

@@ -21,9 +21,16 @@ def run(args: list[str]) -> None:
     from dpace.engines.initial import start_from
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
-    from dpace.train.identity import Run, data_facts, target_facts
     from dpace.train.progress import check_trackers
-    from dpace.train.run import FILES, check_recipe, choose_conversations, train
+    from dpace.train.run import (
+        FILES,
+        Run,
+        check_recipe,
+        choose_conversations,
+        data_facts,
+        target_facts,
+        train,
+    )
 
     run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
     check_recipe(run.recipe)

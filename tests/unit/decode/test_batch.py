@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dpace.cli import main
 from dpace.decode import Decoder
-from dpace.decode.decoder import generate_batch
+from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
@@ -147,8 +147,8 @@ def test_compiled_steps_of_fixed_shapes(way, graphs, monkeypatch, language_targe
 
 @pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-def test_compiled_steps_on_a_cpu_multiply_with_the_packed_weights(graphs, language_folder):
-    """A changed weight gets a new copy, and the step is compiled again."""
+def test_compiled_steps_see_a_changed_weight(graphs, language_folder):
+    """They read the weights themselves, on a CPU too, and are not compiled again."""
     target = Target.load(str(language_folder))
     decoder = Decoder(target, None, compile=True)
     options = {"max_new_tokens": 8, "stop_token_ids": []}
@@ -158,8 +158,7 @@ def test_compiled_steps_on_a_cpu_multiply_with_the_packed_weights(graphs, langua
             target.model.get_output_embeddings().weight.mul_(factor)
         texts += plain_texts(target, [[5, 6, 7]], **options)
         assert decoder.generate([5, 6, 7], **options).token_ids == texts[-1]
-    counts = [sum("dpace.multiply" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
-    assert counts == 2 * [4 * target.num_layers + 1] and texts[0] != texts[1]
+    assert len(graphs) == 1 and texts[0] != texts[1]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile

@@ -16,8 +16,7 @@ from transformers import (
     TextStreamer,
 )
 
-from dpace.decode.loop import generate
-from dpace.decode.streaming import TextPieces, custom_generate, stream
+from dpace.decode.loop import TextPieces, custom_generate, generate, stream
 from tests.conftest import make_drafter, make_target
 
 

@@ -13,7 +13,7 @@ from llamacpp import run_llamacpp
 from transformers import AutoModel
 
 import dpace.modeling_dflash
-from dpace.decode.decoder import generate_batch
+from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
 from dpace.drafter.drafter import make_drafter

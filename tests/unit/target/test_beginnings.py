@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpace.target.beginnings as beginnings
-from dpace.decode.decoder import generate_batch
+from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedCache
 from dpace.target.beginnings import find_shared, read_texts
