@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,8 +25,6 @@ from dpace.system import ranks
 Item = TypeVar("Item")
 LINE_SECONDS = 30.0
 """Most seconds between two lines of progress where there is no terminal, as long as steps are shorter."""
-LINE_WIDTH = 160
-"""Characters of such a line."""
 
 MAX_VALUE = 60
 """Characters of a wrong value that a message shows."""
@@ -34,16 +33,24 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 
 class _LinesInPlaceOfABar(Progress):
-    """A bar of rich that is printed as a line: after the first step, then once in `LINE_SECONDS`, and at the end."""
+    """A bar of rich that draws nothing and writes lines: the first step, then one in `LINE_SECONDS`, and the end."""
 
     def update(self, task_id: TaskID, **options: Any) -> None:
-        """Move on, and print a line if it is time for one."""
-        super().update(task_id, **options)
+        """Move on, and write a line if it is time for one."""
         task = self.tasks[task_id]
+        first = task.fields.setdefault("first", task.completed)  # what was done before counts for no rate
+        super().update(task_id, **options)
         elapsed = task.elapsed or 0.0
-        if task.finished or elapsed - task.fields.get("printed", -LINE_SECONDS) >= LINE_SECONDS:
-            task.fields["printed"] = elapsed
-            self.console.print(self.make_tasks_table([task]))
+        if elapsed - task.fields.get("written", -LINE_SECONDS) < LINE_SECONDS and not task.finished:
+            return
+        task.fields["written"] = elapsed
+        line = f"{task.description}: {task.completed:g} of {task.total:g} in {timedelta(seconds=int(elapsed))}"
+        if rate := (task.completed - first) / elapsed if elapsed else 0.0:
+            line += f", {rate:.3g} a second"
+            if not task.finished:
+                line += f", ETA {timedelta(seconds=int((task.remaining or 0) / rate))}"
+        info = task.fields["info"]
+        print(printable(f"{line}; {info}" if info else line), file=sys.stderr, flush=True)
 
 
 def progress_bar(is_shown: bool = True) -> Progress:
@@ -63,8 +70,8 @@ def progress_bar(is_shown: bool = True) -> Progress:
         TextColumn("ETA", table_column=whole(min_width=3)),
         TimeRemainingColumn(table_column=whole(min_width=7)),
         TextColumn("{task.fields[info]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        console=Console(stderr=True, width=None if is_terminal else LINE_WIDTH),
-        expand=is_terminal,
+        console=Console(stderr=True),
+        expand=True,
         disable=not is_terminal,
         get_time=time.monotonic,
         speed_estimate_period=3600.0,  # seconds; some steps take minutes

@@ -42,7 +42,7 @@ def output(tmp_path):
                 folder.mkdir(parents=True)
                 rows = Acceptance(np.eye(16, dtype=int)[[length - 1] * 8 + [15] * 2], 16, np.zeros(10, int))
                 names = [f"{kind}/heldout/{i}" for kind in (*study.KINDS, study.APART) for i in (0, 1)]
-                write_heldout(folder, names, rows)
+                write_heldout(folder, names, rows, "hash")
                 log = {"log_history": [{"step": steps, "step_seconds": seconds * (1 + seed)}]}
                 (folder / "trainer_state.json").write_text(json.dumps(log))
     return tmp_path

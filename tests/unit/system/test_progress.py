@@ -21,9 +21,9 @@ def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
         for i in range(12):
             seconds += 10
             bar.update(task, advance=1, info=f"at {i}")
-    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
-    assert [re.search(r"(\d+)/12", line)[1] for line in lines] == ["1", "4", "7", "10", "12"]
-    assert "0:00:40 ETA 0:01:20" in lines[1] and lines[1].startswith("working ") and lines[1].endswith(" at 3")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("working:")]
+    assert [line.split(" of ")[0] for line in lines] == [f"working: {n}" for n in (1, 4, 7, 10, 12)]
+    assert "ETA 0:01:" in lines[0] and lines[0].endswith("; at 0") and "ETA" not in lines[-1]
 
 
 def test_one_rank_says_what_all_have_to_say(tmp_path, capsys, monkeypatch):
@@ -45,7 +45,7 @@ def test_a_bar_fits_80_columns(description, capsys, monkeypatch):
     """Numbers and times are whole; what does not fit of the texts is cut."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     terminal = {"width": 80, "force_terminal": True, "color_system": None}
-    monkeypatch.setattr(progress, "Console", lambda **options: Console(**options | terminal))
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, **terminal))
     with progress_bar() as bar:
         task = bar.add_task(description, total=12_000, info="validation tau 2.04, loss 3.19, slot 1 right 0.715")
         bar.update(task, completed=11_000)
