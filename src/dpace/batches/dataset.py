@@ -74,7 +74,7 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def is_response(self, index: int) -> Bool[Tensor, " seq"]:
         """Return which tokens of a conversation the target wrote."""
-        flags = torch.zeros(len(self.token_ids(index)), dtype=torch.bool)
+        flags = torch.zeros(min(len(self.examples[index].token_ids), self.max_length), dtype=torch.bool)
         for start, end in self.examples[index].spans:
             flags[start:end] = True
         return flags

@@ -80,7 +80,7 @@ class TextCache(DynamicCache):
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the beginnings of two preallocated buffers.
+    """A `DynamicLayer` whose keys and values are parts of two preallocated buffers.
 
     New tokens are copied in; going back only sets a length. `keys` and `values` stay empty.
 

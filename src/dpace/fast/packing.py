@@ -145,7 +145,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     not depend on the tokens that are read with it. With AVX2 only, it sums in another order where its last one or two
     rows remain; products then differ by rounding in fp32.
     """
-    if torch.backends.quantized.engine not in FBGEMM:
+    if torch.backends.quantized.engine not in FBGEMM or not torch.cpu._is_avx2_supported():
         return None
     largest = float(weight.abs().max().nan_to_num())
     for exponent in (0, 15 - math.frexp(largest)[1]):

@@ -1,7 +1,7 @@
 """Write checkpoints all or nothing, find the newest one that is whole, and remove the others.
 
 A checkpoint is a folder `checkpoint-STEP` with safetensors and JSON only. Its `manifest.json`, which is written last,
-names every file with its hash.
+names every file with its size and hash.
 """
 
 import json
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpace.drafter import Drafter
@@ -39,6 +40,8 @@ class TrainingState:
     """That tau."""
     log_history: list[dict[str, float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
+    unlogged: dict[str, Any] = field(default_factory=dict)
+    """What `StepLog` has of the steps since the last entry."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
         """Add an entry to the log, and return it."""
@@ -90,18 +93,24 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
             write_json(aside / STEPS, {"groups": values["param_groups"], "scheduler": schedule.state_dict()})
             drafter.save_pretrained(aside)
             write_state(aside / STATE, state)
-            write_json(aside / MANIFEST, {path.name: hash_file(path) for path in sorted(aside.iterdir())})
+            files = {path.name: _file_entry(path) for path in sorted(aside.iterdir())}
+            write_json(aside / MANIFEST, {"step": state.global_step, "files": files})
         remove_others(folder)
     ranks.barrier()
+
+
+def _file_entry(path: Path) -> dict[str, Any] | None:
+    """Return the size and hash of a file, as a manifest has them; None where it is missing."""
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)} if path.is_file() else None
 
 
 def is_whole(folder: Path) -> bool:
     """Return whether every file of a checkpoint is there as it was written."""
     try:
-        hashes = dict(json.loads((folder / MANIFEST).read_bytes()))
-        return STATE in hashes and all(hash_file(folder / name) == found for name, found in hashes.items())
-    except (OSError, ValueError, TypeError):
+        files = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, TypeError, LookupError):
         return False
+    return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
 
 
 def best_of(folder: Path) -> Path | None:
@@ -141,15 +150,17 @@ def remove_others(newest: Path) -> None:
 def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
     """Read the state of optimizer and schedule that `write_checkpoint` wrote.
 
-    Of sharded tensors each rank keeps its share. Memory: the whole tensors, mapped from the file.
+    Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
     """
     settings = json.loads((folder / STEPS).read_bytes())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / MOMENTS).items():
-        number, name = key.split(".")
-        parameter = parameters[int(number)]
-        share = take_share(value, parameter) if value.shape == parameter.shape else value
-        state.setdefault(int(number), {})[name] = share
+    with safe_open(folder / MOMENTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            number, name = key.split(".")
+            value = file.get_tensor(key)
+            parameter = parameters[int(number)]
+            share = take_share(value, parameter) if value.shape == parameter.shape else value
+            state.setdefault(int(number), {})[name] = share
     optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
     schedule.load_state_dict(settings["scheduler"])

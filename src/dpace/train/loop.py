@@ -215,6 +215,7 @@ class TrainingLoop:
             self.state = read_state(newest)
             self.read_weights(newest)
             read_optimizer(newest, self.optimizer, self.schedule)
+            self.log.go_on(self.state.unlogged)
         state = self.state
         config = self.config
         done = state.global_step
@@ -368,6 +369,7 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint."""
         self.gather()
+        self.state.unlogged = self.log.unlogged(self.accelerator)
         write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer, self.schedule)
 
     def read_weights(self, folder: Path) -> None:

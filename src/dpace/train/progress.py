@@ -93,6 +93,17 @@ class StepLog:
         """Add the `loss`, `grad_norm`, `learning_rate` and `seconds` of an optimizer step."""
         self._steps.append(numbers)
 
+    def unlogged(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Return what was added since the last entry, over all ranks; they call this together."""
+        total: Any = accelerator.reduce(self._sums, reduction="sum")
+        return {"sums": total.tolist(), "steps": self._steps}
+
+    def go_on(self, unlogged: dict[str, Any]) -> None:
+        """Take up what `unlogged` returned when a checkpoint was written."""
+        self._steps = list(unlogged.get("steps", []))
+        if self._steps and ranks.is_first():
+            self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
+
     def entry(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the log's entry for these steps over all ranks, and begin anew.
 

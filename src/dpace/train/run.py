@@ -240,8 +240,8 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    longest = max(example.num_anchors(config.max_length) for example in dataset.examples)
-    if recipe.drafter.head == "lilicorr" and longest < size - 1:
+    lengths = (example.num_anchors(config.max_length) for example in dataset.examples)
+    if recipe.drafter.head == "lilicorr" and max(lengths) < size - 1:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.head out"

@@ -60,8 +60,8 @@ def weigh_at_random(slots):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_log(run, tmp_path, monkeypatch):
-    """Also with an objective that draws, and with blocks that grow."""
-    recipe = short(max_steps=8, eval_steps=3, batch_size=4, logging_steps=3, optimizer="muon", grow_blocks=True)
+    """Also with an objective that draws, with blocks that grow, and from between two entries of the log."""
+    recipe = short(max_steps=8, eval_steps=3, batch_size=4, logging_steps=4, optimizer="muon", grow_blocks=True)
     recipe = replace(recipe, drafter=replace(recipe.drafter, block_size=8))
     take_step = TrainingLoop.take_step
     steps = []
