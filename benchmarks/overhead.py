@@ -28,7 +28,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
-from dpace.plan import NUM_ROWS, measure_flops
+from dpace.plan import measure_flops
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response
@@ -160,7 +160,7 @@ def compare_products(step: Step, rounds: int) -> None:
         for part, value in medians.items():
             share = operations[part] / value / peak
             print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP  {share:4.0%} of that")
-        planned = operations.pop("whole step") / measure_flops(step.target.device, step.dtype, NUM_ROWS)
+        planned = operations.pop("whole step") / measure_flops(step.target.device, step.dtype)
         print(f"  {'planned':<20} {1000 * planned:7.1f} ms")
 
 

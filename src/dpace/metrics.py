@@ -5,7 +5,7 @@ and over training seeds where there are several.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -187,34 +187,6 @@ def decode_speedup(drafted: np.ndarray, plain: np.ndarray) -> tuple[float, float
         side decoded nothing.
     """
     return estimate([[drafted], [plain]], lambda seconds: seconds[1] / seconds[0])
-
-
-def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
-    """Compute tau as published tables have it: the mean of responses' means of `accepted_length + 1`.
-
-    Not what `Acceptance.tau` is: short responses count as much as long ones, and a last verification counts a bonus
-    token that was not emitted.
-
-    Args:
-        accepted_lengths: accepted lengths of each response; a response without a verification is left out.
-
-    Source: `dflash/benchmark.py` of z-lab/dflash.
-    """
-    means = [np.mean(lengths) + 1 for lengths in accepted_lengths if len(lengths)]
-    return float(np.mean(means or [np.nan]))
-
-
-def published_speedup(drafted: Iterable[tuple[float, int]], plain: Iterable[tuple[float, int]]) -> float:
-    """Compute the speedup as published tables have it: plain over drafted mean seconds a token.
-
-    Args:
-        drafted: seconds and tokens of each response.
-        plain: the same without a drafter.
-
-    Source: `dflash/benchmark.py` of z-lab/dflash.
-    """
-    means = [np.mean([time / count for time, count in side if count] or [np.nan]) for side in (drafted, plain)]
-    return float(means[1] / means[0])
 
 
 def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Plan by formula what answers and a training take, before a weight is loaded, and write it in lines.
+"""Plan by formula what a training takes, before a weight is loaded, and write it in lines.
 
 Models whose tensors have shapes only, and the lengths of the conversations come in; memory, time and disk go out, or
 lines of at most 80 columns that a verb prints before it starts. Memory is a sum of named terms, as if all of them were
@@ -54,29 +54,20 @@ SMALL_FILES = 2**25
 """Bytes of a drafter's files but weights and moments, at most: lists of tokens, and the logs of 20,000 steps."""
 MOST_BATCH = 64
 """Largest batch that is tried."""
-NUM_ROWS = 512
-"""Rows of the product that is as fast as a training's."""
-FEWEST_ROWS = 32
-"""Rows of the narrowest product that is measured; one of fewer takes as long on a GPU, and less on a CPU."""
-GPU_FLOPS, GPU_WEIGHTS = 3e14, 1e12
-"""Operations, and weights that are read, in a second by a GPU that is not at hand: a third of an H100's products in
-bf16, and the speed of its memory."""
+GPU_FLOPS = 3e14
+"""Operations in a second by a GPU that is not at hand: a third of an H100's products in bf16."""
 
 
 @cache
-def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int) -> Number:
-    """Time a product of rows with weights, and return operations a second.
-
-    The fewer the rows, the more weights there are, which no cache holds: the time is then that of reading them.
-    """
+def measure_flops(device: torch.device, dtype: torch.dtype) -> Number:
+    """Time a product as large as a training's, and return operations a second."""
     if device.type != "cpu" and not torch.accelerator.is_available():
-        return min(GPU_FLOPS, 2 * num_rows * GPU_WEIGHTS)
-    num_columns = 2 ** (19 if device.type == "cpu" else 22) // num_rows
-    rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
-    weights = torch.ones(2**11, num_columns, device=device, dtype=dtype)
+        return GPU_FLOPS
+    rows = torch.ones(512, 2**11, device=device, dtype=dtype)
+    weights = torch.ones(2**11, 2**10, device=device, dtype=dtype)
     timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
     seconds = min(timer.blocked_autorange(min_run_time=0.2).times)  # which other programs disturb least
-    return 2 * num_rows * weights.numel() / seconds
+    return 2 * len(rows) * weights.numel() / seconds
 
 
 class PaperTarget(Target):
@@ -104,7 +95,7 @@ def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What answers and a training take; neither target nor drafter need values."""
+    """What a training takes; neither target nor drafter need values."""
 
     recipe: Recipe
     device: torch.device
@@ -172,8 +163,10 @@ class TrainingPlan:
         slots = batch_size * num_slots
         states = 4 * slots * self.target.hidden_size
         activations = KEPT_STATES * item * slots * of_drafter / self.target.hidden_size
+        num_layers = len(self.drafter.layers)
+        if is_cpu:  # whose attention has its mask as numbers
+            activations += 4 * num_layers * slots * (num_tokens + num_slots)
         if self.recipe.train.gradient_checkpointing:
-            num_layers = len(self.drafter.layers)
             activations = activations / num_layers + num_layers * states
         chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
         tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
@@ -219,19 +212,9 @@ class TrainingPlan:
         num_read = self.num_steps
         if self.feature_place != "computed in every step":
             num_read = self.lengths.shape[1] / (self.batch_size * train.gradient_accumulation_steps)
-        reader = measure_flops(self.device, self.target.model.dtype, NUM_ROWS)
-        trainer = measure_flops(self.device, products_dtype(train, self.device), NUM_ROWS)
+        reader = measure_flops(self.device, self.target.model.dtype)
+        trainer = measure_flops(self.device, products_dtype(train, self.device))
         return num_read * reading / reader + self.num_steps * training / trainer
-
-    def answering_seconds(self, lengths: np.ndarray) -> Number:
-        """Estimate the seconds in which the target answers prompts with these `expected_lengths`, at most.
-
-        A token of a prompt takes as long as one of an answer.
-        """
-        at_once = min(lengths.shape[1], self.recipe.respond.batch_size)
-        num_rows = max(at_once, FEWEST_ROWS)
-        work = 2 * self.target.model.num_parameters() * lengths[0].sum() * num_rows / at_once
-        return work / measure_flops(self.device, self.target.model.dtype, num_rows)
 
     @property
     def disk_bytes(self) -> int:
@@ -280,17 +263,12 @@ def prompts_line(parts: PromptParts) -> str:
     return f"prompts: {train:,} to train, {validation:,} to choose by, {heldout:,} held out"
 
 
-def waiting_for_answers(recipe: Recipe, parts: PromptParts) -> list[Prompt]:
-    """Return the prompts that have no answer in a recipe's folder."""
-    path = recipe.responses_path
-    kept = {response.id for response in iterate_responses(path)} if path.exists() else set()
-    return [prompt for prompt in sum(parts, []) if prompt.id not in kept]
-
-
-def answer_lines(parts: PromptParts, waiting: Sequence[Prompt]) -> list[str]:
+def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     """Write how many prompts there are, and how many of them `dpace respond` will answer."""
-    num_kept = sum(map(len, parts)) - len(waiting)
-    return [prompts_line(parts), f"answers: {num_kept:,} kept, {len(waiting):,} to come"]
+    path = recipe.responses_path
+    answered = {response.id for response in iterate_responses(path)} if path.exists() else set()
+    num_kept = sum(prompt.id in answered for part in parts for prompt in part)
+    return [prompts_line(parts), f"answers: {num_kept:,} kept, {sum(map(len, parts)) - num_kept:,} to come"]
 
 
 def size_lines(plan: TrainingPlan) -> list[str]:
@@ -345,21 +323,17 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
         ValueError: see `load_examples`, `split_prompts` and `plan_recipe`.
     """
     answers = recipe.responses_path
-    waiting = []
     if read_meta(answers).get("complete"):
         lines = []
         lengths = known_lengths(choose_conversations(*load_examples(answers, recipe.prompts), recipe)[0])
     elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
         parts = split_prompts(recipe.prompts)
-        waiting = waiting_for_answers(recipe, parts)
-        lines = [*answer_lines(parts, waiting), "not all answers are there: each counts as long as the recipe allows"]
+        lines = [*answer_lines(recipe, parts), "not all answers are there: each counts as long as the recipe allows"]
         lengths = expected_lengths(parts.train, recipe)
     else:
         lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
     plan = plan_recipe(recipe, lengths, memory=memory)
-    if waiting and recipe.respond.source == "target" and not recipe.respond.server:
-        lines.append(time_line("answering", plan.answering_seconds(expected_lengths(waiting, recipe))))
     memory_parts = plan.memory(plan.batch_size)
     lines += [
         *size_lines(plan),
@@ -371,6 +345,6 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     if sum(memory_parts.values()) > plan.free_bytes:
         lines.append(
             f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "
-            "--train.max-length, or set --train.gradient-checkpointing"
+            "--train.max-length, or set --train.gradient-checkpointing where it is not set"
         )
     return lines

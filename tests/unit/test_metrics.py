@@ -7,8 +7,6 @@ from dpace.metrics import (
     Acceptance,
     decode_speedup,
     estimate,
-    published_speedup,
-    published_tau,
     student_t,
     tau_estimate,
     tau_gain,
@@ -58,13 +56,6 @@ def test_tau_gain_is_paired():
     assert gain == pytest.approx(1.7 / 1.5 - 1)
     assert 0 < low <= gain <= high < 0.2
     assert np.isnan(tau_gain([ours], [Acceptance(np.zeros((10, 2)), 2)])).all()
-
-
-def test_published_definitions():
-    """By hand: means of means, which the pooled numbers are not."""
-    assert published_tau([[0, 0], [3], []]) == pytest.approx((1 + 4) / 2)
-    assert published_speedup([(1.0, 10), (1.0, 2)], [(2.0, 10), (1.0, 2), (1.0, 0)]) == pytest.approx(0.35 / 0.3)
-    assert np.isnan([published_tau([[]]), published_speedup([], [(1.0, 1)])]).all()
 
 
 def test_the_bootstrap_over_prompts_is_that_of_scipy(monkeypatch):

@@ -173,5 +173,12 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 
 
 def writer_of(path: Path) -> Engine:
-    """Find the engine in whose layout files are; the published one's where they say nothing else."""
+    """Find the engine in whose layout files are; the published one's where they say nothing else.
+
+    Raises:
+        ValueError: a folder with a GGUF file and no config.
+    """
+    file = next(path.glob("*.gguf"), None)
+    if file and not (path / "config.json").exists():
+        raise ValueError(f"{path} has no config.json, but {file.name}; name this file")
     return next((engine for engine in all_engines() if engine.is_written(path)), Engine())

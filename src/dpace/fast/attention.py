@@ -19,8 +19,6 @@ NAME = "grouped_heads"
 """Name of this attention in transformers' registries."""
 MAX_QUERIES = 64
 """Largest number of queries handled here; more gain nothing, and their mask for all heads takes memory."""
-MIN_SHARED_KEYS = 64
-"""Least number of keys that all rows share from which on these are read on their own."""
 ALIGNMENT = 16
 """Columns of which a mask's rows have a multiple, as torch's attention on a GPU needs it."""
 
@@ -83,16 +81,13 @@ def has_causal_kernel(rows: Tensor) -> bool:
 
 
 def attend_in_groups(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *, num_shared: int = 0
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
     """Attend with the query heads of a group as rows of one product.
 
     Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
     With a `CausalBias`, in which the rows of a group would differ, and with many queries the kernel itself shares keys
     and values.
-
-    The first `num_shared` keys are the same in all rows, and seen by all. With enough of them, a CPU reads them once
-    for all rows; the parts are joined by their sums of exponentials, as flash attention joins its tiles.
     """
     attend = nn.functional.scaled_dot_product_attention
     batch = query.shape[0]  # len() of a tensor is slow
@@ -100,31 +95,13 @@ def attend_in_groups(
     if isinstance(mask, CausalBias) or queries > MAX_QUERIES:
         return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    is_on_cpu = query.device.type == "cpu"
-    if mask is not None and (mask.shape[2] > 1 or not is_on_cpu):
+    if mask is not None and (mask.shape[2] > 1 or query.device.type != "cpu"):
         mask = _repeat_mask(mask, rows.shape[2] // queries if mask.shape[2] > 1 else 1, query.dtype)
-    if num_shared >= MIN_SHARED_KEYS and is_on_cpu:
-        out = _attend_in_two_parts(rows, key, value, mask, scale, num_shared)
-    else:
-        out = attend(rows, key, value, attn_mask=mask, scale=scale)
+    out = attend(rows, key, value, attn_mask=mask, scale=scale)
     if queries == 1:
         return out.reshape(batch, 1, heads, -1)
     by_query = out.view(batch, key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4)
     return by_query.reshape(batch, queries, heads, -1)
-
-
-def _attend_in_two_parts(
-    rows: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, num_shared: int
-) -> Tensor:
-    """Read the first keys once for all texts and the rest for each, and join the results as flash attention does."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    together = rows.transpose(0, 1).flatten(1, 2)[None]
-    first, first_sum = attend(together, key[:1, :, :num_shared], value[:1, :, :num_shared], scale=scale)
-    own = None if mask is None else mask[..., num_shared:]
-    rest, rest_sum = attend(rows, key[:, :, num_shared:], value[:, :, num_shared:], attn_mask=own, scale=scale)
-    first, first_sum = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (first, first_sum))
-    share = torch.sigmoid(first_sum - rest_sum).float()[..., None]
-    return torch.lerp(rest.float(), first.float(), share).to(rest.dtype)
 
 
 def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:

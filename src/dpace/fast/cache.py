@@ -241,12 +241,10 @@ class RaggedLayer(PreallocatedLayer):
 
     Attributes:
         num_rows: rows that the first pass makes; as many as it reads where 0.
-        num_shared: first columns that are known to be the same in all rows.
         is_part: whether the next pass reads some of the rows only.
     """
 
     num_rows = 0
-    num_shared = 0
     is_part = False
     rows: Tensor
     columns: Tensor

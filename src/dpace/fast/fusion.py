@@ -1,9 +1,8 @@
 """Decoder layers, and whole decoders, in half as many operations.
 
 `fuse_layers` takes the layers of a model and lets them compute with combined products; `run_layers` runs all layers of
-a decoder in one loop. Results have the same bits on a CPU, except for rows that share a long beginning; there, and on a
-GPU, they are equal up to rounding. In a small model, and in any model on a GPU, a large part of a step's time is spent
-outside the matrix products; this part becomes faster.
+a decoder in one loop. Results have the same bits on a CPU; on a GPU, they are equal up to rounding. In a small model,
+and in any model on a GPU, a large part of a step's time is spent outside the matrix products; this part becomes faster.
 """
 
 import copy
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
-from dpace.fast.cache import RaggedLayer, is_full_attention
+from dpace.fast.cache import is_full_attention
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, unpack
 from dpace.modeling_dflash import DFlashLayer
 
@@ -150,9 +149,7 @@ class FusedProducts(FastForm):
         """Compute the layer's output, with its own part of the cache."""
         query, key, value = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(key, value)
-        is_whole = isinstance(cache, RaggedLayer) and not cache.is_part
-        shared = cache.num_shared if is_whole else 0
-        return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling, num_shared=shared))
+        return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling))
 
     def heads(self, rows: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Compute rotated queries, rotated keys and values from the normalized input, each "batch head seq dim".
@@ -241,8 +238,7 @@ def run_layers(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Run all layers of a decoder in one loop for a decoding step.
 
-    Results are those of the decoder's own code: bitwise on a CPU for one text, and for rows that share fewer than 64
-    columns of the cache; up to rounding for rows that share more, and elsewhere.
+    Results are those of the decoder's own code: bitwise on a CPU, and up to rounding elsewhere.
 
     Args:
         decoder: of a target.

@@ -28,14 +28,12 @@ from dpace.measure.results import (
     CompiledBaseline,
     Estimate,
     Provenance,
-    Published,
     ResponseRecord,
     Row,
-    defined,
     nullable,
     write_results,
 )
-from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
+from dpace.metrics import Acceptance, decode_speedup, tau_estimate, tau_gain
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
@@ -108,7 +106,7 @@ def bench(
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
     jobs = list(product(config.temperatures, prompts))
-    missing = records.missing(jobs)
+    missing = ranks.share(records.missing(jobs))
     if missing:
         _warm_up(target, ways, missing[0][1], config.max_new_tokens)
     for number, (temperature, prompt) in track(missing, "decoding"):
@@ -221,10 +219,6 @@ def _pool_responses(
     Steps of plain decoding may have been compiled for all responses, or not.
     """
     acceptance = acceptance_of(ours)
-    published = Published(
-        tau=defined(published_tau([r.accepted_lengths for r in ours])),
-        decode_speedup=defined(published_speedup(map(TIMES, ours), map(TIMES, plain))),
-    )
     return Row(
         **way,
         num_responses=len(ours),
@@ -235,7 +229,6 @@ def _pool_responses(
         tokens_per_second=tokens_per_second(ours),
         plain_tokens_per_second=tokens_per_second(plain),
         decode_speedup=_speedup_over(ours, plain),
-        published=published,
         num_same_text=sum(r.same_text for r in ours),
         responses=ours,
         plain_responses=plain,
@@ -258,7 +251,6 @@ def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord
     return CompiledBaseline(
         tokens_per_second=tokens_per_second(compiled),
         decode_speedup=_speedup_over(ours, compiled),
-        num_same_text=sum(r.same_text for r in compiled),
     )
 
 

@@ -7,7 +7,6 @@ target's greedy text. Where a text differs, a `Divergence` has the target's marg
 import itertools
 import math
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,19 +135,19 @@ def _best_tokens(target: Target, hidden: Float[Tensor, "row hidden"]) -> Int[Ten
 def _reread(
     target: Target, response: Response, span: Sequence[int], where: str, max_new_tokens: int
 ) -> Divergence | None:
-    """Return the first token of an answer that the target would not have written; without one, the first tie."""
+    """Return the first token of an answer that the target would not have written; without one, the last tie."""
     prompt, answer = response.token_ids[: span[0]], response.token_ids[slice(*span)]
     text = torch.tensor([prompt + answer], device=target.device)
     best = _best_tokens(target, target.hidden(text)[0, len(prompt) - 1 :]).tolist()
     own = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
-    places = [place for place, (found, other) in enumerate(itertools.zip_longest(answer, own)) if found != other]
-    divergences = [
-        find_divergence(
-            target, Sampler(device=target.device), where, prompt, answer, answer[:place] + own[place : place + 1]
-        )
-        for place in places
-    ]
-    return min(divergences, key=attrgetter("is_tie"), default=None)
+    divergence = None
+    for place, (found, expected) in enumerate(itertools.zip_longest(answer, own)):
+        if found != expected:
+            other = answer[:place] + own[place : place + 1]
+            divergence = find_divergence(target, Sampler(device=target.device), where, prompt, answer, other)
+            if not divergence.is_tie:
+                break
+    return divergence
 
 
 @torch.inference_mode()

@@ -135,13 +135,8 @@ class Records(Generic[Record]):
         self.read()
 
     def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
-        """Return this rank's share of the jobs that have no record, with their numbers among all."""
-        mine = ranks.share(list(enumerate(jobs)))
-        return [
-            (number, (temperature, prompt))
-            for number, (temperature, prompt) in mine
-            if (temperature, prompt.id) not in self.rows
-        ]
+        """Return the jobs that have no record, with their numbers among all."""
+        return [(number, job) for number, job in enumerate(jobs) if (job[0], job[1].id) not in self.rows]
 
     def add(self, record: Record) -> None:
         """Keep one, on disk at once."""

@@ -119,6 +119,9 @@ class ExplainSetup(Setup):
 class ResponseRecord(Generation):
     """One response, decoded by a drafter or plainly."""
 
+    accepted_lengths: list[Count]
+    emitted_lengths: list[Count]
+    decode_seconds: Seconds
     drafter: str
     """Its name, `PLAIN` or `COMPILED` of `dpace.measure.records`."""
     width: Width | None
@@ -184,24 +187,12 @@ class ExplainedRecord(PromptRecord):
 
 
 @json_object
-class Published:
-    """The two numbers as published tables define them."""
-
-    tau: float | None
-    """Mean over responses of their means."""
-    decode_speedup: float | None
-    """Ratio of mean seconds a token."""
-
-
-@json_object
 class CompiledBaseline:
     """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
 
     tokens_per_second: float
     decode_speedup: Estimate
     """The drafter's tokens a second over these."""
-    num_same_text: int
-    """Responses with the tokens of plain decoding."""
 
 
 @json_object
@@ -237,7 +228,6 @@ class Row(DraftedRow):
     plain_tokens_per_second: float
     decode_speedup: Estimate
     """None where every response is a single token."""
-    published: Published
     num_same_text: int
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
@@ -296,7 +286,7 @@ class ServerRow:
 class BenchResults(Provenance):
     """results.json of `dpace bench`, and what `dpace compare` and `dpace demo` decoded."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     rows: Annotated[list[Row], NOT_EMPTY]
     """One or more: for each drafter, width, set and temperature."""
 
@@ -305,7 +295,7 @@ class BenchResults(Provenance):
 class CompareResults:
     """results.json of `dpace compare` and `dpace demo`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     target: str
     baseline: str
     """The objective that the others are compared with."""
@@ -321,7 +311,7 @@ class CompareResults:
 class ServerResults(ServerSetup):
     """servers.json of `dpace bench --bench.server`."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
     rows: Annotated[list[ServerRow], NOT_EMPTY]

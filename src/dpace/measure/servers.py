@@ -45,7 +45,7 @@ CONTROL = "plain again"
 """Name of the second pass of the server without a drafter."""
 SERVERS_FILE = "servers.json"
 """What the rows are written to."""
-Totals = dict[tuple[float, str], list[int]]
+Totals = dict[tuple[float, str, str], list[int]]
 """Emitted tokens and verifications, by temperature and prompt."""
 
 
@@ -147,7 +147,7 @@ def totals_here(path: Path, known: Mapping[str, Any]) -> Totals:
     for row in rows:
         for name, turns in group_by(row.responses, attrgetter("id")).items():
             num_verifications = sum(len(turn.accepted_lengths) for turn in turns)
-            totals[row.temperature, name] = [sum(turn.num_decode_tokens for turn in turns), num_verifications]
+            totals[row.temperature, row.set, name] = [sum(turn.num_decode_tokens for turn in turns), num_verifications]
     return totals
 
 
@@ -177,7 +177,7 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, *, drafts: bool
     `tau` is tokens emitted a verification, from the accepted counts that the server reports. Where it reports some, an
     answer without any had no drafts: each pass of the target then emitted one token.
     """
-    served = {(record.temperature, record.id): _emitted(record) for record in records} if drafts else {}
+    served = {(record.temperature, record.set, record.id): _emitted(record) for record in records} if drafts else {}
     common = [key for key in served if key in here]
     paired = [[[side[key] for key in common]] for side in (served, here)]
     drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))

@@ -93,5 +93,6 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
 
 
 def _fact(value: Any) -> str:
-    """Write a value, or the entries of an object."""
-    return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
+    """Write a value, or the entries of a list or an object."""
+    entries = [f"{name} {entry}" for name, entry in value.items()] if isinstance(value, dict) else value
+    return ", ".join(map(str, entries)) if isinstance(entries, list) else str(value)

@@ -17,7 +17,7 @@ from dpace.config import STRICT, PromptsConfig, Recipe, RespondConfig
 from dpace.prompts.prompts import Prompt, split_and_explain
 from dpace.recipes.validation import explain
 from dpace.system.device import dtype_name
-from dpace.system.ledger import read_jsonl, read_object, register_files, write_json
+from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
 from dpace.target import Target
@@ -200,10 +200,13 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     Raises:
         ValueError: names the one setting, its old and new value, and the way out.
     """
-    if not path.exists() or not path.stat().st_size:
+    if not path.exists():
+        refuse_foreign_files(path.parent, meta_path(path).name)
+        return
+    if not path.stat().st_size:
         return
     old = read_meta(path)
-    other = "name another folder with --output, or delete the file"
+    other = "name another folder with --output, or move the file away"
     if not old:  # perhaps another program's
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
     now = {key: value for key, value in meta.items() if key not in INFORMATIVE}
@@ -267,6 +270,7 @@ class Answers:
         self.respond = respond
         self.path = recipe.responses_path
         if not self.path.exists():
+            split_and_explain(recipe.prompts)  # refuses a missing file before the advice to answer it
             raise ValueError(self._none())
         self.meta = read_meta(self.path)
         fault = None

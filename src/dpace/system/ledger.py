@@ -111,8 +111,9 @@ def naming_file(path: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if re.search(FULL_DISK, str(error)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            error.filename = str(path)
+        if isinstance(error, OSError) and error.errno:
+            is_ours = str(error.filename).endswith(UNFINISHED)
+            error.filename = str(path) if is_ours else error.filename or str(path)
         raise
 
 

@@ -78,15 +78,13 @@ def progress_bar(is_shown: bool = True) -> Progress:
     )
 
 
-def track(
-    items: Sequence[Item], title: str, *, done: int = 0, size: Callable[[Item], int] = lambda _: 1
-) -> Iterator[Item]:
+def track(items: Sequence[Item], title: str, *, size: Callable[[Item], int] = lambda _: 1) -> Iterator[Item]:
     """Yield items, and show how many are done; nothing is shown without a title.
 
-    `done` were done before, and do not count for the ETA. An item counts as `size` says.
+    An item counts as `size` says.
     """
     with progress_bar(is_shown=bool(title)) as bar:
-        task = bar.add_task(title, total=done + sum(map(size, items)), completed=done, info="")
+        task = bar.add_task(title, total=sum(map(size, items)), info="")
         for item in items:
             yield item
             bar.update(task, advance=size(item))

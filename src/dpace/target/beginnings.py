@@ -94,7 +94,6 @@ def read_texts(
     capacity = cache.end
     for layer in cache.layers:
         layer.num_rows = len(texts)
-        layer.num_shared = max((part.end for part in shared if len(part.rows) == len(texts)), default=0)
 
     def read(rows: Sequence[int], end: int | None = None) -> None:
         """Read these rows from where they are read to, up to a place or to their ends."""

@@ -11,11 +11,12 @@ def run(args: list[str]) -> None:
     from dpace.prompts.prompts import split_and_explain
     from dpace.report.data_page import prompts_page, responses_page
     from dpace.report.tables import console
-    from dpace.respond.responses import load_examples, read_meta
+    from dpace.respond.responses import read_examples, read_meta
 
     path = recipe.responses_path
-    console().print(prompts_page(*split_and_explain(recipe.prompts)))
-    train = load_examples(path, recipe.prompts)[0] if path.exists() else None
+    parts, dropped = split_and_explain(recipe.prompts)
+    console().print(prompts_page(parts, dropped))
+    train = read_examples(path, parts[:1])[0] if path.exists() else None
     if not train:
         print(f"{path} has no answers to these prompts")
         print("next:", next_command("respond", "data", args))

@@ -11,7 +11,7 @@ from dpace.verbs import load_chat, load_target
 def run(args: list[str]) -> None:
     """Run `dpace respond`."""
     recipe = parse(Recipe, "respond", args, groups=("prompts", "respond"))
-    from dpace.plan import answer_lines, waiting_for_answers
+    from dpace.plan import answer_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
     from dpace.respond.responses import check_meta, known_settings
@@ -25,7 +25,7 @@ def run(args: list[str]) -> None:
         if config.source == "own":
             for prompt in prompts:
                 prompt.own_messages()  # refuses one that has no answer
-        return answer_lines(parts, waiting_for_answers(recipe, parts))
+        return answer_lines(recipe, parts)
 
     with lock_folder(recipe.output):
         lines = ranks.from_first(check)

@@ -1,7 +1,6 @@
 """Train a drafter on the responses."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpace.config import Recipe
 from dpace.recipes.flags import given_options, next_command, parse
@@ -10,15 +9,12 @@ from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import load_target
 
-if TYPE_CHECKING:
-    from dpace.batches.dataset import ResponseDataset
-    from dpace.target import Target
-
 
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.engines.initial import start_from
+    from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
     from dpace.train.progress import check_trackers
@@ -47,19 +43,12 @@ def run(args: list[str]) -> None:
     answers.refuse_others(of_target)
     run.facts |= of_target
     if answers.meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
-        _note_greedy_share(target, datasets[0])
+        note(
+            f"{greedy_share(target, datasets[0]):.0%} of the tokens of the given answers, in a sample, are the "
+            "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "
+            "--respond.source own let the target answer"
+        )
     train(target, *datasets, run.recipe, folder, init=run.init, run=run)
     if ranks.end():
         print(f"drafter in {folder}")
         print("next:", next_command("bench", "train", args))
-
-
-def _note_greedy_share(target: "Target", dataset: "ResponseDataset") -> None:
-    """Say how much of answers that the prompts came with could be accepted."""
-    from dpace.measure.own_text import greedy_share
-
-    note(
-        f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the target's greedy "
-        "choice, and only such tokens are accepted; more are where `dpace respond` without --respond.source own let "
-        "the target answer"
-    )

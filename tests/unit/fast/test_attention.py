@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dpace.fast.attention
-from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, group_heads, grouped_attention
+from dpace.fast.attention import MAX_QUERIES, NAME, group_heads, grouped_attention
 from dpace.target import Target
 from tests.conftest import FAMILIES
 
@@ -51,21 +51,6 @@ def test_grouped_attention_is_sdpa(queries, kind, dtype, left_to_sdpa):
         expected, _ = sdpa_attention_forward(layer, *tensors, mask, scaling=0.3)
         torch.testing.assert_close(found, expected, **close)
     assert queries == 1 or [repeated.shape[2] for repeated in mask.repeated.values()] == [3 * queries, 2 * queries]
-
-
-@pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize("kind", ["none", "added"])
-def test_keys_that_all_rows_share_are_read_once(queries, kind):
-    """The two parts together are the whole."""
-    query, key, value = draw(queries)
-    for tensor in (key, value):
-        tensor[:, :, :70] = tensor[:1, :, :70]
-    mask = make_mask(queries, kind)
-    if mask is not None:
-        mask[..., :71] = 0
-    expected = attend_in_groups(query, key, value, mask, 0.3)
-    found = attend_in_groups(query, key, value, mask, 0.3, num_shared=70)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_other_cases_are_left_to_sdpa(left_to_sdpa):

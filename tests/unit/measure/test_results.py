@@ -36,7 +36,7 @@ KEYS = {
     "target max_new_tokens seed tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
     "target_weights_sha256 widths is_compiled engine dtype hardware versions schema_version rows": BENCH,
     "drafter width set temperature num_responses block_size histogram tau reach_rate "
-    "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup published "
+    "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup "
     "num_same_text responses plain_responses compiled": BENCH.rows[0],
     "drafter width id turn prompt_tokens token_ids block_size accepted_lengths emitted_lengths widths "
     "num_copied decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
@@ -51,7 +51,7 @@ def test_the_keys_of_the_files_are_kept():
     """Scripts read them; a key of another name is another schema version."""
     for keys, value in KEYS.items():
         assert sorted(to_json(value)) == sorted(keys.split())
-    assert [results.schema_version for results in (BENCH, COMPARE, SERVERS)] == [1, 1, 2]
+    assert [results.schema_version for results in (BENCH, COMPARE, SERVERS)] == [2, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_the_keys_of_the_files_are_kept():
     [
         ("", "is not JSON"),
         ("[]", "holds list, expected dict"),
-        ('{"schema_version": 2}', "schema_version is 2, expected 1"),
-        ('{"schema_version": 1, "servers": {}}', "schema_version is 1, expected 2"),
+        ('{"schema_version": 1}', "schema_version is 1, expected 2"),
+        ('{"schema_version": 2, "servers": {}}', "schema_version is 2, expected 3"),
     ],
 )
 def test_broken_files_are_told(content, message, tmp_path):
