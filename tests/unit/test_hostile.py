@@ -126,7 +126,7 @@ CHECK = f"check --target {TARGET} --drafter . --responses"
 PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
-    "train --prompts.path no.jsonl": "no answers to these prompts; write them first with `dpace respond",
+    "train --prompts.path no.jsonl": "cannot read no.jsonl: No such file",
     "respond --prompts.path large.yaml": "large.yaml:1: the line is not JSON",
     f"respond --prompts.path {'p' * 300}": "ppp.*too long",
     "respond --output file --prompts.path good.jsonl": "file: File exists",

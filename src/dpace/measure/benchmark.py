@@ -251,6 +251,7 @@ def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord
     return CompiledBaseline(
         tokens_per_second=tokens_per_second(compiled),
         decode_speedup=_speedup_over(ours, compiled),
+        num_same_text=sum(r.same_text for r in compiled),
     )
 
 

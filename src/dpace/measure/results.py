@@ -193,6 +193,8 @@ class CompiledBaseline:
     tokens_per_second: float
     decode_speedup: Estimate
     """The drafter's tokens a second over these."""
+    num_same_text: int
+    """Responses with the tokens of plain decoding."""
 
 
 @json_object

@@ -83,7 +83,7 @@ def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_pat
 
 
 def test_tables_name_it_where_it_was_measured():
-    found = CompiledBaseline(tokens_per_second=3.0, decode_speedup=(1.33, None, None))
+    found = CompiledBaseline(tokens_per_second=3.0, decode_speedup=(1.33, None, None), num_same_text=1)
     shown = speeds(make_bench(make_row(compiled=found), make_row()))
     assert shown.note.endswith("plain decoding with compiled steps: s dpace full 0: 1.33")
     assert "compiled" not in speeds(make_bench()).note

@@ -210,9 +210,9 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdic
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
-def measured(*names: str) -> dict[tuple[float, str], list[int]]:
+def measured(*names: str) -> dict[tuple[float, str, str], list[int]]:
     """What this process emitted for prompts: four tokens in two verifications each."""
-    return {(0.0, name): [4, 2] for name in names}
+    return {(0.0, "s", name): [4, 2] for name in names}
 
 
 def test_tau_here_is_that_of_the_prompts_that_both_have():
@@ -222,7 +222,7 @@ def test_tau_here_is_that_of_the_prompts_that_both_have():
     assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
     (row,) = make_rows(records, measured("1", "2"))
     assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
-    for here in (measured("other"), {(1.0, "1"): [4, 2]}):
+    for here in (measured("other"), {(1.0, "s", "1"): [4, 2]}, {(0.0, "t", "1"): [4, 2]}):
         (row,) = make_rows(records, here)
         assert row.tau_here == row.tau_over_here == (None, None, None) and served_verdict(row) == "no tau here"
 
