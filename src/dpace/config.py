@@ -155,7 +155,7 @@ class DrafterConfig:
     where the target is narrower than 1024."""
     sliding_window: Annotated[int, integer(2)] | None = None
     """Tokens that a layer sees at most, its own slot included; all by default (speculators: 2048).
-    Time and memory of a draft then stop growing with the text."""
+    The time of a draft then stops growing with the text, where one prompt is decoded at a time."""
     full_layers: Entries[CountOrZero] = ()
     """Numbers of layers that see all of the text although there is a window, counted from 0."""
     causal: bool = False
