@@ -23,6 +23,7 @@ from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, group_by, setup_of, tokens_per_second
 from dpace.measure.results import (
+    SPECULATIVE,
     BenchRecord,
     BenchResults,
     CompiledBaseline,
@@ -48,8 +49,6 @@ WARM_UP_TOKENS = 8
 """Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
-SPECULATIVE = ", speculative"
-"""How the name of a drafter ends whose drafts that rule verified."""
 TIMES = attrgetter("decode_seconds", "num_decode_tokens")
 """What the speed of a response follows from."""
 Way = tuple[str, Width | None]

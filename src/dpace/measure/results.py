@@ -23,6 +23,8 @@ from dpace.system.provenance import Hardware, Versions
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
+SPECULATIVE = ", speculative"
+"""How the name of a drafter ends whose drafts that rule verified."""
 MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
@@ -240,7 +242,7 @@ class Row(DraftedRow):
     @property
     def verify_rule(self) -> str:
         """The verify rule, after which `dpace bench` names a drafter where it is not equality."""
-        return "speculative" if self.drafter.endswith(", speculative") else "equality"
+        return "speculative" if self.drafter.endswith(SPECULATIVE) else "equality"
 
     @property
     def keeps_text(self) -> bool:

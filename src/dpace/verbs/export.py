@@ -30,6 +30,6 @@ def run(args: list[str]) -> None:
     if not config.target_name and find_adapter(target.name):
         note(
             f"{config.target} is a LoRA adapter, which engines do not serve as a model; merge it with peft's "
-            "merge_and_unload, and name the merged model with --target-name"
+            "merge_and_unload, and name its folder with --target, or its Hub id with --target-name"
         )
     print(f"next: start an engine with a command of {config.output}/README.md")
