@@ -178,7 +178,8 @@ def visibility(
     Returns:
         `mask(batch, head, query, key) -> bool`, elementwise over broadcast index tensors.
     """
-    anchors, is_block = blocks.anchors, blocks.is_block
+    anchors = blocks.anchors
+    is_block = blocks.is_block
     block_size = blocks.block_size
     sees = reach.sees
     # A lambda, because flex_attention counts the function's arguments, which a type-checking wrapper hides.
@@ -196,7 +197,8 @@ def dense_mask(blocks: Blocks, num_context: int, reach: Reach = FULL) -> Bool[Te
 
     Memory: O(batch x query x key) bytes.
     """
-    batch, num_queries = len(blocks.anchors), blocks.labels[0].numel()
+    batch = len(blocks.anchors)
+    num_queries = blocks.labels[0].numel()
     device = blocks.anchors.device
     return visibility(blocks, num_context, reach)(
         torch.arange(batch, device=device)[:, None, None, None],
@@ -237,7 +239,8 @@ def visible_tiles(
     Whole tiles are among the first, too. Each query sees the context before its block's anchor, from where its window
     begins, and the keys of its block.
     """
-    device, size = blocks.anchors.device, blocks.block_size
+    device = blocks.anchors.device
+    size = blocks.block_size
     num_queries = blocks.labels[0].numel()
     starts = torch.arange(0, num_queries, MASK_TILE, device=device)[:, None]
     queries = (starts + torch.arange(MASK_TILE, device=device)).clamp_max(num_queries - 1)

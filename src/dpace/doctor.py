@@ -282,10 +282,12 @@ def accept_drafts(trial: Trial) -> Finding:
     recorded = [response for response in trial.responses if response.id in ids]
     tau = (trial.measure(recorded) if recorded else trial.acceptance).tau
     found = f"tau {tau:.3f}{' on the responses of the training' if recorded else ''}"
-    low, high = record.get("tau_interval", [None])[0], math.inf
+    low = record.get("tau_interval", [None])[0]
+    high = math.inf
     is_exact = record.get("dtype") == dtype_name(trial.target.model.dtype) == "float32"
     if is_exact and trial.recipe and len(recorded) == len(ids) > 0:
-        low, high = record["tau"] * (1 - MAX_TAU_CHANGE), record["tau"] * (1 + MAX_TAU_CHANGE)
+        low = record["tau"] * (1 - MAX_TAU_CHANGE)
+        high = record["tau"] * (1 + MAX_TAU_CHANGE)
     if low is not None and not low <= tau <= high:
         fix = "name the target of the training, or copy the drafter again: one of them is another one"
         return "fails", found, f"{low:.3f} to {high:.3f}", fix

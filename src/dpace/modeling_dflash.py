@@ -63,9 +63,11 @@ class DFlashAttention(Qwen3Attention):
         v = self.v_proj(keys_from).unflatten(-1, heads).transpose(1, 2)
         cos, sin = (x[:, None] for x in rope)
         k = k * cos + rotate_half(k) * sin
-        cos, sin = cos[..., -q.shape[2] :, :], sin[..., -q.shape[2] :, :]
+        cos = cos[..., -q.shape[2] :, :]
+        sin = sin[..., -q.shape[2] :, :]
         q = q * cos + rotate_half(q) * sin
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32 and the projections bf16
+        q = q.to(v.dtype)  # under autocast the norms give fp32 and the projections bf16
+        k = k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         mask = self.limit(mask, q.shape[2], k)
@@ -108,8 +110,10 @@ class DFlashConvolution(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.block_size, self.group = config.block_size, config.dflash_config["conv_group_size"]
-        taps, width = config.dflash_config["conv_kernel_size"], config.hidden_size
+        self.block_size = config.block_size
+        self.group = config.dflash_config["conv_group_size"]
+        taps = config.dflash_config["conv_kernel_size"]
+        width = config.hidden_size
         self.base_kernel = nn.Parameter(torch.empty(2, taps, width))
         self.kernel_projection = nn.Linear(width, 2 * taps * width // self.group, bias=False)
 
@@ -435,7 +439,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
-        num_drafted, num_tokens = getattr(config, "draft_vocab_size", 0), config.vocab_size
+        num_drafted = getattr(config, "draft_vocab_size", 0)
+        num_tokens = config.vocab_size
         is_own = num_drafted or getattr(config, "has_own_lm_head", False)
         is_own_embedding = getattr(config, "has_own_embed_tokens", False)
         self.embed_tokens = nn.Embedding(num_tokens, config.hidden_size) if is_own_embedding else None

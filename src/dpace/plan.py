@@ -157,8 +157,11 @@ class TrainingPlan:
     def memory(self, batch_size: int) -> dict[str, Number]:
         """Compute the bytes of a step by part, with a micro-batch of the largest conversations."""
         num_tokens, num_slots = self.sizes(np.max)
-        is_cpu, head, loss = self.device.type == "cpu", self.target.head.weight, self.recipe.loss
-        of_target, of_drafter = self.target.model.num_parameters(), self.drafter.num_parameters()
+        is_cpu = self.device.type == "cpu"
+        head = self.target.head.weight
+        loss = self.recipe.loss
+        of_target = self.target.model.num_parameters()
+        of_drafter = self.drafter.num_parameters()
         item = products_dtype(self.recipe.train, self.device).itemsize
         slots = batch_size * num_slots
         states = 4 * slots * self.target.hidden_size
@@ -193,7 +196,9 @@ class TrainingPlan:
 
         Of experts, those that are not chosen count too; attention is left out.
         """
-        drafter, train, width = self.drafter, self.recipe.train, self.target.hidden_size
+        drafter = self.drafter
+        train = self.recipe.train
+        width = self.target.hidden_size
         num_tokens, num_slots = self.sizes(np.mean)
         last = None if self.recipe.needs_target_hidden else max(drafter.target_layer_ids) + 1
         read = sum(weight.numel() for weight in self.target.layers[:last].parameters())

@@ -49,7 +49,8 @@ class ResponseDataset(torch.utils.data.Dataset):
     def with_seed(self, seed: int) -> "ResponseDataset":
         """Return the same conversations and features with other anchors."""
         other = copy.copy(self)
-        other.seed, other.epoch = seed, 0
+        other.seed = seed
+        other.epoch = 0
         return other
 
     @property

@@ -171,7 +171,8 @@ def keep_on_disk(
         ValueError: more bytes than the limit or the free space, another process writes there, or a file is damaged.
     """
     assert config.feature_files, "a recipe without a folder keeps nothing on disk"
-    dtype, servers = config.feature_dtype, config.feature_servers
+    dtype = config.feature_dtype
+    servers = config.feature_servers
     made_by = "vllm" if servers else "dpace"
     of_target = [target.sha256, str(target.model.dtype)]
     of_layers = [[layer for layer in layer_ids if layer != HEAD_INPUT], HEAD_INPUT in layer_ids]

@@ -77,7 +77,8 @@ def reach_of(config: DrafterConfig) -> dict[str, Any]:
     Raises:
         ValueError: `full_layers` that are no layers, all layers, or set without a window.
     """
-    layers, window = range(config.num_layers), config.sliding_window
+    layers = range(config.num_layers)
+    window = config.sliding_window
     windowed = set(layers) - set(config.full_layers)
     if config.full_layers and (window is None or not windowed or max(config.full_layers) not in layers):
         raise ValueError(
@@ -94,7 +95,8 @@ def choose_mask_token(target: Target) -> int:
     Raises:
         ValueError: the tokenizer has neither.
     """
-    tokenizer, num_rows = target.tokenizer, len(target.head.weight)
+    tokenizer = target.tokenizer
+    num_rows = len(target.head.weight)
     if tokenizer is None:
         return num_rows - 1
     if len(tokenizer) < num_rows:
@@ -316,9 +318,11 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: names the value found, the value expected and what to do.
         """
-        spec, facts = self.spec, facts_of(target)
+        spec = self.spec
+        facts = facts_of(target)
         for name in ("hidden_size", "vocab_size", "num_target_layers"):
-            found, expected = getattr(spec, name), facts[name]
+            found = getattr(spec, name)
+            expected = facts[name]
             if found != expected:
                 raise ValueError(
                     f"the drafter's {name} is {found} and the target {target.name} has {expected}: "

@@ -123,7 +123,8 @@ class Selector:
             States of the slots, "1 block slot state", of which `scores` makes those of a draft; and the accepted slots,
             as they are drafted, and behind that in the other ways of `Acceptance.bounds`.
         """
-        labels, is_scored = found.blocks.labels, found.blocks.is_scored
+        labels = found.blocks.labels
+        is_scored = found.blocks.is_scored
         is_match = torch.zeros_like(is_scored)
         is_right = torch.ones_like(is_scored[..., 0])
         start = 1

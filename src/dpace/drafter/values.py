@@ -64,7 +64,8 @@ def read_either(config: Mapping[str, Any], group: Mapping[str, Any], key: str, n
     Raises:
         ValueError: it is in both, and differs.
     """
-    inner, outer = group.get(key), config.get(key)
+    inner = group.get(key)
+    outer = config.get(key)
     if inner is not None and outer is not None and inner != outer:
         raise ValueError(
             f"{key} is {inner!r} in {name} and {outer!r} at the top level; engines read one or the other: make them "

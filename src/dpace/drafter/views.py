@@ -109,7 +109,8 @@ def blocks_hidden(
         with_target_hidden: give the input of the target's head too.
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
-    token_ids, features = inputs["token_ids"], inputs["features"]
+    token_ids = inputs["token_ids"]
+    features = inputs["features"]
     if features is None:
         text = inputs.get("text", token_ids)
         features = target.features(text, drafter.target_layer_ids + [HEAD_INPUT] * with_target_hidden)

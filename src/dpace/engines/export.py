@@ -125,7 +125,8 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     Raises:
         ValueError: a drafter that dpace does not know or that cannot be served, or a target that cannot be read.
     """
-    source, output = Path(source), Path(output)
+    source = Path(source)
+    output = Path(output)
     refuse_output(output, source)
     drafter = read_drafter(source, num_target_layers=None if target is None else count_layers(target))
     drafter.spec.check()

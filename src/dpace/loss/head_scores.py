@@ -12,8 +12,10 @@ from dpace.config import TokenLoss
 from dpace.system.device import TILED
 from dpace.target.head import TINY, LmHead
 
-CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
-"""Bytes of fp32 logits that exist at once: enough to fit a core's cache, and enough to keep a GPU busy."""
+CPU_CHUNK_BYTES = 4 * 2**20
+"""Bytes of fp32 logits that exist at once on a CPU: they fit into a core's cache."""
+GPU_CHUNK_BYTES = 2**30
+"""The same on a GPU: enough to keep it busy."""
 MIN_SOFT_ROWS = 384
 """Least number of rows that soft losses compute at once; they need whole rows, and fewer make the products slower."""
 SOFT_COPIES = 6
@@ -42,7 +44,8 @@ def _hard_scores(
     where it grows. The label's own token is left out of the sums, so that the gradient does not cancel in rows where
     the drafter is certain.
     """
-    weight, operands = head.weight, rows.to(head.weight.dtype)
+    weight = head.weight
+    operands = rows.to(head.weight.dtype)
     none = torch.zeros(labels.shape, device=rows.device)
     grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
     top_tokens = torch.zeros_like(labels).repeat(1, num_candidates)
@@ -82,7 +85,8 @@ class _Sums(NamedTuple):
 def _add_tile(sums: _Sums, part: LmHead, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
     """Add the tokens of a part of the head; `column` is the label's, which may lie in another part."""
     logits = part.logits(operands).float()
-    before, num_candidates = sums.top_logits[:, :1], sums.top_logits.shape[1]
+    before = sums.top_logits[:, :1]
+    num_candidates = sums.top_logits.shape[1]
     if num_candidates == 1:
         highest, index = logits.max(-1, keepdim=True)
         top_tokens = torch.where(highest > before, index + start, sums.top_tokens)
@@ -90,7 +94,8 @@ def _add_tile(sums: _Sums, part: LmHead, operands: Tensor, column: Tensor, start
     else:
         highest, index = logits.topk(min(num_candidates, logits.shape[1]))
         both, order = torch.cat([sums.top_logits, highest], dim=1).sort(stable=True, dim=-1, descending=True)
-        top_logits, order = both[:, :num_candidates], order[:, :num_candidates]
+        top_logits = both[:, :num_candidates]
+        order = order[:, :num_candidates]
         top_tokens = torch.cat([sums.top_tokens, index + start], dim=1).gather(1, order)
     peak = top_logits[:, :1]
     rescale = (before - peak).exp_()

@@ -123,11 +123,13 @@ def score_block(
     weights = torch.full_like(probs[:, 0, 0], 1 / num_samples)
     found = np.zeros((4, num_slots))
     for slot in range(num_slots):
-        true, own = probs[:, slot], drafted[:, slot]
+        true = probs[:, slot]
+        own = drafted[:, slot]
         known = fit_blind(true, weights, is_drawn=is_drawn)
         unknown = 0.0
         for fold in folds.unique():
-            rest, part = folds != fold, folds == fold
+            rest = folds != fold
+            part = folds == fold
             fitted = fit_blind(true[rest], weights[rest], is_drawn=is_drawn)
             unknown += rejections(true[part], fitted, weights[part])
         low = rejections(true, known, weights)

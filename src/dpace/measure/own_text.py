@@ -67,13 +67,15 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
     Raises:
         ValueError: it cannot be read, is empty, or has other answers than greedy ones of the target.
     """
-    responses, meta = read_responses(path), read_meta(path)
+    responses = read_responses(path)
+    meta = read_meta(path)
     if not responses or "max_new_tokens" not in meta:
         raise ValueError(
             f"{path} has no response, or no meta file beside it; name a file that `dpace respond` wrote with "
             "--responses"
         )
-    source, temperature = meta.get("source"), meta.get("temperature")
+    source = meta.get("source")
+    temperature = meta.get("temperature")
     if temperature != 0 or source == "own":
         raise ValueError(
             f"{path} has source {source} and temperature {temperature}, and only the target's greedy answers can be "
@@ -136,7 +138,8 @@ def _reread(
     target: Target, response: Response, span: Sequence[int], where: str, max_new_tokens: int
 ) -> Divergence | None:
     """Return the first token of an answer that the target would not have written; without one, the last tie."""
-    prompt, answer = response.token_ids[: span[0]], response.token_ids[slice(*span)]
+    prompt = response.token_ids[: span[0]]
+    answer = response.token_ids[slice(*span)]
     text = torch.tensor([prompt + answer], device=target.device)
     best = _best_tokens(target, target.hidden(text)[0, len(prompt) - 1 :]).tolist()
     own = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]

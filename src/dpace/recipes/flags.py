@@ -92,7 +92,8 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
 
 def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
     """Return the arguments, the flags among them with their full names."""
-    names, groups = get_type_hints(config_class), _groups(config_class)
+    names = get_type_hints(config_class)
+    groups = _groups(config_class)
     own = get_type_hints(groups[verb]).keys() - names.keys() if verb in groups else ()
     return [
         f"--{verb}.{arg.removeprefix('--')}" if arg.startswith("--") and _option_of(arg) in own else arg for arg in args

@@ -237,7 +237,8 @@ def losses_by_set(results: ExplainResults) -> Section:
 def lever(results: ExplainResults) -> str:
     """Tell what can bring tau up."""
     whole = results.rows[-1].whole
-    least, most = whole.own_least[0], whole.own_most[0]
+    least = whole.own_least[0]
+    most = whole.own_most[0]
     if results.temperature == 0:
         return "at temperature 0 the text before decides every token, so all rejections are the drafter's own"
     if least is None or most is None:

@@ -59,7 +59,8 @@ def generate_responses(
         config: length and temperature.
         seeds: one for each prompt; they count for a temperature above 0.
     """
-    length, temperature = config.max_new_tokens, config.temperature
+    length = config.max_new_tokens
+    temperature = config.temperature
     try:
         rows = [
             make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
@@ -121,7 +122,8 @@ def run_transformers(target: Target, token_ids: Int[Tensor, "row seq"], **option
     That may ask for penalties, beams or other things that decoding here does not do.
     """
     stops = target.stop_token_ids
-    own, target.model.generation_config = target.model.generation_config, GenerationConfig()
+    own = target.model.generation_config
+    target.model.generation_config = GenerationConfig()
     try:
         return target.model.generate(
             token_ids, do_sample=False, disable_compile=True, pad_token_id=0, eos_token_id=stops or None, **options

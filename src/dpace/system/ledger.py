@@ -20,8 +20,12 @@ from dpace.system import ranks
 
 MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
-LOCK, SOFT_LOCK, HOLDER = ".dpace.lock", ".dpace.softlock", ".dpace.holder"
-"""In a folder that a process writes to: the lock, a file that stands for it where there are none, and who holds it."""
+LOCK = ".dpace.lock"
+"""The lock of a folder that a process writes to."""
+SOFT_LOCK = ".dpace.softlock"
+"""Where there are no locks, a file that stands for it."""
+HOLDER = ".dpace.holder"
+"""Who holds the lock."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
@@ -119,7 +123,8 @@ def naming_file(path: str | Path) -> Iterator[None]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file all or nothing; a file that holds this text already is left alone."""
-    path, data = Path(path), text.encode("utf-8")
+    path = Path(path)
+    data = text.encode("utf-8")
     if path.is_file() and path.read_bytes() == data:
         return
     with writing(path) as unfinished:

@@ -82,7 +82,8 @@ def find_adapter(name: str) -> Path | None:
 def _find_base(folder: Path) -> str:
     """Find the model that the adapter in a folder was trained for."""
     settings = read_object(folder / "adapter_config.json", FIX)
-    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    kind = settings.get("peft_type")
+    base = settings.get("base_model_name_or_path")
     if kind != "LORA" or not base:
         raise ValueError(
             f"{folder} is an adapter of kind {quoted(kind)} with base {quoted(base)}, expected LORA and the name of a "

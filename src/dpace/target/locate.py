@@ -146,7 +146,8 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, name = str(gguf_path.parent), gguf_path.name
+    source = str(gguf_path.parent)
+    name = gguf_path.name
     quantized: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
     )

@@ -21,9 +21,11 @@ from dpace.system.progress import note
 from dpace.system.provenance import hash_file
 from dpace.train.sharding import take_share
 
-MANIFEST, STATE = "manifest.json", "trainer_state.json"
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
-MOMENTS, STEPS = "optimizer.safetensors", "optimizer.json"
+MOMENTS = "optimizer.safetensors"
+STEPS = "optimizer.json"
 
 
 @dataclass

@@ -240,7 +240,8 @@ class TrainingLoop:
 
     def batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
         """Yield this rank's micro-batches of each step, from where the training stands to its end."""
-        state, batch_size = self.state, self.config.batch_size
+        state = self.state
+        batch_size = self.config.batch_size
         of_others = ranks.rank() * batch_size
         while state.global_step < state.max_steps:
             self.dataset.epoch, num_done = divmod(state.global_step, self.steps_per_epoch)

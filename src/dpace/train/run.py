@@ -94,7 +94,8 @@ def hash_rows(dataset: ResponseDataset) -> str:
     """Hash ids, tokens, and which of them the target wrote."""
     digest = hashlib.sha256()
     for index, response_id in enumerate(dataset.ids):
-        name, token_ids = response_id.encode(), dataset.token_ids(index)
+        name = response_id.encode()
+        token_ids = dataset.token_ids(index)
         digest.update(f"{len(name)} {len(token_ids)} ".encode() + name)
         digest.update(token_ids.to(torch.int64).numpy().tobytes())
         digest.update(dataset.is_response(index).to(torch.uint8).numpy().tobytes())

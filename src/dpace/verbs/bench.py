@@ -58,7 +58,8 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
     from dpace.measure.results import BenchResults, refuse_other_results
     from dpace.target.locate import find_drafter
 
-    config, output = recipe.bench, Path(recipe.output)
+    config = recipe.bench
+    output = Path(recipe.output)
     refuse_other_results(output / "results.json", BenchResults)
     named = config.drafters
     if not named:

@@ -16,7 +16,8 @@ def run(args: list[str]) -> None:
     from dpace.respond.answering import answer_prompts
     from dpace.respond.responses import check_meta, known_settings
 
-    config, path = recipe.respond, recipe.responses_path
+    config = recipe.respond
+    path = recipe.responses_path
     parts = split_prompts(recipe.prompts)
     prompts = [prompt for part in parts for prompt in part]
 
