@@ -22,6 +22,7 @@ from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache, fill_places
 from dpace.fast.packing import refresh_copies
+from dpace.fast.top import argmax
 from dpace.target import Target
 from dpace.target.beginnings import read_texts
 
@@ -162,7 +163,7 @@ class Batch:
         if self.drafter is not None:
             blocks, _ = draft_step(self.drafter, self.draft_rows, self.caches[1], state, width)
         logits, *read = verify_step(self.target, self.caches[0], self.layer_ids, blocks, state.starts, state.limits)
-        drawn = logits.float().argmax(-1) if self.is_greedy else logits  # in fp32 several times faster than in bf16
+        drawn = argmax(logits.float()) if self.is_greedy else logits  # in fp32 several times faster than in bf16
         return blocks, drawn, read
 
     def drop_done(self) -> None:

@@ -14,6 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dpace.fast.top import argmax
+
 
 class Sampler:
     """A sampler of tokens from logits, with the filters of `model.generate` in the same order.
@@ -73,7 +75,7 @@ class Sampler:
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
         """Compute the distribution of each row; at temperature 0, it has its most likely token alone."""
         if self.temperature == 0:
-            return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+            return torch.nn.functional.one_hot(argmax(scores), scores.shape[-1]).float()
         return torch.softmax(scores, dim=-1)
 
     def draw(self, scores: Float[Tensor, "slot vocab"], position: int) -> Int[Tensor, " slot"]:
@@ -84,11 +86,11 @@ class Sampler:
         probability `p[x]`.
         """
         if self.temperature == 0:
-            return scores.argmax(-1)
+            return argmax(scores)
         chances = self.probs(scores)
         for row, noise in zip(chances, self.noise(position, chances), strict=True):
             row.div_(noise)  # in place, because allocating several megabytes is slow
-        return chances.argmax(-1)
+        return argmax(chances)
 
     def noise(self, position: int, rows: Float[Tensor, "slot vocab"]) -> list[Float[Tensor, " vocab"]]:
         """Return the random numbers of the response's tokens from `position` on, one row for each of `rows`.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpace.config import DrafterConfig
 from dpace.drafter.views import BlocksHidden
 from dpace.drafter.vocabulary import DraftRows
+from dpace.fast.top import argmax, topk
 from dpace.loss import SlotScores
 
 SCORED_ROWS = 128
@@ -80,7 +81,7 @@ class Selector:
             width: number of slots that may be verified, the anchor included.
         """
         logits = rows.logits(hidden[:, 1:width].flatten(0, 1))
-        tokens = rows.tokens(logits.float().argmax(-1)).unflatten(0, (len(hidden), -1))
+        tokens = rows.tokens(argmax(logits.float())).unflatten(0, (len(hidden), -1))
         return Draft(tokens, logits.unflatten(0, tokens.shape))
 
     def draw(
@@ -132,7 +133,7 @@ class Selector:
             at = slice(start, 2 * start)
             is_tried = is_right[..., None] & is_scored[..., at]
             parts = found.hidden[..., at, :][is_tried].split(SCORED_ROWS)
-            tokens = torch.cat([rows.tokens(rows.logits(part).argmax(-1)) for part in parts])
+            tokens = torch.cat([rows.tokens(argmax(rows.logits(part).float())) for part in parts])
             is_match[..., at][is_tried] = tokens == labels[..., at][is_tried]
             is_right = is_match[..., at].all(-1)
             start *= 2
@@ -220,10 +221,11 @@ class LatticeSelector(Selector):
     def propose(self, rows, hidden, last_ids, before, width):
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
         states = hidden[:, 1:]
-        logits = rows.logits(states.flatten(0, 1)).float().unflatten(0, states.shape[:2])
-        top, index = logits.topk(self.num_candidates)
+        logits = rows.logits(states.flatten(0, 1)).float()
+        top, index = topk(logits, self.num_candidates)
         log_probs = top - logits.logsumexp(-1, keepdim=True)
-        lattice = self.make_lattice(rows, index, log_probs, states, last_ids, before)
+        of_blocks = [values.unflatten(0, states.shape[:2]) for values in (index, log_probs)]
+        lattice = self.make_lattice(rows, *of_blocks, states, last_ids, before)
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 

