@@ -24,6 +24,7 @@ def test_the_published_vector():
     nested = {f"lilicorr_{name}": value for name, value in sizes.items()}
     head = LiLiCorr(SimpleNamespace(hidden_size=32, block_size=4, rms_norm_eps=1e-5, dflash_config=nested))
     head.requires_grad_(False)
+    assert head.relative_slot_bias.shape == (2, 7), "that of published files"
     for name, parameter in head.named_parameters():
         n, c = torch.arange(parameter.numel(), dtype=torch.float32), sum(name.encode())
         parameter.copy_((0.2 * torch.sin(0.17 * n + 0.013 * c)).view(parameter.shape))

@@ -5,6 +5,7 @@ from unittest.mock import Mock
 import dflash.model
 import pytest
 import torch
+from torch import nn
 
 from dpace.blocks import build_blocks
 from dpace.decode.generation import make_continuation
@@ -37,7 +38,7 @@ def target():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, target, tmp_path):
-    """Behind texts shorter and longer than the window, with a cache and without one, of one text and of several."""
+    """Behind texts shorter and longer than the window, with a cache and without one, of one text, padded, and of several."""
     has_convolutions = layout == "convolutions"  # which dflash 0.1.0 does not have
     make = make_with_convolutions if has_convolutions else make_drafter
     make(target, **LAYOUTS[layout]).save_pretrained(tmp_path)
@@ -58,8 +59,12 @@ def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, targe
     for expected, anchor in zip(trained, anchors, strict=True):
         block = torch.full((1, drafter.block_size), MASK)
         block[0, 0] = token_ids[0, anchor]
-        found = [draft_block(drafter, target, block, features[:, :anchor]).hidden[0]]
         positions = torch.arange(anchor + drafter.block_size)[None]
+        found = [draft_block(drafter, target, block, features[:, :anchor]).hidden[0]]
+        padded = nn.functional.pad(features[:, :anchor], (0, 0, 3, 0), value=1.0)
+        options = {"position_ids": nn.functional.pad(positions, (3, 0))}
+        options["attention_mask"] = nn.functional.pad(torch.ones_like(positions), (3, 0))
+        found.append(draft_block(drafter, target, block, padded, **options).hidden[0])
         if not has_convolutions:
             found += theirs(positions, noise_embedding=target.embed(block), target_hidden=features[:, :anchor])
         for cache in caches:
