@@ -111,7 +111,7 @@ class Acceptance:
 
 
 def student_t(degrees: int) -> float:
-    """Return Student's t for a 95 % interval; within 0.2 % beyond the table.
+    """Return Student's t for a 95 % interval; within 0.1 % beyond the table.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.5.
     """
