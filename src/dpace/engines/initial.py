@@ -19,7 +19,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     """Read the drafter that `drafter.init` names, and give the recipe its size, layers and mask token.
 
     Args:
-        recipe: names the drafter: a folder of z-lab, SpecForge, speculators or dpace, a GGUF file, or a Hub id.
+        recipe: names the drafter: what `read_drafter` reads, or a Hub id.
         given: options that the user set, as `flags.given_options` names them.
 
     Returns:
