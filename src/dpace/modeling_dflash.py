@@ -382,6 +382,8 @@ class LiLiCorr(nn.Module):
 
 SELECTORS: dict[str, Any] = {"lilicorr": LiLiCorr, "candidate_selector": CandidateSelector}
 """Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
+TOKEN_TABLES = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
+"""Parameters with a row for each token, which no product multiplies as a whole: Muon leaves them to AdamW."""
 
 
 def published(config: Any) -> dict[str, Any]:
@@ -471,7 +473,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     def _init_weights(self, module):
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
-        if isinstance(module, DFlashConvolution | CandidateSelector):
+        if hasattr(module, "initialize"):  # a class of this file with weights of its own
             module.initialize()
 
     def forward(

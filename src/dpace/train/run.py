@@ -10,13 +10,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import Recipe, is_custom
+from dpace.config import WALKED, Head, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import VOCABULARY_FILE
@@ -209,12 +209,12 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         )
     defaults = Recipe().settings
     for name, value in recipe.settings.items():
-        is_read = has_head if name.startswith("drafter.") else recipe.drafter.head == "lilicorr"
-        if ".head_" in name and not is_read and value != defaults[name]:
+        heads = get_args(Head) if name.startswith("drafter.") else WALKED
+        if ".head_" in name and recipe.drafter.head not in heads and value != defaults[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, and the drafter has no head that reads it; add --drafter.head lilicorr, or leave "
-                f"{flag} out"
+                f"{flag} is {value}, and --drafter.head is {recipe.drafter.head}, which does not read it; take "
+                f"--drafter.head {' or '.join(heads)}, or leave {flag} out"
             )
     if has_head and recipe.loss.needs_target_probs:
         raise ValueError(
@@ -242,7 +242,7 @@ def choose_conversations(
         )
     size = recipe.drafter.block_size
     lengths = (example.num_anchors(config.max_length) for example in dataset.examples)
-    if recipe.drafter.head == "lilicorr" and max(lengths) < size - 1:
+    if recipe.drafter.head in WALKED and max(lengths) < size - 1:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.head out"
