@@ -260,8 +260,8 @@ class Drafter(DFlashDraftModel):
     def start_for(self, target: Target) -> "Drafter":
         """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
 
-        Vocabulary, scales and cap become the target's, as fine-tuned targets often have some more tokens. Only the
-        tables of DFlash2's selector have a row for each token; new tokens begin with untrained rows.
+        Vocabulary, scales and cap become the target's, as fine-tuned targets often have some more tokens. In a
+        selector's tables of tokens, new ones begin with untrained rows.
 
         Raises:
             ValueError: see `check_target`.

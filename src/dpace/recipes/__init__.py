@@ -1,4 +1,4 @@
-"""Recipes that come with dpace, whose names stand for their files on the command line, and the verbs that take them."""
+"""Recipes that come with dpace, whose names stand for their files on the command line, and all verbs."""
 
 from pathlib import Path
 
