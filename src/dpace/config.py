@@ -115,7 +115,7 @@ DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
 Head = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
-WALKED: tuple[Head, ...] = ("lilicorr",)
+WALKED = ("lilicorr",)
 """Those that learn by walks through whole blocks, with `head_penalty`; the others learn slot by slot."""
 
 
@@ -495,7 +495,7 @@ class Recipe:
     @property
     def needs_target_hidden(self) -> bool:
         """Whether training reads the target's last hidden states: for its distribution, or for a head's penalty."""
-        return self.loss.needs_target_probs or (self.drafter.head in WALKED and self.loss.head_penalty > 0)
+        return self.loss.needs_target_probs or self.drafter.head in WALKED and self.loss.head_penalty > 0
 
 
 @options

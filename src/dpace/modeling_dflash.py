@@ -362,7 +362,8 @@ class LiLiCorr(nn.Module):
         after = self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
         with torch.autocast(rows.device.type, enabled=False):
-            return self._scores(before, after, first)
+            start = (after[:, 0] @ first[..., None])[..., 0]
+            return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
     def bias(self, num_slots: int, num_candidates: int):
         """Compute what attention adds to the scores of the first slots' candidates, "head entry entry"."""
@@ -371,10 +372,6 @@ class LiLiCorr(nn.Module):
         bias = self.relative_slot_bias[:, distance + self.block_size - 1]
         bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
         return bias.repeat_interleave(num_candidates, 1).repeat_interleave(num_candidates, 2)
-
-    def _scores(self, before, after, first):
-        start = (after[:, 0] @ first[..., None])[..., 0]
-        return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
     def _unit(self, vectors):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)

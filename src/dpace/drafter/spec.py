@@ -335,8 +335,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = read_either(config, rope, "rope_theta", "rope_parameters")
     if theta is None:
         raise ValueError(
-            "the drafter's config has no rope_theta, for which engines would silently take 10000; convert it with "
-            "`dpace import`, or add the target's value where another program wrote the published layout"
+            "the drafter's config has no rope_theta; convert it with `dpace import`, or add the target's value"
         )
     return {"rope_type": "default", **rope, "rope_theta": theta}
 

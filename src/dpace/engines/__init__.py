@@ -11,8 +11,11 @@ from dpace.config import DeviceMap, Text, options
 if TYPE_CHECKING:
     from dpace.engines.engine import Engine
 
-FILES = [path for path in Path(__file__).parent.glob("*.py") if "\nENGINE = " in path.read_text("utf-8")]
-NAMES = sorted((path.stem for path in FILES), key=lambda name: (name == "vllm", name), reverse=True)
+NAMES = sorted(
+    (path.stem for path in Path(__file__).parent.glob("*.py") if "\nENGINE = " in path.read_text("utf-8")),
+    key=lambda name: (name == "vllm", name),
+    reverse=True,
+)
 """The engines, in the order of the model card, which begins with vLLM.
 
 They are found by the texts of their files, since importing those takes torch."""

@@ -102,7 +102,7 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
         spec = without_selector(spec)
         zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions without a head come with
         own = {name: tensor for name, tensor in tensors.items() if tensor.shape == spec.shapes.get(name)}
-        tensors = {name: own[name] if name in own else zeros(shape) for name, shape in spec.shapes.items()}
+        tensors = {name: zeros(shape) for name, shape in spec.shapes.items()} | own
     engine.check(config, spec)
     spec, tensors = engine.adapt(spec, tensors, folder, target)
     drafter = make_drafter(spec, {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()})

@@ -45,7 +45,7 @@ def _hard_scores(
     the drafter is certain.
     """
     weight = head.weight
-    operands = rows.to(head.weight.dtype)
+    operands = rows.to(weight.dtype)
     none = torch.zeros(labels.shape, device=rows.device)
     grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
     top_tokens = torch.zeros_like(labels).repeat(1, num_candidates)

@@ -20,4 +20,4 @@ VERBS = {
     "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
     "import": "read a drafter that another project trained, and write it for dpace",
 }
-"""One line of help for each verb; `dpace.verbs` has a file for each."""
+"""One line of help for each verb; `dpace.verbs` has a file for each. Those from `plan` to `bench` take a recipe."""

@@ -194,7 +194,7 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             folder.
     """
     config = recipe.train
-    has_head = recipe.drafter.head is not None
+    head = recipe.drafter.head
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh, is_growing=config.grow_blocks)
     wants_shards()
     if config.feature_servers and recipe.needs_target_hidden:
@@ -207,16 +207,15 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
             "with --train.feature-files"
         )
-    defaults = Recipe().settings
     for name, value in recipe.settings.items():
-        heads = get_args(Head) if name.startswith("drafter.") else WALKED
-        if ".head_" in name and recipe.drafter.head not in heads and value != defaults[name]:
+        heads = WALKED if name == "loss.head_penalty" else get_args(Head)
+        if ".head_" in name and head not in heads and value != Recipe().settings[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, and --drafter.head is {recipe.drafter.head}, which does not read it; take "
-                f"--drafter.head {' or '.join(heads)}, or leave {flag} out"
+                f"{flag} is {value}, and --drafter.head is {head}, which does not read it; take --drafter.head "
+                f"{' or '.join(heads)}, or leave {flag} out"
             )
-    if has_head and recipe.loss.needs_target_probs:
+    if head and recipe.loss.needs_target_probs:
         raise ValueError(
             f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
             "with --drafter.head learns with nll and token only: leave out what differs, and objectives such as "
