@@ -119,7 +119,7 @@ def test_weights_of_an_objective_of_ones_own_that_are_wrong_become_nan():
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="needs target_hidden"):
         frozen_head_nll(*problem(), token_loss="kl")
-    with pytest.raises(ValueError, match=r"no objective 'dpace.tv'.* add \+kl or \+lk for"):
+    with pytest.raises(ValueError, match=r"no objective 'dpace.tv'.* add \+kl or \+lk"):
         with_objective(LossConfig(), "dpace+tv")
     with pytest.raises(ValueError, match=r"the objective dflash has no confidence, .*; take it out"):
         with_objective(LossConfig(), "dflash+kl+overlap")
