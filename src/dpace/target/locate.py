@@ -91,7 +91,7 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     if path.is_dir() or path.is_file() and path.suffix == ".gguf":
         return name
     if path.parent.exists() or not re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII):
-        raise ValueError(f"{option} {name} is no folder or file of a drafter and no Hub id; name one that exists")
+        raise ValueError(f"{option} {name} is missing, or no file of a drafter; name a folder or a Hub id that exists")
     import huggingface_hub
 
     try:
