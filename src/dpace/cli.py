@@ -23,7 +23,7 @@ USAGE = "\n".join(
         "",
         *(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
         "",
-        "plan, data, respond, train, compare and bench take a recipe before the options,",
+        "The verbs from plan to bench take a recipe before the options,",
         "which override it: a YAML file of options, or the name of one that dpace has:",
         textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
         "`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;",

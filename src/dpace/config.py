@@ -115,6 +115,8 @@ DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
 Head = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
+WALKED = ("lilicorr",)
+"""Those that learn by walks through whole blocks, with `head_penalty`; the others learn slot by slot."""
 
 
 @options
@@ -181,9 +183,10 @@ class LossConfig:
     alpha_end: FractionOrZero | None = None
     """Value that alpha reaches at the end of training, in a straight line; alpha stays as it is by default."""
     gamma: Positive | None = None
-    """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
+    """Decay length, in slots, of objectives whose formula in docs/objectives.md has one.
+    By default 7, 5 or 4 for blocks of 16, 10 or 8."""
     base: Fraction = 0.8
-    """Weight of a slot relative to the one before it, for the objective medusa."""
+    """Weight of a slot relative to the one before it, of objectives whose formula has such a base."""
     reduction: Reduction = "anchors"
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
     anchors: blocks, then conversations. batch (the paper's code): conversations.
@@ -492,7 +495,7 @@ class Recipe:
     @property
     def needs_target_hidden(self) -> bool:
         """Whether training reads the target's last hidden states: for its distribution, or for a head's penalty."""
-        return self.loss.needs_target_probs or (self.drafter.head == "lilicorr" and self.loss.head_penalty > 0)
+        return self.loss.needs_target_probs or self.drafter.head in WALKED and self.loss.head_penalty > 0
 
 
 @options
@@ -502,8 +505,8 @@ class CompareConfig(Recipe):
     output: Text = "dpace-compare"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: OneOrMore[Text] = ("dpace", "dflash", "uniform")
-    """Values of loss.objective, to which a token loss and a confidence may be added.
-    +kl or +lk is the token loss, +overlap the confidence: dpace+kl+overlap."""
+    """Values of loss.objective, to which one of loss.token_loss and the confidence overlap may be added, each with a +:
+    dpace+kl+overlap."""
     seeds: OneOrMore[Seed] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: Text = "dflash"

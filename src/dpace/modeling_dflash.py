@@ -362,7 +362,8 @@ class LiLiCorr(nn.Module):
         after = self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
         with torch.autocast(rows.device.type, enabled=False):
-            return self._scores(before, after, first)
+            start = (after[:, 0] @ first[..., None])[..., 0]
+            return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
     def bias(self, num_slots: int, num_candidates: int):
         """Compute what attention adds to the scores of the first slots' candidates, "head entry entry"."""
@@ -372,16 +373,14 @@ class LiLiCorr(nn.Module):
         bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
         return bias.repeat_interleave(num_candidates, 1).repeat_interleave(num_candidates, 2)
 
-    def _scores(self, before, after, first):
-        start = (after[:, 0] @ first[..., None])[..., 0]
-        return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
-
     def _unit(self, vectors):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
 SELECTORS: dict[str, Any] = {"lilicorr": LiLiCorr, "candidate_selector": CandidateSelector}
 """Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
+TOKEN_TABLES = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
+"""Parameters with a row for each token, which no product multiplies as a whole: Muon leaves them to AdamW."""
 
 
 def published(config: Any) -> dict[str, Any]:
@@ -471,7 +470,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     def _init_weights(self, module):
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
-        if isinstance(module, DFlashConvolution | CandidateSelector):
+        if hasattr(module, "initialize"):  # a class of this file with weights of its own
             module.initialize()
 
     def forward(

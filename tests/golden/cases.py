@@ -11,13 +11,13 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import DrafterConfig, LossConfig, Recipe, TrainConfig
+from dpace.config import DrafterConfig, LossConfig, Objective, Recipe, TrainConfig
 from dpace.decode import generate, generate_batch, generate_plain
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import DraftVocabulary
@@ -85,10 +85,8 @@ KINDS = {
         train={"optimizer": "muon", "batch_size": 2, "gradient_accumulation_steps": 2}, steps=4, is_decoded=False
     ),
 }
-OBJECTIVES = (
-    "dflash dpace-confidence-only dpace-continuation-only vat spec-auf uniform medusa "
-    "dpace+kl dpace+lk dpace+overlap dpace+kl+overlap"
-).split()
+OBJECTIVES = [name for name in get_args(Objective) if name != "dpace"]
+OBJECTIVES += ["dpace+kl", "dpace+lk", "dpace+overlap", "dpace+kl+overlap"]
 CASES = {
     **KINDS,
     **{f"objective {name}": named(name) for name in OBJECTIVES},

@@ -295,7 +295,7 @@ PAIRS |= {
     ),
     "plan, an option of a head, no head": Pair(
         f"plan {RECIPE} --loss.head-penalty 0.5",
-        refused="--loss.head-penalty is 0.5, and the drafter has no head that reads it; add --drafter.head",
+        refused="--loss.head-penalty is 0.5, and --drafter.head is None, which does not read it; take --drafter.head l",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(

@@ -203,6 +203,9 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     empty = [not line.strip("│ ") for line in lines]
     assert not any(first and second for first, second in itertools.pairwise(empty))
     assert (f"--{verb}.NAME may be written as --NAME." in lines) == hasattr(Recipe(), verb)
+    names = list(VERBS)
+    takes_recipe = verb in names[names.index("plan") : names.index("bench") + 1]
+    assert any(line.startswith(f"usage: dpace {verb} [RECIPE]") for line in lines) == takes_recipe
     if verb == "respond":
         assert lines[0] == f"{VERBS[verb].capitalize()}." and "usage: dpace respond [RECIPE] [-h] [OPTIONS]" in lines
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)

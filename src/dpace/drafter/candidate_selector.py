@@ -79,7 +79,7 @@ class CandidateSelectorSizes(SelectorSizes):
 
     def options(self, spec):
         """See `SelectorSizes`."""
-        return {"head": self.name, "head_candidates": self.top_k, "head_width": self.rank}
+        return {"head_candidates": self.top_k, "head_width": self.rank}
 
 
 SIZES = CandidateSelectorSizes

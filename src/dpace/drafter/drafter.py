@@ -260,8 +260,8 @@ class Drafter(DFlashDraftModel):
     def start_for(self, target: Target) -> "Drafter":
         """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
 
-        Vocabulary, scales and cap become the target's, as fine-tuned targets often have some more tokens. Only the
-        tables of DFlash2's selector have a row for each token; new tokens begin with untrained rows.
+        Vocabulary, scales and cap become the target's, as fine-tuned targets often have some more tokens. In a
+        selector's tables of tokens, new ones begin with untrained rows.
 
         Raises:
             ValueError: see `check_target`.
@@ -360,8 +360,7 @@ class Drafter(DFlashDraftModel):
             tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
             super().save_pretrained(aside, state_dict=tensors, **kwargs)
             path = aside / "config.json"
-            written = {"dtype": dtype_name(dtype or self.dtype)}
-            config = self.spec.published(json.loads(path.read_text()) | written)
+            config = self.spec.published(json.loads(path.read_text()) | {"dtype": dtype_name(dtype or self.dtype)})
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             shutil.copy(dpace.modeling_dflash.__file__, aside)
 
@@ -436,7 +435,7 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     num_tokens = len(target.head.weight)
     vocabulary = load_vocabulary(folder, num_tokens)
     if drafter.lm_head is not None:
-        has_few_rows = drafter.spec.draft_vocab_size > 0
+        has_few_rows = drafter.spec.draft_vocab_size
         token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if has_few_rows else range(num_tokens)
         drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
     elif vocabulary is not None and not all_tokens and vocabulary.pays(target):

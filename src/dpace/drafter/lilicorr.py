@@ -149,7 +149,7 @@ class LiLiCorrSizes(SelectorSizes):
 
     def options(self, spec):
         """See `SelectorSizes`; no option has the other sizes."""
-        return {"head": self.name, "head_candidates": self.candidate_topk, "head_width": self.width(spec)}
+        return {"head_candidates": self.candidate_topk, "head_width": self.width(spec)}
 
     def check(self, spec):
         """See `SelectorSizes`."""

@@ -330,8 +330,8 @@ class SelectorSizes:
         return cls()
 
     def options(self, spec: Any) -> dict[str, Any]:
-        """Return the options of `DrafterConfig` that ask for these sizes; the inverse of `chosen`."""
-        return {"head": self.name}
+        """Return the options of `DrafterConfig`, but for `head`, that ask for these sizes; the inverse of `chosen`."""
+        return {}
 
     def check(self, spec: Any) -> None:
         """Refuse what does not go together with the rest of a `DrafterSpec`.

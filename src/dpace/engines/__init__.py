@@ -11,9 +11,12 @@ from dpace.config import DeviceMap, Text, options
 if TYPE_CHECKING:
     from dpace.engines.engine import Engine
 
-FILES = [path for path in Path(__file__).parent.glob("*.py") if "\nENGINE = " in path.read_text("utf-8")]
-NAMES = sorted((path.stem for path in FILES), reverse=True)
-"""The engines, in the order of the model card, which so begins with vLLM.
+NAMES = sorted(
+    (path.stem for path in Path(__file__).parent.glob("*.py") if "\nENGINE = " in path.read_text("utf-8")),
+    key=lambda name: (name == "vllm", name),
+    reverse=True,
+)
+"""The engines, in the order of the model card, which begins with vLLM.
 
 They are found by the texts of their files, since importing those takes torch."""
 EngineName: Any = Literal[tuple(NAMES)]
@@ -45,10 +48,10 @@ class ExportConfig:
     target: Text
     """Folder or Hub id of the target."""
     target_name: HubName | None = None
-    """Hub id of the target for the model card and the config of speculators, as OWNER/NAME; --target by default.
-    It keeps a folder's path out of them, and is needed with --name where the target is a folder."""
+    """Hub id of the target for what is written, such as the model card, as OWNER/NAME; --target by default.
+    It keeps a folder's path out of that, and is needed with --name where the target is a folder."""
     to: EngineName
-    """Engine to write for; gguf is for llama.cpp. All but gguf and speculators read the layout of `dpace train`.
+    """Engine to write for; gguf is for llama.cpp. Most engines read the layout of `dpace train`.
     A drafter that the engine would read wrongly is refused."""
     output: Text
     """Folder that the files are written to."""

@@ -3,6 +3,7 @@
 In come a drafter's spec and tensors; out come the files that an engine reads, its command, and its part of the card.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,13 +59,16 @@ class Engine:
 
     def fault(self, spec: DrafterSpec) -> str:
         """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""
-        for trait in [spec.architecture, *(key for key in PROPERTIES if getattr(spec, key))]:
+        traits = [spec.architecture, *(key for key in PROPERTIES if getattr(spec, key))]
+        for trait in traits:
             if trait not in self.reads:
-                ways = [f"--to {engine.name}" for engine in all_engines() if trait in engine.reads]
-                ways += ["--plain, without its head"] if spec.selector else []
+                ways = [f"--to {engine.name}" for engine in all_engines() if {*traits} <= {*engine.reads}]
+                if spec.selector and not self.fault(replace(spec, selector=None)):
+                    ways.append("--plain, without its head")
+                way = f"export it with {' or '.join(ways)}" if ways else "decode it with dpace"
                 return (
                     f"the drafter has {trait}, which {self.title} does not read, and so would draft wrongly "
-                    f"without a message; export it with {' or '.join(ways)}"
+                    f"without a message; {way}"
                 )
         return ""
 

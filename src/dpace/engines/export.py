@@ -102,7 +102,7 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
         spec = without_selector(spec)
         zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions without a head come with
         own = {name: tensor for name, tensor in tensors.items() if tensor.shape == spec.shapes.get(name)}
-        tensors = {name: own[name] if name in own else zeros(shape) for name, shape in spec.shapes.items()}
+        tensors = {name: zeros(shape) for name, shape in spec.shapes.items()} | own
     engine.check(config, spec)
     spec, tensors = engine.adapt(spec, tensors, folder, target)
     drafter = make_drafter(spec, {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()})
@@ -118,7 +118,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     """Read another project's drafter and write it in this project's layout, weights bit for bit.
 
     Args:
-        source: a z-lab, SpecForge or speculators folder, or a GGUF file; quantized weights become fp32.
+        source: a folder or a file in the layout of any engine; quantized weights become fp32.
         output: folder for `config.json`, `model.safetensors` and the network's code.
         target: folder or Hub id, for formats that do not say how many layers it has.
 

@@ -153,8 +153,31 @@ probability; try a few values on your prompts.
         return path.suffix == ".gguf"
 
     def read(self, path, num_target_layers):
-        """See `Engine`."""
-        return read_gguf(path, num_target_layers)
+        """See `Engine`; weights that `gguf` cannot read are refused too."""
+        reader, fields = open_gguf(path)
+        architecture = fields.get("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise ValueError(
+                f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}; name a DFlash drafter's file"
+            )
+        if num_target_layers is None:
+            raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
+        with translate_library_errors(f"the GGUF file {path}", AGAIN):
+            tensors = {
+                tensor.name: unpack(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
+                for tensor in reader.tensors
+            }
+            values = _read_values(fields) | {
+                "num_target_layers": num_target_layers,
+                "draft_vocab_size": len(tensors.get("d2t", ())),
+                "has_own_embed_tokens": "token_embd.weight" in tensors,
+                "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
+            }
+            spec = DrafterSpec.from_values(values)
+        if "d2t" in tensors:  # the tokens themselves here
+            tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
+        names = {gguf_name(ours): ours for ours in spec.shapes}
+        return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def gguf_name(name: str) -> str:
@@ -286,40 +309,6 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
     writer.add_string(OURS, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
-
-
-def read_gguf(path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Read a drafter's GGUF file, see `Engine.read`.
-
-    Raises:
-        ValueError: not a drafter's file, weights that `gguf` cannot read, or the number of the target's layers is not
-            given.
-    """
-    reader, fields = open_gguf(path)
-    architecture = fields.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise ValueError(
-            f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}; name the GGUF file of a DFlash "
-            "drafter"
-        )
-    if num_target_layers is None:
-        raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
-    with translate_library_errors(f"the GGUF file {path}", AGAIN):
-        tensors = {
-            tensor.name: unpack(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
-            for tensor in reader.tensors
-        }
-        values = _read_values(fields) | {
-            "num_target_layers": num_target_layers,
-            "draft_vocab_size": len(tensors.get("d2t", ())),
-            "has_own_embed_tokens": "token_embd.weight" in tensors,
-            "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
-        }
-        spec = DrafterSpec.from_values(values)
-    if "d2t" in tensors:  # the tokens themselves here
-        tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
-    names: dict[Any, str] = {gguf_name(ours): ours for ours in spec.shapes}
-    return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _read_values(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -19,7 +19,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     """Read the drafter that `drafter.init` names, and give the recipe its size, layers and mask token.
 
     Args:
-        recipe: names the drafter: a folder of z-lab, SpecForge, speculators or dpace, a GGUF file, or a Hub id.
+        recipe: names the drafter: what `read_drafter` reads, or a Hub id.
         given: options that the user set, as `flags.given_options` names them.
 
     Returns:
@@ -35,9 +35,10 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
     spec = init.spec
-    own: dict[str, Any] = {option: None for option in vars(recipe.drafter) if option.startswith("head")}
-    own |= {name: getattr(spec, name) for name in SAME_AS_OPTIONS}
-    own |= {
+    own = {
+        **{option: None for option in vars(recipe.drafter) if option.startswith("head")},
+        **{name: getattr(spec, name) for name in SAME_AS_OPTIONS},
+        "head": spec.selector and spec.selector.name,
         "num_features": len(spec.target_layer_ids),
         **(spec.selector.options(spec) if spec.selector else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),

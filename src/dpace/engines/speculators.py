@@ -130,10 +130,9 @@ def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[
         )
     inner = read_object(config, "transformer_layer_config")
     is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
-    same = ("mask_token_id", "draft_vocab_size", "sample_from_anchor")
     return {
         **inner,
-        **{key: config.get(key) for key in same},
+        **{key: config.get(key) for key in ("mask_token_id", "draft_vocab_size", "sample_from_anchor")},
         "is_causal": None if is_causal else False,  # of sliding layers only
         "block_size": config.get("block_size", 0),
         "has_own_embed_tokens": False,  # speculators takes both tables from the target, whatever the file has

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ def _hard_scores(
     the drafter is certain.
     """
     weight = head.weight
-    operands = rows.to(head.weight.dtype)
+    operands = rows.to(weight.dtype)
     none = torch.zeros(labels.shape, device=rows.device)
     grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
     top_tokens = torch.zeros_like(labels).repeat(1, num_candidates)
@@ -123,9 +123,17 @@ def _compiled_add_tile():
 
 
 def soft_losses(log_probs: Tensor, log_target: Tensor, token_loss: TokenLoss) -> Tensor:
-    """Compute the token loss against the target's distribution, "rows vocab" of both, in plain PyTorch."""
+    """Compute the token loss against the target's distribution, "rows vocab" of both, in plain PyTorch.
+
+    With `q` the drafter's and `p` the target's distribution, it is
+
+    - `kl`: `sum of p log(p / q)`, soft labels;
+    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
+      2602.23881).
+    """
     if token_loss == "kl":
         return (log_target.exp() * (log_target - log_probs)).sum(-1)
+    assert token_loss == "lk"
     return -torch.minimum(log_probs.exp(), log_target.exp()).sum(-1).log()
 
 
@@ -151,11 +159,13 @@ def _soft_scores(
     elif token_loss == "kl":
         losses = (target_probs * log_target.sub_(log_probs)).sum(-1, keepdim=True)
         grad = probs.sub_(target_probs)
-    else:  # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0
+    elif token_loss == "lk":  # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0
         losses = -overlap.clamp_min(TINY).log()
         falls_short = (probs < target_probs).float()
         share = (probs * falls_short).sum(-1, keepdim=True)
         grad = probs.mul_(share - falls_short).div_(overlap.clamp_min(TINY))
+    else:
+        assert_never(token_loss)
     rows_grad = None
     if needs_grad:
         grad = grad if slope is None else grad.mul_(slope)

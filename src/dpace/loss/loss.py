@@ -85,12 +85,8 @@ def frozen_head_nll(
     `target_hidden`, a third product computes the target's logits, and tiles are whole rows. Statistics are fp32 for
     operands of any dtype.
 
-    With `q` the drafter's and `p` the target's distribution at a slot, its token loss is
-
-    - `nll`: `-log q[label]`, the paper's;
-    - `kl`: `sum of p log(p / q)`, soft labels;
-    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
-      2602.23881).
+    The token loss of a slot is `nll`, `-log q[label]` with `q` the drafter's distribution, as in the paper; or one of
+    `dpace.loss.head_scores.soft_losses`, against the target's distribution.
 
     Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
 
@@ -100,7 +96,7 @@ def frozen_head_nll(
         labels: the target's token at each slot; ignored where not scored.
         is_scored: slots that count.
         weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
-        token_loss: `nll`, `kl` or `lk`.
+        token_loss: see above.
         target_hidden: input of the target's own head where it predicts each slot; `nll` without
             `Slots.overlap` does not need it.
         scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host

@@ -148,7 +148,8 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     if not (objective in known or is_custom(objective)) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
             f"there is no objective {name!r}; choose one of {', '.join(known)}, or a custom one as "
-            "package.module:function, and add +kl or +lk for that token loss, and +overlap for that confidence"
+            f"package.module:function, and add +{' or +'.join(get_args(TokenLoss)[1:])} for that token loss, and "
+            "+overlap for that confidence"
         )
     if "overlap" in parts and objective in known and "token_probs" not in function_of(objective)[1]:
         raise ValueError(
@@ -184,12 +185,11 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
 
     def weigh_slots(slots: Slots) -> Tensor:
         known = {
-            "is_scored": slots.is_scored,
+            **vars(config),
+            **slots._asdict(),
             "token_probs": slots.token_probs if config.confidence == "token" else slots.overlap,
-            "is_match": slots.is_match,
             "alpha": config.alpha + (alpha_end - config.alpha) * slots.progress,
             "gamma": config.gamma or dpace.weights.dflash_gamma(block_size),
-            "base": config.base,
         }
         return function(**{name: known[name] for name in needed})
 

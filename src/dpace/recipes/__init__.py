@@ -1,4 +1,4 @@
-"""Recipes that come with dpace, whose names stand for their files on the command line, and the verbs that take them."""
+"""Recipes that come with dpace, whose names stand for their files on the command line, and all verbs."""
 
 from pathlib import Path
 
@@ -20,4 +20,4 @@ VERBS = {
     "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
     "import": "read a drafter that another project trained, and write it for dpace",
 }
-"""One line of help for each verb; `dpace.verbs` has a file for each."""
+"""One line of help for each verb; `dpace.verbs` has a file for each. Those from `plan` to `bench` take a recipe."""

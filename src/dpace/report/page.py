@@ -1,7 +1,7 @@
 """Write results and training logs as one HTML page, which needs no network and has no script.
 
-In come the folders of `dpace demo`, `bench` and `compare`. Each result becomes sections: the tables that the terminal
-shows, and drawings.
+In come folders with the results of other verbs. Each result becomes sections: the tables that the terminal shows, and
+drawings.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from dpace.measure.results import (
 )
 from dpace.recipes.flags import command
 from dpace.recipes.validation import to_json
-from dpace.report.plots import slot_weights, training_curves
+from dpace.report.plots import DRAWINGS
 from dpace.report.sections import tables_of
 from dpace.report.tables import Section
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
@@ -33,8 +33,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
     """Write the page.
 
     Args:
-        folders: of `dpace demo`, `bench` or `compare`; each has a results.json or servers.json, and may have drafters
-            with their training logs.
+        folders: that other verbs wrote; each has results, see `find_results`, and may have drafters with their training
+            logs.
         path: of the HTML file.
 
     Raises:
@@ -74,17 +74,8 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
     by_name = group_by(paths, lambda path: path.relative_to(folder).parts[0])
     logs = {name: [read_log(path.parent) for path in of_name] for name, of_name in by_name.items()}
-    if logs:
-        text = (
-            "Losses of different objectives have different scales; tau can be compared. It is measured on the "
-            "validation share of the training prompts, and chooses the checkpoint."
-        )
-        yield Section("Training", text, drawing=training_curves(logs))
-        text = (
-            "Each slot's share of a block's weight, at up to five steps. D-PACE moves weight to later slots as the "
-            "drafter gets better at the first ones; fixed schedules do not."
-        )
-        yield Section("Weights over training", text, drawing=slot_weights(logs))
+    for title, text, draw in DRAWINGS if logs else ():
+        yield Section(title, text, drawing=draw(logs))
     measured = results.decode if isinstance(results, CompareResults) else results
     if measured:
         facts = {field.name: to_json(getattr(measured, field.name)) for field in fields(Provenance)}

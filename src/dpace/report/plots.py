@@ -65,6 +65,23 @@ def slot_weights(logs: Logs) -> str:
     return draw_panels(logs, draw)
 
 
+DRAWINGS = (
+    (
+        "Training",
+        "Losses of different objectives have different scales; tau can be compared. It is measured on the validation "
+        "share of the training prompts, and chooses the checkpoint.",
+        training_curves,
+    ),
+    (
+        "Weights over training",
+        "Each slot's share of a block's weight, at up to five steps. D-PACE moves weight to later slots as the drafter "
+        "gets better at the first ones; fixed schedules do not.",
+        slot_weights,
+    ),
+)
+"""Title, text and function of each drawing, in the order of the page."""
+
+
 def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], *, same_scale: bool = True) -> str:
     """Draw one panel for each title, and one legend; as an SVG element.
 

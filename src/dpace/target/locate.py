@@ -88,12 +88,10 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
         ValueError: there is neither such a folder nor such a repository.
     """
     path = Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() or path.is_file() and path.suffix == ".gguf":
         return name
-    is_hub_id = re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII) and not path.parent.exists()
-    if not is_hub_id:
-        kind = "a file" if path.is_file() else "missing"
-        raise ValueError(f"{option} {name} is {kind}, expected a folder or a Hub id; name one that exists")
+    if path.parent.exists() or not re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII):
+        raise ValueError(f"{option} {name} is missing, or no file of a drafter; name a folder or a Hub id that exists")
     import huggingface_hub
 
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpace.config import TrainConfig
 from dpace.fast.packing import has_fast_bf16
+from dpace.modeling_dflash import TOKEN_TABLES
 from dpace.system import ranks
 from dpace.train.sharding import take_share
 
@@ -26,7 +27,7 @@ def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def is_factor(name: str, parameter: Tensor) -> bool:
     """Return whether a parameter of a drafter is a factor of products: a matrix, but no bias and no table of tokens."""
-    return parameter.ndim == 2 and "bias" not in name and "codebook" not in name
+    return parameter.ndim == 2 and "bias" not in name and not name.endswith(TOKEN_TABLES)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

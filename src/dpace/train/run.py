@@ -10,13 +10,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import Recipe, is_custom
+from dpace.config import WALKED, Head, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import VOCABULARY_FILE
@@ -194,7 +194,7 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             folder.
     """
     config = recipe.train
-    has_head = recipe.drafter.head is not None
+    head = recipe.drafter.head
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh, is_growing=config.grow_blocks)
     wants_shards()
     if config.feature_servers and recipe.needs_target_hidden:
@@ -207,16 +207,15 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
             "with --train.feature-files"
         )
-    defaults = Recipe().settings
     for name, value in recipe.settings.items():
-        is_read = has_head if name.startswith("drafter.") else recipe.drafter.head == "lilicorr"
-        if ".head_" in name and not is_read and value != defaults[name]:
+        heads = WALKED if name == "loss.head_penalty" else get_args(Head)
+        if ".head_" in name and head not in heads and value != Recipe().settings[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, and the drafter has no head that reads it; add --drafter.head lilicorr, or leave "
-                f"{flag} out"
+                f"{flag} is {value}, and --drafter.head is {head}, which does not read it; take --drafter.head "
+                f"{' or '.join(heads)}, or leave {flag} out"
             )
-    if has_head and recipe.loss.needs_target_probs:
+    if head and recipe.loss.needs_target_probs:
         raise ValueError(
             f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
             "with --drafter.head learns with nll and token only: leave out what differs, and objectives such as "
@@ -242,7 +241,7 @@ def choose_conversations(
         )
     size = recipe.drafter.block_size
     lengths = (example.num_anchors(config.max_length) for example in dataset.examples)
-    if recipe.drafter.head == "lilicorr" and max(lengths) < size - 1:
+    if recipe.drafter.head in WALKED and max(lengths) < size - 1:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.head out"

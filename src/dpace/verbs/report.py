@@ -14,7 +14,7 @@ class ReportConfig:
     """
 
     folders: OneOrMore[Text]
-    """Folders that demo, bench or compare wrote; given first, or with this flag."""
+    """Folders with results, which other verbs wrote; given first, or with this flag."""
     output: Text | None = None
     """HTML file to write; report.html in the first folder by default."""
 

@@ -58,7 +58,7 @@ def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(
     assert again.spec.special_token_ids == before.spec.special_token_ids != {}
 
 
-def test_each_engine_is_told_in_its_own_counting(do_export, folder, language_drafter):
+def test_each_engine_is_told_in_its_own_counting(do_export, folder, language_drafter, tmp_path):
     path = do_export("vllm")
     for name in ("model.safetensors", "modeling_dflash.py", "config.json"):
         assert (path / name).read_bytes() == (folder / name).read_bytes(), "save is export"
@@ -68,6 +68,8 @@ def test_each_engine_is_told_in_its_own_counting(do_export, folder, language_dra
     assert served["proposal_methods"][0]["speculative_tokens"] == 5
     assert served["verifier"]["name_or_path"] == "some/target"
     assert config["sliding_window_non_causal"] is True
+    with pytest.raises(ValueError, match="convert it with `dpace import`"):
+        Drafter.from_pretrained(tmp_path / "speculators")
 
 
 def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch, tmp_path):

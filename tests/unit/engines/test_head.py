@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dpace.drafter import Drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
-from dpace.engines import vllm
+from dpace.engines import vllm, zlab
 from dpace.engines.export import read_drafter
 from tests.conftest import make_with_head
 from tests.support.files import change_config, read_json
@@ -102,9 +102,12 @@ def test_what_does_not_go_with_a_head_is_refused_by_its_key(changes, line, langu
         read_drafter(change_config(tmp_path, **changes))
 
 
-def test_a_head_and_a_small_vocabulary_are_not_for_vllm(language_target):
-    """It reads each of the two alone."""
+def test_what_does_not_go_with_a_head_is_refused_with_a_way_that_there_is(language_target):
+    """vLLM reads a head and a small vocabulary alone."""
     spec = make_with_head(language_target).spec
     small = replace(spec, draft_vocab_size=20)
     assert "--plain" in vllm.ENGINE.fault(small)
     assert vllm.ENGINE.fault(spec) == vllm.ENGINE.fault(replace(small, selector=None)) == ""
+    assert zlab.ENGINE.fault(spec).endswith("--to sglang or --plain, without its head")
+    assert zlab.ENGINE.fault(replace(spec, has_own_lm_head=True)).endswith("; export it with --to vllm")
+    assert zlab.ENGINE.fault(replace(small, sample_from_anchor=True)).endswith("; decode it with dpace")

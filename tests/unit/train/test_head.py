@@ -15,6 +15,7 @@ from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.train.loop import Scorer
+from dpace.train.optimizer import is_factor
 from dpace.train.run import check_recipe, make_datasets, train
 from tests.conftest import make_recipe, make_with_head, make_with_selector
 
@@ -107,13 +108,15 @@ def test_the_loss_of_the_selector_is_that_of_all_logits(language_target, batch):
     options = {"inputs": list(drafter.parameters()), "materialize_grads": True}
     grads = [torch.autograd.grad(loss, **options) for loss in (found.sum(), expected)]
     torch.testing.assert_close([found.sum(), *grads[0]], [expected, *grads[1]], rtol=1e-3, atol=1e-3)
+    factors = [name for name, parameter in network.named_parameters("candidate_selector") if is_factor(name, parameter)]
+    assert factors == ["candidate_selector.hidden_projection.weight"], "Muon leaves the tables out"
 
 
 def test_the_selector_has_no_penalty():
     recipe = make_recipe()
     recipe = replace(recipe, drafter=replace(recipe.drafter, head="candidate_selector"))
     assert not recipe.needs_target_hidden
-    with pytest.raises(ValueError, match="--loss.head-penalty is 0.5, and the drafter has no head that reads it"):
+    with pytest.raises(ValueError, match="is 0.5, and --drafter.head is candidate_selector, .* take .* lilicorr,"):
         check_recipe(replace(recipe, loss=LossConfig(head_penalty=0.5)))
 
 
