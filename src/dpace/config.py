@@ -183,10 +183,9 @@ class LossConfig:
     alpha_end: FractionOrZero | None = None
     """Value that alpha reaches at the end of training, in a straight line; alpha stays as it is by default."""
     gamma: Positive | None = None
-    """Decay length, in slots, of objectives whose formula in docs/objectives.md has one.
-    By default 7, 5 or 4 for blocks of 16, 10 or 8."""
+    """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
     base: Fraction = 0.8
-    """Weight of a slot relative to the one before it, of objectives whose formula has such a base."""
+    """Weight of a slot relative to the one before it, for the objective medusa."""
     reduction: Reduction = "anchors"
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
     anchors: blocks, then conversations. batch (the paper's code): conversations.
@@ -505,8 +504,8 @@ class CompareConfig(Recipe):
     output: Text = "dpace-compare"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: OneOrMore[Text] = ("dpace", "dflash", "uniform")
-    """Values of loss.objective, to which one of loss.token_loss and the confidence overlap may be added, each with a +:
-    dpace+kl+overlap."""
+    """Values of loss.objective, to which a token loss and a confidence may be added.
+    +kl or +lk is the token loss, +overlap the confidence: dpace+kl+overlap."""
     seeds: OneOrMore[Seed] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: Text = "dflash"

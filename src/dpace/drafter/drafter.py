@@ -435,7 +435,7 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     num_tokens = len(target.head.weight)
     vocabulary = load_vocabulary(folder, num_tokens)
     if drafter.lm_head is not None:
-        has_few_rows = drafter.spec.draft_vocab_size
+        has_few_rows = drafter.spec.draft_vocab_size > 0
         token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if has_few_rows else range(num_tokens)
         drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
     elif vocabulary is not None and not all_tokens and vocabulary.pays(target):

@@ -26,8 +26,8 @@ class ImportConfig:
     """
 
     source: Text
-    """Folder, file or Hub id of the drafter, in any layout that docs/serve.md names; given first."""
+    """Folder or Hub id of z-lab, SpecForge or speculators, or GGUF file; given first."""
     output: Text
     """Folder that the drafter is written to."""
     target: Text | None = None
-    """Folder or Hub id of the target; needed for layouts that do not say how many layers it has."""
+    """Folder or Hub id of the target; needed for GGUF files and folders of speculators."""
