@@ -3,8 +3,7 @@ import random
 import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from dpace.blocks import (

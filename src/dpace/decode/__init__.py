@@ -4,14 +4,3 @@ from dpace.decode.batch import Decoder, generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.loop import custom_generate, generate, generate_plain, stream
 from dpace.decode.pace import Paces
-
-__all__ = [
-    "Decoder",
-    "Generation",
-    "Paces",
-    "custom_generate",
-    "generate",
-    "generate_batch",
-    "generate_plain",
-    "stream",
-]

@@ -223,9 +223,8 @@ class LatticeSelector(Selector):
         states = hidden[:, 1:]
         logits = rows.logits(states.flatten(0, 1)).float()
         top, index = topk(logits, self.num_candidates)
-        log_probs = top - logits.logsumexp(-1, keepdim=True)
-        of_blocks = [values.unflatten(0, states.shape[:2]) for values in (index, log_probs)]
-        lattice = self.make_lattice(rows, *of_blocks, states, last_ids, before)
+        log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
+        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, last_ids, before)
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 

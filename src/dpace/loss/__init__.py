@@ -10,14 +10,3 @@ from dpace.loss.loss import (
     frozen_head_nll,
     frozen_head_nll_reference,
 )
-
-__all__ = [
-    "SlotScores",
-    "Slots",
-    "Weigh",
-    "block_loss",
-    "candidate_logits",
-    "count_items",
-    "frozen_head_nll",
-    "frozen_head_nll_reference",
-]

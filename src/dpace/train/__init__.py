@@ -9,8 +9,6 @@ from types import ModuleType
 
 from dpace.train.run import make_datasets, train
 
-__all__ = ["make_datasets", "train"]
-
 
 class _TrainPackage(ModuleType):
     """A package that can be called as its function `train`."""

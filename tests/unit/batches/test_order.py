@@ -1,8 +1,7 @@
 """Conversations of a step are about equally long, and which they are depends on seed and epoch only."""
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dpace.batches.dataset import grouped_order
 

@@ -5,8 +5,7 @@ import operator
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dpace.decode import generate
 from dpace.decode.copies import Copy

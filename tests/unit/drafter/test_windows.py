@@ -38,7 +38,7 @@ def target():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, target, tmp_path):
-    """Behind texts shorter and longer than the window, with a cache and without one, of one text, padded, and of several."""
+    """Behind texts shorter and longer than the window, also padded, and with caches of one text and of several."""
     has_convolutions = layout == "convolutions"  # which dflash 0.1.0 does not have
     make = make_with_convolutions if has_convolutions else make_drafter
     make(target, **LAYOUTS[layout]).save_pretrained(tmp_path)

@@ -2,8 +2,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpace.config import LossConfig, TokenLoss

@@ -4,8 +4,7 @@ import json
 from dataclasses import asdict, fields
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dpace.config import PromptsConfig, Recipe
 from dpace.prompts.prompts import read_prompts

@@ -5,8 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
