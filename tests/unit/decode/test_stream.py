@@ -31,7 +31,9 @@ def test_pieces_are_the_text(language_target, language_drafter, questions):
 
 BYTES = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids).decode("utf-8", errors="replace"))
 """A tokenizer whose tokens are bytes."""
-WORDS = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(f"w{token}" for token in ids if token))
+WORDS = SimpleNamespace(
+    decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids if i or not skip_special_tokens)
+)
 """One of words that strips the first space; token 0 is special."""
 
 
