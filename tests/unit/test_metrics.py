@@ -34,6 +34,7 @@ def test_few_prompts_and_no_verification_give_no_interval():
     few, enough = (Acceptance([[1, 1]] * count, 2) for count in (MIN_PROMPTS - 1, MIN_PROMPTS))
     empty = Acceptance([0, 0], 2)
     assert np.isnan([*few.interval(), empty.tau, *empty.interval()]).all()
+    assert tau_estimate([[Acceptance([[0, 1]], 2)]])[0] == 2
     assert enough.interval() == (1.5, 1.5)
     gain, *ends = tau_gain([few], [few])
     assert gain == 0 and np.isnan(ends).all()
