@@ -61,6 +61,8 @@ def test_blocks_by_hand(example):
     assert not example.is_scored[0, 2].any() and not example.is_block[0, 2]
     assert example.position_ids[1, 2].tolist() == [8, 9, 10, 11]
     assert example.input_ids(99)[0, 0].tolist() == [12, 99, 99, 99]
+    start = torch.arange(3)[None]
+    assert build_blocks(start, start >= 0, [torch.tensor([0])], block_size=2).is_block.all()
     seen = dense_mask(example, num_context=10)[0, 0, 5].nonzero().flatten().tolist()
     assert seen == [*range(8), 14, 15, 16, 17]  # the context strictly before the anchor, and its own block
 
