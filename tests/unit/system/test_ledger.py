@@ -49,8 +49,10 @@ def test_without_locks_of_the_file_system_a_file_is_the_lock(number, tmp_path, m
     monkeypatch.setattr(fcntl, "flock", refuse)
     path = tmp_path / ".dpace.softlock"
     (tmp_path / f".x.json.1{UNFINISHED}").touch()
-    with lock_folder(tmp_path), lock_folder(tmp_path):
-        assert path.exists()
+    with lock_folder(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".dpace.holder").read_text()
+        with lock_folder(tmp_path):
+            assert path.exists()
     assert os.listdir(tmp_path) == [".dpace.lock"], "what a killed process left is removed"
     path.write_text("1\nanother-host\n")
     with pytest.raises(ValueError, match=rf"if it is gone, remove {path}"), lock_folder(tmp_path):

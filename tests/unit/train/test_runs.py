@@ -23,10 +23,10 @@ from tests.support.files import HOLD, changed_json, read_json
 def run(language_target, language_responses):
     """Train into a folder, on eight answers from a number on."""
 
-    def run(folder, start=0, **changes):
+    def run(folder, start=0, num_validated=2, **changes):
         config = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_anchors": 4, "batch_size": 4, **changes}
         recipe = make_recipe(**config)
-        responses = language_responses[start : start + 8], language_responses[50:52]
+        responses = language_responses[start : start + 8], language_responses[50 : 50 + num_validated]
         return train(language_target, *make_datasets(language_target, *responses, recipe), recipe, folder)
 
     return run
@@ -130,6 +130,13 @@ def test_a_damaged_checkpoint_is_not_taken(unfinished, run, finished, capsys):
     run(unfinished)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err and is_whole(last)
     assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
+
+
+def test_without_validation_answers_the_last_checkpoint_is_taken(tmp_path, run, capsys):
+    run(tmp_path, num_validated=0)
+    (tmp_path / "provenance.json").unlink()
+    run(tmp_path, num_validated=0)
+    assert "is not whole" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["gradient", "weights"])
