@@ -58,7 +58,7 @@ from .target.chat import (
 from .target.locate import (
     find_target as find_target,
 )
-from .train import (
+from .train.run import (
     make_datasets as make_datasets,
     train as train,
 )
