@@ -104,3 +104,4 @@ def test_the_pace_counts_what_a_window_reads(target):
     step = next(steps)
     assert pace.plan.call_args.args[1] == WINDOW - 1
     assert pace.learn.call_args.args == (Plan(True, width=2), step.token_ids, step.accepted) and step.width == 2
+    assert 0 < pace.learn.call_args.kwargs["seconds"] < 60
