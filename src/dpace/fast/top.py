@@ -1,6 +1,7 @@
-"""The highest numbers of rows, many times faster on a CPU than PyTorch finds them: it reads one number at a time.
+"""The highest numbers of rows: PyTorch compares one number at a time on a CPU, these functions compare many.
 
-Elsewhere, and in compiled code, these are PyTorch's own functions.
+On other devices, and in compiled code, they are PyTorch's own. The times below are of 15 rows of 49,152 numbers, one
+core of a Xeon with AVX-512, torch 2.13.0, by the command in docs/results.md.
 """
 
 import torch
@@ -12,9 +13,10 @@ GROUP = 64
 
 
 def argmax(rows: Float[Tensor, "*row number"]) -> Int[Tensor, "*row"]:
-    """Return the place of each row's highest number, of equal ones the first; rows of bf16 raise `TypeError`.
+    """Return the place of each row's highest number, of equal ones the first: in 0.10 ms, with `torch.argmax` 0.78 ms.
 
-    49,152 numbers of fp32 take 6 µs, with `torch.argmax` 45 µs (one core of a Xeon).
+    Raises:
+        TypeError: rows of bf16 on a CPU.
     """
     if not _is_slow(rows):
         return rows.argmax(-1)
@@ -24,8 +26,7 @@ def argmax(rows: Float[Tensor, "*row number"]) -> Int[Tensor, "*row"]:
 def topk(rows: Float[Tensor, "row number"], count: int) -> tuple[Float[Tensor, "row top"], Int[Tensor, "row top"]]:
     """Return the highest numbers of each row and their places, highest first; equal ones in any order.
 
-    They are searched in the groups whose own highest are highest. 15 rows of 49,152 numbers and a count of 8 take 0.4
-    ms, with `torch.topk` 4.4 ms (one core of a Xeon).
+    They are searched in the groups whose own highest are highest. The highest 8 take 0.34 ms, with `torch.topk` 2.2 ms.
 
     Memory: O(rows x count x `GROUP`).
     """

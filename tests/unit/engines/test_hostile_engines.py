@@ -71,7 +71,7 @@ FOLDERS = {
     "of this config: '\\x1b[31m'": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
     "'pad_token_id' with value 'x'": config(pad_token_id="x"),
     "make them equal": config(rope_theta=1.0),
-    "has no rope_theta; convert it with": config(rope_theta=None, rope_parameters=None),
+    "has no rope_theta; add the target's value": config(rope_theta=None, rope_parameters=None),
     "no conv_kernel_size": config(architectures=["DFlash2DraftModel"]),
     "selector_top_k is missing": config(dflash_config={"selector_rank": 256}),
     "sliding layers and no sliding_window": config(layer_types=["sliding_attention"] * 2),
