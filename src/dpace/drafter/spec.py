@@ -335,7 +335,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = read_either(config, rope, "rope_theta", "rope_parameters")
     if theta is None:
         raise ValueError(
-            "the drafter's config has no rope_theta; add the target's value, or convert another layout with `dpace import`"
+            "the drafter's config has no rope_theta; add the target's value, or convert other layouts by `dpace import`"
         )
     return {"rope_type": "default", **rope, "rope_theta": theta}
 

@@ -68,7 +68,7 @@ def test_each_engine_is_told_in_its_own_counting(do_export, folder, language_dra
     assert served["proposal_methods"][0]["speculative_tokens"] == 5
     assert served["verifier"]["name_or_path"] == "some/target"
     assert config["sliding_window_non_causal"] is True
-    with pytest.raises(ValueError, match="no rope_theta; .* convert another layout with `dpace import`"):
+    with pytest.raises(ValueError, match="no rope_theta; .* convert other layouts by `dpace import`"):
         Drafter.from_pretrained(tmp_path / "speculators")
 
 
