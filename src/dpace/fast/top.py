@@ -31,7 +31,7 @@ def topk(rows: Float[Tensor, "row number"], count: int) -> tuple[Float[Tensor, "
     Memory: O(rows x count x `GROUP`).
     """
     num_groups, rest = divmod(rows.shape[-1], GROUP)
-    if not _is_slow(rows) or count > num_groups:
+    if not _is_slow(rows) or 4 * count > num_groups:
         return rows.topk(count)
     groups = rows[:, : num_groups * GROUP].unflatten(-1, (num_groups, GROUP)).amax(-1).topk(count).indices
     places = (groups[..., None] * GROUP + torch.arange(GROUP)).flatten(1)

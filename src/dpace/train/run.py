@@ -302,7 +302,7 @@ def train(
 
     Memory: drafter, its gradient and the optimizer's moments in fp32; the target; features of a batch, or of all
     conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on
-    CPU; the loss as `frozen_head_nll` says. Disk: up to eleven times the drafter's size in fp32.
+    CPU; the loss as `frozen_head_nll` says. Disk: less than ten times the drafter's size in fp32.
 
     Args:
         target: the frozen target.
