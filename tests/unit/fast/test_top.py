@@ -37,5 +37,5 @@ def test_of_equal_numbers_the_first_is_the_highest_and_several_are_among_the_top
 def test_the_command_of_the_page_runs(capsys):
     page = Path(__file__).parents[3] / "docs" / "results.md"
     (command,) = re.findall(r"`python -m timeit (.*?)`", page.read_text())
-    timeit.main(["-n", "1", *shlex.split(command)])
+    timeit.main(["-n", "1", "-r", "1", *shlex.split(command)])
     assert "1 loop" in capsys.readouterr().out
