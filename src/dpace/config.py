@@ -5,6 +5,7 @@ The classes are pydantic's: a value of another type, outside its range, or of an
 `dpace.recipes.validation` turns it into one line. Imports no torch, so that `--help` answers at once.
 """
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -43,10 +44,10 @@ FractionOrZero = Annotated[float, Field(ge=0, le=1, description="a number from 0
 
 
 def _refuse_blank(text: str) -> str:
-    """Refuse a text without a letter, and one that UTF-8 or a file's name cannot have."""
+    """Refuse a text without a letter, and one that UTF-8 or a file's name cannot have; `~` is the user's folder."""
     if not text.strip() or "\0" in text or text != text.encode(errors="replace").decode():
         raise ValueError(f"is {text!r}, expected a text that is not empty")
-    return text
+    return os.path.expanduser(text)
 
 
 Text = Annotated[str, AfterValidator(_refuse_blank), Field(description="a text that is not empty")]

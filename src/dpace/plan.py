@@ -257,11 +257,6 @@ def size(num_bytes: Number) -> str:
     return ByteSize(num_bytes).human_readable(separator=" ")
 
 
-def time_line(work: str, seconds: Number) -> str:
-    """Write about how long some work takes, in days, hours, minutes and seconds."""
-    return f"{work}: about {timedelta(seconds=round(seconds))}"
-
-
 def prompts_line(parts: PromptParts) -> str:
     """Write how many prompts each part has."""
     train, validation, heldout = map(len, parts)
@@ -342,7 +337,7 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     memory_parts = plan.memory(plan.batch_size)
     lines += [
         *size_lines(plan),
-        time_line("training", plan.seconds),
+        f"training: about {timedelta(seconds=round(plan.seconds))}",
         "memory of a training step, computed:",
         *(f"  {part:<28} {size(number):>10}" for part, number in memory_parts.items() if number),
         f"largest --train.batch-size that fits: {plan.largest_batch()}",

@@ -66,6 +66,8 @@ def test_from_prompts_to_an_exported_drafter(run, language_folder, language_prom
     assert "is the drafter's own folder" in run(f"{export} --to vllm --output dpace-out/drafter", code=1)[1]
     run(f"{export} --to vllm --output served")
     assert "removed from served, where" in run(f"{export} --to gguf --target-gguf {target_gguf} --output served")[1]
+    (made,) = (tmp_path / "served").glob("*.gguf")
+    assert "own folder" in run(f"dpace import {made} --target {language_folder} --output served", code=1)[1]
 
     prompt = language_prompts[-1]
     options = f"--prompt '{prompt}' --max-new-tokens 24"

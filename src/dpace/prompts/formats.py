@@ -141,8 +141,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _take_filled(row: dict[str, Any]) -> dict[str, Any]:
-    """Take what has a value in a row of a table, and of several kinds of prompts the first."""
-    filled = _without_null(row)
+    """Take what has a value in a row of a table, as JSON has it, and of several kinds of prompts the first."""
+    filled = _without_null(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
     first = next((key for key in KINDS if key in filled), None)
     return {key: value for key, value in filled.items() if key not in KINDS or key == first}
 
@@ -253,4 +253,5 @@ def _check_name(row: dict[str, Any], key: str, default: str) -> str:
     value = row.get(key, default)
     if not isinstance(value, str | int | float) or value == "":
         raise ValueError(f"`{key}` is {quoted(value)}, expected a text or a number")
+    str(value).encode()  # raises a ValueError where it has half a character
     return str(value)

@@ -1,10 +1,11 @@
 """Read the prompts that the target answers, and split them into parts."""
 
 import hashlib
+import itertools
 import json
 import random
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,13 +141,8 @@ def _rename(heldout: Iterable[Prompt], taken: Iterable[str]) -> Iterator[Prompt]
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """Choose the first `limit` prompts of each dataset, in their order; all of them for None."""
-    counts: Counter[str] = Counter()
-    chosen = []
-    for prompt in prompts:
-        counts[prompt.set] += 1
-        if limit is None or counts[prompt.set] <= limit:
-            chosen.append(prompt)
-    return chosen
+    numbers = defaultdict(itertools.count)
+    return [prompt for prompt in prompts if limit is None or next(numbers[prompt.set]) < limit]
 
 
 def find_prompt(text: str) -> list[dict[str, Any]]:

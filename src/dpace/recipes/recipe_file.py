@@ -39,7 +39,7 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
         raise ValueError(f"the recipe {path} holds {quoted(values)}; expected lines such as `name: value`")
     try:
         return from_json(config_class, values), values
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"the recipe {path}: {error}; change it, or leave the line out for the default") from error
 
 
@@ -54,7 +54,7 @@ def without_passwords(value: Any) -> Any:
         return {name: without_passwords(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_passwords(item) for item in value]
-    return re.sub(r"(?i)^(\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
+    return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -185,18 +185,17 @@ def comparison(results: CompareResults) -> Section:
         f"{results.rows[0].temperature:g}. Intervals are 95 %, paired: by bootstrap over prompts, and by Student's t "
         "over seeds."
     )
-    rows = []
-    for row in results.rows:
-        is_baseline = row.drafter == results.baseline
-        rows.append(
-            {
-                "verdict": "baseline" if is_baseline else judge_gain(row),
-                "set": row.set,
-                "objective": row.drafter,
-                "tau [95 %]": with_interval(*row.tau),
-                f"over {results.baseline} [95 %]": "-" if is_baseline else percent(row.gain),
-            }
-        )
+    base = results.baseline
+    rows = [
+        {
+            "verdict": "baseline" if row.drafter == base else judge_gain(row),
+            "set": row.set,
+            "objective": row.drafter,
+            "tau [95 %]": with_interval(*row.tau),
+            f"over {base} [95 %]": "-" if row.drafter == base else percent(row.gain),
+        }
+        for row in results.rows
+    ]
     seeds = ", ".join(map(str, results.seeds))
     title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
     return Section(title, text, rows, num_texts=3)

@@ -136,7 +136,9 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
     for part in (path, *parts):
         cut_unfinished_line(part)
         if part.exists() and (parts or prompts):
-            lines |= {json.loads(line)["id"]: line for line in part.read_bytes().splitlines(keepends=True)}
+            lines |= {
+                json.loads(line)["id"]: line for line in part.read_bytes().splitlines(keepends=True) if line.strip()
+            }
     if lines:
         places = {prompt.id: place for place, prompt in enumerate(prompts)}
         order = sorted(lines, key=lambda name: places.get(name, -1))  # those of other prompts come first

@@ -54,7 +54,7 @@ class Conversation:
         turns = self.prompt.turns
         first = self._encode(encode_chat, turns[0])
         if self.config.source == "own":
-            self.prompt.own_messages()
+            self._check_length(self._encode(encode_chat, self.prompt.own_messages()), 0)
             return array("i", first)
         messages = list(turns[0])
         for turn in turns[1:]:

@@ -137,8 +137,9 @@ class Address:
         """
         url = f"{self.url}{path}"
         end = time.monotonic() + seconds
+        silence = TIMEOUT_SECONDS if body and body.get("stream") else seconds
         try:
-            with self._client.stream("POST" if body else "GET", url, json=body, timeout=seconds) as response:
+            with self._client.stream("POST" if body else "GET", url, json=body, timeout=silence) as response:
                 if not response.is_success:
                     self._refuse(url, response)
                 yield self._chunks(url, response, end)

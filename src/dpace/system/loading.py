@@ -96,8 +96,7 @@ def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
     Raises:
         ValueError: names the first few tensors.
     """
-    state = model.state_dict()
-    names = [name for name, value in state.items() if _is_infinite(value)]
+    names = [name for name, value in model.state_dict().items() if _is_infinite(value)]
     if names:
         raise ValueError(f"{what} has NaN or infinity in {first_names(names)}; {fix}")
 

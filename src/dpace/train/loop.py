@@ -218,10 +218,9 @@ class TrainingLoop:
             self.log.go_on(self.state.unlogged)
         state = self.state
         config = self.config
-        done = state.global_step
         with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
             title = f"training, {self.loss.objective}"
-            task = bar.add_task(title, total=state.max_steps, completed=done, info="")
+            task = bar.add_task(title, total=state.max_steps, completed=state.global_step, info="")
             for batches in self.batches_of_steps():
                 if self.interrupt.is_asked:
                     break

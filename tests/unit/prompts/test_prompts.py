@@ -1,7 +1,9 @@
 """Prompts of every format say the same, and no prompt is in two parts."""
 
+import math
 import re
 from dataclasses import replace
+from datetime import datetime
 
 import make_prompts
 import pytest
@@ -48,12 +50,18 @@ def test_forms_of_a_row(ending, row, turns, answer, tmp_path):
 
 
 def test_tables_are_taken_as_they_are(tmp_path):
-    """Several kinds, ids twice, and keys that only some messages have."""
+    """Several kinds, ids twice, keys that only some messages have, and values that JSON does not have."""
     messages = [user("q"), {**user("q2"), "name": "n"}]
-    rows = [{"id": "x", "prompt": "other", "messages": messages}, {"id": "x", "prompt": "p", "messages": None}]
-    first, second = read_prompts(write_rows(tmp_path / "p.parquet", rows))
+    logged = [messages[0] | {"at": datetime(2020, 1, 1), "score": math.nan}]
+    rows = [
+        {"id": "x", "prompt": "other", "messages": messages},
+        {"id": "x", "prompt": "p", "messages": None},
+        {"messages": logged},
+    ]
+    first, second, third = read_prompts(write_rows(tmp_path / "p.parquet", rows))
     assert (first.id, second.id) == ("x", "x#2") and first.turns == [messages]
     assert second.turns == [[user("p")]]
+    assert third.turns == [[user("q") | {"at": "2020-01-01 00:00:00"}]]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,7 @@ def test_tables_are_taken_as_they_are(tmp_path):
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "without a text of the user"),
         ("p.jsonl", '{"prompt": " "}', "without a text of the user"),
         ("p.jsonl", '{"prompt": "a", "id": []}', "`id` is .*, expected a text or a number"),
+        ("p.jsonl", r'{"prompt": "a", "id": "\ud800"}', "p.jsonl:1: .*surrogates"),
         ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "p.jsonl:2: the id '1' occurs twice"),
         ("p.jsonl", "", "holds no prompt"),
     ],

@@ -1,6 +1,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_recipes_parse_and_are_found_by_name(name, capsys):
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")
-    args = [str(path), "--bench.server", "https://bob:secret@b:2/x@y", "--bench.plain-server", " HTTP://eve:secret@c:3"]
+    args = [str(path), "--bench.server=https://bob:secret@b:2/x@y", "--bench.plain-server", " HTTP://eve:secret@c:3"]
     recipe = parse(Recipe, "train", args)
     assert recipe.respond.server == ("http://ann:secret@a:1",)
     shown = next_command("train", "bench", args)
@@ -42,6 +43,13 @@ def test_exit_codes_of_usage(capsys):
     assert main([]) == 2
     assert main(["fly"]) == 2 and "unknown verb 'fly'; choose one" in capsys.readouterr().err
     assert main(["trian"]) == 2 and "did you mean train?" in capsys.readouterr().err
+
+
+def test_a_tilde_is_a_folder_and_a_tag_no_text(tmp_path):
+    assert parse(Recipe, "train", ["--output=~/x"]).output == str(Path.home() / "x")
+    (tmp_path / "r.yaml").write_text("target: !!timestamp 2020-01-01")
+    with pytest.raises(ValueError, match="the recipe .*/r.yaml: .*; change it"):
+        parse(Recipe, "train", [str(tmp_path / "r.yaml")])
 
 
 def test_commands_are_quoted_for_a_shell():

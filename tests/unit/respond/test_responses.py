@@ -67,7 +67,7 @@ def test_a_target_on_several_devices_reads_padded_rows(target, monkeypatch):
 def test_an_interrupted_call_goes_on(write, path):
     whole = write()
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:4]) + lines[4][:20])  # killed while writing
+    path.write_text("".join(lines[:4]) + "\n" + lines[4][:20])  # killed while writing
     with mock.patch.object(in_process, "generate_responses", side_effect=in_process.generate_responses) as answered:
         assert write() == whole
     assert [len(call.args[1]) for call in answered.call_args_list] == [3]
@@ -147,6 +147,9 @@ def test_every_turn_counts_against_the_context(write, path):
     (prompt,) = make_prompts(["w1 " * 10])
     with pytest.raises(ValueError, match="prompt 0 has 6. tokens; with 5 answers of up to 4 new tokens"):
         write([*PROMPTS, replace(prompt, turns=prompt.turns * 5)])
+    (long,) = make_prompts(["w1 " * 70])
+    with pytest.raises(ValueError, match="with 0 answers"):
+        write([replace(long, answer={"role": "assistant", "content": "w2"})], source="own")
     assert not path.exists(), "refused before work starts"
     assert write([replace(prompt, turns=prompt.turns * 3)])
 
