@@ -240,7 +240,11 @@ class Decoder:
             made = make_caches(self.target, self.drafter, self.columns)  # without memory until something is read
             caches = self._caches.setdefault(len(rows), made)
         batch = Batch(self.target, self.drafter, rows, caches)
-        return collect(rows, batch.steps(), batch.block_size, self.target.device)
+        try:
+            return collect(rows, batch.steps(), batch.block_size, self.target.device)
+        except BaseException:
+            self._caches.pop(len(rows), None)  # they may be half written
+            raise
 
     def make_room(self, num_tokens: int) -> None:
         """Let the caches of compiled steps have room for texts of this length, and keep none that have not."""

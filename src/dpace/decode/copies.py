@@ -115,9 +115,8 @@ class Recall:
         self._end = begin + len(new)
         self.tokens[begin : begin + len(new)] = new
         contexts = np.lib.stride_tricks.sliding_window_view(new, CONTEXT_TOKENS)[:-1]
-        self._contexts[self._keys(contexts)] = (
-            begin + np.arange(len(contexts))[:, None]
-        )  # of equal keys the last counts
+        # Of equal keys the last counts.
+        self._contexts[self._keys(contexts)] = begin + np.arange(len(contexts))[:, None]
 
     def _keys(self, contexts: Int[np.ndarray, "context token"]) -> Int[np.ndarray, "context length"]:
         """Hash the ends of contexts, for each length that is looked up."""

@@ -136,6 +136,7 @@ class Speculation:
         self.text = text
         self.max_width = width if isinstance(width, int) else size
         self.can_draft = width != "copies"
+        self.layer_ids = drafter.target_layer_ids if self.can_draft else ()
         self.pace = self.recall = None
         if width in ("auto", "copies"):
             paces = paces or Paces()
@@ -170,9 +171,11 @@ class Speculation:
     def read_prompt(self) -> Step:
         """Read the prompt and emit the first token."""
         prompt = torch.tensor([self.text.token_ids], device=self.target.device)
-        hidden, features = self.target.read(prompt, self.cache, self.drafter.target_layer_ids)
+        hidden, features = self.target.read(prompt, self.cache, self.layer_ids)
         self.unread.append(features)
-        return self.text.take(0, self.text.draw(self.target.logits(hidden[0, -1:])).tolist(), width=0)
+        step = self.text.take(0, self.text.draw(self.target.logits(hidden[0, -1:])).tolist(), width=0)
+        self.lookup.read()
+        return step
 
     def step(self) -> Step:
         """Propose tokens, emit those that the target accepts and its own next one, and learn from the step."""
@@ -181,21 +184,16 @@ class Speculation:
         plan = self.plan()
         copied = plan.copy.token_ids[: plan.width - 1]
         row = torch.tensor([[text.start, text.token_ids[-1], *copied]], device=self.target.device)
-        starts = row[:, :1]
-        block = row[:, 1:]
+        starts, block = row.tensor_split([1], dim=1)
         draft_probs = None
         if plan.is_drafted:
             plan, block, draft_probs = self.draft(plan, block, starts)
         width = block.shape[1]
         can_rewind = self.target.cache_ability == "rewind" and width > 1
         states = self.cache.recurrent_states() if can_rewind else []
-        layer_ids = self.drafter.target_layer_ids
-        (logits,), features, _ = verify_step(self.target, self.cache, layer_ids, block, starts, self.limits)
+        (logits,), features, _ = verify_step(self.target, self.cache, self.layer_ids, block, starts, self.limits)
         accepted, token_ids = self.accept(block[0, 1:], logits, draft_probs)
         step = text.take(accepted, token_ids, width=width, is_copied=not plan.is_drafted)
-        if self.pace is not None:
-            seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
-            self.pace.learn(plan, step.token_ids, step.accepted, seconds=seconds, lookups=self.lookup.read())
         num_kept = len(step.token_ids)
         num_rejected = width - num_kept
         self.unread.append(features[:, :num_kept])
@@ -204,6 +202,9 @@ class Speculation:
             self.target.hidden(block[:, :num_kept], self.cache)
             num_rejected = 0
         self.cache.crop(-num_rejected)
+        if self.pace is not None:
+            seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
+            self.pace.learn(plan, step.token_ids, step.accepted, seconds=seconds, lookups=self.lookup.read())
         return step
 
     def plan(self) -> Plan:

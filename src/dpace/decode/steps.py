@@ -91,6 +91,7 @@ def verify_step(
     """
     slots = torch.arange(blocks.shape[1], device=blocks.device)
     positions = torch.minimum(starts + slots, limits)
-    mask = cache.place(positions)
-    hidden, features = target.read(blocks, cache, layer_ids, attention_mask=mask, position_ids=positions)
+    hidden, features = target.read(
+        blocks, cache, layer_ids, attention_mask=cache.place(positions), position_ids=positions
+    )
     return target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape), features, positions

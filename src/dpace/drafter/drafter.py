@@ -357,7 +357,10 @@ class Drafter(DFlashDraftModel):
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
         """
         with filling(save_directory) as aside, quiet_library():
-            tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+            tensors = {
+                name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                for name, tensor in self.state_dict().items()
+            }
             super().save_pretrained(aside, state_dict=tensors, **kwargs)
             path = aside / "config.json"
             config = self.spec.published(json.loads(path.read_text()) | {"dtype": dtype_name(dtype or self.dtype)})

@@ -208,7 +208,7 @@ class RaggedCache(DynamicCache):
         numbers = torch.arange(len(columns), device=device) if rows is None else torch.tensor(rows, device=device)
         for layer in self.layers:
             layer.rows = numbers[:, None]
-            layer.is_part = rows is not None
+            layer.read_rows = slice(None) if rows is None else numbers
             layer.columns = columns
             layer.end = self.end
 
@@ -241,12 +241,12 @@ class RaggedLayer(PreallocatedLayer):
 
     Attributes:
         num_rows: rows that the first pass makes; as many as it reads where 0.
-        is_part: whether the next pass reads some of the rows only.
+        read_rows: rows that the next pass reads.
     """
 
     num_rows = 0
-    is_part = False
     rows: Tensor
+    read_rows: slice | Tensor
     columns: Tensor
     end: int
 
@@ -261,8 +261,7 @@ class RaggedLayer(PreallocatedLayer):
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[self.rows, :, self.columns] = states.transpose(1, 2)
-        rows = self.rows[:, 0] if self.is_part else slice(None)
-        return tuple(buffer[rows, :, : self.end] for buffer in self.buffers)
+        return tuple(buffer[self.read_rows, :, : self.end] for buffer in self.buffers)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns that are read, and the first of them."""
@@ -308,6 +307,8 @@ def probe_cache(target: Any) -> CacheAbility:
             target.hidden(kept, cache)
         cache.crop(0 if states else -NUM_REJECTED)
         found = target.hidden(last, cache)[0]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError):
         return "append"
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)

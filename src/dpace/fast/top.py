@@ -20,7 +20,7 @@ def argmax(rows: Float[Tensor, "*row number"]) -> Int[Tensor, "*row"]:
     """
     if not _is_slow(rows):
         return rows.argmax(-1)
-    return torch.from_numpy(rows.detach().numpy().argmax(-1))
+    return torch.as_tensor(rows.detach().numpy().argmax(-1))
 
 
 def topk(rows: Float[Tensor, "row number"], count: int) -> tuple[Float[Tensor, "row top"], Int[Tensor, "row top"]]:

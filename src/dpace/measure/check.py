@@ -190,8 +190,10 @@ def distribution_values(
 def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
     """Compute the p-value of the chi-square test that points are uniform in the unit cube.
 
-    The cube has `num_bins` bins along each side.
+    The cube has `num_bins` bins along each side. No point at all is not suspicious: 1.
     """
+    if not len(values):
+        return 1.0
     dim = values.shape[1]
     counts = torch.histogramdd(values, [num_bins] * dim, range=[0.0, 1.0] * dim).hist.double()
     expected = len(values) / counts.numel()

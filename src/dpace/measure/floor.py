@@ -152,11 +152,8 @@ def draw_continuations(
     """
     inputs = torch.tensor([prefix], device=target.device)
     cache: Any = DynamicCache(config=target.config)
-    if target.cache_ability == "append":  # its rows cannot be copied
-        inputs = inputs.expand(num_samples, -1)
     hidden = target.hidden(inputs, cache)[:, -1].expand(num_samples, -1)
-    if len(inputs) == 1:
-        cache.reorder_cache(inputs.new_zeros(num_samples))  # row 0 for each
+    cache.reorder_cache(inputs.new_zeros(num_samples))  # row 0 for each
     tokens = []
     probs = []
     while True:

@@ -104,14 +104,13 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
         now = {"target_sha256": target.sha256} | now
     same_run(meta, now, "the answers were made", "name the target that answered, or leave --responses out")
     chosen = spread_evenly(responses, NUM_REREAD)
-    answers = [
-        (response, span, f"{response.id}, answer {number}")
+    found = [
+        _reread(target, response, span, f"{response.id}, answer {number}", meta["max_new_tokens"])
         for response in chosen
         for number, span in enumerate(response.response_spans, start=1)
     ]
-    found = [_reread(target, *answer, meta["max_new_tokens"]) for answer in answers]
     name = "responses are the target's greedy text"
-    return text_finding(name, count(len(chosen), "response"), len(answers), [*filter(None, found)])
+    return text_finding(name, count(len(chosen), "response"), len(found), [*filter(None, found)])
 
 
 @torch.inference_mode()

@@ -72,6 +72,20 @@ def test_a_longer_text_gets_longer_caches_before_it_is_timed(target, lengths):
     assert lengths == [8, 12, 8, 270, 5, 5] and decoder.columns == 512
 
 
+def test_what_a_failed_call_leaves_is_not_read(target, lengths, monkeypatch):
+    decoder = Decoder(target, None, compile=True)
+    options = {"max_new_tokens": 40, "stop_token_ids": []}
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(target, "read", raise_out_of_memory)
+        decoder.generate([5, 6], **options)
+    text = list(range(28))
+    assert decoder.generate(text, **options).token_ids == generate_plain(target, text, **options).token_ids
+
+
+def raise_out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError
+
+
 def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):
     def fail(*_, **__):
         raise torch._dynamo.exc.TorchDynamoException("no compiler\nis here")

@@ -124,6 +124,7 @@ def test_the_p_value_is_that_of_scipy():
     values = torch.rand(400, 2)
     counts = np.histogramdd(values.numpy(), 4, [(0, 1)] * 2)[0]
     assert uniformity(values, 4) == pytest.approx(chisquare(counts.ravel()).pvalue)
+    assert uniformity(values[:0], 4) == 1
 
 
 def test_the_verb(language_folder, language_target, language_prompts, tmp_path, capsys, monkeypatch):
