@@ -25,7 +25,7 @@ from dpace.batches.feature_files import bytes_of_token
 from dpace.config import CompareConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
-from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
+from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
 from dpace.respond.responses import iterate_responses, load_examples, read_meta
 from dpace.system.device import default_dtype, find_device
 from dpace.system.loading import translate_library_errors
@@ -255,12 +255,6 @@ def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, memory: int | None = Non
 def size(num_bytes: Number) -> str:
     """Write a number of bytes, such as 1.2 GiB."""
     return ByteSize(num_bytes).human_readable(separator=" ")
-
-
-def prompts_line(parts: PromptParts) -> str:
-    """Write how many prompts each part has."""
-    train, validation, heldout = map(len, parts)
-    return f"prompts: {train:,} to train, {validation:,} to choose by, {heldout:,} held out"
 
 
 def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:

@@ -114,8 +114,9 @@ def frozen_head_nll(
     if token_loss != "nll" and target_hidden is None:
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
     if chunk_bytes is None:
-        is_cpu = head.weight.device.type == "cpu"
-        chunk_bytes = default_chunk_bytes(head.weight, is_cpu=is_cpu, is_soft=target_hidden is not None)
+        chunk_bytes = default_chunk_bytes(
+            head.weight, is_cpu=head.weight.device.type == "cpu", is_soft=target_hidden is not None
+        )
     rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
     scores: Any = TokenLosses.apply(
         hidden, head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates

@@ -57,8 +57,7 @@ class Divergence(NamedTuple):
 def generate_transformers(target: Target, token_ids: list[int], max_new_tokens: int) -> list[int]:
     """Continue a prompt greedily with transformers' own loop."""
     input_ids = torch.tensor([token_ids], device=target.device)
-    mask = torch.ones_like(input_ids)
-    out = run_transformers(target, input_ids, attention_mask=mask, max_new_tokens=max_new_tokens)
+    out = run_transformers(target, input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens)
     return out[0, len(token_ids) :].tolist()
 
 

@@ -139,6 +139,12 @@ def _rename(heldout: Iterable[Prompt], taken: Iterable[str]) -> Iterator[Prompt]
         yield replace(prompt, id=name)
 
 
+def prompts_line(parts: PromptParts) -> str:
+    """Write how many prompts each part has."""
+    train, validation, heldout = map(len, parts)
+    return f"prompts: {train:,} to train, {validation:,} to choose by, {heldout:,} held out"
+
+
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """Choose the first `limit` prompts of each dataset, in their order; all of them for None."""
     numbers = defaultdict(itertools.count)

@@ -58,8 +58,11 @@ def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Se
 
 def _groups(config_class: type) -> dict[str, type]:
     """Return the dataclass of each group of options, by name."""
-    kinds = get_type_hints(config_class).items()
-    return {name: kind for name, kind in kinds if isinstance(kind, type) and is_dataclass(kind)}
+    return {
+        name: kind
+        for name, kind in get_type_hints(config_class).items()
+        if isinstance(kind, type) and is_dataclass(kind)
+    }
 
 
 def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:

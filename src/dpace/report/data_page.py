@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dpace.measure.records import spread_evenly
-from dpace.prompts.prompts import PromptParts
+from dpace.prompts.prompts import PromptParts, prompts_line
 from dpace.report.tables import Section, section_table
 from dpace.respond.responses import Example
 from dpace.system.progress import count, printable
@@ -22,10 +22,8 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest
 
 def prompts_page(parts: PromptParts, left_out: Mapping[str, Mapping[str, str]]) -> RenderableType:
     """Show how many prompts there are of each part, and what is left out and why; see `split_and_explain`."""
-    train, validation, heldout = map(len, parts)
     num_answers = sum(prompt.answer is not None for part in parts for prompt in part)
-    counts = f"{train} to train on, {validation} for validation, {heldout} held out"
-    lines = [f"prompts: {counts}; {num_answers} come with an answer"]
+    lines = [f"{prompts_line(parts)}; {num_answers} come with an answer"]
     for reason, dropped in left_out.items():
         if dropped:
             name, like = next(iter(dropped.items()))

@@ -45,8 +45,7 @@ def console() -> Console:
 def section_table(section: Section) -> Table:
     """Make the terminal's table, with intervals on lines of their own where it would be too wide."""
     table = _table(section, " ")
-    needed = Console(width=MAX_WIDTH).measure(table).maximum
-    return table if needed <= console().width else _table(section, "\n")
+    return table if Console(width=MAX_WIDTH).measure(table).maximum <= console().width else _table(section, "\n")
 
 
 def _table(section: Section, before_brackets: str) -> Table:

@@ -70,8 +70,7 @@ def generate_responses(
     except ValueError:
         if not target.rotation_boundary:
             return _generate_padded(target, encoded, config, seeds)
-        pairs = zip(encoded, seeds, strict=True)
-        return [_generate_padded(target, [token_ids], config, [seed])[0] for token_ids, seed in pairs]
+        return [_generate_padded(target, [ids], config, [seed])[0] for ids, seed in zip(encoded, seeds, strict=True)]
     for _ in batch.steps():
         pass
     return [row.token_ids[row.num_prompt :] for row in rows]
@@ -112,8 +111,7 @@ def _generate_padded(
         cache=StaticCache(config=target.config, max_cache_len=width + config.max_new_tokens),
         logits_processor=draws,
     )
-    answers = out[:, width:].tolist()
-    return [row[: answer_end(row, target.stop_token_ids)] for row in answers]
+    return [row[: answer_end(row, target.stop_token_ids)] for row in out[:, width:].tolist()]
 
 
 def run_transformers(target: Target, token_ids: Int[Tensor, "row seq"], **options: Any) -> Int[Tensor, "row longer"]:

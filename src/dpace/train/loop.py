@@ -219,8 +219,9 @@ class TrainingLoop:
         state = self.state
         config = self.config
         with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
-            title = f"training, {self.loss.objective}"
-            task = bar.add_task(title, total=state.max_steps, completed=state.global_step, info="")
+            task = bar.add_task(
+                f"training, {self.loss.objective}", total=state.max_steps, completed=state.global_step, info=""
+            )
             for batches in self.batches_of_steps():
                 if self.interrupt.is_asked:
                     break
@@ -325,8 +326,7 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
-        seconds = time.perf_counter() - started
-        self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=seconds)
+        self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=time.perf_counter() - started)
 
     @contextlib.contextmanager
     def reduced_over_ranks(self, is_last: bool) -> Iterator[None]:

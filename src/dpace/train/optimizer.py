@@ -17,6 +17,8 @@ from dpace.train.sharding import take_share
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
+TABLE_DECAY = 1.0
+"""Weight decay of tables of tokens beside Muon: short trainings see most pairs of tokens once or twice."""
 
 
 def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -31,16 +33,23 @@ def is_factor(name: str, parameter: Tensor) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Make the optimizer of a training; weight decay leaves out norms."""
+    """Make the optimizer of a training; weight decay leaves out norms, and beside Muon tables have their own."""
     is_muon = config.optimizer == "muon"
     matrices = []
     norms = []
+    tables = []
     for name, parameter in model.named_parameters():
-        is_matrix = is_factor(name, parameter) if is_muon else parameter.ndim > 1
-        (matrices if is_matrix else norms).append(parameter)
+        if is_muon and name.endswith(TOKEN_TABLES):
+            tables.append(parameter)
+        elif is_factor(name, parameter) if is_muon else parameter.ndim > 1:
+            matrices.append(parameter)
+        else:
+            norms.append(parameter)
     options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if is_muon:
         groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
+        if tables:
+            groups.append({"params": tables, "momentum": None, "weight_decay": TABLE_DECAY})
         return MuonAdamW(groups, products_dtype(config, matrices[0].device), **options)
     return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], fused=True, **options)
 

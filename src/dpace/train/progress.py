@@ -136,9 +136,8 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ValueError: names it, and what to do.
     """
-    available = set(map(str, get_available_trackers()))
     for name in names:
-        if name not in available:
+        if name not in map(str, get_available_trackers()):
             raise ValueError(
                 f"--train.report-to has {name!r}, which is unknown or not installed; accelerate knows "
                 f"{', '.join(LOGGER_TYPE_TO_CLASS)}: install one of them, or leave it out"

@@ -33,6 +33,5 @@ def run(args: list[str]) -> None:
         return
     console().print(section_table(comparison(results)))
     print(f"written: {config.output}/results.json, a drafter for each objective and seed")
-    last_set = results.rows[-1].set  # of several sets, all together
-    best = next(row.drafter for row in results.rows if row.set == last_set)
+    best = next(row.drafter for row in results.rows if row.set == results.rows[-1].set)  # all together
     print("next:", generate_command(config, cell_folder(config, best, config.seeds[0])))

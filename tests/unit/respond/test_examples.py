@@ -108,5 +108,5 @@ def test_one_page_says_what_is_there(files, capsys):
     assert f"at --respond.max-new-tokens 10: {lengths.count(10)} of {len(lengths)}" in shown
     num_cut = sum(len(example.token_ids) > 20 for example in examples)
     assert f"conversations cut at --train.max-length 20: {num_cut}" in shown
-    assert "25 to train on, 2 for validation, 3 held out" in shown and "⟦" in shown
+    assert "25 to train, 2 to choose by, 3 held out" in shown and "⟦" in shown
     assert f"{len(examples)} conversations, " in shown and "answers, all turns" in shown

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset, collate
-from dpace.config import LossConfig
+from dpace.config import LossConfig, TrainConfig
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import Slots
@@ -15,7 +15,7 @@ from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.train.loop import Scorer
-from dpace.train.optimizer import is_factor
+from dpace.train.optimizer import TABLE_DECAY, is_factor, make_optimizer
 from dpace.train.run import check_recipe, make_datasets, train
 from tests.conftest import make_recipe, make_with_head, make_with_selector
 
@@ -110,6 +110,8 @@ def test_the_loss_of_the_selector_is_that_of_all_logits(language_target, batch):
     torch.testing.assert_close([found.sum(), *grads[0]], [expected, *grads[1]], rtol=1e-3, atol=1e-3)
     factors = [name for name, parameter in network.named_parameters("candidate_selector") if is_factor(name, parameter)]
     assert factors == ["candidate_selector.hidden_projection.weight"], "Muon leaves the tables out"
+    tables = make_optimizer(drafter, TrainConfig(optimizer="muon")).param_groups[-1]
+    assert len(tables["params"]) == 2 and tables["weight_decay"] == TABLE_DECAY
 
 
 def test_the_selector_has_no_penalty():
