@@ -237,8 +237,8 @@ class Decoder:
         caches = None
         if self.compile:
             self.make_room(1 + max(row.limit for row in rows))
-            made = make_caches(self.target, self.drafter, self.columns)  # without memory until something is read
-            caches = self._caches.setdefault(len(rows), made)
+            # Those that are made have no memory until something is read.
+            caches = self._caches.setdefault(len(rows), make_caches(self.target, self.drafter, self.columns))
         batch = Batch(self.target, self.drafter, rows, caches)
         try:
             return collect(rows, batch.steps(), batch.block_size, self.target.device)

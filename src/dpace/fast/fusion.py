@@ -332,5 +332,6 @@ class LayerOutputs:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks that are not `RECORDERS`."""
-    hooks = module._forward_hooks.values()
-    return bool(module._forward_pre_hooks) or any(hook.__module__ not in RECORDERS for hook in hooks)
+    return bool(module._forward_pre_hooks) or any(
+        hook.__module__ not in RECORDERS for hook in module._forward_hooks.values()
+    )

@@ -18,7 +18,11 @@ from dpace.train.sharding import take_share
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
 TABLE_DECAY = 1.0
-"""Weight decay of tables of tokens beside Muon: short trainings see most pairs of tokens once or twice."""
+"""Weight decay of tables of tokens beside Muon, times the learning rate in each step.
+
+Short trainings see most pairs of tokens once or twice, and learned them by heart without it. Chosen on validation
+answers and on prompts that nothing was trained on; docs/results.md has what it gains.
+"""
 
 
 def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from transformers import TypicalLogitsWarper
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.generation import make_continuation
 from dpace.decode.loop import Speculation
-from dpace.drafter import load_drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
 from dpace.engines.export import read_drafter
 from dpace.measure.heldout import heldout_acceptance
@@ -32,7 +32,7 @@ def test_what_is_scored_is_what_is_decoded(layout, folders, expected, language_t
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_own_tables_give_the_logits(layout, folders, language_target, questions):
+def test_own_tables_give_the_logits(layout, folders, language_target, questions, tmp_path):
     drafter = load_drafter(folders[layout], language_target)
     hidden = torch.randn(5, 48)
     logits = PackedRows(language_target, drafter.vocabulary, questions[0]).spread(drafter.lm_head(hidden))
@@ -40,6 +40,9 @@ def test_own_tables_give_the_logits(layout, folders, language_target, questions)
     chosen = torch.tensor(TOKENS) if layout == "small" else torch.arange(64)
     torch.testing.assert_close(logits[:, chosen], hidden @ rows.T, rtol=1e-4, atol=1e-4)
     assert layout == "own" or logits.isinf().sum() == 5 * (64 - len(TOKENS))
+    drafter.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    saved = Drafter.from_pretrained(tmp_path)
+    assert saved.dtype == torch.bfloat16 and (layout == "own" or saved.d2t.equal(drafter.d2t))
     text = make_continuation(language_target, [4, 20], temperature=1.0, max_new_tokens=9)
     text.sampler.processors.append(TypicalLogitsWarper())  # it may allow only tokens that a small head does not have
     head = Speculation(language_target, drafter, text, width="full", verify_rule="speculative").draft_rows
