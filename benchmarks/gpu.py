@@ -181,6 +181,7 @@ def main(
     device = find_device()
     if device.type == "cpu":
         sys.exit("torch finds no accelerator here; this benchmark is for one GPU")
+    out.mkdir(parents=True, exist_ok=True)
     tests = run_tests()
     if random:
         make_model = partial(random_model, recipe.target, default_dtype(device), device)

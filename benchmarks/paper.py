@@ -4,9 +4,9 @@
     python benchmarks/paper.py OUT --small --data-dir DIR      # SmolLM2 on two CPU cores, within an hour
 
 Trains what the recipes qwen3-4b-3l and -5l say, with each objective, and measures every drafter on all sets.
-`--small` keeps everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of
-128 tokens, and 8 prompts of each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A
-run that ended goes on where it was.
+`--small` has a small target, few prompts and steps, blocks of 8, and short answers. As the demo, it trains by Muon with
+the vocabulary `seen` and a small final norm. DIR holds the six sets as NAME.jsonl and training prompts as
+NAME_train.jsonl. A run that ended goes on where it was.
 """
 
 import random
@@ -22,8 +22,9 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter, load_drafter
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, Row
+from dpace.metrics import NUM_RESAMPLES
 from dpace.prompts.prompts import Prompt, read_prompts
-from dpace.prompts.public_sets import SETS, read_sets
+from dpace.prompts.public_sets import read_sets
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.sections import percent, speeds, with_interval
@@ -36,6 +37,7 @@ from dpace.train.run import Run, choose_conversations, data_facts, keep_features
 
 DEPTHS = (3, 5)
 OBJECTIVES = ("dflash", "dpace")
+SETS = ("gsm8k", "math500", "humaneval", "mbpp", "mt_bench", "alpaca")
 PUBLISHED = {
     (3, 0.0): ((2.93, 3.20), (4.10, 4.52)),
     (5, 0.0): ((2.98, 3.27), (4.38, 4.85)),
@@ -48,7 +50,6 @@ Each entry is speedup and tau, each of DFlash and of D-PACE.
 
 Source: README of Lucas-TY/D-PACE, with T=1 at its commit a46ac89.
 """
-NUM_RESAMPLES = 2000
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -162,7 +163,12 @@ def training_prompts(prompts: str | None, data_dir: Path | None, num_prompts: in
     if not files:
         sys.exit("there are no training prompts: give --prompts FILE, or --data-dir DIR that has *_train.jsonl")
     share = -(-num_prompts // len(files))
-    return [prompt for file in files for prompt in random.Random(0).sample(read_prompts(file), share)]
+    by_file = {file.stem: read_prompts(file) for file in files}
+    return [
+        replace(prompt, id=f"{name}/{prompt.id}")
+        for name, read in by_file.items()
+        for prompt in random.Random(0).sample(read, min(share, len(read)))
+    ]
 
 
 def train_both(target: Target, recipe: Recipe, responses: Sequence[Response], folder: Path) -> dict[str, Drafter]:
@@ -211,7 +217,7 @@ def main(
     first = recipes[DEPTHS[0]]
     loaded = Target.load(find_target(target or first.target))
     responses = write_responses(loaded, rows, output / "responses.jsonl", first.respond)
-    sets = read_sets(list(SETS), None if data_dir is None else str(data_dir))
+    sets = read_sets(SETS, None if data_dir is None else str(data_dir))
     results = {}
     for depth, recipe in recipes.items():
         folder = output / f"{depth}l"

@@ -1,14 +1,15 @@
 """Tables and a figure of what `benchmarks/study.py` has trained so far."""
 
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpace.measure.results import HELDOUT_FILE, read_heldout, read_log
-from dpace.metrics import Acceptance, tau_estimate
+from dpace.measure.results import HELDOUT_FILE, Estimate, nullable, read_heldout, read_log
+from dpace.metrics import Acceptance, tau_estimate, tau_gain
 from dpace.report.plots import draw_panels
 from dpace.report.sections import percent, with_interval
 from dpace.report.tables import Section, to_markdown
@@ -19,9 +20,7 @@ OURS = "dpace"
 ALWAYS = (BASELINE, OURS)
 APART = "apart"
 """A kind of text that is reported alone, so that no choice looks at it."""
-UNKNOWN = (None, None, None)
-Value = tuple[float | None, float | None, float | None]
-"""A number and its 95 % interval over prompts and seeds."""
+UNKNOWN: Estimate = (None, None, None)
 
 
 class Cell(NamedTuple):
@@ -55,6 +54,9 @@ class Study:
         self.folders = find_cells(output)
         self.measured = {cell: read_heldout(folder) for cell, folder in self.folders.items()}
         self.ids = next(iter(self.measured.values())).ids
+        others = [str(self.folders[cell]) for cell, found in self.measured.items() if found.ids != self.ids]
+        if others:
+            sys.exit(f"other prompts than the rest were measured in {', '.join(others)}; remove their {HELDOUT_FILE}")
         self.budgets = sorted({cell.steps for cell in self.folders})
 
     def seeds(self, block: int, *runs: tuple[str, int]) -> list[int]:
@@ -69,18 +71,18 @@ class Study:
         found = [self.measured[Cell(name, block, steps, seed)].acceptance(ids) for seed in seeds]
         return [acceptance for acceptance in found if acceptance is not None]
 
-    def tau(self, name: str, block: int, steps: int) -> Value:
+    def tau(self, name: str, block: int, steps: int) -> Estimate:
         """Return tau, all kinds and seeds pooled."""
         seeds = self.seeds(block, (name, steps))
-        return _known(tau_estimate([self.acceptances(name, block, steps, seeds)])) if seeds else UNKNOWN
+        return nullable(tau_estimate([self.acceptances(name, block, steps, seeds)])) if seeds else UNKNOWN
 
-    def gain(self, name: str, over: str, block: int, steps: int, kind: str = "") -> Value:
+    def gain(self, name: str, over: str, block: int, steps: int, kind: str = "") -> Estimate:
         """Return the gain of tau at equal steps, as a ratio minus 1, of the seeds that both have."""
         seeds = self.seeds(block, (name, steps), (over, steps))
         if not seeds or name == over:
             return UNKNOWN
         sides = [self.acceptances(side, block, steps, seeds, kind) for side in (name, over)]
-        return _known(tau_estimate(sides, lambda taus: taus[0] / taus[1] - 1))
+        return nullable(tau_gain(*sides))
 
     def gains_by_seed(self, name: str, over: str, block: int, steps: int) -> str:
         """Write the gain at equal steps of each seed that both have, in percent."""
@@ -88,7 +90,7 @@ class Study:
         pairs = zip(*(self.acceptances(side, block, steps, seeds) for side in (name, over)), strict=True)
         return " ".join(f"{100 * (ours.tau / theirs.tau - 1):+.1f}" for ours, theirs in pairs)
 
-    def gain_in_equal_seconds(self, name: str, over: str, block: int, steps: int) -> Value:
+    def gain_in_equal_seconds(self, name: str, over: str, block: int, steps: int) -> Estimate:
         """Return the gain of tau over the other one, had that trained for as long as this one's steps took.
 
         The other one's tau between two budgets is a line over the logarithm of the seconds; past the first and the last
@@ -107,7 +109,7 @@ class Study:
         def gain(taus: Any) -> Any:
             return taus[-1] / (taus[place - 1] + share * (taus[place] - taus[place - 1])) - 1
 
-        return _known(tau_estimate([*sides, self.acceptances(name, block, steps, seeds)], gain))
+        return nullable(tau_estimate([*sides, self.acceptances(name, block, steps, seeds)], gain))
 
     def step_cost(self, name: str, over: str, block: int) -> float:
         """Return the time of a step over that of the other one: the median of the pairs with one budget and seed.
@@ -117,11 +119,6 @@ class Study:
         pairs = [(cell, cell._replace(objective=over)) for cell in self.folders if cell[:2] == (name, block)]
         known = [[step_seconds(self.folders[cell]) for cell in pair] for pair in pairs if pair[1] in self.folders]
         return statistics.median(ours / theirs for ours, theirs in known)
-
-
-def _known(numbers: Sequence[float]) -> Value:
-    value, low, high = (None if np.isnan(number) else float(number) for number in numbers)
-    return value, low, high
 
 
 def budgets(study: Study, names: Sequence[str], block: int) -> Section:

@@ -50,7 +50,7 @@ SAID = ("is_causal", "thinking")
 """Keys for which these values do say something."""
 COMPARED: list[tuple[str, Result, Result, str]] = [
     (
-        "architectures model_type tie_word_embeddings num_hidden_layers rope_interleaved partial_rotary_factor "
+        "architectures model_type tie_word_embeddings num_hidden_layers partial_rotary_factor "
         "dflash_config.target_layer_ids dflash_config.mask_token_id dflash_config.lilicorr_enabled "
         "dflash_config.projector_type",
         "fails",
@@ -151,10 +151,13 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
         tensors, of_weights = attempt(WEIGHTS, lambda: read_quantized(folder, spec, quantized))
     if tensors is not None:
         drafter, of_weights = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
-        tables = find_shared_tables(tensors, target) if drafter else {}
+        is_for_target = drafter and spec.vocab_size == len(target.head.weight)
+        tables = find_shared_tables(tensors, target) if is_for_target else {}
     other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)
     own = [other._replace(check=f"own {name}") for name, is_shared in tables.items() if not is_shared]
-    return spec, [of_config, of_weights, *compare(spec, config, stored, target), *own]
+    checks = [of_config, of_weights, *compare(spec, config, stored, target), *own]
+    shared = {f"has_own_{name}": False for name, is_shared in tables.items() if is_shared}
+    return replace(spec, **shared), checks
 
 
 def compare(

@@ -175,20 +175,6 @@ def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tu
     return value, low, high
 
 
-def decode_speedup(drafted: np.ndarray, plain: np.ndarray) -> tuple[float, float, float]:
-    """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
-
-    Args:
-        drafted: seconds, and tokens that were decoded in them, "prompt 2".
-        plain: the same without a drafter, for the same prompts in the same order.
-
-    Returns:
-        The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
-        side decoded nothing.
-    """
-    return estimate([[drafted], [plain]], lambda seconds: seconds[1] / seconds[0])
-
-
 def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[float, float, float]:
     """Compute how much larger one tau is than another on the same prompts, as a ratio minus 1.
 

@@ -392,18 +392,26 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: biases, sinks or scales of attention, windows in MiMo's spelling, a head that reads the token before
-            (DSpark), or another activation.
+            (DSpark), interleaved rotation, or another activation.
     """
-    keys = ("attention_bias", "use_swa", "attention_sink_bias", "attention_value_scale", "markov_rank")
+    keys = (
+        "attention_bias",
+        "use_swa",
+        "attention_sink_bias",
+        "attention_value_scale",
+        "markov_rank",
+        "rope_interleaved",
+    )
     nested = config.get("dflash_config") or {}
     found = {name: config.get(name) for name in keys} | {f"dflash_config.{name}": nested.get(name) for name in keys}
     unknown = {name: value for name, value in found.items() if value is True or value not in (None, False, 1.0)}
-    if config.get("hidden_act") not in (None, "silu"):
-        unknown["hidden_act"] = config["hidden_act"]
+    for name, expected in (("hidden_act", "silu"), ("is_neox_style", True)):
+        if config.get(name) not in (None, expected):
+            unknown[name] = config[name]
     if unknown:
         raise ValueError(
             f"the drafter's config has {unknown}; this network supports only attention without biases, sinks and "
-            "scales, silu, and no head of DSpark: serve this drafter with the project that trained it"
+            "scales, NeoX's rotation, silu, and no head of DSpark: serve this drafter with the project that trained it"
         )
 
 
@@ -480,6 +488,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         attention_mask=None,
         cache: Cache | None = None,
         block_size: int | None = None,
+        past_key_values: Cache | None = None,
         **_,
     ) -> BaseModelOutput:
         """Compute the hidden states of blocks.
@@ -493,11 +502,13 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
                 that the layer lets them see. A 2-D padding mask is also accepted.
             cache: receives keys and values of the context and the slots; the caller removes those of the slots.
             block_size: slots of each block, where several are drafted; by default the config's.
+            past_key_values: another name of `cache`, which transformers before 5.24 gives.
 
         Returns:
             `last_hidden_state`, "batch query hidden": the LM head's input. And one of `hidden_states`, "batch context
             hidden": the rows that attention reads of the context.
         """
+        cache = past_key_values if cache is None else cache
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None].bool()
         context = self.hidden_norm(self.fc(context_hidden_states.to(self.dtype)))

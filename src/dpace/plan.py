@@ -36,7 +36,7 @@ from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.train.loop import num_steps
-from dpace.train.optimizer import products_dtype
+from dpace.train.optimizer import is_factor, products_dtype
 from dpace.train.run import choose_conversations, is_finished
 
 Number = int | float
@@ -118,8 +118,12 @@ class TrainingPlan:
 
     @property
     def num_moments(self) -> int:
-        """Numbers that the optimizer keeps: two for each weight, and Muon one; its second ones of vectors are few."""
-        return self.drafter.num_parameters() * (1 if self.recipe.train.optimizer == "muon" else 2)
+        """Numbers that the optimizer keeps: two for each weight, and Muon one, but for tables of tokens."""
+        is_muon = self.recipe.train.optimizer == "muon"
+        return sum(
+            parameter.numel() * (1 if is_muon and is_factor(name, parameter) else 2)
+            for name, parameter in self.drafter.named_parameters()
+        )
 
     @property
     def num_rows(self) -> int:
@@ -228,8 +232,10 @@ class TrainingPlan:
         return 12 * (num_weights + self.num_moments) + 2 * num_weights + SMALL_FILES
 
 
-def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None) -> TrainingPlan:
-    """Plan a recipe from the target's config alone, on this machine or on one with as much memory.
+def plan_recipe(
+    recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None, init: Drafter | None = None
+) -> TrainingPlan:
+    """Plan a recipe from the target's config and the drafter to start from, on this machine or on one with this memory.
 
     Raises:
         OSError: there is no readable config of that name.
@@ -248,7 +254,7 @@ def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, memory: int | None = Non
         auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
         target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
     with torch.device("meta"):
-        drafter = Drafter.from_target(target, **vars(recipe.drafter))
+        drafter: Any = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
     return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
 
 
@@ -298,17 +304,19 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
     return [drafters, *size_lines(plan)] if waiting else [drafters]
 
 
-def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
+def comparison_lines(
+    config: CompareConfig, parts: PromptParts, folders: Sequence[Path], init: Drafter | None = None
+) -> list[str]:
     """Write what `dpace compare` or `dpace demo` will do; see `training_lines`.
 
     Raises:
         ValueError: see there; or the drafter cannot work with this target.
     """
-    plan = plan_recipe(config, expected_lengths(parts.train, config))
+    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init)
     return [prompts_line(parts), *training_lines(plan, folders)]
 
 
-def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
+def plan_lines(recipe: Recipe, memory: int | None = None, init: Drafter | None = None) -> list[str]:
     """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
 
     Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
@@ -327,7 +335,7 @@ def plan_lines(recipe: Recipe, memory: int | None = None) -> list[str]:
     else:
         lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
-    plan = plan_recipe(recipe, lengths, memory=memory)
+    plan = plan_recipe(recipe, lengths, memory=memory, init=init)
     memory_parts = plan.memory(plan.batch_size)
     lines += [
         *size_lines(plan),

@@ -5,7 +5,6 @@ from scipy import stats
 from dpace.metrics import (
     MIN_PROMPTS,
     Acceptance,
-    decode_speedup,
     estimate,
     student_t,
     tau_estimate,
@@ -40,14 +39,17 @@ def test_few_prompts_and_no_verification_give_no_interval():
     assert gain == 0 and np.isnan(ends).all()
 
 
-def test_decode_speedup_is_a_ratio_of_totals():
+def test_a_speedup_is_a_ratio_of_totals():
+    def speedup(ours: np.ndarray, plain: np.ndarray):
+        return estimate([[ours], [plain]], lambda seconds: seconds[1] / seconds[0])
+
     tokens = [10, 30] * 4
-    value, low, high = decode_speedup(np.array([[1.0, 1.0] * 4, tokens]).T, np.array([[2.0, 4.0] * 4, tokens]).T)
+    value, low, high = speedup(np.array([[1.0, 1.0] * 4, tokens]).T, np.array([[2.0, 4.0] * 4, tokens]).T)
     assert value == pytest.approx(3.0)
     assert 2.0 <= low < 3.0 < high <= 4.0
     for ours, plain in ((0, 0), (0, 10), (10, 0)):
         drafted, alone = (np.array([[1e-7, count]] * 8) for count in (ours, plain))
-        assert np.isnan(decode_speedup(drafted, alone)).all()
+        assert np.isnan(speedup(drafted, alone)).all()
 
 
 def test_tau_gain_is_paired():

@@ -137,7 +137,8 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
     """All blocks of the README and then of docs/, each with what those before it wrote."""
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, target=str(language_folder))
-    write_prompts(tmp_path / "prompts.jsonl", language_prompts)
+    for name in ("prompts", "heldout"):
+        write_prompts(tmp_path / f"{name}.jsonl", language_prompts)
 
     def renamed(text: str) -> str:
         return text.replace("Qwen/Qwen3-4B", str(language_folder)).replace("Qwen3-4B.gguf", str(target_gguf))

@@ -25,7 +25,7 @@ from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_featur
 from dpace.config import TrainConfig
 from dpace.servers.apis import connect
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, writing
+from dpace.system.ledger import filling, lock_folder
 from dpace.system.provenance import hash_json
 from dpace.target import Target
 from dpace.target.target import HEAD_INPUT
@@ -180,9 +180,9 @@ def keep_on_disk(
     rows = Path(config.feature_files) / hash_json(facts)[:16]
     texts = (dataset.token_ids(i).numpy().tobytes() for i in range(len(dataset)))
     names = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
-    with lock_folder(rows):
-        missing = ranks.from_first(lambda: set(names) - _index_rows(rows).keys())
-        if missing:
+    missing = ranks.from_first(lambda: set(names) - _index_rows(rows).keys())
+    if missing:  # others may write there while nothing is missing here
+        with lock_folder(rows):
             lengths = dataset.lengths.tolist()
             wanted = {name: i for i, name in enumerate(names) if name in missing}
             row_bytes = bytes_of_token(target, len(layer_ids), dtype)
@@ -197,7 +197,7 @@ def keep_on_disk(
             _fill(dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states"), rows, names, dtype)
             for _ in range(0 if servers else ranks.num_short(batches)):
                 target.join_features(layer_ids)
-        ranks.barrier()
+            ranks.barrier()
     dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
     dataset.kept = [*layer_ids]
 
@@ -251,5 +251,6 @@ def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[
 
 def _write_rows(folder: Path, rows: dict[str, Tensor]) -> None:
     """Write rows as one file, named after the first."""
-    with writing(folder / f"{next(iter(rows))}.safetensors") as unfinished:
-        save_file(rows, unfinished)
+    name = f"{next(iter(rows))}.safetensors"
+    with filling(folder, last=name) as aside:
+        save_file(rows, aside / name)

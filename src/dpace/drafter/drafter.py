@@ -387,6 +387,7 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
     refuse_mismatch(what, found, FIX, unknown=tensors.keys() - shapes.keys())
     if "d2t" in tensors:
         drafted_tokens(tensors["d2t"], spec.vocab_size)
+        tensors["d2t"] = tensors["d2t"].long()
     with translate_library_errors(what, FIX), torch.device("meta"):
         drafter: Any = Drafter(spec.config())
         drafter.load_state_dict(tensors, assign=True)

@@ -42,7 +42,9 @@ WHAT = "the drafter of this config"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = "query_zero_predicts_next"
 """Another name of `sample_from_anchor` in published configs."""
-EITHER = ("block_size", "mask_token_id", "target_layer_ids", "sample_from_anchor", FROM_ANCHOR)
+SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+"""What the target does to embeddings and logits; z-lab's code looks into `dflash_config`, others at the top level."""
+EITHER = ("block_size", "mask_token_id", "target_layer_ids", "sample_from_anchor", FROM_ANCHOR, *SCALES)
 """Keys that stand in `dflash_config` or at the top level."""
 LAYER_SIZES = ("conv_kernel_size", "conv_group_size")
 """Sizes in `dflash_config` of what a layer has beside DFlash's; 0 or missing in a layer without it."""
@@ -73,11 +75,14 @@ def as_float32(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+Float32 = Annotated[Scale, AfterValidator(as_float32)]
+
+
 @dataclass(frozen=True)
 class Numbers:
     """What has to be a number in the objects of a config; `DrafterSpec.config` tries out the rest of the rotation."""
 
-    rope_theta: Annotated[Scale, AfterValidator(as_float32)]
+    rope_theta: Float32
     confidence_temperature: Scale = 1.0
 
 
@@ -98,14 +103,14 @@ class DrafterSpec:
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
-    rms_norm_eps: Annotated[Scale, AfterValidator(as_float32)]
+    rms_norm_eps: Float32
     rope_parameters: dict[str, Any]
     """Rotary embedding, as `rope_parameters` of transformers."""
     max_position_embeddings: Count
-    input_embedding_scale: Scale = 1.0
+    input_embedding_scale: Float32 = 1.0
     """Factor of the target's embedding."""
-    output_multiplier: Scale = 1.0
-    final_logit_softcapping: Scale | None = None
+    output_multiplier: Float32 = 1.0
+    final_logit_softcapping: Float32 | None = None
     """Cap c of the target's logits: a logit x becomes c * tanh(x / c)."""
     conv_kernel_size: Index = 0
     """Slots that a convolution reads, itself included, as in DFlash2; 0 without convolutions."""
@@ -245,7 +250,7 @@ class DrafterSpec:
         values = adapter(DrafterSpec).dump_python(
             self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
         )
-        nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
+        nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor", *SCALES)
         dflash = {name: values[name] for name in nested if name in values} | self.network_keys
         attention = {
             "layer_types": list(self.layer_types) or ["full_attention"] * self.num_layers,
@@ -273,10 +278,6 @@ class DrafterSpec:
             "architectures": [self.architecture],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
             "rope_theta": self.rope_parameters["rope_theta"],
-            "head_dim": self.head_dim,
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-            "use_cache": True,
         }
         if self.rope_parameters["rope_type"] != "default":
             config["rope_scaling"] = self.rope_parameters
@@ -337,7 +338,9 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "the drafter's config has no rope_theta; add the target's value, or convert other layouts by `dpace import`"
         )
-    return {"rope_type": "default", **rope, "rope_theta": theta}
+    if rope.get("rope_type", "default") == "default":  # where no other value counts
+        rope = {"rope_type": "default"}
+    return {**rope, "rope_theta": theta}
 
 
 def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> SelectorSizes | None:
@@ -422,7 +425,8 @@ def read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -
         ValueError: a method or tensors that transformers does not know, or a package that is missing.
     """
     config = spec.config()
-    config.quantization_config = quantized
+    is_fp8 = quantized.get("quant_method") == "fp8"  # whose layers stay as they are on a GPU that has units for them
+    config.quantization_config = quantized | ({"dequantize": True} if is_fp8 else {})
     what = f"the drafter {folder}, which is quantized ({quantized.get('quant_method')!r:.50})"
     with translate_library_errors(what, "install what is missing, or take a drafter that is not quantized"):
         loaded: Any = DFlashDraftModel.from_pretrained(

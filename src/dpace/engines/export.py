@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpace.drafter import Drafter
-from dpace.drafter.drafter import make_drafter
-from dpace.drafter.spec import DrafterSpec, read_folder
+from dpace.drafter.drafter import facts_of, make_drafter
+from dpace.drafter.spec import SCALES, DrafterSpec, as_float32
 from dpace.engines import ExportConfig, all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Engine
@@ -61,8 +61,8 @@ def without_selector(spec: DrafterSpec) -> DrafterSpec:
     return replace(spec, selector=None, record=record)
 
 
-def check_export(folder: Path, config: ExportConfig) -> None:
-    """Refuse an export that cannot be made, before a model is loaded.
+def check_export(folder: Path, config: ExportConfig) -> Drafter:
+    """Refuse an export that cannot be made, before the target is loaded; return the drafter.
 
     Whether tables of the drafter's own are the target's is not known yet; here they count as such.
 
@@ -74,10 +74,12 @@ def check_export(folder: Path, config: ExportConfig) -> None:
     writer = writer_of(folder)
     if writer.layout != Engine.layout:
         raise ValueError(f"{folder} is for {writer.title}, not in the published layout; convert it with `dpace import`")
-    spec, _ = read_folder(folder)
+    source = read_drafter(folder)
+    spec = source.spec
     spec.check()
     spec = without_selector(spec) if config.plain else spec
     engine_of(config.to).check(config, replace(spec, has_own_embed_tokens=False, has_own_lm_head=False))
+    return source
 
 
 def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
@@ -93,11 +95,11 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     folder = Path(folder)
     output = Path(config.output)
     engine = engine_of(config.to)
-    check_export(folder, config)
-    source = read_drafter(folder)
+    source = check_export(folder, config)
     source.check_target(target)
     source.share_tables(target)
-    spec = source.spec
+    scales = {name: facts_of(target)[name] for name in SCALES}  # with which dpace decodes, whatever its config says
+    spec = replace(source.spec, **{name: value and as_float32(value) for name, value in scales.items()})
     tensors = source.state_dict()
     if config.plain:
         spec = without_selector(spec)

@@ -231,8 +231,9 @@ def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
         OSError: there is no such file.
     """
     reader, values = open_gguf(path)
-    sizes = [values.get(f"{values.get('general.architecture')}.{name}") for name in ("block_count", "embedding_length")]
-    found = [*sizes, len(values.get("tokenizer.ggml.tokens", ()))]
+    names = ("block_count", "nextn_predict_layers", "embedding_length")
+    layers, mtp_layers, width = (values.get(f"{values.get('general.architecture')}.{name}") for name in names)
+    found = [layers and layers - (mtp_layers or 0), width, len(values.get("tokenizer.ggml.tokens", ()))]
     expected = [spec.num_target_layers, spec.hidden_size, spec.vocab_size]
     if found != expected:
         raise ValueError(
@@ -320,6 +321,8 @@ def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
     pattern = get("attention.sliding_window_pattern")
     if get("attention.sliding_window") and not isinstance(pattern, list):
         raise ValueError("it has a sliding window, and no list that says which layers have it")
+    if get("rope.scaling.type") not in (None, "none"):
+        raise ValueError(f"its rope.scaling.type is {get('rope.scaling.type')!r:.50}, which is not read")
     return {
         **json.loads(fields.get(OURS, "{}")),
         **{published: get(name) or None for published, name in FIELDS.items()},

@@ -34,7 +34,7 @@ from dpace.measure.results import (
     nullable,
     write_results,
 )
-from dpace.metrics import Acceptance, decode_speedup, tau_estimate, tau_gain
+from dpace.metrics import Acceptance, estimate, tau_estimate, tau_gain
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
@@ -120,7 +120,7 @@ def bench(
         )
         records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
     records.read()
-    rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs])
+    rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs], list(named))
     results = BenchResults(**vars(setup), rows=rows)
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
@@ -179,8 +179,13 @@ def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_token
         return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)
 
 
-def make_rows(records: Iterable[BenchRecord]) -> list[Row]:
-    """Pool prompts into one row for each temperature, set, drafter and width."""
+def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[Row]:
+    """Pool prompts into one row for each temperature, set, drafter and width.
+
+    Args:
+        records: of the prompts.
+        drafters: names, in the order of the rows; with each width the others are compared with the first.
+    """
     rows = []
     groups = group_by(records, attrgetter("temperature", "set"))
     for temperature, set_name in sorted(groups):
@@ -188,8 +193,8 @@ def make_rows(records: Iterable[BenchRecord]) -> list[Row]:
         by_way = group_by(responses, attrgetter("drafter", "width"))
         plain = by_way.pop((PLAIN, None))
         compiled = by_way.pop((COMPILED, None), [])
-        for (name, width), ours in by_way.items():
-            first = next(theirs for (_, same_width), theirs in by_way.items() if same_width == width)
+        for name, width in sorted(by_way, key=lambda way: drafters.index(way[0])):
+            ours, first = by_way[name, width], by_way[drafters[0], width]
             row = _pool_responses(
                 ours, plain, compiled, first, set=set_name, temperature=temperature, drafter=name, width=width
             )
@@ -255,10 +260,11 @@ def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord
 
 
 def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
-    return nullable(decode_speedup(_prompt_times(ours), _prompt_times(theirs)))
+    """Divide the tokens a second by theirs: ratio of totals, prefill excluded."""
+    return nullable(estimate([[_prompt_times(ours)], [_prompt_times(theirs)]], lambda seconds: seconds[1] / seconds[0]))
 
 
 def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
-    """Sum seconds and tokens of each prompt, "prompt 2", in the order of the prompts."""
+    """Sum the seconds of each prompt, and the tokens decoded in them, "prompt 2", in the order of the prompts."""
     groups = group_by(responses, attrgetter("id")).values()
     return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])

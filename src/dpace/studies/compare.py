@@ -236,7 +236,7 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
         of_set = [
             ComparedRow(
                 set=set_name,
-                num_prompts=len(ids),
+                num_prompts=len(ours[0].rows),
                 temperature=config.respond.temperature,
                 drafter=name,
                 **drafted_facts(ours),

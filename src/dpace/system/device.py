@@ -27,7 +27,15 @@ def find_device(name: Device = "auto") -> torch.device:
     kind = here[0] if name == "auto" else name
     if kind not in here:
         raise ValueError(f"torch {torch.__version__} finds no {kind} here; choose one of: auto, {', '.join(here)}")
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    if kind == "cpu":
+        return torch.device(kind)
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.accelerator.device_count()
+    if index >= count:
+        raise ValueError(
+            f"process {index} of this machine has no {kind} device; start {count} here, one for each device"
+        )
+    return torch.device(kind, index)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

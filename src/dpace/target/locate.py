@@ -95,7 +95,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     import huggingface_hub
 
     try:
-        allowed = ["*.json", "*.safetensors", "recipe.yaml", "mask_embedding.pt"]  # the last one is never opened
+        allowed = ["*.json", "*.safetensors", "recipe.yaml", "responses.jsonl"]
+        allowed.append("mask_embedding.pt")  # which is never opened
         return huggingface_hub.snapshot_download(name, allow_patterns=allowed)
     except Exception as error:  # the Hub's many ways not to give a repository
         raise ValueError(

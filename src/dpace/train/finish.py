@@ -97,7 +97,8 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any]) -> 
 
 def _find_answers(dataset: ResponseDataset) -> list[int]:
     """Return the tokens of the answers that were trained on; of every n-th conversation where all are too many."""
-    numbers = range(0, len(dataset), 1 + int(dataset.lengths.sum()) // MAX_ANSWER_TOKENS)
+    num_tokens = sum(int(dataset.is_response(number).sum()) for number in range(len(dataset)))
+    numbers = range(0, len(dataset), 1 + num_tokens // MAX_ANSWER_TOKENS)
     tokens = [token for number in numbers for token in dataset.token_ids(number)[dataset.is_response(number)].tolist()]
     return tokens[:MAX_ANSWER_TOKENS]
 

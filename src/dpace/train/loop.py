@@ -164,7 +164,7 @@ class TrainingLoop:
         if self.is_sharded:
             self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
         self.optimizer = make_optimizer(self.model, self.config)
-        warmup = math.ceil(self.state.max_steps * self.config.warmup_ratio)
+        warmup = min(math.ceil(self.state.max_steps * self.config.warmup_ratio), self.state.max_steps - 1)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.state.max_steps)
         self.log = StepLog(drafter.block_size, target.device)
         self.interrupt = Interrupt()

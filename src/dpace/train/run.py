@@ -240,8 +240,8 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    lengths = (example.num_anchors(config.max_length) for example in dataset.examples)
-    if recipe.drafter.head in WALKED and max(lengths) < size - 1:
+    lengths = (min(end, config.max_length) - start for example in dataset.examples for start, end in example.spans)
+    if recipe.drafter.head in WALKED and max(lengths) < size:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.head out"

@@ -4,10 +4,12 @@
 command that comes next. Heavy imports stand behind the arguments, so that `--help` and refusals come at once.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dpace.config import Recipe, TargetShard
+from dpace.config import BenchConfig, Recipe, TargetShard
 from dpace.recipes.flags import command
+from dpace.system.progress import note
 
 if TYPE_CHECKING:
     from dpace.measure.results import Results
@@ -50,6 +52,13 @@ def load_chat(config: Any) -> "ChatTokenizer":
     from dpace.target.locate import find_target
 
     return ChatTokenizer.load(find_target(config.target), config.thinking)
+
+
+def note_unread(config: BenchConfig, names: Iterable[str], reason: str) -> None:
+    """Say which options of measuring, of those that a verb does not read, differ from their defaults."""
+    for name in names:
+        if getattr(config, name) != getattr(BenchConfig(), name):
+            note(f"--bench.{name.replace('_', '-')} is not read: {reason}")
 
 
 def show_results(results: "Results", path: str) -> None:

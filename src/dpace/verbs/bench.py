@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpace.config import BenchConfig, Recipe
+from dpace.config import Recipe
 from dpace.recipes.flags import command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files
 from dpace.system.progress import note
-from dpace.verbs import generate_command, load_chat, load_target, show_results
+from dpace.verbs import generate_command, load_chat, load_target, note_unread, show_results
 
 if TYPE_CHECKING:
     from dpace.prompts.prompts import Prompt
@@ -41,10 +41,7 @@ def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
     from dpace.measure.servers import bench_servers
 
     config = recipe.bench
-    for name in IN_PROCESS:
-        if getattr(config, name) != getattr(BenchConfig(), name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out")
+    note_unread(config, IN_PROCESS, "the servers were started with their own")
     with lock_folder(recipe.output):
         served = bench_servers(load_chat(recipe), prompts, config, recipe.output)
     show_results(served, f"{recipe.output}/servers.json")

@@ -4,7 +4,10 @@ from dpace.config import CompareConfig
 from dpace.recipes.flags import given_options, parse
 from dpace.system import ranks
 from dpace.system.progress import note
-from dpace.verbs import generate_command, load_target
+from dpace.verbs import generate_command, load_target, note_unread
+
+OF_BENCH = ("sets", "sets_dir", "drafters", "server", "plain_server")
+"""Options of measuring for `dpace bench` alone."""
 
 
 def run(args: list[str]) -> None:
@@ -26,8 +29,9 @@ def run(args: list[str]) -> None:
         )
     drafters = list(check_output(config, init))
     check_trackers(config.train.report_to)
+    note_unread(config.bench, OF_BENCH, "`dpace compare` measures its own drafters on its held-out prompts")
     parts = split_prompts(config.prompts)
-    note("\n".join(comparison_lines(config, parts, drafters)))
+    note("\n".join(comparison_lines(config, parts, drafters, init)))
     results = compare(load_target(config), config, parts=parts, init=init)
     if not ranks.end():
         return

@@ -31,10 +31,10 @@ def run(args: list[str]) -> None:
     from dpace.respond.responses import read_meta
     from dpace.train.run import check_recipe
 
-    recipe, _ = start_from(asked, given_options(PlanConfig, "plan", args))
+    recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
-    print(*plan_lines(recipe, memory), sep="\n")
+    print(*plan_lines(recipe, memory, init), sep="\n")
     pairs = zip(["", *args], args, strict=False)  # --memory and its value are for this verb only
     shared = [arg for before, arg in pairs if before != "--memory" and not arg.startswith("--memory")]
     meta = read_meta(recipe.responses_path)

@@ -37,7 +37,8 @@ def run(args: list[str]) -> None:
     folder = Path(recipe.output) / "drafter"
     refuse_foreign_files(folder, *FILES)
     run.is_in(folder)  # refuses another one
-    note("\n".join(training_lines(plan_recipe(run.recipe, known_lengths(datasets[0])), [folder])))
+    plan = plan_recipe(run.recipe, known_lengths(datasets[0]), init=run.init)
+    note("\n".join(training_lines(plan, [folder])))
     target = load_target(recipe, shard=recipe.train.target_shard)
     of_target = target_facts(target)
     answers.refuse_others(of_target)

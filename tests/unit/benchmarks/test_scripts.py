@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from dpace.prompts.public_sets import SETS
 from tests.support.cases import wide
 from tests.support.files import write_rows
 from tests.support.scripts import run_script
@@ -49,7 +48,7 @@ REFUSED = {
 def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatch, capsys):
     """Run a script, and give what it printed."""
     (data := tmp_path / "data").mkdir()
-    for name in SETS:
+    for name in "gsm8k math500 humaneval mbpp mt_bench alpaca".split():
         write_rows(data / f"{name}.jsonl", [{"turns": [f"w{i} w50"]} for i in range(3)])
     for name in ("gsm8k", "math", "mbpp"):
         write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])

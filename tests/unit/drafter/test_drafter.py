@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from dpace.blocks import build_blocks
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import check_mask_token, choose_mask_token
+from dpace.drafter.spec import SCALES
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashConvolution, _small_tiles
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer
@@ -80,6 +81,7 @@ def test_reload_gives_equal_weights_and_the_published_layout(random_target, tmp_
     drafter.save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     nested = {"mask_token_id": MASK, "target_layer_ids": drafter.target_layer_ids}
+    nested |= {name: config[name] for name in SCALES if name in config}
     assert config["architectures"] == ["DFlashDraftModel"] and config["dflash_config"] == nested
     assert config.items() >= nested.items()
     assert {"block_size", "num_target_layers", "rope_parameters", "rope_theta"} <= set(config)

@@ -28,8 +28,9 @@ def other(language_target, language_drafter):
 
 
 def test_widths_and_drafters_are_compared(measure, language_drafter, other):
-    """A narrow verification accepts less; every drafter is compared with the first."""
-    results = measure({"good": language_drafter, "bad": other}, widths=("full", 2, 3), max_new_tokens=24)
+    """A narrow verification accepts less; every drafter is compared with the first one that the call names."""
+    options = {"widths": ("full", 2, 3), "max_new_tokens": 24}
+    results = measure({"good": language_drafter, "bad": other}, **options)
     rows = {row.width: row for row in results.rows if row.drafter == "good"}
     for width in (2, 3):
         assert rows[width].num_same_text == rows[width].num_responses == 6
@@ -37,6 +38,8 @@ def test_widths_and_drafters_are_compared(measure, language_drafter, other):
         assert rows[width].tau[0] <= rows["full"].tau[0]
     assert all(row.tau_gain == (0, 0, 0) and row.speed_ratio == (1, 1, 1) for row in rows.values())
     assert all(max(row.tau_gain) < 0 for row in results.rows if row.drafter == "bad")
+    first, *_ = measure({"bad": other, "good": language_drafter}, **options).rows
+    assert first.drafter == "bad" and first.tau_gain == (0, 0, 0)
 
 
 def test_rules_are_compared_on_the_same_prompts(measure, language_drafter):
@@ -80,7 +83,7 @@ def test_turns_are_drawn_with_their_prompt(num_prompts):
                 responses.append(make_plain(**place, decode_seconds=8 / num_turns))
                 responses.append(make_response(**place, **counts, decode_seconds=8 / num_turns / speed))
             records.append(BenchRecord(set="s", id=str(number), temperature=0.0, responses=responses))
-        (row,) = make_rows(records)
+        (row,) = make_rows(records, ["dpace"])
         return row
 
     two, one = measure(2), measure(1, accepted_lengths=[0, 2, 0, 2], emitted_lengths=[1, 3, 1, 3])
