@@ -108,7 +108,8 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
         tensors = {name: zeros(shape) for name, shape in spec.shapes.items()} | own
     engine.check(config, spec)
     spec, tensors = engine.adapt(spec, tensors, folder, target)
-    drafter = make_drafter(spec, {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()})
+    cast = {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()}
+    drafter = make_drafter(spec, cast, f"the drafter in {config.dtype}")
     if config.dtype == "keep":
         config = replace(config, dtype=dtype_name(drafter.fc.weight.dtype))
     with _compared(output, drafter) as aside:
