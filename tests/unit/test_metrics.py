@@ -40,7 +40,7 @@ def test_few_prompts_and_no_verification_give_no_interval():
 
 
 def test_a_speedup_is_a_ratio_of_totals():
-    def speedup(ours: np.ndarray, plain: np.ndarray):
+    def speedup(ours, plain):
         return estimate([[ours], [plain]], lambda seconds: seconds[1] / seconds[0])
 
     tokens = [10, 30] * 4

@@ -107,6 +107,6 @@ def rope_of(config: Any) -> dict[str, Any]:
     rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
     rope = dict(rope.get("full_attention", rope))
     is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
-    if is_partial or rope["rope_type"] == "default" or any(name.startswith("mrope") for name in rope):
+    if is_partial or rope.get("rope_type", "default") == "default" or any(name.startswith("mrope") for name in rope):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
