@@ -39,19 +39,6 @@ def test_few_prompts_and_no_verification_give_no_interval():
     assert gain == 0 and np.isnan(ends).all()
 
 
-def test_a_speedup_is_a_ratio_of_totals():
-    def speedup(ours, plain):
-        return estimate([[ours], [plain]], lambda seconds: seconds[1] / seconds[0])
-
-    tokens = [10, 30] * 4
-    value, low, high = speedup(np.array([[1.0, 1.0] * 4, tokens]).T, np.array([[2.0, 4.0] * 4, tokens]).T)
-    assert value == pytest.approx(3.0)
-    assert 2.0 <= low < 3.0 < high <= 4.0
-    for ours, plain in ((0, 0), (0, 10), (10, 0)):
-        drafted, alone = (np.array([[1e-7, count]] * 8) for count in (ours, plain))
-        assert np.isnan(speedup(drafted, alone)).all()
-
-
 def test_tau_gain_is_paired():
     theirs = Acceptance([[8, 2], [2, 8]] * 5, 2)
     ours = Acceptance([[6, 4], [0, 10]] * 5, 2)

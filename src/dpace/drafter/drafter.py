@@ -19,10 +19,12 @@ from dpace.drafter.selector import Selector
 from dpace.drafter.spec import (
     FIX,
     SAME_AS_OPTIONS,
+    SCALES,
     SELECTORS,
     SPECIAL_TOKENS,
     TARGET_TABLES,
     DrafterSpec,
+    as_float32,
     read_folder,
     read_sizes,
 )
@@ -49,10 +51,14 @@ def facts_of(target: Target) -> dict[str, Any]:
         "vocab_size": len(target.head.weight),
         "hidden_size": target.hidden_size,
         "rope_parameters": rope_of(target.config),
-        "input_embedding_scale": target.embed_scale,
-        "output_multiplier": target.head.multiplier,
-        "final_logit_softcapping": target.head.softcap,
+        **scales_of(target),
     }
+
+
+def scales_of(target: Target) -> dict[str, float | None]:
+    """Return what the target does to embeddings and logits, with which a drafter decodes whatever its config says."""
+    found = target.embed_scale, target.head.multiplier, target.head.softcap
+    return {name: value and as_float32(value) for name, value in zip(SCALES, found, strict=True)}
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
@@ -269,9 +275,7 @@ class Drafter(DFlashDraftModel):
         spec = replace(
             self.spec,
             vocab_size=len(target.head.weight),
-            input_embedding_scale=target.embed_scale,
-            output_multiplier=target.head.multiplier,
-            final_logit_softcapping=target.head.softcap,
+            **scales_of(target),
             has_own_embed_tokens=False,
             has_own_lm_head=False,
             draft_vocab_size=0,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpace.drafter import Drafter
-from dpace.drafter.drafter import facts_of, make_drafter
-from dpace.drafter.spec import SCALES, DrafterSpec, as_float32
+from dpace.drafter.drafter import make_drafter, scales_of
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines import ExportConfig, all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Engine
@@ -98,8 +98,7 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     source = check_export(folder, config)
     source.check_target(target)
     source.share_tables(target)
-    scales = {name: facts_of(target)[name] for name in SCALES}  # with which dpace decodes, whatever its config says
-    spec = replace(source.spec, **{name: value and as_float32(value) for name, value in scales.items()})
+    spec = replace(source.spec, **scales_of(target))
     tensors = source.state_dict()
     if config.plain:
         spec = without_selector(spec)

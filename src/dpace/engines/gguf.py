@@ -231,9 +231,12 @@ def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
         OSError: there is no such file.
     """
     reader, values = open_gguf(path)
-    names = ("block_count", "nextn_predict_layers", "embedding_length")
-    layers, mtp_layers, width = (values.get(f"{values.get('general.architecture')}.{name}") for name in names)
-    found = [layers and layers - (mtp_layers or 0), width, len(values.get("tokenizer.ggml.tokens", ()))]
+
+    def size(name: str) -> int:
+        return values.get(f"{values.get('general.architecture')}.{name}", 0)
+
+    num_layers = size("block_count") - size("nextn_predict_layers")  # whose layers draft for the target itself
+    found = [num_layers, size("embedding_length"), len(values.get("tokenizer.ggml.tokens", ()))]
     expected = [spec.num_target_layers, spec.hidden_size, spec.vocab_size]
     if found != expected:
         raise ValueError(

@@ -194,7 +194,8 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
         plain = by_way.pop((PLAIN, None))
         compiled = by_way.pop((COMPILED, None), [])
         for name, width in sorted(by_way, key=lambda way: drafters.index(way[0])):
-            ours, first = by_way[name, width], by_way[drafters[0], width]
+            ours = by_way[name, width]
+            first = by_way[drafters[0], width]
             row = _pool_responses(
                 ours, plain, compiled, first, set=set_name, temperature=temperature, drafter=name, width=width
             )

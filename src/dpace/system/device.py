@@ -32,9 +32,7 @@ def find_device(name: Device = "auto") -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", 0))
     count = torch.accelerator.device_count()
     if index >= count:
-        raise ValueError(
-            f"process {index} of this machine has no {kind} device; start {count} here, one for each device"
-        )
+        raise ValueError(f"LOCAL_RANK is {index}, and torch finds {count} {kind} here; start one process for each")
     return torch.device(kind, index)
 
 

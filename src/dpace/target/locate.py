@@ -79,7 +79,8 @@ def find_target(name: str) -> str:
 def find_drafter(name: str, option: str = "--drafter") -> str:
     """Find a drafter by name, in a folder, a GGUF file, the Hugging Face cache or the Hub.
 
-    Of a repository, only configs and weights are downloaded; it is looked up where no folder of its owner's name is.
+    Of a repository, only configs, weights and answers are downloaded. It is looked up where no folder of its owner's
+    name is.
 
     Returns:
         The folder or the file.
@@ -95,8 +96,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     import huggingface_hub
 
     try:
-        allowed = ["*.json", "*.safetensors", "recipe.yaml", "responses.jsonl"]
-        allowed.append("mask_embedding.pt")  # which is never opened
+        # The last one is never opened.
+        allowed = ["*.json", "*.safetensors", "recipe.yaml", "responses.jsonl", "mask_embedding.pt"]
         return huggingface_hub.snapshot_download(name, allow_patterns=allowed)
     except Exception as error:  # the Hub's many ways not to give a repository
         raise ValueError(

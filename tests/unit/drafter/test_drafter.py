@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache
 
 from dpace.blocks import build_blocks
 from dpace.drafter import Drafter, load_drafter
@@ -156,3 +157,13 @@ def test_tiles_are_small_where_heads_are_wide_and_shared_memory_is_small(shared_
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     _small_tiles.cache_clear()
     assert bool(_small_tiles(torch.device("cuda", 7), head_dim)) == is_small
+
+
+def test_a_cache_has_two_names(language_drafter):
+    """transformers before 5.24 gives it as `past_key_values`."""
+    inputs = torch.randn(1, 2, 48), torch.randn(1, 3, language_drafter.fc.in_features), torch.arange(5)[None]
+    caches = {name: DynamicCache() for name in ("cache", "past_key_values")}
+    for name, cache in caches.items():
+        language_drafter(*inputs, **{name: cache})
+    keys = [cache.layers[0].keys for cache in caches.values()]
+    assert keys[0].shape[2] == 5 and keys[0].equal(keys[1])

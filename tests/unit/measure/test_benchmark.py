@@ -70,13 +70,16 @@ def test_each_call_writes_its_own_rows_and_decodes_only_what_is_not_kept(
     assert rows_with(language_drafter) == first
 
 
+SPEEDS = [1.0, 2.0, 4.0, 1.5, 3.0, 2.5]
+
+
 @pytest.mark.parametrize("num_prompts", [3, 6])
 def test_turns_are_drawn_with_their_prompt(num_prompts):
-    """Two turns of a prompt say no more of other prompts than one that is twice as long."""
+    """Two turns of a prompt say no more of other prompts than one that is twice as long; speedups are of totals."""
 
     def measure(num_turns: int, **counts):
         records = []
-        for number, speed in enumerate([1.0, 2.0, 4.0, 1.5, 3.0, 2.5][:num_prompts]):
+        for number, speed in enumerate(SPEEDS[:num_prompts]):
             responses = []
             for turn in range(num_turns):
                 place = {"id": str(number), "turn": turn, "token_ids": [0] * (1 + 8 // num_turns)}
@@ -89,4 +92,5 @@ def test_turns_are_drawn_with_their_prompt(num_prompts):
     two, one = measure(2), measure(1, accepted_lengths=[0, 2, 0, 2], emitted_lengths=[1, 3, 1, 3])
     assert two.num_responses == 2 * num_prompts and two.decode_speedup == one.decode_speedup
     assert two.tau == one.tau
+    assert one.decode_speedup[0] == pytest.approx(num_prompts / sum(1 / speed for speed in SPEEDS[:num_prompts]))
     assert (two.decode_speedup[1:] == (None, None)) is (num_prompts < MIN_PROMPTS)
