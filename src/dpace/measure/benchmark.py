@@ -40,7 +40,7 @@ from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import register_files
-from dpace.system.progress import one_line, track
+from dpace.system.progress import shorten, track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat
@@ -148,7 +148,7 @@ def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_toke
             compiled(token_ids, max_new_tokens=max_new_tokens, temperature=temperature)
             ways[COMPILED, None] = compiled
         except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
-            print(f"plain decoding with compiled steps is left out: {one_line(error)[:300]}", file=sys.stderr)
+            print(f"plain decoding with compiled steps is left out: {shorten(error, 300)}", file=sys.stderr)
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:

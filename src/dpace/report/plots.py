@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpace.measure.records import spread_evenly
-from dpace.system.progress import one_line
+from dpace.system.progress import shorten
 
 MAX_COLUMNS = 3
 """Panels that stand side by side."""
@@ -117,4 +117,4 @@ def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], *,
 
 def label(text: str) -> str:
     """Write a name that a figure shows as it is; the space keeps matplotlib from hiding one with a first underscore."""
-    return f" {one_line(text)[:80]}"
+    return f" {shorten(text, 80)}"

@@ -15,10 +15,12 @@ from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from dpace.system import ranks
 from dpace.system.ledger import read_object
-from dpace.system.progress import one_line
+from dpace.system.progress import shorten
 
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 """What transformers raises for a config with values of the wrong kind."""
+REPORT = "if other programs load the same files, please report this line as a fault of dpace"
+"""What to do about a RuntimeError, besides: torch raises it for wrong sizes in a file, and for our own mistakes."""
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -58,8 +60,9 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
     except (*LIBRARY_ERRORS, StrictDataclassError, ImportError) as error:
-        reason = one_line(error) or type(error).__name__
-        raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
+        reason = shorten(error, 300) or type(error).__name__
+        way_out = f"{fix}; {REPORT}" if isinstance(error, RuntimeError) else fix
+        raise ValueError(f"cannot load {what}: {reason}; {way_out}") from error
 
 
 def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, unknown: Collection[str] = ()) -> None:

@@ -105,6 +105,15 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def shorten(text: object, width: int) -> str:
+    """Write the beginning of a text in one line of at most `width` characters, cut between words."""
+    line = one_line(text)
+    if len(line) <= width:
+        return line
+    beginning = line[: width - 3]
+    return f"{beginning.rpartition(' ')[0] or beginning}..."
+
+
 def note(text: str) -> None:
     """Print a message on stderr, once for all ranks, so that it cannot steer a terminal."""
     if ranks.is_first():

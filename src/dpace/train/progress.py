@@ -21,7 +21,7 @@ from dpace.config import Recipe
 from dpace.loss import SlotScores
 from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
-from dpace.system.progress import note, one_line
+from dpace.system.progress import note, shorten
 from dpace.train.checkpoints import TrainingState
 
 SAME_SIGNAL_SECONDS = 1.0
@@ -165,7 +165,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         try:
             work(*args, **options)
         except Exception as error:
-            note(f"the tracker {name} failed ({one_line(error)[:300]}); the training goes on without it")
+            note(f"the tracker {name} failed ({shorten(error, 300)}); the training goes on without it")
             trackers.pop(name, None)
 
     def start(name: str) -> None:  # as `Accelerator.init_trackers` does

