@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
-from dpace.config import CompareConfig, Recipe
+from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
 from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
@@ -305,15 +305,12 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
     return [drafters, *size_lines(plan)] if waiting else [drafters]
 
 
-def comparison_lines(
-    config: CompareConfig, parts: PromptParts, folders: Sequence[Path], init: Drafter | None = None
-) -> list[str]:
+def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
     """Write what `dpace compare` or `dpace demo` will do; see `training_lines`.
 
     Raises:
-        ValueError: see there; or the drafter cannot work with this target.
+        ValueError: see there.
     """
-    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init)
     return [prompts_line(parts), *training_lines(plan, folders)]
 
 

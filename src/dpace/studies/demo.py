@@ -9,6 +9,7 @@ from dpace.config import CompareConfig, DemoConfig
 from dpace.drafter import load_drafter
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
+from dpace.plan import TrainingPlan, expected_lengths, measure_flops, plan_recipe
 from dpace.prompts.prompts import PromptParts, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
@@ -16,7 +17,9 @@ from dpace.report.sections import judge_gain, percent, same_text
 from dpace.report.tables import Section
 from dpace.studies.compare import cell_folder, compare
 from dpace.system.ledger import lock_folder
+from dpace.system.progress import count
 from dpace.target import Target
+from dpace.train.run import read_run
 
 OBJECTIVES = ("dpace", "dflash")
 DECODED = ("decode", "decode-sampled")
@@ -33,6 +36,13 @@ SAMPLED_PROMPTS = 2
 """Prompts of the first set that are decoded at temperature 1 too."""
 MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""
+MOST_SECONDS = 600.0
+"""Longest time that the whole demo may take where nobody asks for it."""
+ANSWERING = 0.5
+SCORING = 0.5
+DECODING = 0.05
+TRAINING = 0.8
+"""Shares of the speed of a large product that parts of the demo reach, on CPUs."""
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
@@ -53,6 +63,83 @@ def demo_prompts(config: DemoConfig) -> PromptParts:
     if config.quick:
         parts = parts._replace(heldout=first_of_each_set(parts.heldout, QUICK_HELDOUT))
     return parts
+
+
+class PlannedDemo(NamedTuple):
+    """A demo that may run, and how long it takes on this machine."""
+
+    config: DemoConfig
+    recipe: CompareConfig
+    parts: PromptParts
+    plan: TrainingPlan
+    """Of one drafter."""
+    seconds: float
+
+
+def demo_sizes(config: DemoConfig) -> list[DemoConfig]:
+    """Return the demos that may run, the whole one first: what is asked for, else what was begun, else both."""
+    if config.full and config.quick:
+        raise ValueError("--quick and --full are two sizes of the demo; leave one of them out")
+    sizes = [replace(config, full=True), replace(config, quick=True)]
+    asked = [size for size in sizes if size == config]
+    begun = [size for size in sizes if _is_begun(demo_recipe(size))]
+    return asked or begun[:1] or sizes
+
+
+def _is_begun(recipe: CompareConfig) -> bool:
+    """Return whether the output folder holds a training of this recipe's length."""
+    facts = read_run(cell_folder(recipe, OBJECTIVES[0], recipe.seeds[0])) or {}
+    return facts.get("train.max_steps") == recipe.train.max_steps
+
+
+def choose_demo(sizes: Sequence[DemoConfig]) -> PlannedDemo:
+    """Plan the first of these demos that ends within `MOST_SECONDS` on this machine, else the last one.
+
+    Raises:
+        ValueError: see `plan_recipe`.
+    """
+    *longer, last = sizes
+    for config in longer:
+        planned = _plan_demo(config)
+        if planned.seconds <= MOST_SECONDS:
+            return planned
+    return _plan_demo(last)
+
+
+def _plan_demo(config: DemoConfig) -> PlannedDemo:
+    recipe = demo_recipe(config)
+    parts = demo_prompts(config)
+    plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
+    return PlannedDemo(config, recipe, parts, plan, expected_seconds(plan, recipe, parts))
+
+
+def expected_seconds(plan: TrainingPlan, recipe: CompareConfig, parts: PromptParts) -> float:
+    """Estimate the seconds of a demo on this machine, without the download of the target.
+
+    Each part takes the operations of its products over the speed of a large product here, and over the share of this
+    speed that the part reached where it was measured. Answers count as long as they may be.
+    """
+    target = plan.target
+    of_layers = sum(weight.numel() for weight in target.layers.parameters())
+    of_head = target.head.weight.numel()
+    num_read, num_answered = expected_lengths(sum(parts, []), recipe).sum(1)
+    answering = num_read * of_layers + num_answered * of_head
+    num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
+    scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
+    bench = recipe.bench
+    num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
+    decoding = num_decoded * (of_layers + of_head)
+    operations = 2 * (answering / ANSWERING + scoring / SCORING + decoding / DECODING)
+    speed = measure_flops(plan.device, target.model.dtype)
+    return operations / speed + len(OBJECTIVES) * plan.seconds / TRAINING
+
+
+def duration(planned: PlannedDemo) -> str:
+    """Say which demo runs and how long it takes here."""
+    minutes = count(max(1, round(planned.seconds / 60)), "minute")
+    if planned.config.full:
+        return f"the whole demo, about {minutes} on this machine; --quick is shorter"
+    return f"the quick demo, about {minutes} on this machine; --full runs the whole one"
 
 
 class Demo(NamedTuple):

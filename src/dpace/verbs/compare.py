@@ -14,7 +14,7 @@ def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
     from dpace.engines.initial import start_from
-    from dpace.plan import comparison_lines
+    from dpace.plan import comparison_lines, expected_lengths, plan_recipe
     from dpace.prompts.prompts import split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
@@ -31,7 +31,8 @@ def run(args: list[str]) -> None:
     check_trackers(config.train.report_to)
     note_unread(config.bench, OF_BENCH, "`dpace compare` measures its own drafters on its held-out prompts")
     parts = split_prompts(config.prompts)
-    note("\n".join(comparison_lines(config, parts, drafters, init)))
+    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init)
+    note("\n".join(comparison_lines(plan, parts, drafters)))
     results = compare(load_target(config), config, parts=parts, init=init)
     if not ranks.end():
         return

@@ -19,17 +19,22 @@ def run(args: list[str]) -> None:
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
-    from dpace.studies.demo import DECODED, demo_prompts, demo_recipe, findings, run_demo
+    from dpace.studies.demo import DECODED, choose_demo, demo_recipe, demo_sizes, duration, findings, run_demo
 
-    recipe = demo_recipe(config)
+    sizes = demo_sizes(config)
+    for recipe in map(demo_recipe, sizes):
+        check_output(recipe)
+        refuse_foreign_files(recipe.output, PAGE)
+    planned = choose_demo(sizes)
+    recipe = planned.recipe
     output = Path(recipe.output)
-    drafters = list(check_output(recipe))
-    refuse_foreign_files(output, PAGE)
-    parts = demo_prompts(config)
-    note("\n".join(comparison_lines(recipe, parts, drafters)))
-    demo = run_demo(load_target(recipe), recipe, parts)
+    note(duration(planned))
+    note("\n".join(comparison_lines(planned.plan, planned.parts, list(check_output(recipe)))))
+    demo = run_demo(load_target(recipe), recipe, planned.parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
+    if planned.config.quick:
+        print("This was the quick demo. `dpace demo --full` trains longer, on more prompts.")
     write_report([output, *(output / name for name in DECODED)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])

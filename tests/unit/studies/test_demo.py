@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -10,7 +11,7 @@ from dpace.cli import main
 from dpace.config import DemoConfig
 from dpace.measure.results import CompareResults, read_results
 from dpace.recipes import RECIPES
-from dpace.studies.demo import DECODED, demo_prompts, demo_recipe, remarks
+from dpace.studies.demo import DECODED, demo_prompts, demo_recipe, demo_sizes, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -72,10 +73,39 @@ def test_what_is_slower_or_worse_has_a_reason():
 
 
 def test_quick_takes_fewer_prompts_and_steps():
-    whole, quick = DemoConfig(), DemoConfig(quick=True)
+    whole, quick = demo_sizes(DemoConfig())
     assert demo_recipe(quick).train.max_steps < demo_recipe(whole).train.max_steps
     parts = zip(demo_prompts(quick), demo_prompts(whole), strict=True)
     assert [0 < len(fewer) < len(prompts) for fewer, prompts in parts] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("speed", "asked", "name"),
+    [
+        (1e15, [], "whole"),
+        (1e6, [], "quick"),
+        (1e6, ["--full"], "whole"),
+        (1e15, ["--quick"], "quick"),
+    ],
+)
+def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, recipe, capsys, monkeypatch):
+    """It says so before it starts; what was begun goes on, also where the speed was measured otherwise."""
+    for module in ("plan", "studies.demo"):
+        monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
+    trained = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr("dpace.train.loop.TrainingLoop.take_step", trained)
+    assert main(["demo", *flags, *asked]) == 130
+    said = capsys.readouterr().err
+    assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)
+    for module in ("plan", "studies.demo"):
+        monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: 1e21 / speed)
+    assert main(["demo", *flags]) == 130
+    assert capsys.readouterr().err.startswith(f"the {name} demo, ") and trained.call_count == 2
+
+
+def test_two_sizes_at_once_are_refused(capsys):
+    assert main(["demo", "--quick", "--full"]) == 1
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 WRITERS = {
