@@ -17,6 +17,8 @@ from dpace.train.sharding import take_share
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
+MIN_ASPECT = 2
+"""Least width of a matrix, in heights, from which on its gram matrix is faster to take steps on."""
 TABLE_DECAY = 1.0
 """Weight decay of tables of tokens beside Muon, times the learning rate in each step.
 
@@ -62,7 +64,8 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
     """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
     It computes in `dtype`. `torch.optim.Muon` always takes bf16, in which products are slow on a CPU without units for
-    it.
+    it. In fp32 the steps of a matrix that is much wider than tall are taken on its small gram matrix, which saves a
+    third of the time; their factors are multiplied first, and with the matrix once. In bf16 that would round too much.
 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """
@@ -71,9 +74,20 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)
     first, third, fifth = COEFFICIENTS
-    for _ in range(5):
+    if dtype == torch.float32 and x.shape[1] >= MIN_ASPECT * x.shape[0]:
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
+        factors: list[Tensor] = []
+        for _ in range(5):
+            if factors:
+                gram = factors[-1] @ gram @ factors[-1]
+            factor = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+            factor.diagonal().add_(first)
+            factors.append(factor)
+        x = torch.linalg.multi_dot([*reversed(factors), x])
+    else:
+        for _ in range(5):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
     return (x.T if is_tall else x).to(matrix.dtype)
 
 

@@ -1,10 +1,11 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from dpace.config import TrainConfig
-from dpace.train.optimizer import make_optimizer
+from dpace.train.optimizer import make_optimizer, orthogonalize
 
 
 def test_steps_are_those_of_torch_optimizers():
@@ -29,3 +30,13 @@ def test_steps_are_those_of_torch_optimizers():
     for mine, reference, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
         moved = (reference - before).norm()
         assert moved > 0 and (mine - reference).norm() / moved < 0.05
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (24, 48), (100, 24)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-9])
+def test_steps_on_the_gram_matrix_are_those_on_the_matrix(shape, smallest):
+    """Square, wide and tall, with singular values from 1 down; in fp64 all take their steps on the matrix."""
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = left * torch.logspace(0, float(torch.tensor(smallest).log10()), 24) @ right
+    expected = orthogonalize(matrix, torch.float64)
+    assert (orthogonalize(matrix.float(), torch.float32) - expected).norm() / expected.norm() < 1e-3
