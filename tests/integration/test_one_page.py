@@ -36,8 +36,7 @@ def pair(request, tmp_path, monkeypatch):
     monkeypatch.setattr(one_page, "BATCH", 1)
     torch.manual_seed(0)
     target = make_target(request.param)
-    target.model.generation_config.eos_token_id = -1  # no answer ends before its length
-    target.stop_token_ids = ()
+    target.model.generation_config.eos_token_id = None  # no answer ends before its length
     model = target.model.requires_grad_(False)
     prompt = torch.randint(4, 60, (1, START))
     text = model.generate(prompt, do_sample=False, max_new_tokens=28, attention_mask=torch.ones_like(prompt))[

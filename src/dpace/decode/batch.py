@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from dpace.config import Width
 from dpace.decode.generation import Continuation, Generation, SamplingOptions, collect, make_continuation
@@ -20,7 +21,7 @@ from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
-from dpace.fast.cache import RaggedCache, fill_places
+from dpace.fast.cache import RaggedCache, fill_places, is_full_attention
 from dpace.fast.packing import refresh_copies
 from dpace.fast.top import argmax
 from dpace.target import Target
@@ -28,6 +29,32 @@ from dpace.target.beginnings import read_texts
 
 COMPILED_COLUMNS = 256
 """Compiled steps round the number of columns up to a multiple of this, so that other prompts have the same shapes."""
+
+
+def batch_fault(target: Target, lengths: Sequence[tuple[int, int]] = ()) -> str:
+    """Say why a target cannot decode texts of different lengths together.
+
+    Args:
+        target: the model.
+        lengths: of each text, tokens of the prompt, and tokens that the text may have in the end.
+
+    Returns:
+        The reason, and how to decode instead; empty where it can.
+    """
+    implementation = target.config._attn_implementation
+    if target.is_spread or implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
+        return (
+            f"the target's attention is {implementation}, or its layers are on several devices; a batch needs one "
+            "device and a 4-D mask: load it with attn_implementation='sdpa' and on one, or decode one prompt "
+            "at a time, with `generate` or without --compile"
+        )
+    if not is_full_attention(DynamicCache(config=target.config)):
+        return (
+            f"{target.config.model_type} has layers that are not full attention; a batch needs full attention in all "
+            "layers: decode one prompt at a time with `generate`"
+        )
+    faults = (target.rotation_fault(len(lengths), num_prompt, num_tokens) for num_prompt, num_tokens in lengths)
+    return next(filter(None, faults), "")
 
 
 def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[RaggedCache]:
@@ -39,8 +66,10 @@ def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[
         The target's, then the drafter's where there is one.
 
     Raises:
-        ValueError: the target has layers that are not full attention.
+        ValueError: see `batch_fault`.
     """
+    if fault := batch_fault(target):
+        raise ValueError(fault)
     caches = [RaggedCache(target.config, capacity, target.model.dtype)]
     if drafter is not None:
         caches.append(RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches))
@@ -62,8 +91,7 @@ class Batch:
         kept_caches: of `make_caches` for the longest text: steps are compiled, and graphs refer to them.
 
     Raises:
-        ValueError: a drafter for another target, or a target whose layers, devices, attention or rotary embedding do
-            not allow rows of different lengths; says how to decode instead.
+        ValueError: a drafter for another target; or see `batch_fault`.
     """
 
     def __init__(
@@ -74,14 +102,8 @@ class Batch:
         kept_caches: Sequence[RaggedCache] | None = None,
     ):
         capacity = 1 + max(row.limit for row in rows)
-        implementation = target.config._attn_implementation
-        if target.is_spread or implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
-            raise ValueError(
-                f"the target's attention is {implementation}, or its layers are on several devices; a batch needs one "
-                "device and a 4-D mask: load it with attn_implementation='sdpa' and on one, or decode one prompt "
-                "at a time, with `generate` or without --compile"
-            )
-        target.refuse_rotation(len(rows), capacity, capacity)
+        if fault := batch_fault(target, [(row.num_prompt, row.limit + 1) for row in rows]):
+            raise ValueError(fault)
         vocabulary = None
         self.block_size = 1
         self.layer_ids: Sequence[int] = ()

@@ -138,10 +138,8 @@ class RaggedCache(DynamicCache):
         capacity: longest text, in tokens.
         dtype: of the model.
         num_slots: slots of a block; 0 for a target.
-        reaches: of a drafter, see `dpace.drafter.Drafter.reaches`.
-
-    Raises:
-        ValueError: the model is a target and has layers that are not full attention.
+        reaches: of a drafter, see `dpace.drafter.Drafter.reaches`. All layers of a target have full attention, see
+            `dpace.decode.batch.batch_fault`.
     """
 
     def __init__(
@@ -153,11 +151,6 @@ class RaggedCache(DynamicCache):
         reaches: Mapping[str, Reach] | None = None,
     ):
         super().__init__(config=config)
-        if not num_slots and not is_full_attention(self):
-            raise ValueError(
-                f"{config.model_type} has layers that are not full attention; a batch needs full attention in all "
-                "layers: decode one prompt at a time with `generate`"
-            )
         self.end = num_slots + capacity
         self.dtype = dtype
         self.num_slots = num_slots

@@ -5,7 +5,6 @@ the target's distribution, by Rosenblatt's transform and chi-square; nothing may
 to measure what decoding does.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import CheckConfig, RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
-from dpace.decode.batch import generate_batch
+from dpace.decode.batch import batch_fault, generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
@@ -122,7 +121,8 @@ def check_texts(
         outs = {}
         for how, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
             outs[how] = [decode(ids, seed=seed, **options) for seed, ids in enumerate(encoded, start=config.seed)]
-        with contextlib.suppress(ValueError):  # layers or attention without batches, which then cannot be wrong
+        lengths = [(len(token_ids), len(token_ids) + config.max_new_tokens) for token_ids in encoded]
+        if not batch_fault(target, lengths):  # elsewhere there are no batches, which then cannot be wrong
             outs["batch"] = generate_batch(target, drafter, encoded, seed=config.seed, **options)
         plain = outs.pop("plain")
         if temperature == 0:

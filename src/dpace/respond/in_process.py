@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from dpace.config import RespondConfig
-from dpace.decode.batch import Batch
+from dpace.decode.batch import Batch, batch_fault
 from dpace.decode.generation import make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import Prompt
@@ -61,17 +61,15 @@ def generate_responses(
     """
     length = config.max_new_tokens
     temperature = config.temperature
-    try:
-        rows = [
-            make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
-            for token_ids, seed in zip(encoded, seeds, strict=True)
-        ]
-        batch = Batch(target, None, rows)
-    except ValueError:
+    if batch_fault(target, [(len(token_ids), len(token_ids) + length) for token_ids in encoded]):
         if not target.rotation_boundary:
             return _generate_padded(target, encoded, config, seeds)
         return [_generate_padded(target, [ids], config, [seed])[0] for ids, seed in zip(encoded, seeds, strict=True)]
-    for _ in batch.steps():
+    rows = [
+        make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
+        for token_ids, seed in zip(encoded, seeds, strict=True)
+    ]
+    for _ in Batch(target, None, rows).steps():
         pass
     return [row.token_ids[row.num_prompt :] for row in rows]
 

@@ -282,24 +282,34 @@ class Target:
         """Take part in the calls of `features` by other ranks, where this one has no text left."""
         self.features(torch.zeros(1, 1, dtype=torch.long), layer_ids)
 
-    def refuse_rotation(self, num_rows: int, num_prompt: int, num_tokens: int) -> None:
-        """Refuse a text that grows past the rotation's boundary, and several texts of which one may be behind it.
+    def rotation_fault(self, num_rows: int, num_prompt: int, num_tokens: int) -> str:
+        """Say what is wrong with a text that grows past the rotation's boundary, or with several where one is longer.
 
         Args:
             num_rows: number of texts, which may have different lengths.
             num_prompt: tokens that are read at once.
             num_tokens: tokens that a text may have in the end.
 
-        Raises:
-            ValueError: names the length, the boundary and what to do.
+        Returns:
+            The length, the boundary and what to do; empty where nothing is wrong.
         """
         boundary = self.rotation_boundary
-        if boundary and num_tokens > boundary and (num_rows > 1 or num_prompt <= boundary):
-            raise ValueError(
-                f"a text may have {num_tokens} tokens; past {boundary} this target rotates all positions anew: ask for "
-                "fewer tokens, decode long prompts one prompt at a time with `generate`, and train with "
-                f"--train.max-length {boundary}"
-            )
+        if not boundary or num_tokens <= boundary or (num_rows == 1 and num_prompt > boundary):
+            return ""
+        return (
+            f"a text may have {num_tokens} tokens; past {boundary} this target rotates all positions anew: ask for "
+            "fewer tokens, decode long prompts one prompt at a time with `generate`, and train with "
+            f"--train.max-length {boundary}"
+        )
+
+    def refuse_rotation(self, num_rows: int, num_prompt: int, num_tokens: int) -> None:
+        """Refuse what `rotation_fault` finds.
+
+        Raises:
+            ValueError: the fault.
+        """
+        if fault := self.rotation_fault(num_rows, num_prompt, num_tokens):
+            raise ValueError(fault)
 
     def _run(self, token_ids, layer_ids: Sequence[int], cache: Cache | None = None) -> Tensor:
         """Run the model up to the last of the layers, or up to the head's input."""

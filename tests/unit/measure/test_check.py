@@ -3,6 +3,7 @@
 import json
 import operator
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -145,6 +146,10 @@ def test_the_verb(language_folder, language_target, language_prompts, tmp_path, 
     monkeypatch.setattr("dpace.measure.check.generate_batch", spoil(generate_batch))
     assert main(ask) == 1
     assert "text at temperature 0 (float32)" in capsys.readouterr().err
+    broken = Mock(side_effect=ValueError("no batch here"))
+    monkeypatch.setattr("dpace.measure.check.generate_batch", broken)
+    assert main(ask) == 1, "a batch that fails is no check that passed"
+    assert "dpace check: no batch here" in capsys.readouterr().err
 
 
 SPOILT = {

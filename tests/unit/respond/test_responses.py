@@ -64,6 +64,14 @@ def test_a_target_on_several_devices_reads_padded_rows(target, monkeypatch):
     assert in_process.generate_responses(target, encoded, config, range(3)) == answers
 
 
+def test_a_fault_while_answering_takes_no_slower_way(target, monkeypatch):
+    monkeypatch.setattr(in_process.Batch, "steps", mock.Mock(side_effect=ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        in_process.generate_responses(target, [[5, 9]], RespondConfig(max_new_tokens=6), [0])
+    with pytest.raises(ValueError, match="over the target's limit"):
+        in_process.generate_responses(target, [[5, 9]], RespondConfig(max_new_tokens=10**6), [0])
+
+
 def test_an_interrupted_call_goes_on(write, path):
     whole = write()
     lines = path.read_text().splitlines(keepends=True)
