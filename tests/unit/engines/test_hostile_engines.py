@@ -1,5 +1,6 @@
 """Broken files and folders of others for the verbs that read and write drafters: one clear line, and nothing lost."""
 
+import json
 import os
 import resource
 import shutil
@@ -149,6 +150,26 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
     before = tree(out)
     refused(f"{verb} {folder} --output {out} --target {language_folder}", capsys, "--output")
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("names", [["../victim.gguf"], 5, None, [["a"]]], ids=str)
+@pytest.mark.parametrize("verb", ["export --to zlab --target t --target-name o/t --drafter", "import"])
+def test_a_marker_names_files_of_its_own_folder_only(verb, names, folder, tmp_path, capsys):
+    victim = tmp_path / "victim.gguf"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".dpace.json").write_text(json.dumps({"files": names}))
+    refused(f"{verb} {folder} --output {tmp_path}/out", capsys, ".dpace.json: files is ", "remove it")
+    assert victim.read_text() == "mine"
+
+
+def test_no_link_is_written_through(folder, tmp_path, capsys):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".dpace.holder").symlink_to(victim)
+    assert main(["import", str(folder), "--output", f"{tmp_path}/out"]) == 0
+    assert victim.read_text() == "mine"
 
 
 LATE = {
