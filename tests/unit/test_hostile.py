@@ -1,6 +1,7 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
 import itertools
+import json
 import re
 import shlex
 
@@ -64,13 +65,45 @@ RANGES = {
     "train --train.warmup-ratio=nan": "is nan, expected a finite number",
     "bench --widths=0": "--bench.widths is 0, expected 'auto', 'full' or 'copies' or greater",
     "bench --temperatures 0 0.0": "--bench.temperatures has 0.0 twice",
-    "bench --temperatures": r"--bench.temperatures is \(\), expected at least 1 item",
+    "bench --temperatures": r"--bench.temperatures is \[\], expected at least 1 item",
     "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
     "train --drafter.target-layer-ids 1 3 --drafter.num-features 3": r"is \(1, 3\), but num_features is 3; leave",
     "generate --target t --drafter d --prompt p --compile --width 4": "--compile cannot be combined with .* --width",
     "respond --target '  '": "--target is '  ', expected a text that is not empty",
     "respond --output '\udcff'": "--output is .*udcff",
 }
+
+ADDRESSES = [
+    r"http:\\u:secret@h",
+    "http:u:secret@h",
+    "http:/u:secret@h",
+    "http:///u:secret@h",
+    "ht\ttp://u:secret@h",
+    "http://u:secret@h\t:1",
+    "http:/\t/u:secret@h",
+    "http://u:sec/secret@h",
+    "u:secret@h",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    "option", ["respond --respond.server", "train --train.feature-servers", "bench --bench.server"]
+)
+def test_no_spelling_of_an_address_hides_a_password(address, option, refused, tmp_path):
+    args = option.split()
+    refused([*args, address], f"{args[1]}[^:]* an address http://host:port")
+    refused([*args[:1], f"{args[1]}={address}"], "^((?!secret).)*$")
+    group, name = args[1].removeprefix("--").replace("-", "_").split(".")
+    (tmp_path / "r.yaml").write_text(f"{group}: {{{name}: {json.dumps(address)}}}")
+    refused([args[0], "r.yaml"], "^((?!secret).)*$")
+
+
+def test_an_address_that_is_refused_for_another_reason_shows_no_password(refused, tmp_path):
+    twice = ["http://u:secret@h:1"] * 2
+    refused(["respond", "--respond.server", *twice], "^((?!secret).)*http://h:1' twice((?!secret).)*$")
+    (tmp_path / "r.yaml").write_text(f"bench: {{server: {twice[:1]}}}")
+    refused("bench r.yaml", "bench.server is ((?!secret).)*$")
 
 
 OBJECTIVES = {

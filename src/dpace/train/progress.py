@@ -17,9 +17,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from torch import Tensor
 
-from dpace.config import Recipe
+from dpace.config import Recipe, without_passwords
 from dpace.loss import SlotScores
-from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
 from dpace.system.progress import note, one_line
 from dpace.train.checkpoints import TrainingState
