@@ -30,6 +30,9 @@ PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
 SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
 
+STEP_NUMBERS = ("loss", "grad_norm", "learning_rate", "seconds")
+"""What `StepLog` keeps of an optimizer step."""
+
 
 class Interrupt:
     """Asks a training to end after the current step at Ctrl-C or SIGTERM; a second signal ends it at once.
@@ -89,7 +92,7 @@ class StepLog:
         self._sums[:, : is_scored.shape[-1]] += torch.stack([values.float().sum((0, 1)) for values in by_slot])
 
     def add_step(self, **numbers: float) -> None:
-        """Add the `loss`, `grad_norm`, `learning_rate` and `seconds` of an optimizer step."""
+        """Add the `STEP_NUMBERS` of an optimizer step."""
         self._steps.append(numbers)
 
     def unlogged(self, accelerator: Accelerator) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class StepLog:
 
     def go_on(self, unlogged: dict[str, Any]) -> None:
         """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = list(unlogged.get("steps", []))
+        self._steps = [{name: float(step[name]) for name in STEP_NUMBERS} for step in unlogged.get("steps", [])]
         if self._steps and ranks.is_first():
             self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
 
