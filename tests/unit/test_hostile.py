@@ -1,15 +1,19 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
+import io
 import itertools
 import json
+import os
 import re
 import shlex
+import sys
 
 import pytest
 
 from dpace.cli import main
 from dpace.config import Recipe
 from dpace.recipes import VERBS
+from dpace.system.progress import print_text
 from tests.support.files import write_prompts, write_rows
 
 TARGET = "/no/such/target"
@@ -142,6 +146,7 @@ FILES = {
         "[" * 100_000: ":1: the line is not JSON",
         '{"prompt": "a", "id": {"\x1b[2J": 1}}\n': "p.jsonl:1: ",
         '{"prompt": "a\\ud800"}\n': "surrogates not allowed",
+        json.dumps({"prompt": "\u0301\u0323" * 100_000}): "p.jsonl with 1 prompts give no held-out ones",
     },
 }
 """What the file holds that the last word names."""
@@ -160,6 +165,7 @@ PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
     "train --prompts.path no.jsonl": "cannot read no.jsonl: No such file",
+    "respond --prompts.path pipe.parquet": "pipe.parquet: it is a folder, a device or a pipe",
     "respond --prompts.path large.yaml": "large.yaml:1: the line is not JSON",
     f"respond --prompts.path {'p' * 300}": "ppp.*too long",
     "respond --output file --prompts.path good.jsonl": "file: File exists",
@@ -188,6 +194,7 @@ def test_lines(line, refused, tmp_path):
     with (tmp_path / "large.yaml").open("wb") as file:
         file.truncate(2**20)
     (tmp_path / "file").write_text("\n")
+    os.mkfifo(tmp_path / "pipe.parquet")
     for name, end in {"spans": 9, "answers": 3}.items():
         row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[0, end]]}
         write_rows(tmp_path / f"{name}.jsonl", [row])
@@ -206,6 +213,36 @@ def test_a_bug_shows_its_traceback(monkeypatch):
     monkeypatch.setattr("dpace.verbs.respond.run", broken)
     with pytest.raises(TypeError, match="a bug"):
         main(["respond"])
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_ranks_that_are_no_numbers_are_refused(name, refused, monkeypatch):
+    monkeypatch.setenv(name, "abc")
+    refused("respond", f"{name} is 'abc', expected a number")
+
+
+def test_what_an_output_cannot_show_is_escaped_and_a_closed_one_gets_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: print_text("\xe9\n"))
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="ascii") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(["respond"]) == 0
+        assert written.getvalue() == b"\\xe9\n\n"
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert main(["respond"]) == 0
+            getattr(sys, name).close()
+
+
+def test_a_table_for_a_reader_who_has_enough_ends_as_other_texts_do(monkeypatch, capsys):
+    class Enough(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Enough())
+        assert main(["data"]) == 141
 
 
 ERRORS = {

@@ -93,11 +93,20 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
             yield number, row
 
 
+def refuse_endless(path: str | Path, what: str) -> None:
+    """Refuse what is no regular file, such as a pipe that nobody writes to; a missing one is left to the reader.
+
+    Raises:
+        ValueError: names the path, and `what` it should be.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"cannot read {path}: it is a folder, a device or a pipe; name {what}")
+
+
 @contextlib.contextmanager
 def _reading(path: str | Path, what: str) -> Iterator[None]:
     """Refuse what may have no end, and say in one line why a file cannot be read."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"cannot read {path}: it is a folder, a device or a pipe; name {what}")
+    refuse_endless(path, what)
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
