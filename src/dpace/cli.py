@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _open_output()
     verb, *args = argv or [""]
     if verb == "--version":
         print(f"dpace {dpace.__version__}")
@@ -57,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"unknown verb {ascii(verb)}; {hint}\n", file=sys.stderr)
         print(USAGE, file=sys.stderr)
         return 2
+    for name in ("WORLD_SIZE", "RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            _print_reason(verb, f"{name} is {os.environ[name]!r}, expected a number as torchrun sets it; unset it")
+            return 1
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # bars of transformers and others fill a log
@@ -84,6 +90,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _open_output() -> None:
+    """Write into nothing where an output is closed, and characters that a terminal does not have as escapes."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

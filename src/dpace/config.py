@@ -53,6 +53,26 @@ def _refuse_blank(text: str) -> str:
 Text = Annotated[str, AfterValidator(_refuse_blank), Field(description="a text that is not empty")]
 
 
+def _refuse_other_address(url: str) -> str:
+    """Refuse other spellings of an address, in which `without_passwords` would not see a password."""
+    host = r"(\[[\w:.]+\]|[^\s\\/?#@:\[\]]+)"
+    if not re.fullmatch(rf"(?i)https?://([^\s\\/?#]*@)?{host}(:\d+)?(/[^\s\\?#]*)?", url.strip()):
+        raise ValueError("is not an address http://host:port; a / or \\ of a password is written as %2F or %5C")
+    return url
+
+
+Url = Annotated[Text, AfterValidator(_refuse_other_address), Field(description="an address http://host:port")]
+
+
+def without_passwords(value: Any) -> Any:
+    """Leave user and password out of all addresses in nested settings; other values stay."""
+    if isinstance(value, dict):
+        return {name: without_passwords(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_passwords(item) for item in value]
+    return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
+
+
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     """Return the entries of a list; a value that stands alone is its only one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -62,7 +82,7 @@ def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Refuse a list that has an entry twice."""
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"has {value!r} twice, expected different values")
+            raise ValueError(f"has {without_passwords(value)!r} twice, expected different values")
     return values
 
 
@@ -259,7 +279,7 @@ class TrainConfig:
     """How they are kept there: as the target gives them, or rounded to 16 bits, or to 8 with a scale for each token."""
     feature_files_gib: PositiveOrZero = 100.0
     """Most GiB of disk that are added to feature_files."""
-    feature_servers: Entries[Text] = ()
+    feature_servers: Entries[Url] = ()
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     target_shard: TargetShard = "none"
     """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
@@ -327,7 +347,7 @@ class RespondConfig:
     """
     seed: Seed = 0
     """Seed for sampling at a temperature above 0; each prompt draws with a seed of its own that follows from it."""
-    server: Entries[Text] = ()
+    server: Entries[Url] = ()
     """Addresses of running servers of the target that answer instead, http://host:port: vLLM, SGLang or llama.cpp.
     The environment variable DPACE_API_KEY has the key where they want one."""
     retry_seconds: PositiveOrZero = 600.0
@@ -363,9 +383,9 @@ class BenchConfig:
     compiled: Literal["auto", "always", "never"] = "auto"
     """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
     auto: on an accelerator only."""
-    server: Text | None = None
+    server: Url | None = None
     """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
-    plain_server: Text | None = None
+    plain_server: Url | None = None
     """Address of a server of the same target without a drafter, for --bench.server to compare with; asked twice."""
     seed: Seed = 0
     """Seed for sampling at a temperature above 0."""

@@ -1,14 +1,19 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
+import io
 import itertools
+import json
+import os
 import re
 import shlex
+import sys
 
 import pytest
 
 from dpace.cli import main
 from dpace.config import Recipe
 from dpace.recipes import VERBS
+from dpace.system.progress import print_text
 from tests.support.files import write_prompts, write_rows
 
 TARGET = "/no/such/target"
@@ -64,13 +69,45 @@ RANGES = {
     "train --train.warmup-ratio=nan": "is nan, expected a finite number",
     "bench --widths=0": "--bench.widths is 0, expected 'auto', 'full' or 'copies' or greater",
     "bench --temperatures 0 0.0": "--bench.temperatures has 0.0 twice",
-    "bench --temperatures": r"--bench.temperatures is \(\), expected at least 1 item",
+    "bench --temperatures": r"--bench.temperatures is \[\], expected at least 1 item",
     "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
     "train --drafter.target-layer-ids 1 3 --drafter.num-features 3": r"is \(1, 3\), but num_features is 3; leave",
     "generate --target t --drafter d --prompt p --compile --width 4": "--compile cannot be combined with .* --width",
     "respond --target '  '": "--target is '  ', expected a text that is not empty",
     "respond --output '\udcff'": "--output is .*udcff",
 }
+
+ADDRESSES = [
+    r"http:\\u:secret@h",
+    "http:u:secret@h",
+    "http:/u:secret@h",
+    "http:///u:secret@h",
+    "ht\ttp://u:secret@h",
+    "http://u:secret@h\t:1",
+    "http:/\t/u:secret@h",
+    "http://u:sec/secret@h",
+    "u:secret@h",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    "option", ["respond --respond.server", "train --train.feature-servers", "bench --bench.server"]
+)
+def test_no_spelling_of_an_address_hides_a_password(address, option, refused, tmp_path):
+    args = option.split()
+    refused([*args, address], f"{args[1]}[^:]* an address http://host:port")
+    refused([*args[:1], f"{args[1]}={address}"], "^((?!secret).)*$")
+    group, name = args[1].removeprefix("--").replace("-", "_").split(".")
+    (tmp_path / "r.yaml").write_text(f"{group}: {{{name}: {json.dumps(address)}}}")
+    refused([args[0], "r.yaml"], "^((?!secret).)*$")
+
+
+def test_an_address_that_is_refused_for_another_reason_shows_no_password(refused, tmp_path):
+    twice = ["http://u:secret@h:1"] * 2
+    refused(["respond", "--respond.server", *twice], "^((?!secret).)*http://h:1' twice((?!secret).)*$")
+    (tmp_path / "r.yaml").write_text(f"bench: {{server: {twice[:1]}}}")
+    refused("bench r.yaml", "bench.server is ((?!secret).)*$")
 
 
 OBJECTIVES = {
@@ -109,6 +146,7 @@ FILES = {
         "[" * 100_000: ":1: the line is not JSON",
         '{"prompt": "a", "id": {"\x1b[2J": 1}}\n': "p.jsonl:1: ",
         '{"prompt": "a\\ud800"}\n': "surrogates not allowed",
+        json.dumps({"prompt": "\u0301\u0323" * 100_000}): "p.jsonl with 1 prompts give no held-out ones",
     },
 }
 """What the file holds that the last word names."""
@@ -127,6 +165,7 @@ PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
     "train --prompts.path no.jsonl": "cannot read no.jsonl: No such file",
+    "respond --prompts.path pipe.parquet": "pipe.parquet: it is a folder, a device or a pipe",
     "respond --prompts.path large.yaml": "large.yaml:1: the line is not JSON",
     f"respond --prompts.path {'p' * 300}": "ppp.*too long",
     "respond --output file --prompts.path good.jsonl": "file: File exists",
@@ -155,6 +194,7 @@ def test_lines(line, refused, tmp_path):
     with (tmp_path / "large.yaml").open("wb") as file:
         file.truncate(2**20)
     (tmp_path / "file").write_text("\n")
+    os.mkfifo(tmp_path / "pipe.parquet")
     for name, end in {"spans": 9, "answers": 3}.items():
         row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[0, end]]}
         write_rows(tmp_path / f"{name}.jsonl", [row])
@@ -173,6 +213,36 @@ def test_a_bug_shows_its_traceback(monkeypatch):
     monkeypatch.setattr("dpace.verbs.respond.run", broken)
     with pytest.raises(TypeError, match="a bug"):
         main(["respond"])
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_ranks_that_are_no_numbers_are_refused(name, refused, monkeypatch):
+    monkeypatch.setenv(name, "abc")
+    refused("respond", f"{name} is 'abc', expected a number")
+
+
+def test_what_an_output_cannot_show_is_escaped_and_a_closed_one_gets_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: print_text("\xe9\n"))
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="ascii") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(["respond"]) == 0
+        assert written.getvalue() == b"\\xe9\n\n"
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert main(["respond"]) == 0
+            getattr(sys, name).close()
+
+
+def test_a_table_for_a_reader_who_has_enough_ends_as_other_texts_do(monkeypatch, capsys):
+    class Enough(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Enough())
+        assert main(["data"]) == 141
 
 
 ERRORS = {

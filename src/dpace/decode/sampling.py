@@ -16,6 +16,9 @@ from transformers import (
 
 from dpace.fast.top import argmax
 
+LEAST_TEMPERATURE = 1e-30
+"""Smaller ones count as this one, with which scores are still finite in fp32; both draw the most likely token."""
+
 
 class Sampler:
     """A sampler of tokens from logits, with the filters of `model.generate` in the same order.
@@ -49,7 +52,7 @@ class Sampler:
         self.temperature = temperature
         self.processors: Any = processors or LogitsProcessorList()
         filters = [
-            (TemperatureLogitsWarper, float(temperature), temperature != 1),
+            (TemperatureLogitsWarper, max(float(temperature), LEAST_TEMPERATURE), temperature != 1),
             (TopKLogitsWarper, top_k, top_k > 0),
             (TopPLogitsWarper, top_p, top_p < 1),
             (MinPLogitsWarper, min_p, min_p > 0),

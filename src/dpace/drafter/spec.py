@@ -36,6 +36,7 @@ from dpace.drafter.values import (
     read_values,
 )
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
+from dpace.system.ledger import refuse_endless
 from dpace.system.loading import read_config, refuse_mismatch, translate_library_errors
 
 WHAT = "the drafter of this config"
@@ -80,10 +81,13 @@ Float32 = Annotated[Scale, AfterValidator(as_float32)]
 
 @dataclass(frozen=True)
 class Numbers:
-    """What has to be a number in the objects of a config; `DrafterSpec.config` tries out the rest of the rotation."""
+    """What is read of the objects of a config; `DrafterSpec.config` tries out the rest of the rotation."""
 
     rope_theta: Float32
     confidence_temperature: Scale = 1.0
+    tau: float = 0.0
+    tau_interval: tuple[float | None, float | None] = (None, None)
+    tau_responses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class DrafterSpec:
     num_layers: Annotated[LayerCount, Field(alias="num_hidden_layers")]
     num_attention_heads: Count
     num_key_value_heads: Count
-    head_dim: Count
+    head_dim: Annotated[Count, Field(le=2**16)]
+    """Of a head; the rotation has half as many numbers, and is tried out before the weights are read."""
     rms_norm_eps: Float32
     rope_parameters: dict[str, Any]
     """Rotary embedding, as `rope_parameters` of transformers."""
@@ -375,6 +380,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     with translate_library_errors(f"the drafter {folder}", FIX):
         for file in sorted(folder.glob("model*.safetensors")):
+            refuse_endless(file, "a file of weights")
             tensors |= {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
     if not tensors:
         raise ValueError(f"the drafter {folder} has no model.safetensors, and pickles are not read; {FIX}")

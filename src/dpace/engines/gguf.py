@@ -23,6 +23,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
+from dpace.system.ledger import refuse_endless
 from dpace.system.loading import translate_library_errors
 
 ARCHITECTURE = "dflash"
@@ -230,6 +231,7 @@ def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
         ValueError: it is damaged or of another model.
         OSError: there is no such file.
     """
+    refuse_endless(path, "a GGUF file of the target")
     reader, values = open_gguf(path)
 
     def size(name: str) -> int:

@@ -90,10 +90,16 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, lis
 
 
 def group_by_set(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """Group prompts or their records by set; where there are several sets, all together come last as `ALL_SETS`."""
+    """Group prompts or their records by set; where there are several sets, all together come last as `ALL_SETS`.
+
+    Where a set has this name, theirs is longer.
+    """
     groups = group_by(items, attrgetter("set"))
+    name = ALL_SETS
+    while name in groups:
+        name += " sets"
     if len(groups) > 1:
-        groups[ALL_SETS] = list(items)
+        groups[name] = list(items)
     return groups
 
 

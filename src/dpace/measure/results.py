@@ -473,9 +473,11 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / "trainer_state.json"
     fix = "train again, in an empty folder"
-    log: Any = read_object(path, fix).get("log_history")
+    log = read_object(path, fix).get("log_history")
     try:
-        LOG.validate_python(log, strict=True)
+        entries = LOG.validate_python(log, strict=True)
     except ValidationError as error:
         raise ValueError(f"{path}: log_history is no list of objects with numbers; {fix}") from error
-    return log
+    if not all("step" in entry for entry in entries):
+        raise ValueError(f"{path}: an entry of log_history has no step; {fix}")
+    return entries

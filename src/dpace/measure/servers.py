@@ -74,9 +74,7 @@ def bench_servers(
     folder = Path(folder)
     urls = {PLAIN: config.plain_server, DRAFTER: config.server}
     sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items() if url}
-    addresses = {
-        side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version) for side, s in sides.items()
-    }
+    addresses = {side: _address_of(server) for side, server in sides.items()}
     known = setup_of(chat, config)
     setup = ServerSetup(**known, servers=addresses)
     register_files(folder, SERVERS_FILE)
@@ -119,6 +117,12 @@ def bench_servers(
     results = ServerResults(**vars(setup), tau_in_training=tau_in_training, rows=rows)
     write_results(folder / SERVERS_FILE, results)
     return results
+
+
+def _address_of(server: Server) -> ServerAddress:
+    """Return where a server is, and what it says of itself, as short texts without password and key."""
+    model, version = (server.address.short(said) if said else None for said in (server.model, server.version))
+    return ServerAddress(url=server.url, engine=server.engine, model=model, version=version)
 
 
 def totals_here(path: Path, known: Mapping[str, Any]) -> Totals:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpace.system.ledger import read_jsonl, read_object
+from dpace.system.ledger import read_jsonl, read_object, refuse_endless
 from dpace.system.progress import describe_error, one_line, quoted
 
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
@@ -130,6 +130,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    refuse_endless(path, "a parquet file")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(256):

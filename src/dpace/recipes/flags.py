@@ -18,9 +18,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 from pydantic import ValidationError
 
-from dpace.config import Recipe
+from dpace.config import Recipe, without_passwords
 from dpace.recipes import RECIPES, VERBS
-from dpace.recipes.recipe_file import read_settings, without_passwords
+from dpace.recipes.recipe_file import read_settings
 from dpace.recipes.validation import UsageError, explain
 
 Options = TypeVar("Options")

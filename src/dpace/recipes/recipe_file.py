@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dpace.config import Recipe
+from dpace.config import Recipe, without_passwords
 from dpace.recipes.validation import from_json, to_json
 from dpace.system.ledger import read_text, write_text
 from dpace.system.progress import one_line, quoted
@@ -46,15 +46,6 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write every value, defaults too, so that the file alone repeats the run; passwords are left out."""
     write_text(path, yaml.dump(without_passwords(to_json(recipe)), Dumper=_Dumper, sort_keys=False))
-
-
-def without_passwords(value: Any) -> Any:
-    """Leave user and password out of all addresses in nested settings; other values stay."""
-    if isinstance(value, dict):
-        return {name: without_passwords(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_passwords(item) for item in value]
-    return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, dataclass_transform, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from dpace.config import STRICT
+from dpace.config import STRICT, without_passwords
 from dpace.system.progress import quoted
 
 Kind = TypeVar("Kind")
@@ -92,7 +92,7 @@ def explain(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
             return f"{name} {first.get('ctx', {})['error']}"
     said = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
     reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", words) for words in said]
-    return f"{name or 'the file'} is {quoted(first['input'])}, expected {' or '.join(reasons)}"
+    return f"{name or 'the file'} is {quoted(without_passwords(first['input']))}, expected {' or '.join(reasons)}"
 
 
 def _name(place: Sequence[int | str]) -> str:

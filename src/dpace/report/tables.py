@@ -37,9 +37,17 @@ class Section(NamedTuple):
     """An SVG; only the page has it."""
 
 
+class _Console(Console):
+    """A console that leaves a reader who has enough, as `head` has, to `dpace.cli`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich would end the process for."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Return the console for tables: as wide as the terminal, and at least 80 columns."""
-    return Console(width=max(80, Console().width))
+    return _Console(width=max(80, Console().width))
 
 
 def section_table(section: Section) -> Table:

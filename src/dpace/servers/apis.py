@@ -20,7 +20,7 @@ from pydantic import BaseModel, NonNegativeInt
 from dpace.config import STRICT
 from dpace.servers.transport import Address, Refused, Unavailable
 
-UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading a reply raises that is not what the engine sends."""
 MAX_TOKENS = 2**31
 """Tokens of a tokenizer that is not known."""
@@ -85,16 +85,16 @@ class Server(ABC):
     """
 
     engine: str
-    model: str | None = None
-    """What the server calls its model, where it says so."""
-    version: str | None = None
+    model: object = None
+    """What the server calls its model, where it says so; it may be anything."""
+    version: object = None
 
     def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
         self.address = Address(url)
         self.url = self.address.url
         self.vocab_size = vocab_size
 
-    def find_model(self, page: dict) -> str | None:
+    def find_model(self, page: dict) -> object:
         """Return what the server calls its model; `page` is what it says of itself."""
         return next((page[key] for key in MODEL_KEYS if page.get(key)), None)
 
@@ -389,7 +389,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
             if error.status == 401:
                 raise
             continue
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue  # a server, but not this one
         if isinstance(answer, dict) and (not key or key in answer):
             server = kind(url, vocab_size)

@@ -3,6 +3,7 @@
 An address and a request come in; a page, an answer or its events go out, or one line that tells what went wrong.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -64,9 +65,13 @@ class Address:
         if not key.isascii() or not key.isprintable():
             raise ValueError(f"{API_KEY} has characters that no key has; set it to the key alone")
         headers = {"Accept-Encoding": "identity"}
+        self._secrets = []
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        self._secret = address.password or key
+            self._secrets = [key]
+        if address.userinfo:
+            pair = base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
+            self._secrets = [pair, address.password or address.username]
         self._client = httpx.Client(
             auth=(address.username, address.password) if address.userinfo else None,  # takes the key's place
             headers=headers,
@@ -80,8 +85,8 @@ class Address:
     def short(self, value: object) -> str:
         """Return what the server said: short, in one line, without control characters, password and key."""
         text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-        if self._secret:
-            text = text.replace(self._secret, "***")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
         return one_line(text[: 2 * MAX_SHOWN])[:MAX_SHOWN]
 
     def get(self, path: str) -> str:

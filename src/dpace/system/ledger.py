@@ -17,6 +17,7 @@ import filelock
 from safetensors import SafetensorError
 
 from dpace.system import ranks
+from dpace.system.progress import quoted
 
 MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
@@ -92,11 +93,20 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
             yield number, row
 
 
+def refuse_endless(path: str | Path, what: str) -> None:
+    """Refuse what is no regular file, such as a pipe that nobody writes to; a missing one is left to the reader.
+
+    Raises:
+        ValueError: names the path, and `what` it should be.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"cannot read {path}: it is a folder, a device or a pipe; name {what}")
+
+
 @contextlib.contextmanager
 def _reading(path: str | Path, what: str) -> Iterator[None]:
     """Refuse what may have no end, and say in one line why a file cannot be read."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"cannot read {path}: it is a folder, a device or a pipe; name {what}")
+    refuse_endless(path, what)
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
@@ -212,16 +222,15 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
             stale = f"; if it is gone, remove {folder / SOFT_LOCK}"
             lock.acquire(timeout=0.0)
     except filelock.Timeout as error:
-        who = holder.read_text() if holder.exists() else "another process"
+        who = holder.read_text(errors="replace") if holder.is_file() else "another process"
         raise ValueError(
             f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
         ) from error
     is_first = lock.lock_counter == 1
     try:
         if is_first:
-            with naming_file(holder):
-                holder.write_text(f"process {os.getpid()} on {platform.node()}")
             remove_unfinished(folder)
+            write_text(holder, f"process {os.getpid()} on {platform.node()}")  # in place of a link, not through it
         yield
     finally:
         if is_first:
@@ -233,12 +242,10 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
     """Refuse to write over files that dpace did not write, and return the names of those that it wrote.
 
     Raises:
-        ValueError: one of the names exists and was not written by dpace.
+        ValueError: one of the names exists and was not written by dpace; or the marker has other than plain names.
     """
     folder = Path(folder)
-    marker = folder / MARKER
-    fix = "remove it, and what dpace wrote beside it"
-    written = set(read_object(marker, fix).get("files", ())) if marker.exists() else set()
+    written = _read_marker(folder / MARKER)
     for name in names:
         if (folder / name).exists() and name not in written:
             raise ValueError(
@@ -246,6 +253,15 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
                 f"--output, move that file away, or copy {MARKER} too where it comes from another folder of dpace"
             )
     return written
+
+
+def _read_marker(path: Path) -> set[str]:
+    """Read the names of the files that dpace wrote to a folder; they are removed, and so must lie in it."""
+    fix = "remove it, and what dpace wrote beside it"
+    names = read_object(path, fix).get("files") if path.exists() else []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ValueError(f"{path}: files is {quoted(names)}, expected names of files of this folder; {fix}")
+    return set(names)
 
 
 def register_files(folder: str | Path, *names: str) -> None:

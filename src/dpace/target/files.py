@@ -28,7 +28,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpace.config import DeviceMap, TargetShard
 from dpace.system import ranks
-from dpace.system.ledger import read_object
+from dpace.system.ledger import read_object, refuse_endless
 from dpace.system.loading import attention_of, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.system.progress import quoted
 from dpace.target.locate import find_target
@@ -59,6 +59,9 @@ def find_target_files(name: str) -> TargetFiles:
     """
     folder = find_adapter(name)
     base = name if folder is None else _find_base(folder)
+    for place in filter(None, (base, folder)):
+        for file in Path(place).glob("*.safetensors"):
+            refuse_endless(file, "a target with files of weights")
     with translate_library_errors(f"the target {base}", FIX):
         generation = cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)

@@ -87,7 +87,7 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
         The folder or the file.
 
     Raises:
-        ValueError: there is neither such a folder nor such a repository.
+        ValueError: there is neither such a folder nor such a repository, or the Hub does not answer.
     """
     path = Path(name)
     if path.is_dir() or path.is_file() and path.suffix == ".gguf":
@@ -95,11 +95,17 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     if path.parent.exists() or not re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII):
         raise ValueError(f"{option} {name} is missing, or no file of a drafter; name a folder or a Hub id that exists")
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
 
+    is_silent = False
+    try:  # once, since the download asks for more than a minute
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the network's many ways to fail
+        is_silent = not isinstance(error, HfHubHTTPError)
     try:
         # The last one is never opened.
         allowed = ["*.json", "*.safetensors", "recipe.yaml", "responses.jsonl", "mask_embedding.pt"]
-        return huggingface_hub.snapshot_download(name, allow_patterns=allowed)
+        return huggingface_hub.snapshot_download(name, allow_patterns=allowed, local_files_only=is_silent)
     except Exception as error:  # the Hub's many ways not to give a repository
         raise ValueError(
             f"{option} {name} is no folder, and the Hub does not give a repository of that name "

@@ -6,10 +6,12 @@ names every file with its size and hash.
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,10 +27,11 @@ MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
-STEPS = "optimizer.json"
+Shapes = dict[str, list[int]]
+"""Shape of each tensor of a file, by name."""
 
 
-@dataclass
+@dataclass(config={"strict": True, "extra": "forbid"})
 class TrainingState:
     """Where a training stands, and its log: what `trainer_state.json` holds."""
 
@@ -73,7 +76,7 @@ def checkpoint_folders(checkpoints: Path) -> dict[int, Path]:
     return {int(name): path for name, path in names.items() if name.isdecimal()}
 
 
-def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Any, schedule: Any) -> None:
+def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Any) -> None:
     """Write a checkpoint, and remove those that training does not need any more.
 
     All ranks call it, and the first one writes. Sharded tensors of the optimizer are gathered one at a time.
@@ -92,7 +95,6 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
         folder = checkpoint_folder(checkpoints, state.global_step)
         with filling(folder, last=MANIFEST) as aside:
             save_file(moments, aside / MOMENTS)
-            write_json(aside / STEPS, {"groups": values["param_groups"], "scheduler": schedule.state_dict()})
             drafter.save_pretrained(aside)
             write_state(aside / STATE, state)
             files = {path.name: _file_entry(path) for path in sorted(aside.iterdir())}
@@ -110,9 +112,9 @@ def is_whole(folder: Path) -> bool:
     """Return whether every file of a checkpoint is there as it was written."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
-    except (OSError, ValueError, TypeError, LookupError):
+        return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return False
-    return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
 
 
 def best_of(folder: Path) -> Path | None:
@@ -121,21 +123,25 @@ def best_of(folder: Path) -> Path | None:
     None where none was measured.
     """
     step = read_state(folder).best_global_step
-    return checkpoint_folder(folder.parent, step) if step else None
+    return None if step is None else checkpoint_folder(folder.parent, step)
 
 
-def find_newest(checkpoints: Path) -> Path | None:
+def find_newest(checkpoints: Path, fits: Callable[[Path], bool]) -> Path | None:
     """Find the newest checkpoint that is whole, its best one included, and remove all but these two.
 
     Call it inside `lock_folder`. The steps of those that are not whole are taken again.
+
+    Args:
+        checkpoints: their folder.
+        fits: says of one whose files are as they were written whether the training can read them.
     """
     folders = checkpoint_folders(checkpoints)
     for folder in (checkpoints, *folders.values()):
         remove_unfinished(folder)
     for _, folder in sorted(folders.items(), reverse=True):
-        if is_whole(folder):
+        if is_whole(folder) and fits(folder):
             best = best_of(folder)
-            if best is None or is_whole(best):
+            if best is None or is_whole(best) and fits(best):
                 remove_others(folder)
                 return folder
         note(f"{folder} is not whole, and is removed")
@@ -149,12 +155,28 @@ def remove_others(newest: Path) -> None:
         shutil.rmtree(path)
 
 
-def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
-    """Read the state of optimizer and schedule that `write_checkpoint` wrote.
+def read_shapes(path: Path) -> Shapes:
+    """Read the shapes of a file's tensors."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def are_moments(found: Shapes, optimizer: Any) -> bool:
+    """Return whether these are moments of an optimizer: all of a parameter, or none where it had no gradient yet."""
+    expected: Shapes = {}
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    for number, (parameter, group) in enumerate(parameters):
+        names = ["momentum_buffer"] if group.get("momentum") is not None else ["exp_avg", "exp_avg_sq"]
+        if f"{number}.step" in found:
+            expected |= {f"{number}.step": [], **{f"{number}.{name}": list(parameter.shape) for name in names}}
+    return bool(found) and found == expected
+
+
+def read_optimizer(folder: Path, optimizer: Any) -> None:
+    """Read the moments of an optimizer that `write_checkpoint` wrote.
 
     Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
     """
-    settings = json.loads((folder / STEPS).read_bytes())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(folder / MOMENTS, framework="pt") as file:
@@ -164,5 +186,4 @@ def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
             parameter = parameters[int(number)]
             share = take_share(value, parameter) if value.shape == parameter.shape else value
             state.setdefault(int(number), {})[name] = share
-    optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
-    schedule.load_state_dict(settings["scheduler"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to_device, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 from transformers import get_cosine_schedule_with_warmup
@@ -31,15 +32,18 @@ from dpace.loss import SlotScores, Weigh, block_loss, count_items, frozen_head_n
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
-from dpace.system.loading import refuse_infinite
+from dpace.system.loading import LIBRARY_ERRORS, refuse_infinite
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.head import TINY
 from dpace.train.checkpoints import (
+    MOMENTS,
     WEIGHTS,
     TrainingState,
+    are_moments,
     checkpoint_folder,
     read_optimizer,
+    read_shapes,
     read_state,
     write_checkpoint,
 )
@@ -164,8 +168,7 @@ class TrainingLoop:
         if self.is_sharded:
             self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
         self.optimizer = make_optimizer(self.model, self.config)
-        warmup = min(math.ceil(self.state.max_steps * self.config.warmup_ratio), self.state.max_steps - 1)
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.state.max_steps)
+        self.schedule = self._make_schedule()
         self.log = StepLog(drafter.block_size, target.device)
         self.interrupt = Interrupt()
 
@@ -182,6 +185,26 @@ class TrainingLoop:
             )
         assert accelerator.device.type == device.type
         return accelerator
+
+    def _make_schedule(self) -> Any:
+        """Make the schedule of the learning rate, from where the training stands."""
+        num_steps = self.state.max_steps
+        warmup = min(math.ceil(num_steps * self.config.warmup_ratio), num_steps - 1)
+        return get_cosine_schedule_with_warmup(self.optimizer, warmup, num_steps, last_epoch=self.state.global_step - 1)
+
+    def fits(self, folder: Path) -> bool:
+        """Return whether this training can read a checkpoint; one of another version may have other contents."""
+        weights = {name: list(tensor.shape) for name, tensor in self.drafter.state_dict().items()}
+        try:
+            state = read_state(folder)
+            StepLog(self.drafter.block_size, torch.device("cpu")).go_on(state.unlogged)
+            return (
+                state.max_steps == self.state.max_steps
+                and read_shapes(folder / WEIGHTS) == weights
+                and are_moments(read_shapes(folder / MOMENTS), self.optimizer)
+            )
+        except (*LIBRARY_ERRORS, OSError, SafetensorError):
+            return False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Open the precision of products for a `with` block: accelerate's, and on a CPU that of `--train.products`."""
@@ -214,7 +237,8 @@ class TrainingLoop:
         if newest is not None:
             self.state = read_state(newest)
             self.read_weights(newest)
-            read_optimizer(newest, self.optimizer, self.schedule)
+            read_optimizer(newest, self.optimizer)
+            self.schedule = self._make_schedule()
             self.log.go_on(self.state.unlogged)
         state = self.state
         config = self.config
@@ -370,7 +394,7 @@ class TrainingLoop:
         """Write a checkpoint."""
         self.gather()
         self.state.unlogged = self.log.unlogged(self.accelerator)
-        write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer, self.schedule)
+        write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer)
 
     def read_weights(self, folder: Path) -> None:
         """Read the weights, into the tensors that the optimizer knows."""

@@ -17,9 +17,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from torch import Tensor
 
-from dpace.config import Recipe
+from dpace.config import Recipe, without_passwords
 from dpace.loss import SlotScores
-from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
 from dpace.system.progress import note, shorten
 from dpace.train.checkpoints import TrainingState
@@ -30,6 +29,9 @@ PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
 """Variables that name the project of a tracker, where accelerate does not read them; by default it is `dpace`."""
 SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
+
+STEP_NUMBERS = ("loss", "grad_norm", "learning_rate", "seconds")
+"""What `StepLog` keeps of an optimizer step."""
 
 
 class Interrupt:
@@ -90,7 +92,7 @@ class StepLog:
         self._sums[:, : is_scored.shape[-1]] += torch.stack([values.float().sum((0, 1)) for values in by_slot])
 
     def add_step(self, **numbers: float) -> None:
-        """Add the `loss`, `grad_norm`, `learning_rate` and `seconds` of an optimizer step."""
+        """Add the `STEP_NUMBERS` of an optimizer step."""
         self._steps.append(numbers)
 
     def unlogged(self, accelerator: Accelerator) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class StepLog:
 
     def go_on(self, unlogged: dict[str, Any]) -> None:
         """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = list(unlogged.get("steps", []))
+        self._steps = [{name: float(step[name]) for name in STEP_NUMBERS} for step in unlogged.get("steps", [])]
         if self._steps and ranks.is_first():
             self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
 

@@ -336,7 +336,6 @@ def train(
         ranks.from_first(lambda: register_files(folder, *FILES))
         if ranks.from_first(lambda: run.is_finished_in(folder)):
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
-        newest = ranks.from_first(lambda: find_newest(folder / "checkpoints"))
         drafter = _make_drafter(target, dataset, recipe, init)
         keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
@@ -345,6 +344,7 @@ def train(
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
+        newest = ranks.from_first(lambda: find_newest(loop.checkpoints, loop.fits))
         reset_peak_memory(target.device)
         loop.run(newest)
         write_finished(folder, loop, run.facts)

@@ -1,5 +1,6 @@
 """Broken files and folders of others for the verbs that read and write drafters: one clear line, and nothing lost."""
 
+import json
 import os
 import resource
 import shutil
@@ -61,6 +62,15 @@ def weights(make):
 FOLDERS = {
     "hidden_size is 1000000000000": config(hidden_size=10**12),
     "hidden_size is 'x'": config(hidden_size="x"),
+    "head_dim is 1000000000, expected": config(head_dim=10**9),
+    "tau_responses is 7, expected": config(dpace={"tau_responses": 7}),
+    "tau_interval is 7, expected": config(dpace={"tau_interval": 7}),
+    "tau is 'x', expected": config(dpace={"tau": "x"}),
+    "model.safetensors: it is a folder, a device or a pipe": lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        os.mkfifo(folder / "model.safetensors"),
+    ),
+    "model-2.safetensors: it is a folder, a device or a pipe": lambda folder: (folder / "model-2.safetensors").mkdir(),
     "num_hidden_layers is 1000000": config(num_hidden_layers=10**6),
     "target_layer_ids is [1, 99]": config(target_layer_ids=[1, 99]),
     "maximum recursion depth": raw("config.json", b"[" * 100_000),
@@ -149,6 +159,40 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
     before = tree(out)
     refused(f"{verb} {folder} --output {out} --target {language_folder}", capsys, "--output")
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("names", [["../victim.gguf"], 5, None, [["a"]]], ids=str)
+@pytest.mark.parametrize("verb", ["export --to zlab --target t --target-name o/t --drafter", "import"])
+def test_a_marker_names_files_of_its_own_folder_only(verb, names, folder, tmp_path, capsys):
+    victim = tmp_path / "victim.gguf"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".dpace.json").write_text(json.dumps({"files": names}))
+    refused(f"{verb} {folder} --output {tmp_path}/out", capsys, ".dpace.json: files is ", "remove it")
+    assert victim.read_text() == "mine"
+
+
+def test_pipes_are_not_waited_for(folder, language_folder, tmp_path, capsys):
+    """A target's weights and GGUF file, and a folder's holder."""
+    target = shutil.copytree(language_folder, tmp_path / "target")
+    (target / "model.safetensors").unlink()
+    os.mkfifo(target / "model.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / ".dpace.holder")
+    refused(f"respond --target {target} --output {out}", capsys, "model.safetensors: it is a folder, a device or")
+    os.mkfifo(tmp_path / "t.gguf")
+    export = f"export {folder} --target t --to gguf --output {tmp_path}/gguf --target-gguf"
+    refused(f"{export} {tmp_path}/t.gguf", capsys, "t.gguf: it is a folder, a device or a pipe")
+
+
+def test_no_link_is_written_through(folder, tmp_path, capsys):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".dpace.holder").symlink_to(victim)
+    assert main(["import", str(folder), "--output", f"{tmp_path}/out"]) == 0
+    assert victim.read_text() == "mine"
 
 
 LATE = {

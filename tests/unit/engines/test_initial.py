@@ -1,6 +1,7 @@
 """A training that starts from a trained drafter, in any layout, has its weights, its size and its mask token."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -120,11 +121,15 @@ def test_more_tokens_in_the_target_do_not_matter():
 
 
 def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, local_files_only):
+        assert local_files_only == is_silent and look_up.call_args == mock.call(name, timeout=10)
         if name == "someone/drafter":
             return str(language_drafter_folder)
         raise OSError("no such repository")
 
+    is_silent = False
+    look_up = mock.Mock()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", look_up)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert main(["import", "someone/drafter", "--output", "imported"]) == 0
@@ -136,3 +141,6 @@ def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder
     for drafter, reason in {"other": "is no folder, and the Hub does not", "drafter/x": "is missing"}.items():
         assert main(f"{line} --drafter someone/{drafter}".split()) == 1
         assert f"--drafter someone/{drafter} {reason}" in capsys.readouterr().err
+    look_up.side_effect = ConnectionError
+    is_silent = True
+    assert main(["import", "someone/drafter", "--output", "again"]) == 0, "the cache has it"

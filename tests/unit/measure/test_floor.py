@@ -16,7 +16,7 @@ from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
 from tests.conftest import make_drafter, make_with_head, make_with_selector
-from tests.support.files import write_prompts
+from tests.support.files import write_prompts, write_rows
 
 CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
@@ -154,4 +154,10 @@ def test_the_command_says_where_tau_is_lost_and_goes_on(
     assert main(["report", "dpace-explain"]) == 0
     assert "Where tau is lost" in (folder / "report.html").read_text()
     assert "100 to 100 %" in explain("--max-new-tokens", "8", "--temperature", "0", "--output", "greedy").out
+    assert "100 to 100 %" in explain("--max-new-tokens", "8", "--temperature", "1e-40", "--output", "cold").out
     assert "nothing was rejected" in explain("--max-new-tokens", "1", "--output", "one").out
+    sets = [{"prompt": prompt, "set": name} for prompt, name in zip(language_prompts[50:], ("all", "s"), strict=False)]
+    write_rows(tmp_path / "prompts.jsonl", sets)
+    explain("--max-new-tokens", "8", "--output", "sets")
+    rows = {row.set: row.num_prompts for row in read_results(tmp_path / "sets" / "explain.json").rows}
+    assert rows == {"all": 1, "s": 1, "all sets": 2}

@@ -120,6 +120,7 @@ def test_names_are_shown_as_they_are(tmp_path, capsys):
         ("results.json", {"rows": []}),
         ("dpace/trainer_state.json", {"log_history": [{"step": "x"}]}),
         ("dpace/trainer_state.json", {"log_history": "x"}),
+        ("dpace/trainer_state.json", {"log_history": [{"eval_tau": 1.5}]}),
     ],
     ids=str,
 )

@@ -48,12 +48,22 @@ REPLIES = {
     "with the error": events({"error": f"{ESC}no"}),
     "cut the prompt": events(TOKEN, END | {"truncated": True}),
     "refuses (400)": send(f"{ESC}no".encode(), 400),
+    "refuses (422): ***": lambda handler: handler.send(handler.headers["Authorization"].split()[1].encode(), 422),
     "refuses (500)": endless(b"x" * 1000, status=500),
     "refuses (307)": send(b"", 307, Location="http://127.0.0.2:9/x"),
     "not done in time": endless(b"data: {}\n", 0.05),
 }
+DEEP = b"[" * 200_000
+
+
+def deep_models(handler):
+    handler.send({"version": "1"} if handler.path == "/version" else DEEP, 404 if handler.path == "/props" else 200)
+
+
 PAGES = {
     "neither vLLM nor SGLang": send(b"[]"),
+    "nor llama.cpp's server": send(DEEP),
+    "expected a list of models": deep_models,
     "timed out": lambda handler: threading.Event().wait(2),
 }
 

@@ -295,6 +295,28 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert "has no results of `dpace bench`" in reason(make_compare())
 
 
+@pytest.mark.parametrize("key", ["", "sk-secret"])
+@pytest.mark.parametrize("name", [5, ["m"], "\ud800", None])
+def test_what_a_server_calls_itself_is_a_text_without_its_password(
+    name, key, start, bench, tmp_path, monkeypatch, capsys
+):
+    """None stands for the header that it got."""
+    monkeypatch.setenv("DPACE_API_KEY", key)
+    server = start("llama.cpp")
+
+    def page(request):
+        said = name or request.headers["Authorization"]
+        request.send({"model_alias": said, "build_info": said})
+
+    server.get = page
+    address = server.url if key else server.url.replace("//", "//user:secret@")
+    out = tmp_path / "out"
+    assert main(f"{bench} --output {out} --temperatures 0 --bench.max-new-tokens 12 --server {address}".split()) == 0
+    assert main(["report", str(out)]) == 0
+    shown = "".join([*capsys.readouterr(), *(path.read_text() for path in out.iterdir())])
+    assert "secret" not in shown and "dXNlcjpzZWNyZXQ" not in shown
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [("--plain-server", "--bench.server"), ("--verify-rules speculative --server", "--bench.verify-rules is not read")],
