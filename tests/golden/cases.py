@@ -1,12 +1,13 @@
 """What training, measuring and decoding give, for each kind of drafter and each objective, with fixed seeds.
 
-`python -m tests.golden.cases` writes `values.json`, with which `test_golden.py` compares. Write it again only where the
-numbers are meant to change, and say so in the commit. The texts in it are the target's own; they are kept, so that all
-machines train on the same ones.
+`python -m tests.golden.cases NAME` writes a case into `values.json`, with which `test_golden.py` compares; without a
+name, it writes all. Write one again only where its numbers are meant to change, and say so in the commit. The texts in
+it are the target's own; they are kept, so that all machines train on the same ones.
 """
 
 import json
 import random
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
@@ -186,10 +187,15 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write `values.json`, with the texts that it has; the target answers where it has none."""
+    """Write the cases that are named, or all; texts and other cases stay as they are."""
     torch.set_num_threads(1)
-    texts = json.loads(VALUES.read_text())["texts"] if VALUES.exists() else write_texts()
-    values = {"texts": texts, "cases": {name: summary(run(case, texts)) for name, case in CASES.items()}}
+    names = sys.argv[1:] or list(CASES)
+    for name in names:
+        if name not in CASES:
+            sys.exit(f"there is no case {name!r}; CASES in tests/golden/cases.py has {', '.join(CASES)}")
+    kept = json.loads(VALUES.read_text()) if VALUES.exists() else {"texts": write_texts(), "cases": {}}
+    cases = kept["cases"] | {name: summary(run(CASES[name], kept["texts"])) for name in names}
+    values = {"texts": kept["texts"], "cases": {name: cases[name] for name in CASES if name in cases}}
     VALUES.write_text(json.dumps(values, separators=(",", ":")).replace('{"losses', '\n{"losses') + "\n")
 
 

@@ -1,11 +1,13 @@
 """Training, measuring and decoding give what they gave when `values.json` was written, on any CPU."""
 
 import json
+import shutil
 from functools import cache
 
 import pytest
 
 from dpace.decode import generate_plain
+from tests.golden import cases
 from tests.golden.cases import CASES, NUM_PROMPT, NUM_TRAINED, VALUES, WAYS, Outcome, run, summary, target
 
 TEXTS = json.loads(VALUES.read_text())["texts"]
@@ -14,6 +16,18 @@ EXPECTED = json.loads(VALUES.read_text())["cases"]
 
 def test_every_case_has_values():
     assert list(EXPECTED) == list(CASES)
+
+
+def test_a_case_that_is_named_is_written_and_the_others_stay(tmp_path, monkeypatch):
+    path = shutil.copy(VALUES, tmp_path / "values.json")
+    monkeypatch.setattr(cases, "VALUES", path)
+    monkeypatch.setattr(cases, "run", lambda case, _: case)
+    monkeypatch.setattr(cases, "summary", lambda case: {"losses": [case.steps]})
+    monkeypatch.setattr("sys.argv", ["cases.py", "muon"])
+    cases.main()
+    before, after = VALUES.read_text().splitlines(), path.read_text().splitlines()
+    assert len(before) == len(after) and len(set(before) ^ set(after)) == 2
+    assert json.loads(path.read_text())["cases"] == EXPECTED | {"muon": {"losses": [4]}}
 
 
 @cache

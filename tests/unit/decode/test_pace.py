@@ -3,13 +3,14 @@
 import itertools
 import operator
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given, strategies as st
 
 from dpace.decode import generate
 from dpace.decode.copies import Copy
-from dpace.decode.pace import Pace, Paces, Plan, StepCosts, best_width, measure_costs
+from dpace.decode.pace import EXPLORATION, Pace, Paces, Plan, StepCosts, best_width, measure_costs
 from tests.conftest import make_drafter, make_target
 
 COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
@@ -31,7 +32,7 @@ def seconds_of(costs, width, is_drafted):
     return costs.verify_seconds[width - 1] + is_drafted * costs.draft_seconds
 
 
-def run(pace, steps, draw, copies=()):
+def run(pace, steps, draw, copies=(), num_unread=0):
     """Decode; return tokens in the seconds of a plain step, and the number of drafts.
 
     `draw` gives the confidences of a step, and how many drafted tokens are right.
@@ -39,11 +40,12 @@ def run(pace, steps, draw, copies=()):
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
         confidences, right = draw()
-        plan = pace.plan(copies)
+        plan = pace.plan(copies, num_unread)
         if plan.is_drafted:
             plan = pace.choose_width(plan, confidences)
         accepted = min(right, plan.width - 1)
         cost = seconds_of(pace.costs, plan.width, plan.is_drafted)
+        cost += plan.is_drafted * num_unread * pace.costs.read_seconds
         pace.learn(plan, [2], accepted, seconds=cost, lookups=[(0, False)] * (accepted + 1))
         seconds += cost
         tokens += accepted + 1
@@ -66,25 +68,36 @@ def test_a_useless_drafter_costs_almost_nothing(confidence, most):
     assert run(pace, 600, always(7))[0] > 2.0, "one that gets good is found again"
 
 
-def test_the_rule_decides_as_it_was_measured():
-    """Drafts, trials and widths that it gave with its constants; a drafter gets better and worse, and copies too."""
-    rng, pace = random.Random(0), Pace(COSTS._replace(read_seconds=0.2))
-    drafts, trials, widths = 0, 0, 0
-    for number in range(1200):
-        share = (0.2, 0.7, 0.5)[number // 100 % 3]
-        copies = [Copy(rng.randrange(5), tokens[: rng.randrange(8)]) for tokens in ([1] * 7, [1, 2, 1, 1, 2])]
-        plan = pace.plan(copies, rng.choice([1, 1, 20]))
-        if plan.is_drafted:
-            plan = pace.choose_width(plan, [rng.uniform(0.5, 1) for _ in range(7)])
-        right = next((k for k in range(7) if rng.random() > share), 7)
-        emitted = [1] * min(right, plan.width - 1) + [2]
-        seconds = seconds_of(COSTS, plan.width, plan.is_drafted) + plan.is_drafted * plan.num_unread * 0.2
-        lookups = [(rng.randrange(5), rng.random() < 0.3) for _ in emitted]
-        pace.learn(plan, emitted, len(emitted) - 1, seconds=seconds * rng.uniform(0.6, 1.9), lookups=lookups)
-        drafts += plan.is_drafted
-        trials += plan.is_trial
-        widths += plan.width * number
-    assert (drafts, trials, widths) == (104, 62, 2435232)
+def test_trials_that_read_a_prompt_are_rarer():
+    """A useless drafter is tried again, for about a hundredth of the time: what reading takes counts too."""
+    counts = []
+    for num_unread in (1, 100, 300):
+        pace = Pace(COSTS._replace(read_seconds=0.2))
+        run(pace, 200, always(0))
+        counts.append(run(pace, 2000, always(0), num_unread=num_unread)[1])
+        assert counts[-1] * num_unread * 0.2 <= 1.1 * EXPLORATION * 2000 * COSTS.verify_seconds[0]
+    assert counts[0] > counts[1] > counts[2] > 0
+
+
+def gain_of_width(width, costs, draw, steps):
+    """Tokens in the seconds of a plain step where each step drafts and verifies as many; of width 1, it drafts none."""
+    tokens = sum(min(draw()[1], width - 1) + 1 for _ in range(steps)) / steps
+    return tokens * costs.verify_seconds[0] / seconds_of(costs, width, width > 1)
+
+
+def test_a_drafter_that_gets_better_and_worse_gains_more_than_any_fixed_width():
+    """It is left and found again: in stretches of 300 steps, nearly nothing or nearly all is right."""
+
+    def draws():
+        rng = random.Random(6)
+        for number in itertools.count():
+            share = (0.05, 0.9)[number // 300 % 2]
+            yield [rng.uniform(0.5, 1) for _ in range(7)], next((k for k in range(7) if rng.random() > share), 7)
+
+    def gain(width):
+        return gain_of_width(width, COSTS, partial(next, draws()), 1800)
+
+    assert run(Pace(COSTS), 1800, partial(next, draws()))[0] > max(map(gain, range(1, 9)))
 
 
 @pytest.mark.parametrize("best", [0.75, 0.95])
@@ -96,11 +109,7 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
         confidences = [rng.uniform(0.05, best) * 0.85**k for k in range(7)]
         return confidences, next((k for k, c in enumerate(confidences) if rng.random() > c), 7)
 
-    def fixed(width):
-        tokens = sum(min(draw()[1], width - 1) + 1 for _ in range(2000)) / 2000
-        return tokens * pace.costs.verify_seconds[0] / seconds_of(pace.costs, width, True)
-
-    assert run(pace, 2000, draw)[0] > max(1.0, *(fixed(width) for width in range(2, 9)))
+    assert run(pace, 2000, draw)[0] > max(gain_of_width(width, pace.costs, draw, 2000) for width in range(1, 9))
 
 
 def test_costs_that_change_are_learned():
