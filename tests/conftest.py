@@ -162,6 +162,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _rough_costs(monkeypatch):
+    """Steps of width `auto` are timed once, since no test may depend on a time."""
+    monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
+
+
 @pytest.fixture
 def unchecked_types():
     """The type checks of the tests cannot be traced by torch.compile."""
