@@ -44,7 +44,7 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
     assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
     untrained = make_drafter(language_target)
     untrained.vocabulary = DraftVocabulary(range(30))
-    assert not failed(check(language_target, untrained, prompts, CONFIG))
+    assert not failed(check(language_target, untrained, prompts, replace(CONFIG, num_prompts=1)))
 
 
 @pytest.mark.wide
@@ -114,7 +114,7 @@ def test_another_distribution_is_found(language_target, language_drafter, prompt
 def test_only_the_text_is_checked_in_bf16(prompts, language_target):
     target = Target(make_target("smollm2").model.to(torch.bfloat16), language_target.tokenizer)
     drafter = make_drafter(target).to(torch.bfloat16)
-    findings = check(target, drafter, prompts, CONFIG)
+    findings = check(target, drafter, prompts, replace(CONFIG, num_prompts=1))
     names = ["plain decoding is generate of transformers", "text at temperature 0", "text at temperature 1, same seed"]
     assert [finding.name for finding in findings] == names
     assert not failed(findings), findings
@@ -133,7 +133,7 @@ def test_the_verb(language_folder, language_target, language_prompts, tmp_path, 
     answers = tmp_path / "r.jsonl"
     write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
     ask = ["check", "--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
-    ask += ["--num-prompts", "1", "--max-new-tokens", "12", "--responses", str(answers)]
+    ask += ["--num-prompts", "1", "--max-new-tokens", "6", "--responses", str(answers)]
     assert main(ask) == 0
     assert [line.split()[:1] for line in capsys.readouterr().out.splitlines()].count(["pass"]) == 9
     change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
