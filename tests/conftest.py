@@ -158,13 +158,10 @@ def random_target(family) -> Target:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(monkeypatch):
+    """Each test has its own random numbers. Steps of width `auto` are timed once, and `dpace doctor` decodes little."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _rough_costs(monkeypatch):
-    """Steps of width `auto` are timed once, since no test may depend on a time."""
+    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 6)
     monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
 
 

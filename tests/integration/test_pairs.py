@@ -433,9 +433,7 @@ AT_ONCE = [
 
 
 @pytest.mark.parametrize("name", wide(PAIRS, *COVER, *AT_ONCE))
-def test_what_a_page_shows_together_works_together(name, files, out, language_target, capsys, monkeypatch):
-    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 6)
-    monkeypatch.setattr("dpace.doctor.MAX_ANSWERS", 6)
+def test_what_a_page_shows_together_works_together(name, files, out, language_target, capsys):
     pair = PAIRS[name]
     with closing(Stub(language_target, "vllm")) as server:
         *before, last = pair.commands.format(**files | {"out": str(out), "server": server.url}).split(";")

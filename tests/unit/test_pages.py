@@ -137,8 +137,6 @@ def test_lines_of_prompts_are_read(tmp_path):
 def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path, monkeypatch, capsys):
     """All blocks of the README and then of docs/, each with what those before it wrote."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 6)
-    monkeypatch.setattr("dpace.doctor.MAX_ANSWERS", 6)
     write_recipe(tmp_path, target=str(language_folder))
     for name in ("prompts", "heldout"):
         write_prompts(tmp_path / f"{name}.jsonl", language_prompts)

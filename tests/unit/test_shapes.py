@@ -7,15 +7,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(
-    "room",
-    [
-        pytest.param("decode", marks=pytest.mark.slow),
-        pytest.param("drafter", marks=pytest.mark.wide),
-        pytest.param("fast", marks=pytest.mark.slow),
-        pytest.param("target", marks=pytest.mark.wide),
-    ],
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("room", ["decode", "drafter", "fast", "target"])
 def test_types_and_shapes_of_decoding(room):
     """But for compiled steps, in which checks cannot be traced, and requests that the types refuse."""
     folder = Path(__file__).parent / room

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from dpace.decode import generate
 from dpace.decode.copies import Copy
-from dpace.decode.pace import EXPLORATION, Pace, Paces, Plan, StepCosts, best_width, measure_costs
+from dpace.decode.pace import Pace, Paces, Plan, StepCosts, best_width, measure_costs
 from tests.conftest import make_drafter, make_target
 
 COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
@@ -32,7 +32,7 @@ def seconds_of(costs, width, is_drafted):
     return costs.verify_seconds[width - 1] + is_drafted * costs.draft_seconds
 
 
-def run(pace, steps, draw, copies=(), num_unread=0):
+def run(pace, steps, draw, num_unread=0):
     """Decode; return tokens in the seconds of a plain step, and the number of drafts.
 
     `draw` gives the confidences of a step, and how many drafted tokens are right.
@@ -40,7 +40,7 @@ def run(pace, steps, draw, copies=(), num_unread=0):
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
         confidences, right = draw()
-        plan = pace.plan(copies, num_unread)
+        plan = pace.plan(num_unread=num_unread)
         if plan.is_drafted:
             plan = pace.choose_width(plan, confidences)
         accepted = min(right, plan.width - 1)
@@ -69,47 +69,43 @@ def test_a_useless_drafter_costs_almost_nothing(confidence, most):
 
 
 def test_trials_that_read_a_prompt_are_rarer():
-    """A useless drafter is tried again, for about a hundredth of the time: what reading takes counts too."""
-    counts = []
-    for num_unread in (1, 100, 300):
-        pace = Pace(COSTS._replace(read_seconds=0.2))
-        run(pace, 200, always(0))
-        counts.append(run(pace, 2000, always(0), num_unread=num_unread)[1])
-        assert counts[-1] * num_unread * 0.2 <= 1.1 * EXPLORATION * 2000 * COSTS.verify_seconds[0]
+    """A useless drafter is tried again for a share of the time, in which what it reads counts too."""
+    costs = COSTS._replace(read_seconds=0.2)
+    counts = [run(Pace(costs), 2000, always(0), num_unread)[1] for num_unread in (1, 100, 300)]
     assert counts[0] > counts[1] > counts[2] > 0
 
 
-def gain_of_width(width, costs, draw, steps):
-    """Tokens in the seconds of a plain step where each step drafts and verifies as many; of width 1, it drafts none."""
-    tokens = sum(min(draw()[1], width - 1) + 1 for _ in range(steps)) / steps
-    return tokens * costs.verify_seconds[0] / seconds_of(costs, width, width > 1)
+def sure(best):
+    """Drafts of all kinds, from hopeless to sure, that are right as often as they say."""
+
+    def draft(rng, _):
+        confidences = [rng.uniform(0.05, best) * 0.85**k for k in range(7)]
+        return confidences, confidences
+
+    return draft
 
 
-def test_a_drafter_that_gets_better_and_worse_gains_more_than_any_fixed_width():
-    """It is left and found again: in stretches of 300 steps, nearly nothing or nearly all is right."""
+def changing(rng, number):
+    """A drafter that gets better and worse, and does not know it, in stretches of 300 steps."""
+    return [rng.uniform(0.5, 1) for _ in range(7)], [(0.05, 0.9)[number // 300 % 2]] * 7
+
+
+@pytest.mark.parametrize("draft", [sure(0.75), sure(0.95), changing])
+def test_the_pace_gains_more_than_any_fixed_width(draft):
+    """With the same drafts: neither bad luck nor a weak stretch ends drafting."""
+    pace = Pace(StepCosts([19.8, 20.5, 21.5, 22.5, 23.0, 23.5, 24.0, 25.0], 7.0))
 
     def draws():
-        rng = random.Random(6)
-        for number in itertools.count():
-            share = (0.05, 0.9)[number // 300 % 2]
-            yield [rng.uniform(0.5, 1) for _ in range(7)], next((k for k in range(7) if rng.random() > share), 7)
+        rng = random.Random(0)
+        for number in range(1800):
+            confidences, chances = draft(rng, number)
+            yield confidences, next((k for k, chance in enumerate(chances) if rng.random() > chance), 7)
 
-    def gain(width):
-        return gain_of_width(width, COSTS, partial(next, draws()), 1800)
+    def fixed(width):
+        tokens = sum(min(right, width - 1) + 1 for _, right in draws()) / 1800
+        return tokens * pace.costs.verify_seconds[0] / seconds_of(pace.costs, width, width > 1)
 
-    assert run(Pace(COSTS), 1800, partial(next, draws()))[0] > max(map(gain, range(1, 9)))
-
-
-@pytest.mark.parametrize("best", [0.75, 0.95])
-def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_width(best):
-    """Drafts of all kinds, from hopeless to sure: neither bad luck nor a weak stretch ends drafting."""
-    rng, pace = random.Random(0), Pace(StepCosts([19.8, 20.5, 21.5, 22.5, 23.0, 23.5, 24.0, 25.0], 7.0))
-
-    def draw():
-        confidences = [rng.uniform(0.05, best) * 0.85**k for k in range(7)]
-        return confidences, next((k for k, c in enumerate(confidences) if rng.random() > c), 7)
-
-    assert run(pace, 2000, draw)[0] > max(gain_of_width(width, pace.costs, draw, 2000) for width in range(1, 9))
+    assert run(pace, 1800, partial(next, draws()))[0] > max(map(fixed, range(1, 9)))
 
 
 def test_costs_that_change_are_learned():

@@ -13,9 +13,8 @@ from llamacpp import run_llamacpp
 from transformers import AutoModel
 
 import dpace.modeling_dflash
-from dpace.decode.batch import generate_batch
-from dpace.decode.loop import generate, generate_plain
-from dpace.decode.pace import Paces
+from dpace.decode.batch import Decoder, generate_batch
+from dpace.decode.loop import generate_plain
 from dpace.drafter import load_drafter
 from dpace.drafter.drafter import make_drafter
 from dpace.drafter.spec import read_folder
@@ -71,8 +70,8 @@ def test_batches_accept_what_single_decoding_does(kind, folders, expected, langu
     drafter = load_drafter(folders[kind], language_target)
     batch = generate_batch(language_target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
     assert [(out.token_ids, len(out.widths)) for out in batch] == expected[kind]
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "paces": Paces()}
-    paced = [generate(language_target, drafter, ids, **options) for ids in prompts]
+    decoder = Decoder(language_target, drafter)
+    paced = [decoder.generate(ids, max_new_tokens=MAX_NEW_TOKENS) for ids in prompts]
     assert [out.token_ids for out in paced] == [text for text, _ in expected[kind]]
 
 
