@@ -23,7 +23,7 @@ TINY = {
     "respond": {"max_new_tokens": 32},
     "drafter": {"num_layers": 2, "num_features": 2, "block_size": 6},
     "train": {"learning_rate": 5e-3, "max_steps": 10, "batch_size": 8, "num_anchors": 12, "eval_steps": 5},
-    "bench": {"max_new_tokens": 8, "num_prompts": 2, "temperatures": [0.0]},
+    "bench": {"max_new_tokens": 8, "num_prompts": 1, "temperatures": [0.0]},
 }
 """What the recipe of the README gets in addition."""
 SHORTER = {

@@ -29,7 +29,7 @@ def other(language_target, language_drafter):
 
 def test_widths_and_drafters_are_compared(measure, language_drafter, other):
     """A narrow verification accepts less; every drafter is compared with the first one that the call names."""
-    results = measure({"good": language_drafter, "bad": other}, widths=("full", 2, 3))
+    results = measure({"good": language_drafter, "bad": other}, widths=("full", 2, 3), max_new_tokens=10)
     rows = {row.width: row for row in results.rows if row.drafter == "good"}
     for width in (2, 3):
         assert rows[width].num_same_text == rows[width].num_responses == 6
