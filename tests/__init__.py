@@ -1,8 +1,8 @@
 """What holds for all tests: one thread, and types and shapes that are checked where tensors are not decoded in loops.
 
 Tiny models gain nothing from threads, and wait long for one another on a busy machine; `OMP_NUM_THREADS` sets another
-number. Checks of every call would take half of the time that decoding takes: `test_shapes.py`, which is slow, runs the
-tests of these rooms with them.
+number. Checks of every call would take half of the time that decoding takes: `test_shapes.py`, which is not among the
+default tests, runs the tests of these rooms with them.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from jaxtyping import install_import_hook
 
-UNCHECKED = {"decode", "fast", "modeling_dflash"}
+UNCHECKED = {"decode", "drafter", "fast", "modeling_dflash", "target"}
 """Modules and rooms of dpace that are called for each token and layer."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported

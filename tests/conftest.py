@@ -158,8 +158,11 @@ def random_target(family) -> Target:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(monkeypatch):
+    """Each test has its own random numbers. Steps of width `auto` are timed once, and `dpace doctor` decodes little."""
     torch.manual_seed(0)
+    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """What training, measuring and decoding give, for each kind of drafter and each objective, with fixed seeds.
 
-`python -m tests.golden.cases` writes `values.json`, with which `test_golden.py` compares. Write it again only where the
-numbers are meant to change, and say so in the commit. The texts in it are the target's own; they are kept, so that all
-machines train on the same ones.
+`python -m tests.golden.cases NAME` writes a case into `values.json`, with which `test_golden.py` compares; without a
+name, it writes all. Write one again only where its numbers are meant to change, and say so in the commit. The texts in
+it are the target's own answers to random prompts; they are kept, so that all machines train on the same ones.
 """
 
 import json
-import random
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig, LossConfig, Objective, Recipe, TrainConfig
-from dpace.decode import generate, generate_batch, generate_plain
+from dpace.decode import generate, generate_batch
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.loss.objective import make_weigh, with_objective
@@ -27,7 +27,7 @@ from dpace.metrics import Acceptance
 from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
-from tests.conftest import VOCAB, make_target
+from tests.conftest import make_target
 
 VALUES = Path(__file__).with_name("values.json")
 MASK = 15
@@ -35,7 +35,6 @@ MASK = 15
 NUM_PROMPT = 4
 """Tokens of a text that are its prompt."""
 LENGTH = 32
-NUM_TEXTS = 20
 NUM_TRAINED = 14
 """Texts that are trained on; the others are measured."""
 NUM_DECODED = 2
@@ -113,13 +112,6 @@ def target() -> Target:
     return make_target("qwen3")
 
 
-def write_texts() -> list[list[int]]:
-    """Answer random prompts."""
-    rng = random.Random(0)
-    prompts = [[rng.randrange(MASK + 1, VOCAB) for _ in range(NUM_PROMPT)] for _ in range(NUM_TEXTS)]
-    return [prompt + generate_plain(target(), prompt, **GREEDY).token_ids for prompt in prompts]
-
-
 def run(case: Case, texts: list[list[int]]) -> Outcome:
     """Train, measure and decode."""
     train = {"batch_size": 4, "num_anchors": 10, "learning_rate": 3e-3, "warmup_ratio": 0.2, "eval_steps": 10**6}
@@ -186,10 +178,11 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write `values.json`, with the texts that it has; the target answers where it has none."""
+    """Write the cases that are named, or all; texts and other cases stay as they are."""
     torch.set_num_threads(1)
-    texts = json.loads(VALUES.read_text())["texts"] if VALUES.exists() else write_texts()
-    values = {"texts": texts, "cases": {name: summary(run(case, texts)) for name, case in CASES.items()}}
+    kept = json.loads(VALUES.read_text())
+    cases = kept["cases"] | {name: summary(run(CASES[name], kept["texts"])) for name in sys.argv[1:] or CASES}
+    values = {"texts": kept["texts"], "cases": {name: cases[name] for name in CASES if name in cases}}
     VALUES.write_text(json.dumps(values, separators=(",", ":")).replace('{"losses', '\n{"losses') + "\n")
 
 

@@ -48,18 +48,18 @@ def test_from_prompts_to_an_exported_drafter(run, language_folder, language_prom
     train = next_of(printed)
     assert train == "dpace train recipe.yaml"
     printed = run(train)
-    assert "training, dpace: 1 of 30" in printed[1]
+    assert "training, dpace: 1 of 10" in printed[1]
     assert "drafters: 1 kept, 0 to come" in run(train)[1]
-    refused = run(f"{train} --max-steps 34", code=1)[1]
+    refused = run(f"{train} --max-steps 12", code=1)[1]
     found = re.search(r"run `mv (\S+) (\S+)`, then add (--drafter.init [^ ,]+)", refused)
     assert found, refused
     shutil.move(found[1], found[2])
-    printed = run(f"{train} --max-steps 34 {found[3]}")
+    printed = run(f"{train} --max-steps 12 {found[3]}")
     printed = run(next_of(printed))
     assert "decoding: " in printed[1] and "the target's code: packed weights, grouped heads, fused layers" in printed[1]
     generate = next_of(printed)
     rows = read_results(tmp_path / "dpace-out" / "results.json").rows
-    assert len(rows) == 2 and all(row.num_same_text == row.num_responses == 2 for row in rows)
+    assert len(rows) == 2 and all(row.num_same_text == row.num_responses == 1 for row in rows)
     assert run(f"dpace check --target {language_folder} --drafter dpace-out/drafter {CHECK}")[0].endswith("passed\n")
 
     export = f"dpace export dpace-out/drafter --target {language_folder}"

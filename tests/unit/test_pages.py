@@ -22,13 +22,14 @@ PARSED_ONLY = "<!-- parsed only"
 TINY = {
     "respond": {"max_new_tokens": 32},
     "drafter": {"num_layers": 2, "num_features": 2, "block_size": 6},
-    "train": {"learning_rate": 5e-3, "max_steps": 30, "batch_size": 8, "num_anchors": 12, "eval_steps": 15},
-    "bench": {"max_new_tokens": 16, "num_prompts": 2, "temperatures": [0.0]},
+    "train": {"learning_rate": 5e-3, "max_steps": 10, "batch_size": 8, "num_anchors": 12, "eval_steps": 5},
+    "bench": {"max_new_tokens": 8, "num_prompts": 1, "temperatures": [0.0]},
 }
 """What the recipe of the README gets in addition."""
 SHORTER = {
-    "compare": ["--train.max-steps", "4", "--train.eval-steps", "2", "--seeds", "0"],
-    "check": ["--num-prompts", "2", "--max-new-tokens", "12"],
+    "compare": ["--train.max-steps", "2", "--train.eval-steps", "2", "--seeds", "0", "--bench.num-prompts", "1"],
+    "check": ["--num-prompts", "1", "--max-new-tokens", "6"],
+    "explain": ["--num-prompts", "2", "--num-blocks", "2", "--num-samples", "4", "--max-new-tokens", "6"],
 }
 """Flags that keep a command within seconds."""
 

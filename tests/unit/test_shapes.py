@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("room", ["decode", "fast"])
+@pytest.mark.wide
+@pytest.mark.parametrize("room", ["decode", "drafter", "fast", "target"])
 def test_types_and_shapes_of_decoding(room):
     """But for compiled steps, in which checks cannot be traced, and requests that the types refuse."""
     folder = Path(__file__).parent / room

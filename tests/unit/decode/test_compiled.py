@@ -20,9 +20,14 @@ CONFIG = BenchConfig(max_new_tokens=12, temperatures=(0.0, 1.0), widths=("full",
 
 @pytest.fixture
 def target():
-    target = make_target("qwen3", max_position_embeddings=512)
+    target = make_target("qwen3", max_position_embeddings=512, num_hidden_layers=3)
     target.tokenizer = make_tokenizer()
     return target
+
+
+@pytest.fixture
+def drafters(target):
+    return {"d": make_drafter(target, num_features=1)}
 
 
 @pytest.fixture
@@ -42,15 +47,14 @@ def lengths(monkeypatch):
 
 
 @pytest.mark.parametrize("choice", ["auto", "never"])
-def test_it_is_measured_on_an_accelerator_or_where_asked_for(choice, target, tmp_path):
+def test_it_is_measured_on_an_accelerator_or_where_asked_for(choice, target, drafters, tmp_path):
     config = replace(CONFIG, temperatures=(0.0,), compiled=choice)
-    (row,) = bench(target, {"d": make_drafter(target)}, PROMPTS[:1], config, tmp_path).rows
+    (row,) = bench(target, drafters, PROMPTS[:1], config, tmp_path).rows
     assert row.compiled is None
 
 
-def test_both_baselines_are_in_the_results(target, lengths, tmp_path, capsys):
+def test_both_baselines_are_in_the_results(target, drafters, lengths, tmp_path, capsys):
     """Same texts, no drafter among the rows, nothing decoded twice."""
-    drafters = {"d": make_drafter(target)}
     results = bench(target, drafters, PROMPTS, CONFIG, tmp_path)
     assert [row.drafter for row in results.rows] == ["d", "d"]
     assert "compiling the steps of plain decoding" in capsys.readouterr().err
@@ -86,12 +90,12 @@ def raise_out_of_memory(*_, **__):
     raise torch.OutOfMemoryError
 
 
-def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):
+def test_where_it_cannot_be_compiled_it_is_left_out(target, drafters, monkeypatch, tmp_path, capsys):
     def fail(*_, **__):
         raise torch._dynamo.exc.TorchDynamoException("no compiler\nis here")
 
     monkeypatch.setattr(Decoder, "generate", fail)
-    results = bench(target, {"d": make_drafter(target)}, PROMPTS, CONFIG, tmp_path)
+    results = bench(target, drafters, PROMPTS, CONFIG, tmp_path)
     assert all(row.compiled is None for row in results.rows)
     assert "left out: no compiler is here\n" in capsys.readouterr().err
 

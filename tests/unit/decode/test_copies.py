@@ -132,7 +132,8 @@ def test_text_is_equal_with_memory(costs, language_target, drafter, questions):
 def test_threads_share_a_decoder(language_target, drafter, questions):
     """Also while its first calls measure the machine; threads give way to one another as often as they can."""
     decoder = Decoder(language_target, drafter)
-    expected = [generate_plain(language_target, question, max_new_tokens=20).token_ids for question in questions]
+    asked = questions[:5]
+    expected = [generate_plain(language_target, question, max_new_tokens=20).token_ids for question in asked]
 
     def answer(question):
         return decoder.generate(question, max_new_tokens=20).token_ids
@@ -141,7 +142,7 @@ def test_threads_share_a_decoder(language_target, drafter, questions):
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(answer, questions * 2)) == expected * 2
+            assert list(pool.map(answer, asked * 2)) == expected * 2
     finally:
         sys.setswitchinterval(usual)
 

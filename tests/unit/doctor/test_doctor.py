@@ -36,11 +36,6 @@ HEAD = "lm_head.weight"
 UP = "layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _short_answers(monkeypatch):
-    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 6)
-
-
 def set_values(folder: Path, values: dict) -> None:
     """Other values in the config, of keys or of `group.key`; None removes one."""
     with changed_json(folder / CONFIG) as config:

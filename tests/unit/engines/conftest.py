@@ -115,7 +115,7 @@ def folder(folders) -> Path:
 
 @pytest.fixture(scope="session")
 def prompts(questions) -> list[list[int]]:
-    return questions[:6]
+    return questions[:4]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import ENGINE, open_target_gguf, pack, write_gguf
 from tests.conftest import make_target, make_with_convolutions
+from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
-from tests.unit.engines.conftest import HEADS, LAYOUTS, RECORD, WINDOWS
+from tests.unit.engines.conftest import HEADS, LAYOUTS, RECORD
 from tests.unit.target.test_target_files import write_fp8
 
 REFUSED = {
@@ -31,15 +32,16 @@ REFUSED = {
 }
 """What an engine does not read, with the engines that do."""
 TO = ("zlab", "speculators", "gguf")
-CASES = [(to, kind, "keep") for to in TO for kind in (*WINDOWS, "convolutions", *LAYOUTS)]
+CASES = [(to, kind, "keep") for to in TO for kind in ("causal windows", "mixed layers", "convolutions", *LAYOUTS)]
 CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *HEADS)] + [(to, "head", "keep") for to in TO[1:]]
-CASES += [(to, "trained", dtype) for to in TO for dtype in ("bfloat16", "float16")]
+CASES += [(to, "trained", "bfloat16") for to in TO]
+LIKE_THESE = [(to, *case) for to in TO for case in (("windows", "keep"), ("causal", "keep"), ("trained", "float16"))]
+"""They take the same branches."""
 
 
-@pytest.mark.parametrize(("to", "kind", "dtype"), CASES)
-def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(
-    to, kind, dtype, do_export, folders, language_folder, tmp_path
-):
+@pytest.mark.parametrize("case", [*CASES, *wide(LIKE_THESE)], ids=str)
+def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(case, do_export, folders, language_folder, tmp_path):
+    to, kind, dtype = case
     if reason := REFUSED.get((to, kind)):
         with pytest.raises(ValueError, match=reason):
             do_export(to, kind)

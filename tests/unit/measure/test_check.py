@@ -25,7 +25,7 @@ from dpace.target.chat import encode_chat
 from tests.conftest import EOS, make_drafter, make_target, make_with_head, make_with_selector
 from tests.support.files import change_json, make_prompts, write_prompts, write_rows
 
-CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=2, max_new_tokens=12)
+CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=1, max_new_tokens=12)
 
 
 @pytest.fixture
@@ -41,8 +41,7 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
     """The untrained one with a draft vocabulary."""
     findings = check(language_target, language_drafter, prompts, CONFIG)
     assert not failed(findings) and len(findings) == 8
-    counts = (n * CONFIG.num_prompts for n in (1, 6, 5))
-    assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
+    assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in (1, 6, 5)]
     untrained = make_drafter(language_target)
     untrained.vocabulary = DraftVocabulary(range(30))
     assert not failed(check(language_target, untrained, prompts, CONFIG))
@@ -96,7 +95,7 @@ def test_a_fault_is_found(name, language_target, language_drafter, prompts, monk
     """The baseline is wrong as where `respond` once took over the target's penalties."""
     change, expected, where = FAULTS[name]
     monkeypatch.setattr(name, change(operator.attrgetter(name.removeprefix("dpace."))(dpace)))
-    findings = check(language_target, language_drafter, prompts, replace(CONFIG, num_prompts=1))
+    findings = check(language_target, language_drafter, prompts, CONFIG)
     assert expected in failed(findings)
     assert where in next(finding.detail for finding in findings if finding.name == expected)
 
@@ -134,7 +133,7 @@ def test_the_verb(language_folder, language_target, language_prompts, tmp_path, 
     answers = tmp_path / "r.jsonl"
     write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
     ask = ["check", "--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
-    ask += ["--num-prompts", "1", "--max-new-tokens", "12", "--responses", str(answers)]
+    ask += ["--num-prompts", "1", "--max-new-tokens", "6", "--responses", str(answers)]
     assert main(ask) == 0
     assert [line.split()[:1] for line in capsys.readouterr().out.splitlines()].count(["pass"]) == 9
     change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)

@@ -33,7 +33,7 @@ from tests.support.families import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
-LENGTH = 30
+LENGTH = 20
 SHARED = [(7 * i) % 59 + 4 for i in range(20)]
 """A beginning of several prompts, longer than the windows."""
 
@@ -91,7 +91,7 @@ def test_plain_and_drafted_text_is_the_targets(family, target):
             continue
         for every in everies:
             accepted += decode_with_faults(target, prompt, text, every, "auto" if every == 100 else "full")
-    assert family in NOT_DRAFTED_FOR or accepted > 40
+    assert family in NOT_DRAFTED_FOR or accepted > 20
 
 
 def test_plain_decoding_keeps_the_window_only(target, monkeypatch):
@@ -176,7 +176,7 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
     changes = {"rope_parameters": rope, "original_max_position_embeddings": 32}
     target = make_sharp_target("phi3", **changes)
     drafter = make_drafter(target, block_size=4, target_layer_ids=[0, 2])
-    for prompt, length in ((SHARED[:5], 27), (SHARED + SHARED, LENGTH)):
+    for prompt, length in ((SHARED[:12], LENGTH), (SHARED + SHARED, LENGTH)):
         text = own_text(target, prompt)[:length]
         assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
     with pytest.raises(ValueError, match="33 tokens; past 32 .* ask for fewer"):
