@@ -84,7 +84,7 @@ def test_the_rule_decides_as_it_was_measured():
         drafts += plan.is_drafted
         trials += plan.is_trial
         widths += plan.width * number
-    assert (drafts, trials, widths) == (104, 62, 2435232)
+    assert (drafts, trials, widths) == (181, 122, 2279661)
 
 
 @pytest.mark.parametrize("best", [0.75, 0.95])
@@ -101,6 +101,21 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
         return tokens * pace.costs.verify_seconds[0] / seconds_of(pace.costs, width, True)
 
     assert run(pace, 2000, draw)[0] > max(1.0, *(fixed(width) for width in range(2, 9)))
+
+
+@pytest.mark.parametrize("told", [lambda chance: chance**3, lambda chance: 0.4 * chance, lambda chance: chance**0.3])
+def test_confidences_that_are_wrong_cost_little(told):
+    """Of a good drafter, too modest ones and too sure ones, over those that are right."""
+    speeds = []
+    for say in (told, lambda chance: chance):
+        rng = random.Random(0)
+
+        def draw(say=say, rng=rng):
+            chances = [rng.uniform(0.6, 0.98) * 0.98**k for k in range(7)]
+            return [*map(say, chances)], next((k for k, chance in enumerate(chances) if rng.random() > chance), 7)
+
+        speeds.append(run(Pace(COSTS), 1000, draw)[0])
+    assert speeds[0] > 0.93 * speeds[1] > 1.2
 
 
 def test_costs_that_change_are_learned():
