@@ -332,7 +332,7 @@ class RespondConfig:
     The environment variable DPACE_API_KEY has the key where they want one."""
     retry_seconds: PositiveOrZero = 600.0
     """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up.
-    Above 0 it is asked once more at least, also where a request took longer."""
+    It is asked once more at least, also where a request took longer."""
 
 
 @options

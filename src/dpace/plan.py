@@ -357,10 +357,10 @@ def plan_lines(
         of_others = 1 - 1 / plan.ranks
         trained = of_others * (8 * plan.drafter.num_parameters() + 4 * plan.num_moments)
         layers = of_others * sum(weight.nbytes for weight in plan.target.layers.parameters())
-        lines += [
-            f"that is a rank of {plan.ranks}; it takes about {size(trained)} less with `accelerate launch --use_fsdp`",
-            f"and about {size(layers)} less with --train.target-shard fsdp",
-        ]
+        lines.append(
+            f"a rank of {plan.ranks} takes about {size(trained)} less with `accelerate launch --use_fsdp`,\n"
+            f"and about {size(layers)} less with --train.target-shard fsdp"
+        )
     if sum(memory_parts.values()) > plan.free_bytes:
         lines.append(
             f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "

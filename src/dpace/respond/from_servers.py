@@ -146,12 +146,10 @@ class ServerAnswers:
     def _ask(self, server: Server, prompt: Prompt) -> Response:
         """Answer all turns of a prompt."""
         config = self.config
-        is_over = tenacity.stop_after_delay(config.retry_seconds)
-        if config.retry_seconds:  # a request may have taken longer before it failed
-            is_over &= tenacity.stop_after_attempt(2)
         ask = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
-            stop=is_over,
+            # The time begins with a request, which may take longer before it fails for the first time.
+            stop=tenacity.stop_after_delay(config.retry_seconds) & tenacity.stop_after_attempt(2),
             wait=tenacity.wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
             reraise=True,
         )
