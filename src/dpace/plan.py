@@ -355,11 +355,11 @@ def plan_lines(
     ]
     if plan.ranks > 1:
         of_others = 1 - 1 / plan.ranks
-        trained = of_others * (8 * plan.drafter.num_parameters() + 4 * plan.num_moments)
-        layers = of_others * sum(weight.nbytes for weight in plan.target.layers.parameters())
+        trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments  # with both gradients; a copy stays whole
+        layers = sum(weight.nbytes for weight in plan.target.layers.parameters())
         lines.append(
-            f"a rank of {plan.ranks} takes about {size(trained)} less with `accelerate launch --use_fsdp`,\n"
-            f"and about {size(layers)} less with --train.target-shard fsdp"
+            f"a rank of {plan.ranks} takes {size(of_others * trained)} less with `accelerate launch --use_fsdp`,\n"
+            f"and {size(of_others * layers)} less with --train.target-shard fsdp"
         )
     if sum(memory_parts.values()) > plan.free_bytes:
         lines.append(
