@@ -155,7 +155,7 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     plan = TrainingPlan(uncached, device, 0, target, drafter, known_lengths(dataset))
     flops = sum(plan.flops())
     parts = plan.memory(plan.batch_size)
-    del parts["CUDA's context"]  # which torch's allocator does not count
+    del parts["libraries"]  # which torch's allocator does not count
     tokens = per_step * config.max_length
     return drafter.eval(), {
         "steps": len(counted),

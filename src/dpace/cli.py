@@ -33,6 +33,8 @@ USAGE = "\n".join(
     ]
 )
 
+CONTINUING = ("demo", "respond", "train", "compare", "bench", "explain")
+"""Verbs that go on where they were interrupted."""
 SAME_REASON_SECONDS = 15.0
 """How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
@@ -73,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
             module.run(args)
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            _print_reason(verb, "interrupted; what is on disk is kept: run the same command to continue")
+            goes_on = "; what is on disk is kept: run the same command to continue" if verb in CONTINUING else ""
+            _print_reason(verb, f"interrupted{goes_on}")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if isinstance(error, BrokenPipeError):  # whoever reads the output has enough, as `head` has

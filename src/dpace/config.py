@@ -351,7 +351,8 @@ class RespondConfig:
     """Addresses of running servers of the target that answer instead, http://host:port: vLLM, SGLang or llama.cpp.
     The environment variable DPACE_API_KEY has the key where they want one."""
     retry_seconds: PositiveOrZero = 600.0
-    """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up."""
+    """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up.
+    It is asked once more at least, also where a request took longer."""
 
 
 @options
@@ -368,7 +369,7 @@ class BenchConfig:
     temperatures: OneOrMore[PositiveOrZero] = (0.0, 1.0)
     """Sampling temperatures to measure at (the paper: 0 and 1)."""
     max_new_tokens: Count = 2048
-    """Longest response in tokens."""
+    """Longest response in tokens; `dpace bench` takes respond.max_new_tokens where this is not set."""
     num_prompts: CountOrZero | None = None
     """Most prompts to take from each dataset; all by default."""
     widths: OneOrMore[Width] = ("full", "auto")

@@ -241,7 +241,7 @@ class Trial:
         answers = ResponseDataset(responses, max_length=longest, num_anchors=None, seed=0)
         read_as(self.drafter, replace(self.spec, **changes))
         try:
-            return heldout_acceptance(self.drafter, self.target, answers)
+            return heldout_acceptance(self.drafter, self.target, answers, title="measuring tau")
         finally:
             read_as(self.drafter, self.spec)
 
@@ -260,7 +260,7 @@ def decode_prompts(trial: Trial) -> Finding:
     target = trial.target
     done = []
     num_same = 0
-    for prompt in PROMPTS:
+    for prompt in track(PROMPTS, "decoding prompts"):
         token_ids = encode_chat(target, [{"role": "user", "content": prompt}])
         plain = generate_plain(target, token_ids, max_new_tokens=MAX_NEW_TOKENS)
         drafted = generate(target, trial.drafter, token_ids, width="full", max_new_tokens=MAX_NEW_TOKENS)
@@ -374,7 +374,7 @@ def diagnose(
     if spec and engine:
         diagnoses.append(check_engine(spec, engine))
     trial = spec and Trial(target, folder, spec, recorded)
-    for name, check in track(list(RUN.items()), "examining"):
+    for name, check in RUN.items():
         failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
         if failed or trial is None:
             found = Diagnosis(name, "skipped", f"fix first: {', '.join(failed)}")

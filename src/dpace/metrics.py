@@ -125,14 +125,15 @@ def widening(num_prompts: int) -> float:
     """Return by how much the interval of a bootstrap is too narrow, for two prompts or more.
 
     A bootstrap takes the spread of few prompts for that of all, and its quantiles for the normal distribution's: of 6
-    prompts, its intervals of 95 % hold 85 % of the time. With this factor they hold 93 to 96 %, a test counts.
+    prompts, its intervals of 95 % hold 85 % of the time. With this factor they hold 93 to 96 %, a test counts; less
+    where a few prompts are of another kind, which few samples miss (docs/measure.md).
 
     Source: Hesterberg, What Teachers Should Know About the Bootstrap (2015), section 5.3.
     """
     return student_t(num_prompts - 1) / NORMAL * math.sqrt(num_prompts / (num_prompts - 1))
 
 
-def _ratio(totals: np.ndarray) -> np.ndarray:
+def ratio(totals: np.ndarray) -> np.ndarray:
     """Divide tops by bottoms, "2 ..."; nan where the bottom is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(totals[1] > 0, totals[0] / totals[1], np.nan)
@@ -161,14 +162,14 @@ def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tu
     num_seeds = len(sides[0])
     totals = np.moveaxis(np.array(sides, float).reshape(len(sides), num_seeds, -1, 2), -1, 0)
     num_prompts = totals.shape[-1]
-    value = float(statistic(_ratio(totals.sum((-2, -1)))))
+    value = float(statistic(ratio(totals.sum((-2, -1)))))
     if np.isnan(value) or num_prompts < MIN_PROMPTS:
         return value, math.nan, math.nan
     drawn = np.random.default_rng(0).integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
-    ends = np.nanquantile(statistic(_ratio(totals.sum(-2)[..., drawn].sum(-1))), [0.025, 0.975])
+    ends = np.nanquantile(statistic(ratio(totals.sum(-2)[..., drawn].sum(-1))), [0.025, 0.975])
     distances = widening(num_prompts) * (ends - value)
     if num_seeds > 1:
-        by_seed = statistic(_ratio(totals.sum(-1)))
+        by_seed = statistic(ratio(totals.sum(-1)))
         of_seeds = student_t(num_seeds - 1) * by_seed.std(ddof=1) / num_seeds**0.5
         distances = np.hypot(distances, of_seeds) * [-1, 1]
     low, high = (value + distances).tolist()

@@ -7,7 +7,7 @@ there at once. Time is operations over speed: those of products of matrices, and
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -40,8 +40,10 @@ from dpace.train.optimizer import is_factor, products_dtype
 from dpace.train.run import choose_conversations, is_finished
 
 Number = int | float
-CONTEXT_BYTES = 3 * 2**28
-"""Bytes that CUDA's context and libraries are assumed to take on a GPU."""
+LIBRARY_BYTES = {True: 2**29, False: 3 * 2**28}
+"""Bytes of Python with its libraries in the memory of a CPU, and those that CUDA is assumed to take on a GPU."""
+UNCOUNTED_SHARE = 0.1
+"""What the terms of a plan miss, as a share of their sum (docs/scale.md)."""
 BYTES_PER_TOKEN = 4
 """Bytes of a prompt's messages that a token of them has at least, on average: the names of their parts count too."""
 DISTINCT_TOKENS = 10
@@ -105,11 +107,13 @@ class TrainingPlan:
     drafter: Any
     lengths: np.ndarray
     """Tokens and anchors of the conversations, "2 conversation"."""
+    ranks: int = field(default_factory=num_ranks)
+    """Processes that train together."""
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps."""
-        return num_steps(self.recipe.train, self.lengths.shape[1], num_ranks())
+        return num_steps(self.recipe.train, self.lengths.shape[1], self.ranks)
 
     @property
     def batch_size(self) -> int:
@@ -133,16 +137,15 @@ class TrainingPlan:
             return num_tokens
         return min(num_tokens, int(DISTINCT_TOKENS * self.lengths[0].sum() ** 0.5))
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's features where a training reads them."""
+    def token_bytes(self, dtype: str = "target") -> int:
+        """Return the bytes of a token's features, where a step reads them or as they are kept on disk."""
         num_layers = len(self.drafter.target_layer_ids) + self.recipe.needs_target_hidden
-        return bytes_of_token(self.target, num_layers, self.recipe.train.feature_dtype)
+        return bytes_of_token(self.target, num_layers, dtype)
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of the features of all conversations."""
-        return int(self.lengths[0].sum() * self.token_bytes)
+        """Bytes of the features of all conversations, where they are kept."""
+        return int(self.lengths[0].sum() * self.token_bytes(self.recipe.train.feature_dtype))
 
     @property
     def feature_place(self) -> str:
@@ -159,7 +162,10 @@ class TrainingPlan:
         return summary(tokens), num_blocks * self.drafter.block_size
 
     def memory(self, batch_size: int) -> dict[str, Number]:
-        """Compute the bytes of a step by part, with a micro-batch of the largest conversations."""
+        """Compute the bytes of a step by part, with a micro-batch of the largest conversations; together a bound.
+
+        A rank among several has a whole drafter and a whole target here.
+        """
         num_tokens, num_slots = self.sizes(np.max)
         is_cpu = self.device.type == "cpu"
         head = self.target.head.weight
@@ -177,18 +183,20 @@ class TrainingPlan:
             activations = activations / num_layers + num_layers * states
         chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
         tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
-        return {
+        parts = {
             "target": of_target * head.itemsize,
             "its copies in 16 bits": 2 * of_target if is_cpu and head.itemsize == 4 else 0,
             "drafter": of_drafter * (4 if item == 4 else 4 + item),
             "optimizer's moments": 4 * self.num_moments,
             "gradient": 4 * of_drafter,
-            "hidden states": batch_size * num_tokens * self.token_bytes,
+            "gradient for other ranks": 4 * of_drafter * (self.ranks > 1),
+            "hidden states": batch_size * num_tokens * self.token_bytes(),
             "hidden states that are kept": self.feature_bytes if is_cpu and self.feature_place == "kept" else 0,
             "activations of the drafter": activations,
             "loss through the head": 3 * states + 2 * tiles,
-            "CUDA's context": 0 if is_cpu else CONTEXT_BYTES,
+            "libraries": LIBRARY_BYTES[is_cpu],
         }
+        return parts | {"what is not counted": UNCOUNTED_SHARE * sum(parts.values())}
 
     def largest_batch(self) -> int:
         """Return how many conversations of a micro-batch fit into the memory, `MOST_BATCH` at most."""
@@ -314,7 +322,9 @@ def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[P
     return [prompts_line(parts), *training_lines(plan, folders)]
 
 
-def plan_lines(recipe: Recipe, memory: int | None = None, init: Drafter | None = None) -> list[str]:
+def plan_lines(
+    recipe: Recipe, memory: int | None = None, init: Drafter | None = None, ranks: int | None = None
+) -> list[str]:
     """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
 
     Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
@@ -334,6 +344,7 @@ def plan_lines(recipe: Recipe, memory: int | None = None, init: Drafter | None =
         lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
     plan = plan_recipe(recipe, lengths, memory=memory, init=init)
+    plan = replace(plan, ranks=ranks or plan.ranks)
     memory_parts = plan.memory(plan.batch_size)
     lines += [
         *size_lines(plan),
@@ -342,6 +353,14 @@ def plan_lines(recipe: Recipe, memory: int | None = None, init: Drafter | None =
         *(f"  {part:<28} {size(number):>10}" for part, number in memory_parts.items() if number),
         f"largest --train.batch-size that fits: {plan.largest_batch()}",
     ]
+    if plan.ranks > 1:
+        of_others = 1 - 1 / plan.ranks
+        trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments  # with both gradients; a copy stays whole
+        layers = sum(weight.nbytes for weight in plan.target.layers.parameters())
+        lines.append(
+            f"a rank of {plan.ranks} takes {size(of_others * trained)} less with `accelerate launch --use_fsdp`,\n"
+            f"and {size(of_others * layers)} less with --train.target-shard fsdp"
+        )
     if sum(memory_parts.values()) > plan.free_bytes:
         lines.append(
             f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "

@@ -35,7 +35,9 @@ def next_of(printed: tuple[str, str]) -> str:
     return printed[0].rpartition("next: ")[2].strip()
 
 
-def test_from_prompts_to_an_exported_drafter(run, language_folder, language_prompts, target_gguf, tmp_path):
+def test_from_prompts_to_an_exported_drafter(
+    run, language_folder, language_prompts, target_gguf, tmp_path, monkeypatch
+):
     write_prompts(tmp_path / "prompts.jsonl", language_prompts)
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({"target": str(language_folder), "prompts": {"path": "prompts.jsonl"}, **TINY})
@@ -49,7 +51,11 @@ def test_from_prompts_to_an_exported_drafter(run, language_folder, language_prom
     assert train == "dpace train recipe.yaml"
     printed = run(train)
     assert "training, dpace: 1 of 10" in printed[1]
-    assert "drafters: 1 kept, 0 to come" in run(train)[1]
+    for least, is_told in ((1.0, False), (99.0, True)):
+        monkeypatch.setattr("dpace.verbs.LEAST_TAU", least)
+        printed = run(train)[1]
+        assert "drafters: 1 kept, 0 to come" in printed
+        assert bool(re.search(r"no drafter accepts anything yet \(tau \d.\d\d\)", printed)) == is_told, printed
     refused = run(f"{train} --max-steps 12", code=1)[1]
     found = re.search(r"run `mv (\S+) (\S+)`, then add (--drafter.init [^ ,]+)", refused)
     assert found, refused

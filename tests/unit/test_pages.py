@@ -137,6 +137,7 @@ def test_lines_of_prompts_are_read(tmp_path):
 def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path, monkeypatch, capsys):
     """All blocks of the README and then of docs/, each with what those before it wrote."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dpace.verbs.LEAST_TAU", 99.0)  # train and compare then say so in any case
     write_recipe(tmp_path, target=str(language_folder))
     for name in ("prompts", "heldout"):
         write_prompts(tmp_path / f"{name}.jsonl", language_prompts)
@@ -154,6 +155,8 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
             words = shlex.split(renamed(command), comments=True)
             if words[0] == "dpace":
                 code = main([*words[1:], *SHORTER.get(words[1], [])])
-                assert code == 0, f"{block.page}: {command}\n{capsys.readouterr().err[-2000:]}"
+                said = capsys.readouterr().err
+                assert code == 0, f"{block.page}: {command}\n{said[-2000:]}"
+                assert ("no drafter accepts anything yet" in said) == (words[1] in ("train", "compare")), said
         for path in block.promised if block.language == "bash" else ():
             assert Path(path).exists(), f"{block.page} promises {path}"

@@ -41,6 +41,8 @@ MAX_COST_ERROR = 0.3
 """Largest error of a step's logarithm that counts, so that a disturbed step counts little more than others."""
 FORGETTING = 0.0003
 """Share by which a step brings all costs, over that of a plain step, back to what was measured at first."""
+LEAST_POWER = 0.25
+"""Least power of confidences: a drafter that is too modest is trusted as if each one stood for four, at most."""
 PRIOR_GAIN = 1.2
 """Gain of whole drafts over plain decoding that is assumed at first, as if three had given it: a drafter is trusted
 until it proves slower."""
@@ -161,7 +163,8 @@ class Pace:
     It aims at the most tokens per second. The width maximizes
     `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])`, with `c` the drafter's
     calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
-    Confidences that promised more than was accepted so far are scaled down. Costs follow the seconds of real steps: an
+    Each is taken to the power of what they promised over what was accepted so far: those of a drafter that is too sure
+    become smaller, and those of one that is too modest become larger. Costs follow the seconds of real steps: an
     error corrects a step's own cost most, and others by how near their widths are.
 
     Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
@@ -233,9 +236,9 @@ class Pace:
         """Choose the number of tokens to verify of a draft with these confidences."""
         reach = list(itertools.accumulate(confidences, operator.mul))
         promised, kept = self.promised_and_kept.value.tolist()
-        trust = min(1.0, kept / promised)
+        power = max(LEAST_POWER, promised / kept)
         draft = self.draft_factor * self.costs.draft_seconds
-        width, _ = best_width([trust * chance for chance in reach], [draft + cost for cost in self.pass_seconds])
+        width, _ = best_width([chance**power for chance in reach], [draft + cost for cost in self.pass_seconds])
         width = max(width, 1 + plan.is_trial)  # a draft that is not verified teaches nothing
         return plan._replace(width=width, promised=sum(reach[: width - 1]))
 

@@ -263,11 +263,11 @@ class Drafter(DFlashDraftModel):
         drafter.check_target(target)
         return drafter.to(target.device)
 
-    def start_for(self, target: Target) -> "Drafter":
+    def start_for(self, target: Target, *, seed: int = 0) -> "Drafter":
         """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
 
         Vocabulary, scales and cap become the target's, as fine-tuned targets often have some more tokens. In a
-        selector's tables of tokens, new ones begin with untrained rows.
+        selector's tables of tokens, new ones begin with untrained rows, which `seed` draws.
 
         Raises:
             ValueError: see `check_target`.
@@ -293,6 +293,7 @@ class Drafter(DFlashDraftModel):
                     "target's, or leave --drafter.init out"
                 )
         with torch.random.fork_rng():
+            torch.manual_seed(seed)
             drafter: Any = Drafter(spec.config())
         fresh = drafter.state_dict()
         for name, value in self.named_parameters():

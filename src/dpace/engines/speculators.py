@@ -55,7 +55,8 @@ class Speculators(Vllm):
         token_ids = vocabulary.token_ids
         rows = target.head.weight[token_ids.to(target.device)].cpu()
         own = {"lm_head.weight": rows, "d2t": token_ids - torch.arange(len(token_ids))}
-        return replace(spec, draft_vocab_size=len(token_ids)), tensors | own
+        record = spec.record | {"confidence_temperature": vocabulary.confidence_temperature}
+        return replace(spec, draft_vocab_size=len(token_ids), record=record), tensors | own
 
     def write(self, folder, drafter, config, target):
         """See `Engine`.

@@ -14,14 +14,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, group_by, setup_of, tokens_per_second
+from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     SPECULATIVE,
     BenchRecord,
@@ -34,7 +33,7 @@ from dpace.measure.results import (
     nullable,
     write_results,
 )
-from dpace.metrics import Acceptance, estimate, tau_estimate, tau_gain
+from dpace.metrics import Acceptance, tau_estimate, tau_gain
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
@@ -49,8 +48,6 @@ WARM_UP_TOKENS = 8
 """Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
-TIMES = attrgetter("decode_seconds", "num_decode_tokens")
-"""What the speed of a response follows from."""
 Way = tuple[str, Width | None]
 """A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
@@ -262,10 +259,4 @@ def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord
 
 def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
     """Divide the tokens a second by theirs: ratio of totals, prefill excluded."""
-    return nullable(estimate([[_prompt_times(ours)], [_prompt_times(theirs)]], lambda seconds: seconds[1] / seconds[0]))
-
-
-def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
-    """Sum the seconds of each prompt, and the tokens decoded in them, "prompt 2", in the order of the prompts."""
-    groups = group_by(responses, attrgetter("id")).values()
-    return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups])
+    return speedup(*(group_by(side, attrgetter("id")).values() for side in (ours, theirs)))

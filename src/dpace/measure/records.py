@@ -16,12 +16,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from dpace.config import BenchConfig, ExplainConfig, RespondConfig
-from dpace.measure.results import PromptRecord, ResponseRecord, ServedAnswer, Setup
+from dpace.measure.results import Estimate, PromptRecord, ResponseRecord, ServedAnswer, Setup, nullable
+from dpace.metrics import estimate, ratio
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, to_json
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
+from dpace.system.progress import note
 from dpace.system.provenance import hash_json
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
@@ -33,6 +35,7 @@ COMPILED = "plain, compiled"
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")
+Answer = ResponseRecord | ServedAnswer
 Record = TypeVar("Record", bound=PromptRecord)
 Job = tuple[float, Prompt]
 """What a record is made of: a temperature and a prompt."""
@@ -109,10 +112,22 @@ def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in places]
 
 
-def tokens_per_second(answers: Sequence[ResponseRecord] | Sequence[ServedAnswer]) -> float:
+def tokens_per_second(answers: Sequence[Answer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
     seconds = sum(answer.decode_seconds for answer in answers)
     return sum(answer.num_decode_tokens for answer in answers) / seconds if seconds else math.nan
+
+
+def speedup(ours: Iterable[Sequence[Answer]], theirs: Iterable[Sequence[Answer]]) -> Estimate:
+    """Divide the tokens a second by theirs: ratio of totals, prefill excluded.
+
+    A side has the answers to each prompt. The result is None where all tokens came at once, and without answers.
+    """
+    seconds_a_token = [
+        [[[sum(one.decode_seconds for one in turns), sum(one.num_decode_tokens for one in turns)] for turns in side]]
+        for side in (theirs, ours)
+    ]
+    return nullable(estimate(seconds_a_token, ratio))
 
 
 class Records(Generic[Record]):
@@ -139,6 +154,9 @@ class Records(Generic[Record]):
         self.path = path.with_stem(f"{path.stem}-{hash_json(self.first_line)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
         self.read()
+        kept = path.with_stem(f"{path.stem}-*")
+        if len([*path.parent.glob(kept.name)]) > 1:
+            note(f"results will be of the settings of this call alone; {kept} keep all prompts")
 
     def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
         """Return the jobs that have no record, with their numbers among all."""

@@ -278,6 +278,8 @@ class ServerRow:
     """Rate of a request after its first token; None where all tokens came at once."""
     plain_tokens_per_second: float | None
     """None without a plain server, as are the next ones."""
+    decode_speedup: Estimate = (None, None, None)
+    """Ratio of these two rates; older files lack it."""
     num_same_text: int | None
     """Responses with the plain server's text."""
     control_same_text: int | None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, tokens_per_second
+from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
     Estimate,
@@ -186,6 +186,7 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, *, drafts: bool
     paired = [[[side[key] for key in common]] for side in (served, here)]
     drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
     num_same, num_control, gain = _same_texts(records) if plain else (None, None, (None, None, None))
+    by_prompt = [[_answers([record], side) for record in records] for side in (DRAFTER, PLAIN)]
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
@@ -196,6 +197,7 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, *, drafts: bool
         tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),
         tokens_per_second=defined(tokens_per_second(drafted)),
         plain_tokens_per_second=defined(tokens_per_second(plain)),
+        decode_speedup=speedup(*by_prompt),
         num_same_text=num_same,
         control_same_text=num_control,
         same_text_gain=gain,

@@ -32,7 +32,10 @@ Logs = Mapping[str, Sequence[Sequence[dict[str, Any]]]]
 
 
 def training_curves(logs: Logs) -> str:
-    """Draw the loss, and tau of the validation responses, against steps; a line for each drafter."""
+    """Draw the loss, and tau of the validation responses, against steps; a line for each drafter.
+
+    Dotted lines stand where blocks grow: twice as many slots and one have weight from then on. One dot is not drawn.
+    """
 
     def draw(axis: Any, key: str) -> None:
         for number, (name, runs) in enumerate(logs.items()):
@@ -40,6 +43,11 @@ def training_curves(logs: Logs) -> str:
                 entries = [entry for entry in log if key in entry]
                 steps = [entry["step"] for entry in entries]
                 axis.plot(steps, [entry[key] for entry in entries], color=f"C{number}", label=label(name))
+                axis.set_visible(len(steps) > 1)
+                sizes = [sum(SHARE in name and share > 0 for name, share in entry.items()) for entry in entries]
+                for step, size, later in zip(steps, sizes, sizes[1:], strict=False):
+                    if later > 2 * size:
+                        axis.axvline(step, linestyle=":", label=label("blocks grow"))
         axis.set(xlabel="optimizer step")
 
     return draw_panels({"loss": "loss", "tau, validation": "eval_tau"}, draw, same_scale=False)
@@ -69,7 +77,8 @@ DRAWINGS = (
     (
         "Training",
         "Losses of different objectives have different scales; tau can be compared. It is measured on the validation "
-        "share of the training prompts, and chooses the checkpoint.",
+        "share of the training prompts, and chooses the checkpoint. The loss jumps where blocks "
+        "grow. A tau that was measured once is in trainer_state.json.",
         training_curves,
     ),
     (

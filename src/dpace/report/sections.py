@@ -270,8 +270,8 @@ def servers(results: ServerResults) -> Section:
     text = (
         "tau is the mean acceptance length that the server reports; beside it is that of whole drafts in this process, "
         "on the same prompts. tok/s counts the tokens of a request after its first one, one request at a time; those "
-        "of the plain server stand in brackets. Same text counts the texts that are those of the plain server's first "
-        "pass; in brackets, those of its own second pass."
+        "of the plain server stand in brackets, and speed says on which side of 1 the ratio of both lies. Same text "
+        "counts the texts that are those of the plain server's first pass; in brackets, those of its own second pass."
     )
     rows = []
     for row in results.rows:
@@ -279,6 +279,7 @@ def servers(results: ServerResults) -> Section:
         rows.append(
             {
                 "verdict": served_verdict(row),
+                "speed": "-" if row.num_same_text is None else verdict(row.decode_speedup),
                 "set": row.set,
                 "T": f"{row.temperature:g}",
                 "tau [95 %]": with_interval(*row.tau),
@@ -291,7 +292,7 @@ def servers(results: ServerResults) -> Section:
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
     trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
     note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
-    return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=2, note=note)
+    return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=3, note=note)
 
 
 def texts_note(rows: Sequence[ServerRow]) -> str:

@@ -7,8 +7,9 @@ continued where an earlier call was interrupted.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,11 @@ def answer_prompts(
         if waiting:
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
             mine = [by_id[name] for name in ranks.share(waiting)]
-            answers = servers.answers(mine) if servers else answer_batches(target, mine, config)
             own = path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
-            _append_answers(answers, own, len(mine))
+            with progress_bar() as bar:
+                show = partial(bar.update, bar.add_task("answering prompts", total=len(mine), info=""))
+                answers = servers.answers(mine) if servers else answer_batches(target, mine, config, show)
+                _append_answers(answers, own, show)
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, left_out))
@@ -148,12 +151,11 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
         part.unlink()
 
 
-def _append_answers(answers: Iterator[Sequence[Response]], path: Path, num_prompts: int) -> None:
+def _append_answers(answers: Iterator[Sequence[Response]], path: Path, show: Callable[..., Any]) -> None:
     """Append answers to a file, and wait for the disk whenever some came."""
-    with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
-        task = bar.add_task("answering prompts", total=num_prompts, info="")
+    with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
         for batch in answers:
             file.writelines(json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in batch)
             file.flush()
             os.fsync(file.fileno())
-            bar.update(task, advance=len(batch))
+            show(advance=len(batch), info="")

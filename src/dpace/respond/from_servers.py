@@ -71,8 +71,8 @@ def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) 
 class ServerAnswers:
     """Running servers, each asked no more than `batch_size` prompts at any time.
 
-    A request that a server cannot answer now is sent again, later with each failure, for `retry_seconds`. Then the
-    prompt is left out where the server still answers a prompt of one token. A server that does not is given up, and
+    A request that a server cannot answer now is sent again, later with each failure, once or for `retry_seconds`. Then
+    the prompt is left out where the server still answers a prompt of one token. A server that does not is given up, and
     others take its prompts; with the last one the call ends.
 
     Args:
@@ -148,7 +148,8 @@ class ServerAnswers:
         config = self.config
         ask = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
-            stop=tenacity.stop_after_delay(config.retry_seconds),
+            # The time begins with a request, which may take longer before it fails for the first time.
+            stop=tenacity.stop_after_delay(config.retry_seconds) & tenacity.stop_after_attempt(2),
             wait=tenacity.wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
             reraise=True,
         )

@@ -1,6 +1,6 @@
 """Let the target answer prompts in this process, a batch at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from dpace.target.chat import ChatTokenizer
 
 
 def answer_batches(
-    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig, show: Callable[..., Any]
 ) -> Iterator[list[Response]]:
-    """Answer prompts in batches, turn by turn, or take the answers that they come with; yield each batch."""
+    """Answer prompts in batches, turn by turn, or take the answers that they come with; yield each batch.
+
+    `show` gets, after each token, an `info` that says where the batch stands.
+    """
     if config.source == "own":
         for prompt in prompts:
             conversation = Conversation(target, prompt, config)
@@ -36,7 +39,7 @@ def answer_batches(
         while active := [conversation for conversation in batch if not conversation.is_answered]:
             encoded = [conversation.ask() for conversation in active]
             seeds = [conversation.seed for conversation in active]
-            answers = generate_responses(target, encoded, config, seeds)
+            answers = generate_responses(target, encoded, config, seeds, show)
             for conversation, token_ids, answer in zip(active, encoded, answers, strict=True):
                 conversation.add(token_ids, answer)
         yield [conversation.response for conversation in batch]
@@ -44,7 +47,11 @@ def answer_batches(
 
 @torch.inference_mode()
 def generate_responses(
-    target: Target, encoded: list[list[int]], config: RespondConfig, seeds: Sequence[int]
+    target: Target,
+    encoded: list[list[int]],
+    config: RespondConfig,
+    seeds: Sequence[int],
+    show: Callable[..., Any] = lambda **_: None,
 ) -> list[list[int]]:
     """Continue prompts of different lengths together.
 
@@ -58,6 +65,7 @@ def generate_responses(
         encoded: token ids of each prompt.
         config: length and temperature.
         seeds: one for each prompt; they count for a temperature above 0.
+        show: gets, after each token, an `info` that says where the batch stands.
     """
     length = config.max_new_tokens
     temperature = config.temperature
@@ -69,8 +77,9 @@ def generate_responses(
         make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
         for token_ids, seed in zip(encoded, seeds, strict=True)
     ]
-    for _ in Batch(target, None, rows).steps():
-        pass
+    batch = Batch(target, None, rows)
+    for number, _ in enumerate(batch.steps(), start=1):
+        show(info=f"token {number} of at most {length}, {len(batch.rows)} of {len(rows)} prompts are open")
     return [row.token_ids[row.num_prompt :] for row in rows]
 
 

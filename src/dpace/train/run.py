@@ -148,11 +148,15 @@ class Run:
         if kept is None:
             return False
         ways = {STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks"}
-        if is_finished(folder):
-            here = shlex.quote(str(folder))
-            aside = shlex.quote(f"{folder}-before")
-            longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
-            ways |= {"train.max_steps": longer, "train.num_epochs": longer}
+        here = shlex.quote(str(folder))
+        aside = shlex.quote(f"{folder}-before")
+        longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
+        if not is_finished(folder):
+            longer = (
+                "to train it further, finish it first, or copy responses.jsonl and responses.meta.json into a new "
+                f"folder, name that with --output, and the newest folder in {here}/checkpoints with --drafter.init"
+            )
+        ways |= {"train.max_steps": longer, "train.num_epochs": longer}
         same_run({**settings_of(Recipe()), **kept}, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
         return True
 
@@ -358,7 +362,7 @@ def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init
     if init is None:
         drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
     else:
-        drafter = init.start_for(target)
+        drafter = init.start_for(target, seed=recipe.train.seed)
     if drafter.mask_token_id in dataset.seen_tokens:
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; name a token that no text contains "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TARGET_OPTIONS = ("target", "dtype", "device", "device_map", "thinking")
 """Options that say which target is loaded, and how."""
+LEAST_TAU = 1.05
+"""Mean acceptance length below which a drafter has learned nothing that counts; without one it is 1."""
 PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
 
@@ -52,6 +54,12 @@ def load_chat(config: Any) -> "ChatTokenizer":
     from dpace.target.locate import find_target
 
     return ChatTokenizer.load(find_target(config.target), config.thinking)
+
+
+def note_untrained(tau: float | None) -> None:
+    """Say that a drafter is not trained yet where nothing of it is accepted."""
+    if tau and tau < LEAST_TAU:
+        note(f"no drafter accepts anything yet (tau {tau:.2f}): train for more steps, see docs/laptop.md")
 
 
 def note_unread(config: BenchConfig, names: Iterable[str], reason: str) -> None:

@@ -1,11 +1,12 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpace.config import Recipe
-from dpace.recipes.flags import command, parse
+from dpace.recipes.flags import command, given_options, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files
 from dpace.system.progress import note
@@ -21,6 +22,8 @@ IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
+    if "bench.max_new_tokens" not in given_options(Recipe, "bench", args):
+        recipe = replace(recipe, bench=replace(recipe.bench, max_new_tokens=recipe.respond.max_new_tokens))
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
 

@@ -4,7 +4,7 @@ from dpace.config import CompareConfig
 from dpace.recipes.flags import given_options, parse
 from dpace.system import ranks
 from dpace.system.progress import note
-from dpace.verbs import generate_command, load_target, note_unread
+from dpace.verbs import generate_command, load_target, note_unread, note_untrained
 
 OF_BENCH = ("sets", "sets_dir", "drafters", "server", "plain_server")
 """Options of measuring for `dpace bench` alone."""
@@ -38,5 +38,6 @@ def run(args: list[str]) -> None:
         return
     console().print(section_table(comparison(results)))
     print(f"written: {config.output}/results.json, a drafter for each objective and seed")
-    best = next(row.drafter for row in results.rows if row.set == results.rows[-1].set)  # all together
-    print("next:", generate_command(config, cell_folder(config, best, config.seeds[0])))
+    best = next(row for row in results.rows if row.set == results.rows[-1].set)  # all together
+    note_untrained(best.tau[0])
+    print("next:", generate_command(config, cell_folder(config, best.drafter, config.seeds[0])))

@@ -4,9 +4,10 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field, TypeAdapter
 
-from dpace.config import Recipe, options
+from dpace.config import Count, Recipe, options
 from dpace.recipes.flags import given_options, next_command, parse
 
+OWN = ("--memory", "--ranks")
 Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description="a size such as 24GiB or 80GB")]
 
 
@@ -21,6 +22,8 @@ class PlanConfig(Recipe):
     memory: Memory | None = None
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
+    ranks: Count | None = None
+    """Processes that train together, one a GPU; by default those of this command."""
 
 
 def run(args: list[str]) -> None:
@@ -34,8 +37,8 @@ def run(args: list[str]) -> None:
     recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
-    print(*plan_lines(recipe, memory, init), sep="\n")
-    pairs = zip(["", *args], args, strict=False)  # --memory and its value are for this verb only
-    shared = [arg for before, arg in pairs if before != "--memory" and not arg.startswith("--memory")]
+    print(*plan_lines(recipe, memory, init, asked.ranks), sep="\n")
+    pairs = zip(["", *args], args, strict=False)  # of the options, those of this verb only
+    shared = [arg for before, arg in pairs if before not in OWN and not arg.startswith(OWN)]
     meta = read_meta(recipe.responses_path)
     print("next:", next_command("train" if meta.get("complete") else "respond", "plan", shared))

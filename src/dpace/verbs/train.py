@@ -7,7 +7,7 @@ from dpace.recipes.flags import given_options, next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
-from dpace.verbs import load_target
+from dpace.verbs import load_target, note_untrained
 
 
 def run(args: list[str]) -> None:
@@ -49,7 +49,8 @@ def run(args: list[str]) -> None:
             "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "
             "--respond.source own let the target answer"
         )
-    train(target, *datasets, run.recipe, folder, init=run.init, run=run)
+    drafter = train(target, *datasets, run.recipe, folder, init=run.init, run=run)
+    note_untrained(drafter.spec.record.get("tau"))
     if ranks.end():
         print(f"drafter in {folder}")
         print("next:", next_command("bench", "train", args))

@@ -108,6 +108,21 @@ def test_the_pace_gains_more_than_any_fixed_width(draft):
     assert run(pace, 1800, partial(next, draws()))[0] > max(map(fixed, range(1, 9)))
 
 
+@pytest.mark.parametrize("told", [lambda chance: chance**3, lambda chance: 0.4 * chance, lambda chance: chance**0.3])
+def test_confidences_that_are_wrong_cost_little(told):
+    """Of a good drafter, too modest ones and too sure ones, over those that are right."""
+    speeds = []
+    for say in (told, lambda chance: chance):
+        rng = random.Random(0)
+
+        def draw(say=say, rng=rng):
+            chances = [rng.uniform(0.6, 0.98) * 0.98**k for k in range(7)]
+            return [*map(say, chances)], next((k for k, chance in enumerate(chances) if rng.random() > chance), 7)
+
+        speeds.append(run(Pace(COSTS), 1000, draw)[0])
+    assert speeds[0] > 0.93 * speeds[1] > 1.2
+
+
 def test_costs_that_change_are_learned():
     """Over those of a plain step, which takes twice as long too; some steps are disturbed."""
     pace = Pace(COSTS)

@@ -110,7 +110,10 @@ def test_a_drafter_for_another_target_or_without_its_init_is_refused(
 
 
 def test_more_tokens_in_the_target_do_not_matter():
-    """Fine-tuning often adds some; only DFlash2's selector has tables of its own, which then have more rows."""
+    """Fine-tuning often adds some; only DFlash2's selector has tables of its own, which then have more rows.
+
+    The new ones are the same for a seed, whatever was drawn before.
+    """
     for make in (make_with_convolutions, make_with_selector):
         drafter = make(make_target("qwen3")).bfloat16()
         drafter.config.dpace = {"tau": 2.0}
@@ -118,6 +121,10 @@ def test_more_tokens_in_the_target_do_not_matter():
         assert start.spec.vocab_size == 72 and start.dtype == torch.float32 and not start.spec.record
     table = start.candidate_selector.successor_codebook
     assert torch.equal(table[:64], drafter.candidate_selector.successor_codebook.float()) and not table[64:].any()
+    torch.manual_seed(7)
+    again, other = (drafter.start_for(make_target("qwen3", vocab_size=72), seed=seed) for seed in (0, 1))
+    before, same, different = (each.candidate_selector.predecessor_codebook[64:] for each in (start, again, other))
+    assert torch.equal(before, same) and not torch.equal(before, different)
 
 
 def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):

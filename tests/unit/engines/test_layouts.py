@@ -14,7 +14,7 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
 from dpace.engines.export import read_drafter
 from dpace.measure.heldout import heldout_acceptance
-from tests.unit.engines.conftest import LAYOUTS, TOKENS, own_tables, small_head, with_tables
+from tests.unit.engines.conftest import LAYOUTS, RECORD, TOKENS, own_tables, small_head, with_tables
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,8 +65,9 @@ def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, langua
 
 def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, language_target, tmp_path):
     shutil.copytree(folder, tmp_path / "a")
-    DraftVocabulary(TOKENS).save(tmp_path / "a")
+    DraftVocabulary(TOKENS, 1.25).save(tmp_path / "a")
     path = do_export("speculators", folder=tmp_path / "a")
+    assert read_drafter(path, num_target_layers=6).confidence_temperature == 1.25 != RECORD["confidence_temperature"]
     assert f"{len(TOKENS)} of 64 tokens" in (path / "README.md").read_text()
     tensors = load_file(path / "model.safetensors")
     ids = tensors["d2t"] + torch.arange(len(TOKENS))

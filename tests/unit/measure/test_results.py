@@ -42,8 +42,8 @@ KEYS = {
     "num_copied decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
     "set drafter temperature num_prompts block_size histogram tau tau_by_seed reach_rate gain": COMPARE.rows[0],
-    "set temperature num_responses tau num_verifications tau_here tau_over_here "
-    "tokens_per_second plain_tokens_per_second num_same_text control_same_text same_text_gain": SERVERS.rows[0],
+    "set temperature num_responses tau num_verifications tau_here tau_over_here tokens_per_second "
+    "plain_tokens_per_second decode_speedup num_same_text control_same_text same_text_gain": SERVERS.rows[0],
 }
 
 

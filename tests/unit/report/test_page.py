@@ -32,13 +32,23 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write_log(folder):
-    log = [
-        {"step": 10, "loss": 1.0, "weight_share/1": 0.6, "weight_share/2": 0.4},
-        {"step": 10, "eval_tau": 1.5},
-    ]
+def write_log(folder, steps=(10, 20)):
+    """A log with two slots in the first entries, and five in the last one, as blocks grow."""
+    log = []
+    for step in steps:
+        size = 5 if step == steps[-1] else 2
+        log.append({"step": step, "loss": 1.0} | {f"weight_share/{slot}": float(slot <= size) for slot in range(1, 6)})
+        log.append({"step": step, "eval_tau": 1.5})
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+
+
+@pytest.mark.parametrize(("steps", "is_drawn"), [((10, 20, 30), True), ((10,), False)])
+def test_the_page_marks_where_blocks_grow_and_draws_no_axis_for_one_dot(steps, is_drawn, folder):
+    write_log(folder / "drafter", steps)
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.html").read_text()
+    assert all((words in text) == is_drawn for words in (" blocks grow<", "tau, validation<"))
 
 
 def test_the_page_has_every_section(folder, capsys):

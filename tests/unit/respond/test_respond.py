@@ -1,6 +1,7 @@
 """Answers of running servers are those of this process, whatever the servers and the processes suffer."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -168,6 +169,13 @@ def test_a_server_that_is_busy_is_asked_again(start, answer, own):
     stub = start(fault=lambda *_: next(faults, None))
     assert answer(stub, batch_size=1) == own[0.0]
     assert next(faults, None) is None
+
+
+def test_the_time_to_ask_again_begins_with_the_failure(start, answer, own):
+    """A request may take longer before it breaks off, once."""
+    stub = start()
+    stub.fault = lambda *_: time.sleep(0.4) or ({}, 503) if len(stub.requests) == 1 else None
+    assert answer(stub, batch_size=1, retry_seconds=0.3) == own[0.0]
 
 
 def test_a_server_that_dies_leaves_its_prompts_to_the_others(start, answer, own):

@@ -162,10 +162,15 @@ def test_every_turn_counts_against_the_context(write, path):
     assert write([replace(prompt, turns=prompt.turns * 3)])
 
 
-def test_sigterm_is_an_interrupt(monkeypatch, capsys):
-    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: signal.raise_signal(signal.SIGTERM))
-    assert main(["respond"]) == 143
-    said = "dpace respond: interrupted; what is on disk is kept: run the same command to continue\n"
+@pytest.mark.parametrize(
+    ("verb", "advice"),
+    [("respond", "; what is on disk is kept: run the same command to continue"), ("check", ""), ("export", "")],
+)
+def test_sigterm_is_an_interrupt(verb, advice, monkeypatch, capsys):
+    """Only of verbs that go on it is said that they do."""
+    monkeypatch.setattr(f"dpace.verbs.{verb}.run", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main([verb]) == 143
+    said = f"dpace {verb}: interrupted{advice}\n"
     assert capsys.readouterr().err == said and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -1,6 +1,7 @@
 """`dpace bench --server`: what servers report becomes rows, beside what was measured here and in training."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_tokenizer
 from tests.support.files import make_prompts, write_prompts
-from tests.support.rows import make_compare, make_row
+from tests.support.rows import make_compare, make_row, make_served, make_servers
 from tests.support.stub_server import PAGES, StubServer, pages
 
 ACCEPTED = [2, 0, 1]
@@ -210,6 +211,22 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdic
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
+def test_the_page_judges_the_speed_beside_tau(tmp_path):
+    """Of rates, also where nothing is known of tau here; without a plain server there is no verdict."""
+    records = [served(str(number), [1, 0], 0.5) for number in range(8)]
+    for record in records:
+        record.turns[0][DRAFTER] = replace(record.turns[0][DRAFTER], decode_seconds=1.0)
+    (row,) = make_rows(records, {})
+    assert row.decode_speedup == pytest.approx((0.5,) * 3)
+    write_results(tmp_path / "servers.json", make_servers(row, make_served()))
+    assert main(["report", str(tmp_path)]) == 0
+    slow, alone = re.findall(
+        r"<td[^>]*>no tau here</td><td[^>]*>(.*?)</td>|not known</td><td[^>]*>(.*?)</td>",
+        (tmp_path / "report.html").read_text(),
+    )
+    assert (slow[0], alone[1]) == ("slower", "-")
+
+
 def measured(*names: str) -> dict[tuple[float, str, str], list[int]]:
     """What this process emitted for prompts: four tokens in two verifications each."""
     return {(0.0, "s", name): [4, 2] for name in names}
@@ -256,13 +273,13 @@ def bench(language_folder, language_prompts, tmp_path) -> str:
 def test_the_verb_shows_tau_served_here_and_in_training(
     pair, bench, language_drafter_folder, tmp_path, monkeypatch, capsys
 ):
-    """No proxy is asked, and the server's password is sent and not kept."""
+    """No proxy is asked, and the server's password is sent and not kept. Answers are as long as those of training."""
     out = tmp_path / "out"
     drafter = shutil.copytree(language_drafter_folder, out / "drafter")
     (drafter / "trainer_state.json").unlink()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     server, plain = pair()
-    common = f"{bench} --output {out} --temperatures 0 --bench.max-new-tokens 12"
+    common = f"{bench} --output {out} --temperatures 0 --respond.max-new-tokens 12"
     address = server.url.replace("//", "//user:secret@")
     asked = f"{common} --server {address} --plain-server {plain.url}"
 
@@ -284,7 +301,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     said(f"{common} --widths full")
     number = len(server.bodies)
     again = said(asked)
-    assert len(server.bodies) == number, "its answers are kept"
+    assert len(server.bodies) == number and "settings of this call" not in again, "its answers are kept"
     assert "not known" not in again and "tau in training, on validation responses: 1.50" in again
     here, found = read_results(out / "results.json"), read_results(out / "servers.json")
     (row,) = found.rows
@@ -293,6 +310,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))
     assert "has no results of `dpace bench`" in reason(make_compare())
+    assert f"of the settings of this call alone; {out}/servers-*.jsonl" in said(f"{asked} --bench.seed 5")
 
 
 @pytest.mark.parametrize("key", ["", "sk-secret"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpace.engines.export import read_drafter
 from dpace.train.checkpoints import _file_entry, is_whole
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
@@ -89,6 +90,10 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         weight.copy_(kept)
     (copied / "provenance.json").unlink()
     refuse("other training answers", start=1)
+    refuse(
+        r"not 6; .* finish it first, or copy responses.jsonl and .* --output, .* with --drafter.init, or", max_steps=6
+    )
+    assert read_drafter(copied / "checkpoints" / "checkpoint-4").spec.block_size == 6, "which is one to start from"
 
 
 def test_settings_that_change_no_result_may_change(unfinished, run, finished):
