@@ -19,6 +19,7 @@ from dpace.studies.compare import cell_folder, compare
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import count
 from dpace.target import Target
+from dpace.train.optimizer import products_dtype
 from dpace.train.run import read_run
 
 OBJECTIVES = ("dpace", "dflash")
@@ -38,11 +39,15 @@ MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""
 MOST_SECONDS = 600.0
 """Longest time that the whole demo may take where nobody asks for it."""
-ANSWERING = 0.5
-SCORING = 0.5
-DECODING = 0.05
-TRAINING = 0.8
-"""Shares of the speed of a large product that parts of the demo reach, on CPUs."""
+ANSWERING = 0.6
+SCORING = 1.2
+DECODING = 0.02
+"""Speeds of parts of the demo, over the speed of a large product in the target's dtype. That of measuring tau is above 1,
+since only slots that a walk reaches are multiplied with the head. Measured on CPUs with AVX2 and with AMX."""
+BESIDE_PRODUCTS = 0.4
+"""What a training step does beside its products, as a share of these, at that speed."""
+START_SECONDS = 15.0
+"""Seconds in which libraries and the target are loaded, and pages written."""
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
@@ -116,22 +121,24 @@ def _plan_demo(config: DemoConfig) -> PlannedDemo:
 def expected_seconds(plan: TrainingPlan, recipe: CompareConfig, parts: PromptParts) -> float:
     """Estimate the seconds of a demo on this machine, without the download of the target.
 
-    Each part takes the operations of its products over the speed of a large product here, and over the share of this
-    speed that the part reached where it was measured. Answers count as long as they may be.
+    Operations of the products, over their speed here; answers count as long as they may be.
     """
     target = plan.target
     of_layers = sum(weight.numel() for weight in target.layers.parameters())
     of_head = target.head.weight.numel()
     num_read, num_answered = expected_lengths(sum(parts, []), recipe).sum(1)
-    answering = num_read * of_layers + num_answered * of_head
+    reading = num_read * of_layers
+    answering = reading + num_answered * of_head
     num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
     scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
     bench = recipe.bench
     num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
     decoding = num_decoded * (of_layers + of_head)
-    operations = 2 * (answering / ANSWERING + scoring / SCORING + decoding / DECODING)
+    of_target = 2 * (reading + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
+    of_training = len(OBJECTIVES) * plan.num_steps * plan.flops()[1]
     speed = measure_flops(plan.device, target.model.dtype)
-    return operations / speed + len(OBJECTIVES) * plan.seconds / TRAINING
+    training_speed = measure_flops(plan.device, products_dtype(recipe.train, plan.device))
+    return START_SECONDS + (of_target + BESIDE_PRODUCTS * of_training) / speed + of_training / training_speed
 
 
 def duration(planned: PlannedDemo) -> str:
