@@ -42,8 +42,8 @@ MOST_SECONDS = 600.0
 ANSWERING = 0.6
 SCORING = 1.2
 DECODING = 0.02
-"""Speeds of parts of the demo, over the speed of a large product in the target's dtype. That of measuring tau is above 1,
-since only slots that a walk reaches are multiplied with the head. Measured on CPUs with AVX2 and with AMX."""
+"""Speeds of parts of the demo, over the speed of a large product in the target's dtype, as CPUs with AVX2 and with AMX
+had them. That of measuring tau is above 1: only slots that a walk reaches are multiplied with the head."""
 BESIDE_PRODUCTS = 0.4
 """What a training step does beside its products, as a share of these, at that speed."""
 START_SECONDS = 15.0
