@@ -42,7 +42,7 @@ def feature_layers(target):
 @torch.no_grad()
 def read(target, token_ids, cache=None):
     """Return the target's own next token after each token, and the features of each: three layers side by side."""
-    out = target(torch.tensor([token_ids]), past_key_values=cache, output_hidden_states=True)
+    out = target(torch.tensor([token_ids]), cache=cache, output_hidden_states=True)
     # hidden_states[0] is the embedding, so the output of layer i is hidden_states[i + 1].
     features = torch.cat([out.hidden_states[i + 1][0] for i in feature_layers(target)], dim=-1)
     return out.logits[0].argmax(-1).tolist(), features
