@@ -1,6 +1,7 @@
 # dpace on NVIDIA GPUs. From the repository's root:
 #   docker build -f docker/cuda.Dockerfile -t dpace:cuda .
-#   docker run --rm --gpus all --ipc host -v "$PWD:/work" -v dpace-cache:/cache dpace:cuda train recipe.yaml
+#   docker run --rm --user "$(id -u):$(id -g)" --gpus all --ipc host -v "$PWD:/work" -v dpace-cache:/cache dpace:cuda \
+#       train recipe.yaml
 # Several GPUs: add `--entrypoint torchrun`, and `--nproc-per-node 8 -m dpace.cli train recipe.yaml` as arguments.
 FROM python:3.11-slim
 
@@ -15,8 +16,9 @@ COPY pyproject.toml README.md LICENSE /source/
 COPY src /source/src
 RUN pip install --no-cache-dir /source
 
-ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface
-RUN useradd --uid 1000 --create-home dpace && mkdir /cache /work && chown dpace /cache /work
+# Any user may write to these folders, so that `--user` works: such a user has no name and no home here.
+ENV HOME=/home/dpace USER=dpace XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface
+RUN useradd --uid 1000 --create-home dpace && mkdir /cache /work && chmod 1777 /cache /work /home/dpace
 USER 1000
 WORKDIR /work
 ENTRYPOINT ["dpace"]

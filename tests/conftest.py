@@ -272,10 +272,10 @@ def endless_folder(language_folder, tmp_path) -> Path:
     return folder
 
 
-def write_target_gguf(target: Target, path: Path, **other_facts) -> Path:
+def write_target_gguf(target: Target, path: Path, architecture: str = "qwen3", **other_facts) -> Path:
     """A Qwen3 target in f32 with a tokenizer of bare words, or with one that the facts say."""
     config, weights = target.config, target.model.state_dict()
-    writer = gguf.GGUFWriter(path, "qwen3")
+    writer = gguf.GGUFWriter(path, architecture)
     facts = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,

@@ -20,13 +20,14 @@ from dpace.system import ranks
 
 USAGE = "\n".join(
     [
-        "usage: dpace VERB [--option value ...]",
+        "usage: dpace VERB [RECIPE or FOLDER] [--option value ...]",
         "",
         *(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
         "",
         "The verbs from plan to bench take a recipe before the options,",
         "which override it: a YAML file of options, or the name of one that dpace has:",
         textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
+        "To report, doctor, export and import, give a folder there.",
         "`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;",
         "`dpace --version` prints the version.",
         "",
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+        0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM,
+        141 where whoever read the output closed it.
     """
     argv = sys.argv[1:] if argv is None else argv
     _open_output()

@@ -198,10 +198,10 @@ def look_up(config: Mapping[str, Any], path: str) -> Any:
     return None if str(value) in NEUTRAL and key not in SAID else value
 
 
-def check_engine(spec: DrafterSpec, name: EngineName) -> Diagnosis:
-    """Say what the engine that will serve the drafter does not read."""
+def check_engine(spec: DrafterSpec, name: EngineName, target: Target) -> Diagnosis:
+    """Say what the engine that will serve the drafter does not read, of it or of its target."""
     engine = engine_of(name)
-    fault = engine.fault(spec)
+    fault = engine.fault(spec) or engine.target_fault(target.model.config.model_type)
     found, _, fix = (fault or engine.doubt(spec)).partition("; ")
     return Diagnosis(f"engine: {name}", "fails" if fault else "warns" if found else "passes", found, "", fix)
 
@@ -372,7 +372,7 @@ def diagnose(
     recorded = read_responses(responses, len(target.head.weight)) if responses else []
     spec, diagnoses = check_files(folder, target)
     if spec and engine:
-        diagnoses.append(check_engine(spec, engine))
+        diagnoses.append(check_engine(spec, engine, target))
     trial = spec and Trial(target, folder, spec, recorded)
     for name, check in RUN.items():
         failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]

@@ -18,7 +18,7 @@ import psutil
 import torch
 from pydantic import ByteSize
 from torch.utils.benchmark import Timer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
@@ -26,10 +26,11 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
 from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
+from dpace.recipes import TARGETS
 from dpace.respond.responses import iterate_responses, load_examples, read_meta
 from dpace.system.device import default_dtype, find_device
 from dpace.system.loading import translate_library_errors
-from dpace.system.progress import count
+from dpace.system.progress import count, note
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
@@ -240,10 +241,29 @@ class TrainingPlan:
         return 12 * (num_weights + self.num_moments) + 2 * num_weights + SMALL_FILES
 
 
+def find_config(name: str) -> Any:
+    """Read the config of a target; where neither cache nor Hub gives it, the sizes in `recipes/targets/`.
+
+    Raises:
+        OSError: see `find_target_files`, as for ValueError; and `find_target`.
+        ValueError: the same.
+    """
+    try:
+        return find_target_files(find_target(name)).config
+    except (ValueError, OSError) as error:
+        known = Path(f"{TARGETS}/{name}")
+        if not known.exists():
+            raise
+        note(f"{error}; the plan takes the sizes of {name} that come with dpace")
+        return AutoConfig.from_pretrained(known)
+
+
 def plan_recipe(
-    recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None, init: Drafter | None = None
+    recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None, init: Drafter | None = None, config: Any = None
 ) -> TrainingPlan:
     """Plan a recipe from the target's config and the drafter to start from, on this machine or on one with this memory.
+
+    The config is looked for where none is given.
 
     Raises:
         OSError: there is no readable config of that name.
@@ -257,7 +277,7 @@ def plan_recipe(
         memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
     dtype = getattr(torch, recipe.dtype, default_dtype(device))
     # Before the block below: a search may download weights and read them, which no meta device can.
-    config = find_target_files(find_target(recipe.target)).config
+    config = config or find_target_files(find_target(recipe.target)).config
     fix = "name the folder or the Hub id of a causal LM"
     with translate_library_errors(f"the config of {recipe.target}", fix), torch.device("meta"):
         auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
@@ -343,7 +363,7 @@ def plan_lines(
     else:
         lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
-    plan = plan_recipe(recipe, lengths, memory=memory, init=init)
+    plan = plan_recipe(recipe, lengths, memory=memory, init=init, config=find_config(recipe.target))
     plan = replace(plan, ranks=ranks or plan.ranks)
     memory_parts = plan.memory(plan.batch_size)
     lines += [

@@ -17,9 +17,9 @@ def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError))
-    assert main(["plan", "qwen3-4b-3l"]) == 1
+    assert main(["plan", "qwen3-4b-3l", "--target", "Qwen/Qwen3-1.7B"]) == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert "Qwen/Qwen3-4B" in line and "name a local folder with --target" in line
+    assert "Qwen/Qwen3-1.7B" in line and "name a local folder with --target" in line
     cached = tmp_path / "models--Qwen--Qwen3-4B"
     (cached / "snapshots" / COMMIT).mkdir(parents=True)
     (cached / "refs").mkdir()

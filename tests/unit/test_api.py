@@ -55,7 +55,7 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
     for record in (read_json(tmp_path / "own" / "provenance.json"), ours.config.dpace):
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
     config = ExportConfig(to="zlab", drafter="x", output="x", name="a/b", target="c/d")
-    write_card(tmp_path, ours, config, folder=tmp_path / "own", source=ours)
+    write_card(tmp_path, ours, config, folder=tmp_path / "own", source=ours, target=language_target)
     card = (tmp_path / "README.md").read_text()
     assert name in card and sha256 in card
 

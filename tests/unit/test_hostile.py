@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dpace.cli import main
+from dpace.cli import USAGE, main
 from dpace.config import Recipe
 from dpace.recipes import VERBS
 from dpace.system.progress import print_text
@@ -276,6 +276,12 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     names = list(VERBS)
     takes_recipe = verb in names[names.index("plan") : names.index("bench") + 1]
     assert any(line.startswith(f"usage: dpace {verb} [RECIPE]") for line in lines) == takes_recipe
+    usages = [line for line in lines if line.lower().startswith("usage:")]
+    assert len(usages) == 1, "two usage lines may disagree"
+    text = " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    takes_folder = verb in ("report", "doctor", "export", "import")
+    assert ("given first, or with this flag" in text) == (f"may stand first: dpace {verb} " in text) == takes_folder
+    assert takes_folder == (verb in USAGE.splitlines()[-3].replace(",", "").split())
     if verb == "respond":
         assert lines[0] == f"{VERBS[verb].capitalize()}." and "usage: dpace respond [RECIPE] [-h] [OPTIONS]" in lines
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dpace.cli import main
+from dpace.engines import engine_of
 from dpace.prompts.prompts import read_prompts
 from dpace.recipes import VERBS
 from tests.support.files import write_prompts
@@ -106,6 +107,40 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         with pytest.raises(ParsedError):
             main(words[1:])
     assert all((ROOT / word).exists() for word in words if word.startswith(("benchmarks/", "examples/")))
+
+
+def test_dpace_and_vllm_each_have_an_environment_of_their_own():
+    """On clusters too: each wants its own torch."""
+    shown = [*CLUSTER.splitlines(), *(command for block in BLOCKS for command in block.commands)]
+    installed = [set(line.split()) for line in shown if "pip install" in line]
+    assert any("vllm" in words for words in installed)
+    assert not any({"vllm", "."} <= words for words in installed)
+    served = [line for line in CLUSTER.splitlines() if "vllm serve" in line]
+    assert served and all(" vllm/bin/vllm serve" in line for line in served)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_any_user_may_write_in_a_container(name):
+    """Where `docker run` is given another user than the image's: home, cache and working folder."""
+    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+    (opened,) = re.findall(r"chmod 1777 (.*)", text)
+    ((home, user, cache),) = re.findall(r"ENV HOME=(\S+) USER=(\S+) XDG_CACHE_HOME=(\S+)", text)
+    (place,) = re.findall(r"WORKDIR (.*)", text)
+    assert set(opened.split()) == {home, cache, place} and home == f"/home/{user}"
+    assert re.search(r'docker run .*--user "\$\(id -u\):\$\(id -g\)"', text)
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code():
+    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs" / "limits.md").read_text(), flags=re.MULTILINE)
+    codes = {code for row in rows for code in re.findall(r"\d+", row)}
+    assert codes == set(re.findall(r"\b\d+\b", main.__doc__)) == {"0", "1", "2", "130", "141", "143"}
+
+
+def test_the_table_of_targets_is_that_of_the_code():
+    text = (ROOT / "docs" / "serve.md").read_text()
+    known, refused = re.findall(r"^\| (.*) \| (?:inputs are handed out|refused) \|$", text, flags=re.MULTILINE)
+    assert not any(engine_of("gguf").target_fault(kind) for kind in re.findall("`(.+?)`", known))
+    assert all(engine_of("gguf").target_fault(kind) for kind in re.findall("`(.+?)`", refused))
 
 
 def test_every_verb_is_shown():

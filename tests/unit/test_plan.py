@@ -3,7 +3,9 @@
 import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +16,9 @@ from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan import UNCOUNTED_SHARE, TrainingPlan, known_lengths, measure_flops, plan_recipe, training_lines
+from dpace.plan import UNCOUNTED_SHARE, TrainingPlan, known_lengths, measure_flops, plan_recipe, size, training_lines
+from dpace.recipes import RECIPES
+from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, known_settings
 from dpace.system.provenance import hash_file
 from dpace.target import Target
@@ -174,6 +178,30 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
     assert "prompts are not on this machine" in said and "of 74.5 GiB\n" in said
     assert "2 conversations of 3,072 tokens" in said
     assert "does not fit" not in said and "--memory" not in said.splitlines()[-1]
+
+
+PARAMETERS = {
+    "qwen3-4b-3l": 4_022_468_096,
+    "qwen3-8b-3l": 8_190_735_360,
+    "llama3.1-8b-3l": 8_030_261_248,
+}
+"""Of the recipes' targets as they are published."""
+
+
+@pytest.mark.parametrize("recipe", PARAMETERS)
+def test_the_recipes_of_dpace_are_planned_without_a_network(recipe, tmp_path, monkeypatch, capsys):
+    """The sizes of their targets come with dpace, which is said; no training takes them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError))
+    assert main(["plan", recipe, "--memory", "80GB", "--device", "cpu", "--dtype", "float32"]) == 0
+    printed, said = capsys.readouterr()
+    target = read_recipe(RECIPES[recipe]).target
+    assert f"the plan takes the sizes of {target} that come with dpace" in said
+    of_target = size(4 * PARAMETERS[recipe])
+    assert f"  {'target':<28} {of_target:>10}\n" in printed
+    with pytest.raises(ValueError, match="does not answer"):
+        plan_recipe(read_recipe(RECIPES[recipe]), np.ones((2, 1)))
 
 
 def test_the_speed_follows_from_the_least_time(monkeypatch):

@@ -38,7 +38,7 @@ def all_engines() -> list["Engine"]:
 class ExportConfig:
     """Write a drafter in the format of an engine, with a model card.
 
-    Usage: dpace export DRAFTER --target TARGET --to ENGINE --output FOLDER.
+    The drafter may stand first: dpace export DRAFTER --target TARGET --to ENGINE --output FOLDER.
 
     The files are read again and compared: the weights bit for bit, and the layout field by field.
     """

@@ -17,14 +17,15 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, ExportConfig, all_engines, engine_of
-from dpace.measure.results import BenchResults, read_results
+from dpace.measure.results import BenchResults, Row, read_results
 from dpace.recipes.recipe_file import read_recipe
 from dpace.recipes.validation import to_json
-from dpace.report.sections import speeds
+from dpace.report.sections import speeds, verdict
 from dpace.report.tables import as_code, as_markdown, to_markdown
 from dpace.system.ledger import write_text
 from dpace.system.progress import printable
 from dpace.system.provenance import fingerprint
+from dpace.target import Target
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 PLACES = ("server", "init", "feature_files", "feature_servers")
@@ -49,7 +50,9 @@ def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -
     }
 
 
-def write_card(path: Path, drafter: Drafter, config: ExportConfig, *, folder: Path, source: Drafter) -> None:
+def write_card(
+    path: Path, drafter: Drafter, config: ExportConfig, *, folder: Path, source: Drafter, target: Target
+) -> None:
     """Write `README.md` beside what was exported.
 
     Args:
@@ -59,13 +62,19 @@ def write_card(path: Path, drafter: Drafter, config: ExportConfig, *, folder: Pa
         folder: that the drafter was read from. The card has its `recipe.yaml`, and those rows of the `results.json`
             beside the folder that were measured with these weights.
         source: the drafter that was read.
+        target: its target.
     """
     spec = drafter.spec
     engine = engine_of(config.to)
+    gguf = engine_of("gguf")
     served = path.name if path.is_file() else config.served_name
-    sections = engine_sections(engine.layout, spec, served, config.served_target)
     recipe = _read_beside(folder / "recipe.yaml", read_recipe)
     results = None if config.plain else _measured(folder, source)
+    whole = [row for row in results.rows if row.width == "full" and row.tokens_per_second] if results else []
+    num_drafts = max(1, min(map(paying_drafts, whole), default=spec.num_draft_tokens))  # one number for all sets
+    shorter = replace(spec, block_size=spec.block_size - spec.num_draft_tokens + num_drafts)
+    served_target = Path(config.target_gguf).name if config.target_gguf else config.served_target
+    sections = engine_sections(engine.layout, shorter, served, served_target)
     template = jinja2.Template(
         Path(__file__).with_name("card.md.jinja").read_text(), trim_blocks=True, keep_trailing_newline=True
     )
@@ -75,17 +84,30 @@ def write_card(path: Path, drafter: Drafter, config: ExportConfig, *, folder: Pa
         config=config,
         engine=engine,
         spec=spec,
-        target=config.served_target,
         is_local=Path(config.served_target).is_dir(),
         tags=[*TAGS, *sections],
         results=results,
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),
         sections=sections,
-        fits_gguf=not engine_of("gguf").fault(replace(spec, selector=None)),
+        fits_gguf=not (gguf.fault(replace(spec, selector=None)) or gguf.target_fault(target.model.config.model_type)),
+        verdicts=[verdict(row.decode_speedup) for row in whole],
+        num_drafts=num_drafts,
         recipe=recipe,
         options=recipe and _repeat(recipe),
     )
     write_text((path.parent if path.is_file() else path) / "README.md", text)
+
+
+def paying_drafts(row: Row) -> int:
+    """Estimate how many tokens of a draft pay, from a row of whole drafts.
+
+    A draft and its verification take as long as some number of plain tokens. What this number is above 1, in equal
+    shares, is what a draft token costs: it pays where it is accepted in a larger share of the verifications.
+    """
+    rates = row.reach_rate
+    plain_tokens = (1 + sum(rates)) * row.plain_tokens_per_second / row.tokens_per_second
+    cost = (plain_tokens - 1) / len(rates)
+    return sum(rate > cost for rate in rates)
 
 
 def _read_beside(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -72,6 +72,10 @@ class Engine:
                 )
         return ""
 
+    def target_fault(self, kind: str) -> str:
+        """Say why it can serve no drafter of a kind of target, as `fault` does; the `model_type` of a config."""
+        return ""
+
     def doubt(self, spec: DrafterSpec) -> str:
         """Say what it may not read and, behind a semicolon, what to do; empty where nothing is known."""
         return ""
@@ -82,7 +86,7 @@ class Engine:
         Args:
             spec: of the drafter.
             drafter: its folder, file or Hub id.
-            target: its target's folder or Hub id.
+            target: its target's folder, file or Hub id.
         """
         raise NotImplementedError
 

@@ -113,7 +113,7 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
         config = replace(config, dtype=dtype_name(drafter.fc.weight.dtype))
     with _compared(output, drafter) as aside:
         path = engine.write(aside, drafter, config, target)
-        write_card(path, drafter, config, folder=folder, source=source)
+        write_card(path, drafter, config, folder=folder, source=source, target=target)
     return output / path.relative_to(aside)
 
 

@@ -29,6 +29,19 @@ from dpace.system.loading import translate_library_errors
 ARCHITECTURE = "dflash"
 OURS = "dpace.config"
 """Key of the file, a text in JSON: record and special tokens of the drafter's config, which llama.cpp does not read."""
+TARGETS = (
+    "bailingmoe3 deepseek4 gemma4 gpt-oss hunyuan-dense hunyuan_vl k2-horizon lfm2 lfm2moe llama mimo2 minimax-01 "
+    "minimax-m2 muse-glimmer nanbeige nemotron_h nemotron_h_moe qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen4exp "
+    "deepseek_v4 gemma4_text gemma4_unified gpt_oss hunyuan_v1_dense internlm3 iquestcoder janus lfm2_moe llava "
+    "mimo_v2_flash minicpmv4_6 minimax_m2 mistral mixtral muse_glimmer qwen3_5 qwen3_5_moe qwen3_5_moe_text "
+    "qwen3_5_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text"
+).split()
+"""Targets whose graphs hand out the inputs of their layers, which a drafter reads: in the first two lines by the
+architecture of the GGUF file, and after them by the `model_type` of a config where that is another word.
+
+Source: llama.cpp b11549, as xllamacpp 2026.10.11549 has it: the graphs in `src/models/` that set `t_layer_inp`, and the
+models of which `conversion/` makes such files. With another target it ends its process at the first request
+(`GGML_ASSERT` in `src/llama-graph.cpp`)."""
 AGAIN = "write or download the file again, or name one in another precision"
 FIELDS = {
     "num_hidden_layers": "block_count",
@@ -92,27 +105,31 @@ class Gguf(Engine):
     title = "llama.cpp"
     reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
     layout = "gguf"
-    card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
+    card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens)
 
 ```bash
 {command}
 ```
 
-By default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a lower
-probability; try a few values on your prompts.
+On a CPU measure first: it was slower than without the drafter in all our runs there, and the more so the longer the
+drafts. By default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a
+lower probability; try a few values on your prompts.
 
-`TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
+With a quantized target, such as Q8_0 or Q4_1, the text will differ from what the same target writes without a drafter:
+llama.cpp rounds a block of tokens and a single one differently. With a target in f16, bf16 or f32 the text stays.
 """
 
     def check(self, config, spec):
-        """See `Engine`; a GGUF file of another target is refused too."""
+        """See `Engine`; a GGUF file of another target, or of one that no drafter can read, is refused too."""
         super().check(config, spec)
         if config.target_gguf is None:
             raise ValueError(
                 "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
                 "--target-gguf"
             )
-        open_target_gguf(config.target_gguf, spec)
+        target = open_target_gguf(config.target_gguf, spec)
+        if fault := self.target_fault(target.fields["general.architecture"].contents()):
+            raise ValueError(fault)
 
     def fault(self, spec):
         """See `Engine`.
@@ -132,12 +149,22 @@ probability; try a few values on your prompts.
             )
         return super().fault(spec)
 
+    def target_fault(self, kind):
+        """See `Engine`; also for the architecture of a GGUF file."""
+        if kind in TARGETS:
+            return ""
+        return (
+            f"the target is a {kind}, of which llama.cpp (b11549) hands out no inputs of layers: it ends its process "
+            "at the first request; serve this drafter with vLLM, SGLang or transformers"
+        )
+
     def command(self, spec, drafter, target):
         """See `Engine`; drafters whose blocks begin at the anchor run as DSpark's without a head."""
         file = shlex.quote(drafter) if drafter.endswith(".gguf") else "DRAFTER.gguf"
+        model = shlex.quote(target) if target.endswith(".gguf") else "TARGET.gguf"
         kind = "dspark" if spec.sample_from_anchor else "dflash"
         count = spec.num_draft_tokens
-        return f"llama-server -m TARGET.gguf -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
+        return f"llama-server -m {model} -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
 
     def cast(self, tensor, dtype):
         """See `Engine`; llama.cpp needs all but matrices in float32."""

@@ -4,6 +4,8 @@ from pathlib import Path
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 """File of each recipe, by name."""
+TARGETS = Path(__file__).with_name("targets")
+"""Folder with the sizes of the recipes' targets, each in a folder of its name, from its `config.json` on the Hub."""
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine, and show its gain",
     "plan": "say what a recipe takes: memory by part, disk, steps and time",

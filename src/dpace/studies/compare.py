@@ -113,8 +113,8 @@ def objectives_of(config: CompareConfig) -> list[str]:
 
 
 def cell_folder(config: CompareConfig, objective: str, seed: int) -> Path:
-    """Return the folder of a drafter."""
-    return Path(config.output) / objective / f"seed-{seed}"
+    """Return the folder of a drafter; not every disk takes the colon of `package.module:function`."""
+    return Path(config.output) / objective.replace(":", "-") / f"seed-{seed}"
 
 
 def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Path, Run]:

@@ -47,7 +47,7 @@ def run(args: list[str]) -> None:
 class DoctorConfig:
     """Say what would go wrong when an engine serves a drafter.
 
-    Usage: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
+    The drafter may stand first: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
 
     It reads the files strictly, compares the config with the published layout, decodes three prompts, and measures tau
     as the config says and as other values would have it. docs/serve.md says what breaks where a check fails.

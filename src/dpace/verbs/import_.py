@@ -22,11 +22,11 @@ def run(args: list[str]) -> None:
 class ImportConfig:
     """Read a drafter that another project trained, and write it for dpace, weights bit for bit.
 
-    Usage: dpace import SOURCE --output FOLDER.
+    The source may stand first: dpace import SOURCE --output FOLDER.
     """
 
     source: Text
-    """Folder or Hub id of z-lab, SpecForge or speculators, or GGUF file; given first."""
+    """Folder or Hub id of z-lab, SpecForge or speculators, or GGUF file; given first, or with this flag."""
     output: Text
     """Folder that the drafter is written to."""
     target: Text | None = None

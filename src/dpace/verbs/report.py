@@ -10,7 +10,7 @@ from dpace.recipes.flags import first_as, parse
 class ReportConfig:
     """Write report.html, one page of tables and drawings that needs no network.
 
-    Usage: dpace report FOLDER [FOLDER ...].
+    The folders may stand first: dpace report FOLDER ANOTHER-FOLDER.
     """
 
     folders: OneOrMore[Text]

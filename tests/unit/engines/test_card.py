@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 import transformers
@@ -17,7 +18,8 @@ from dpace.engines.card import engine_sections
 from dpace.measure.results import write_results
 from dpace.system.ledger import MARKER
 from dpace.system.provenance import fingerprint
-from tests.conftest import make_drafter, make_target
+from tests.conftest import make_drafter, make_target, make_tokenizer, write_target_gguf
+from tests.support.families import make_sharp_target
 from tests.support.files import read_json
 from tests.support.rows import make_bench, make_row
 from tests.unit.engines.conftest import quiet
@@ -52,7 +54,8 @@ def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
     """Not those of another drafter, and nothing of files that cannot be read."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
     rows = [
-        make_row(drafter=name, set="language", tau=(tau, None, None)) for name, tau in (("mine", 2.34), ("other", 3.45))
+        make_row(drafter=name, set="language", tau=(tau, None, None), reach_rate=[0.5] * 5)
+        for name, tau in (("mine", 2.34), ("other", 3.45))
     ]
     hashes = {"mine": fingerprint(language_drafter), "other": "0" * 64}
     write_results(tmp_path / "run" / "results.json", make_bench(*rows, drafters=hashes))
@@ -119,6 +122,92 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
         assert "tensors read back bit for bit" in printed
         before = names
     assert set(read_json(out / MARKER)["files"]) == {*before, "README.md"}
+
+
+ENDED = "of which llama.cpp (b11549) hands out no inputs of layers"
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "llama", "gpt-oss"])
+def test_a_target_whose_layers_llamacpp_does_not_hand_out_is_refused(
+    architecture, folder, language_folder, language_target, tmp_path, capsys
+):
+    """By the architecture of its file; the card of the others names that file."""
+    file = write_target_gguf(language_target, tmp_path / "my-target.gguf", architecture)
+    command = f"export {folder} --target {language_folder} --to gguf --target-gguf {file} --output {tmp_path / 'out'}"
+    is_known = architecture in ("llama", "gpt-oss")
+    assert main(command.split()) == (0 if is_known else 1)
+    if is_known:
+        assert "\nllama-server -m my-target.gguf -md dflash-" in (tmp_path / "out" / "README.md").read_text()
+    else:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"the target is a {architecture}, {ENDED}" in line and "serve this drafter with vLLM" in line
+        assert not (tmp_path / "out").exists()
+
+
+@quiet
+def test_of_such_a_target_no_page_speaks_of_llamacpp(tmp_path, capsys):
+    """Where only its config is known, that of a Qwen2."""
+    target = make_sharp_target("qwen2", num_hidden_layers=6)
+    target.model.save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    make_drafter(target).save_pretrained(tmp_path / "drafter")
+    names = f"{tmp_path / 'drafter'} --target {tmp_path / 'target'}"
+    assert main(f"doctor {names} --engine gguf".split()) == 1
+    printed, said = capsys.readouterr()
+    assert "engine: gguf" in said and "qwen2" in printed and "llama-server" not in printed
+    assert main(f"export {names} --to vllm --output {tmp_path / 'out'}".split()) == 0
+    assert "llama.cpp" not in (tmp_path / "out" / "README.md").read_text()
+
+
+SLOWER = "**Measured slower than without it: do not serve.**"
+
+
+@pytest.mark.parametrize(
+    ("rates", "speeds", "speedup", "number", "is_slower"),
+    [
+        ([0.5, 0.2, 0.1, 0.05, 0.0], (10.0, 20.0), (0.5, 0.4, 0.6), 1, True),  # 3.7 tokens' time: 0.54 for each
+        ([0.9, 0.5, 0.4, 0.1, 0.05], (20.0, 12.0), (1.7, 1.6, 1.8), 3, False),  # 1.77: 0.154 for each
+        ([0.9, 0.8, 0.7, 0.6, 0.5], (40.0, 10.0), (4.0, 3.0, 5.0), 5, False),  # 1.125: 0.025 for each
+        ([0.5, 0.2, 0.1, 0.05, 0.0], (10.0, 11.0), (0.9, 0.7, 1.2), 1, False),  # not clear
+        (None, (), (), 5, False),
+    ],
+)
+def test_the_card_recommends_as_many_drafts_as_pay(
+    rates, speeds, speedup, number, is_slower, language_drafter, language_drafter_folder, language_folder, tmp_path
+):
+    """By reach rate and break-even, of whole drafts with these weights; a measured loss is the card's first line."""
+    source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
+    most = language_drafter.config.block_size - 1
+    assert most == 5
+    if rates:
+        row = make_row(
+            block_size=6,
+            reach_rate=rates,
+            decode_speedup=speedup,
+            tokens_per_second=speeds[0],
+            plain_tokens_per_second=speeds[1],
+        )
+        copied = replace(row, width="auto", reach_rate=[1.0] * 5, decode_speedup=(2.0, 1.9, 2.1))
+        hashes = {"dpace": fingerprint(language_drafter)}
+        write_results(tmp_path / "run" / "results.json", make_bench(row, copied, drafters=hashes))
+    out = tmp_path / "out"
+    assert main(f"export {source} --target {language_folder} --to vllm --output {out}".split()) == 0
+    text = (out / "README.md").read_text()
+    assert f'"num_speculative_tokens": {number}' in text and f"--speculative-dflash-block-size {number + 1}" in text
+    first = text.split("\n# out\n\n")[1].splitlines()[0]
+    assert first.startswith(SLOWER) == is_slower and text.count(SLOWER) == is_slower
+    assert (f"draft {number} of the 5 draft tokens" in text) == (number < 5)
+    assert ("was not measured. Try 1, 3 and 7 draft tokens too" in text) == (rates is None)
+    assert f"`dpace export {out} --target" in text and "--output out-gguf`" in text
+
+
+def test_the_card_of_llamacpp_says_what_it_costs(folder, language_folder, target_gguf, tmp_path):
+    command = f"export {folder} --target {language_folder} --to gguf --target-gguf {target_gguf}"
+    assert main(f"{command} --output {tmp_path / 'out'}".split()) == 0
+    text = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "On a CPU measure first: it was slower than without the drafter" in text
+    assert "With a quantized target, such as Q8_0 or Q4_1, the text will differ" in text
+    assert "not trained for" not in text
 
 
 @quiet

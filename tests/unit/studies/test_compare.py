@@ -31,6 +31,8 @@ def test_compare(config, language_target, tmp_path):
     names = {OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
     assert {row.drafter for row in results.rows} == names
+    folders = {path.parts[-2] for path in (tmp_path / "out").glob("*/seed-0/")}
+    assert folders == {"examples.objective-weigh+kl", "dflash"}, "not every disk takes a colon"
     assert [row.tau[0] for row in results.rows] == sorted((row.tau[0] for row in results.rows), reverse=True)
     for row in results.rows:
         assert len(row.tau_by_seed) == 2 and row.num_prompts == 6
