@@ -245,8 +245,8 @@ def find_config(name: str) -> Any:
     """Read the config of a target; where neither cache nor Hub gives it, the sizes in `recipes/targets/`.
 
     Raises:
-        OSError: see `find_target_files`, as for ValueError; and `find_target`.
-        ValueError: the same.
+        OSError: none of these has it; see `find_target_files`.
+        ValueError: the same; see `find_target` too.
     """
     try:
         return find_target_files(find_target(name)).config
