@@ -69,7 +69,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> Number:
     rows = torch.ones(512, 2**11, device=device, dtype=dtype)
     weights = torch.ones(2**11, 2**10, device=device, dtype=dtype)
     timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
-    seconds = min(timer.blocked_autorange(min_run_time=0.2).times)  # which other programs disturb least
+    seconds = min(timer.blocked_autorange(min_run_time=1.0).times)  # which other programs disturb least
     return 2 * len(rows) * weights.numel() / seconds
 
 

@@ -89,7 +89,7 @@ def test_text_and_accepted_lengths(pair):
     model, trained, target, read, text = pair
     found, accepted = one_page.generate(model, trained, text[:START], len(text) - START)
     ours = generate(target, read, text[:START], max_new_tokens=len(text) - START, width="full")
-    assert found == ours.token_ids == text
+    assert found == text and ours.token_ids == text[START:]
     assert sum(accepted) > 0, "a drafter that was trained on this text drafts some of it"
     # The last pass may accept more than the text has room for; the library counts what it keeps.
     room = len(text) - START - 1 - sum(accepted[:-1]) - len(accepted[:-1])

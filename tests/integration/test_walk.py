@@ -79,4 +79,4 @@ def test_from_prompts_to_an_exported_drafter(
     options = f"--prompt '{prompt}' --max-new-tokens 24"
     plain = run(f"dpace generate --target {language_folder} {options}")[0]
     assert run(f"{generate} {options}")[0] == plain
-    assert "--spec-draft-n-max 5" in (tmp_path / "served" / "README.md").read_text()
+    assert re.search(r"--spec-draft-n-max [1-5]\b", (tmp_path / "served" / "README.md").read_text())

@@ -68,7 +68,9 @@ COMMANDS |= dict.fromkeys(INLINE)
 """Also those within a sentence; others there only name a verb and an option."""
 CLUSTER = "\n".join(path.read_text() for path in (ROOT / "examples" / "cluster").iterdir())
 STARTED = re.findall(r'dpace(?:\.cli)? ((?:respond|train) "\$RECIPE".*)', CLUSTER)
-COMMANDS |= {f"dpace {words.replace('$RECIPE', 'recipe.yaml')}": None for words in STARTED}
+COMMANDS |= {
+    f"dpace {words.replace('$RECIPE', 'recipe.yaml').replace('${URLS[@]}', 'http://a:8000')}": None for words in STARTED
+}
 
 
 def block_of(language: str) -> str:

@@ -39,12 +39,13 @@ MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""
 MOST_SECONDS = 600.0
 """Longest time that the whole demo may take where nobody asks for it."""
-ANSWERING = 0.6
-SCORING = 1.2
+READING = 1.05
+ANSWERING = 0.8
+SCORING = 1.4
 DECODING = 0.02
-"""Speeds of parts of the demo, over the speed of a large product in the target's dtype, as CPUs with AVX2 and with AMX
-had them. That of measuring tau is above 1: only slots that a walk reaches are multiplied with the head."""
-BESIDE_PRODUCTS = 0.4
+"""Speeds of parts of the demo, over the speed of a large product in the target's dtype: between those that CPUs with
+AVX2 and with AMX had. Some are above 1: what prompts share is read once, and a walk reaches only some slots."""
+BESIDE_PRODUCTS = 0.35
 """What a training step does beside its products, as a share of these, at that speed."""
 START_SECONDS = 15.0
 """Seconds in which libraries and the target are loaded, and pages written."""
@@ -134,7 +135,7 @@ def expected_seconds(plan: TrainingPlan, recipe: CompareConfig, parts: PromptPar
     bench = recipe.bench
     num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
     decoding = num_decoded * (of_layers + of_head)
-    of_target = 2 * (reading + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
+    of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
     of_training = len(OBJECTIVES) * plan.num_steps * plan.flops()[1]
     speed = measure_flops(plan.device, target.model.dtype)
     training_speed = measure_flops(plan.device, products_dtype(recipe.train, plan.device))

@@ -176,9 +176,13 @@ def test_sigterm_is_an_interrupt(verb, advice, monkeypatch, capsys):
 
 def test_a_reader_that_has_enough_is_no_failure(tmp_path, monkeypatch, capsys):
     """What is still to be printed goes nowhere."""
-    monkeypatch.setattr("dpace.verbs.respond.run", mock.Mock(side_effect=BrokenPipeError))
+
+    def fill(_):
+        print("x")
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dpace.verbs.respond.run", fill)
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        out.write("x")
         assert main(["respond"]) == 141
     assert (tmp_path / "out").read_text() == capsys.readouterr().err == ""
