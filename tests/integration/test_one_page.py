@@ -26,26 +26,27 @@ ANCHORS = [12, 13, 20, 31, 36, 38]
 """Of a text of 40 tokens: neighbors, and blocks that run past its end."""
 
 
-@pytest.fixture(params=["llama3.1", "qwen3", "smollm2"])
-def pair(request, tmp_path, monkeypatch):
+@pytest.fixture(scope="module", params=["llama3.1", "qwen3", "smollm2"])
+def pair(request, tmp_path_factory):
     """A target as the page and as the library know it, the page's drafter, trained a little, and the same as read.
 
     Both have the weights that the page has written. It was trained on one text, which both decode.
     """
-    monkeypatch.setattr(one_page, "STEPS", 60)
-    monkeypatch.setattr(one_page, "BATCH", 1)
     torch.manual_seed(0)
     target = make_target(request.param)
     target.model.generation_config.eos_token_id = None  # no answer ends before its length
     model = target.model.requires_grad_(False)
     prompt = torch.randint(4, 60, (1, START))
-    text = model.generate(prompt, do_sample=False, max_new_tokens=28, attention_mask=torch.ones_like(prompt))[
-        0
-    ].tolist()
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=28, attention_mask=torch.ones_like(prompt))
+    text = whole[0].tolist()
     trained = one_page.Drafter(model)
-    one_page.train(trained, model, [(text, START)])
-    one_page.save(trained, model, tmp_path / "drafter")
-    read = load_drafter(tmp_path / "drafter", target).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_page, "STEPS", 40)
+        patch.setattr(one_page, "BATCH", 1)
+        one_page.train(trained, model, [(text, START)])
+    folder = tmp_path_factory.mktemp("page")
+    one_page.save(trained, model, folder)
+    read = load_drafter(folder, target).float()
     trained.load_state_dict(read.state_dict())
     return model, trained, target, read, text
 
@@ -88,7 +89,7 @@ def test_blocks_mask_loss_and_gradients(pair):
 def test_text_and_accepted_lengths(pair):
     model, trained, target, read, text = pair
     found, accepted = one_page.generate(model, trained, text[:START], len(text) - START)
-    ours = generate(target, read, text[:START], max_new_tokens=len(text) - START, width="full")
+    ours = generate(target, read.eval(), text[:START], max_new_tokens=len(text) - START, width="full")
     assert found == text and ours.token_ids == text[START:]
     assert sum(accepted) > 0, "a drafter that was trained on this text drafts some of it"
     # The last pass may accept more than the text has room for; the library counts what it keeps.
