@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -224,7 +225,7 @@ def main(name="HuggingFaceTB/SmolLM2-135M-Instruct", output="dpace-one-page"):
     """Go from prompts to a drafter, and show that the text is the target's own."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
+    target: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
     print(f"the target answers {len(PROMPTS)} prompts", flush=True)
     texts = []
     for prompt in PROMPTS:

@@ -62,11 +62,11 @@ GPU_FLOPS = 3e14
 
 
 @cache
-def measure_flops(device: torch.device, dtype: torch.dtype) -> Number:
-    """Time a product as large as a training's, and return operations a second."""
+def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int = 512) -> Number:
+    """Time a product, by default one as large as a training's, and return operations a second."""
     if device.type != "cpu" and not torch.accelerator.is_available():
         return GPU_FLOPS
-    rows = torch.ones(512, 2**11, device=device, dtype=dtype)
+    rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
     weights = torch.ones(2**11, 2**10, device=device, dtype=dtype)
     timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
     seconds = min(timer.blocked_autorange(min_run_time=1.0).times)  # which other programs disturb least

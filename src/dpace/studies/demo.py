@@ -39,16 +39,18 @@ MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""
 MOST_SECONDS = 600.0
 """Longest time that the whole demo may take where nobody asks for it."""
-READING = 1.05
-ANSWERING = 0.8
-SCORING = 1.4
-DECODING = 0.02
-"""Speeds of parts of the demo, over the speed of a large product in the target's dtype: between those that CPUs with
-AVX2 and with AMX had. Some are above 1: what prompts share is read once, and a walk reaches only some slots."""
-BESIDE_PRODUCTS = 0.35
+FEW_ROWS = 64
+"""Rows of a product by whose speed the target's parts of the demo are estimated: prompts that are answered together."""
+READING = 1.5
+ANSWERING = 1.3
+SCORING = 2.5
+DECODING = 0.033
+"""Speeds of these parts, over the speed of such a product: between those that CPUs with AVX2 and with AMX had.
+They are high since what prompts share is read once, and a walk through an answer reaches only some slots."""
+BESIDE_PRODUCTS = 0.2
 """What a training step does beside its products, as a share of these, at that speed."""
-START_SECONDS = 15.0
-"""Seconds in which libraries and the target are loaded, and pages written."""
+START_SECONDS = 25.0
+"""Seconds in which libraries and the target are loaded, checkpoints measured, and pages written."""
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
@@ -137,7 +139,7 @@ def expected_seconds(plan: TrainingPlan, recipe: CompareConfig, parts: PromptPar
     decoding = num_decoded * (of_layers + of_head)
     of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
     of_training = len(OBJECTIVES) * plan.num_steps * plan.flops()[1]
-    speed = measure_flops(plan.device, target.model.dtype)
+    speed = measure_flops(plan.device, target.model.dtype, FEW_ROWS)
     training_speed = measure_flops(plan.device, products_dtype(recipe.train, plan.device))
     return START_SECONDS + (of_target + BESIDE_PRODUCTS * of_training) / speed + of_training / training_speed
 
