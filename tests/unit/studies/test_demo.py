@@ -72,7 +72,8 @@ def test_what_is_slower_or_worse_has_a_reason():
     assert behind.startswith("s: D-PACE is behind")
 
 
-def test_quick_takes_fewer_prompts_and_steps():
+def test_quick_takes_fewer_prompts_and_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no demo was begun
     whole, quick = demo_sizes(DemoConfig())
     assert demo_recipe(quick).train.max_steps < demo_recipe(whole).train.max_steps
     parts = zip(demo_prompts(quick), demo_prompts(whole), strict=True)
