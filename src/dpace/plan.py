@@ -41,8 +41,10 @@ from dpace.train.optimizer import is_factor, products_dtype
 from dpace.train.run import choose_conversations, is_finished
 
 Number = int | float
-LIBRARY_BYTES = {True: 2**29, False: 3 * 2**28}
-"""Bytes of Python with its libraries in the memory of a CPU, and those that CUDA is assumed to take on a GPU."""
+LIBRARY_BYTES = 2**29
+"""Bytes of Python with its libraries in the memory of a CPU."""
+CONTEXT_BYTES = 3 * 2**28
+"""Bytes that CUDA's context and libraries are assumed to take on a GPU."""
 UNCOUNTED_SHARE = 0.1
 """What the terms of a plan miss, as a share of their sum (docs/scale.md)."""
 BYTES_PER_TOKEN = 4
@@ -195,7 +197,7 @@ class TrainingPlan:
             "hidden states that are kept": self.feature_bytes if is_cpu and self.feature_place == "kept" else 0,
             "activations of the drafter": activations,
             "loss through the head": 3 * states + 2 * tiles,
-            "libraries": LIBRARY_BYTES[is_cpu],
+            "libraries": LIBRARY_BYTES if is_cpu else CONTEXT_BYTES,
         }
         return parts | {"what is not counted": UNCOUNTED_SHARE * sum(parts.values())}
 

@@ -107,7 +107,7 @@ class DrafterSpec:
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Annotated[Count, Field(le=2**16)]
-    """Of a head; the rotation has half as many numbers, and is tried out before the weights are read."""
+    """Numbers of each head. The bound keeps the rotation small, which is tried out before the weights are read."""
     rms_norm_eps: Float32
     rope_parameters: dict[str, Any]
     """Rotary embedding, as `rope_parameters` of transformers."""

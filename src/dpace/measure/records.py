@@ -123,11 +123,17 @@ def speedup(ours: Iterable[Sequence[Answer]], theirs: Iterable[Sequence[Answer]]
 
     A side has the answers to each prompt. The result is None where all tokens came at once, and without answers.
     """
-    seconds_a_token = [
-        [[[sum(one.decode_seconds for one in turns), sum(one.num_decode_tokens for one in turns)] for turns in side]]
-        for side in (theirs, ours)
-    ]
-    return nullable(estimate(seconds_a_token, ratio))
+
+    def times(side: Iterable[Sequence[Answer]]) -> list[tuple[float, int]]:
+        """Sum the seconds of each prompt and the tokens decoded in them, "prompt 2"."""
+        pairs = []
+        for turns in side:
+            seconds = sum(one.decode_seconds for one in turns)
+            pairs.append((float(seconds), sum(one.num_decode_tokens for one in turns)))
+        return pairs
+
+    # Seconds a token of theirs over those of ours is the ratio of tokens a second.
+    return nullable(estimate([[times(theirs)], [times(ours)]], ratio))
 
 
 class Records(Generic[Record]):

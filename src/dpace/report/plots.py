@@ -34,7 +34,8 @@ Logs = Mapping[str, Sequence[Sequence[dict[str, Any]]]]
 def training_curves(logs: Logs) -> str:
     """Draw the loss, and tau of the validation responses, against steps; a line for each drafter.
 
-    Dotted lines stand where blocks grow: twice as many slots and one have weight from then on. One dot is not drawn.
+    A dotted line stands where blocks grow: from there on, more than twice as many slots have a weight. A single value
+    is not drawn.
     """
 
     def draw(axis: Any, key: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dpace.config import CompareConfig, DemoConfig
+from dpace.config import BenchConfig, CompareConfig, DemoConfig
 from dpace.drafter import load_drafter
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
@@ -80,12 +80,17 @@ class PlannedDemo(NamedTuple):
     recipe: CompareConfig
     parts: PromptParts
     plan: TrainingPlan
-    """Of one drafter."""
+    """What the training of one of its drafters takes."""
     seconds: float
+    """Expected time of the whole, see `expected_seconds`."""
 
 
 def demo_sizes(config: DemoConfig) -> list[DemoConfig]:
-    """Return the demos that may run, the whole one first: what is asked for, else what was begun, else both."""
+    """Return the demos that may run, the whole one first: what is asked for, else what was begun, else both.
+
+    Raises:
+        ValueError: both sizes are asked for; or see `read_run`.
+    """
     if config.full and config.quick:
         raise ValueError("--quick and --full are two sizes of the demo; leave one of them out")
     sizes = [replace(config, full=True), replace(config, quick=True)]
@@ -118,15 +123,16 @@ def _plan_demo(config: DemoConfig) -> PlannedDemo:
     recipe = demo_recipe(config)
     parts = demo_prompts(config)
     plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
-    return PlannedDemo(config, recipe, parts, plan, expected_seconds(plan, recipe, parts))
+    return PlannedDemo(config, recipe, parts, plan, expected_seconds(plan, recipe.bench, parts))
 
 
-def expected_seconds(plan: TrainingPlan, recipe: CompareConfig, parts: PromptParts) -> float:
+def expected_seconds(plan: TrainingPlan, bench: BenchConfig, parts: PromptParts) -> float:
     """Estimate the seconds of a demo on this machine, without the download of the target.
 
     Operations of the products, over their speed here; answers count as long as they may be.
     """
     target = plan.target
+    recipe = plan.recipe
     of_layers = sum(weight.numel() for weight in target.layers.parameters())
     of_head = target.head.weight.numel()
     num_read, num_answered = expected_lengths(sum(parts, []), recipe).sum(1)
@@ -134,7 +140,6 @@ def expected_seconds(plan: TrainingPlan, recipe: CompareConfig, parts: PromptPar
     answering = reading + num_answered * of_head
     num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
     scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
-    bench = recipe.bench
     num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
     decoding = num_decoded * (of_layers + of_head)
     of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)

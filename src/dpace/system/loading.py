@@ -20,7 +20,7 @@ from dpace.system.progress import shorten
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 """What transformers raises for a config with values of the wrong kind."""
 REPORT = "if other programs load the same files, please report this line as a fault of dpace"
-"""What to do about a RuntimeError, besides: torch raises it for wrong sizes in a file, and for our own mistakes."""
+"""Second way out of a RuntimeError: torch raises it for wrong sizes in a file, and also for mistakes of dpace."""
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.system.ledger import UNFINISHED, remove_unfinished
-from dpace.system.progress import note, one_line, shorten
+from dpace.system.progress import note, shorten
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_NAME = r"[\w-][\w.-]*"
@@ -109,7 +109,7 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     except Exception as error:  # the Hub's many ways not to give a repository
         raise ValueError(
             f"{option} {name} is no folder, and the Hub does not give a repository of that name "
-            f"({one_line(error)[:200]}); name a folder that exists, or check the name and the network"
+            f"({shorten(error, 200)}); name a folder that exists, or check the name and the network"
         ) from error
 
 

@@ -64,8 +64,8 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
     """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
     It computes in `dtype`. `torch.optim.Muon` always takes bf16, in which products are slow on a CPU without units for
-    it. In fp32 the steps of a matrix that is much wider than tall are taken on its small gram matrix, which saves a
-    third of the time; their factors are multiplied first, and with the matrix once. In bf16 that would round too much.
+    it. In fp32 the steps of a matrix that is much wider than tall are taken on its small gram matrix, which takes
+    fewer operations; their factors are multiplied first, and with the matrix once. In bf16 that would round too much.
 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpace.config import DemoConfig
-from dpace.recipes.flags import parse
+from dpace.recipes.flags import command, parse
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import generate_command, load_target
@@ -34,7 +34,8 @@ def run(args: list[str]) -> None:
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
     if planned.config.quick:
-        print("This was the quick demo. `dpace demo --full` trains longer, on more prompts.")
+        whole = command("demo", full=True, prompts=config.prompts, target=config.target)
+        print(f"This was the quick demo. `{whole}` trains longer, on more prompts.")
     write_report([output, *(output / name for name in DECODED)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
