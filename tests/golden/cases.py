@@ -27,7 +27,7 @@ from dpace.metrics import Acceptance
 from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
-from tests.conftest import make_target
+from tests.support.models import make_target
 
 VALUES = Path(__file__).with_name("values.json")
 MASK = 15

@@ -23,7 +23,7 @@ from dpace.target import Target
 from dpace.target.head import LmHead
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations, keep_features
-from tests.conftest import FAMILIES, LANGUAGE_RECIPE, make_drafter
+from tests.support.models import FAMILIES, LANGUAGE_RECIPE, make_drafter
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target
 from dpace.train.run import make_datasets, train
-from tests.conftest import decode_whole
+from tests.support.models import decode_whole
 
 MAX_NEW_TOKENS = 48
 

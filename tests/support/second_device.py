@@ -225,7 +225,7 @@ def main() -> None:
     from dpace.target import Target
     from dpace.train.loop import TrainingLoop
     from dpace.train.run import choose_conversations
-    from tests.conftest import make_drafter, make_target
+    from tests.support.models import make_drafter, make_target
 
     dpace.target.probe._refuse_quantized_tables = lambda *_: None  # takes a tensor of another class for a quantized one
     generator = torch.Generator

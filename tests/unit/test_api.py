@@ -16,8 +16,8 @@ from dpace.engines.card import write_card
 from dpace.loss.objective import source_sha256
 from dpace.recipes.recipe_file import write_recipe
 from dpace.train.run import make_datasets
-from tests.conftest import make_recipe
 from tests.support.files import change_json, read_json, write_prompts
+from tests.support.models import make_recipe
 from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[2]

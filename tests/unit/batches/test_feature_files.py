@@ -16,8 +16,8 @@ from dpace.config import TrainConfig
 from dpace.target import Target
 from dpace.target.target import HEAD_INPUT
 from dpace.train.run import check_recipe, make_datasets
-from tests.conftest import make_recipe
 from tests.support.crash import kill, operations_of
+from tests.support.models import make_recipe
 from tests.support.stub_server import PAGES, StubServer, pages
 
 LAYERS = [1, 3]

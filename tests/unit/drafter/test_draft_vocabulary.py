@@ -14,8 +14,8 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRows, load_vocabulary
 from dpace.train.finish import measure_and_calibrate
-from tests.conftest import LANGUAGE_RECIPE, make_target
 from tests.support.files import read_json
+from tests.support.models import LANGUAGE_RECIPE, make_target
 from tests.unit.train.test_train import measured, run_recipe, short
 
 

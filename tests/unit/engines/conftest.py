@@ -13,8 +13,8 @@ from dpace.engines.export import export
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import check_recipe, make_datasets
-from tests.conftest import EOS, decode_whole, make_drafter, make_recipe, make_with_head
 from tests.support.files import change_config, changed_weights
+from tests.support.models import EOS, decode_whole, make_drafter, make_recipe, make_with_head
 
 WINDOWS = {
     "windows": {"sliding_window": 8},

@@ -17,7 +17,7 @@ from dpace.measure.results import read_log
 from dpace.train.loop import Scorer
 from dpace.train.optimizer import TABLE_DECAY, is_factor, make_optimizer
 from dpace.train.run import check_recipe, make_datasets, train
-from tests.conftest import make_recipe, make_with_head, make_with_selector
+from tests.support.models import make_recipe, make_with_head, make_with_selector
 
 
 def make_scorer(target, make=make_with_head, **loss):

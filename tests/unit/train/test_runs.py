@@ -16,8 +16,8 @@ from dpace.engines.export import read_drafter
 from dpace.train.checkpoints import _file_entry, is_whole
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
-from tests.conftest import make_recipe
 from tests.support.files import HOLD, change_json, changed_json, changed_weights, read_json
+from tests.support.models import make_recipe
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from dpace.train.finish import measure_and_calibrate
 from dpace.train.loop import TrainingLoop, num_steps
 from dpace.train.progress import open_trackers
 from dpace.train.run import keep_features, make_datasets, train
-from tests.conftest import make_drafter, make_recipe
 from tests.support.files import read_json
+from tests.support.models import make_drafter, make_recipe
 
 
 def short(**changes):
