@@ -113,8 +113,8 @@ def run_speculators(request: dict) -> dict:
     return {"version": importlib.metadata.version("speculators"), "equal": equal, "tensors": len(weights)}
 
 
-def run_vllm_head(request: dict) -> dict:
-    """Compute the scores of a head with vLLM's own module, which runs on a CPU although its runner does not."""
+def run_vllm_lilicorr(request: dict) -> dict:
+    """Compute the scores of LiLiCorr with vLLM's own module, which runs on a CPU although its runner does not."""
     import vllm
     from safetensors.torch import load_file
     from vllm.config import set_current_vllm_config
@@ -150,6 +150,6 @@ def run_vllm_head(request: dict) -> dict:
 
 if __name__ == "__main__":
     _, engine, asked, answered = sys.argv
-    runs = {"vllm": run_vllm, "vllm-head": run_vllm_head, "mlx": run_mlx, "speculators": run_speculators}
+    runs = {"vllm": run_vllm, "vllm-lilicorr": run_vllm_lilicorr, "mlx": run_mlx, "speculators": run_speculators}
     run = runs[engine]
     Path(answered).write_text(json.dumps(run(json.loads(Path(asked).read_text()))))

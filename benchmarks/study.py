@@ -45,7 +45,7 @@ from dpace.target.target import HEAD_INPUT
 from dpace.train.run import Run, choose_conversations
 from dpace.verbs import load_target
 
-HEAD = {"drafter.head": "lilicorr", "drafter.head_candidates": 8}
+LILICORR = {"drafter.selector": "lilicorr", "drafter.selector_candidates": 8}
 GROWING = {"train.grow_blocks": True}
 TAPS = {"drafter.conv_kernel_size": 2}
 BV = {"loss.alpha": 1.0, "loss.alpha_end": 0.0}
@@ -66,11 +66,11 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "bv-growing-blocks": ("bv", BV | GROWING),
     "two-taps": ("dpace", TAPS),
     "two-taps-growing-blocks": ("dpace", TAPS | GROWING),
-    "dflash-head": ("dflash", HEAD),
-    "dpace-head": ("dpace", HEAD),
-    "growing-head": ("dpace", HEAD | GROWING),
-    "growing-head-4": ("dpace", HEAD | GROWING | {"drafter.head_candidates": 4}),
-    "growing-selector": ("dpace", GROWING | {"drafter.head": "candidate_selector"}),
+    "dflash-head": ("dflash", LILICORR),
+    "dpace-head": ("dpace", LILICORR),
+    "growing-head": ("dpace", LILICORR | GROWING),
+    "growing-head-4": ("dpace", LILICORR | GROWING | {"drafter.selector_candidates": 4}),
+    "growing-selector": ("dpace", GROWING | {"drafter.selector": "candidate_selector"}),
 }
 """By the study's names: the objective, as `dpace compare` takes it, and other changes of the recipe."""
 KINDS = {
@@ -83,7 +83,7 @@ KINDS = {
 MAX_CHARACTERS = 600
 """Longest prompt: long ones cost much, and their answers are cut at the same length."""
 STEP_SECONDS = {8: 0.5, 16: 0.85}
-"""On two quiet cores of an AMD EPYC, without a head, for `--dry-run`."""
+"""On two quiet cores of an AMD EPYC, without a selector, for `--dry-run`."""
 NUM_VALIDATION = 24
 LIMIT_GIB = 20.0
 """Most GiB of hidden states on disk."""

@@ -9,7 +9,7 @@ import os
 
 from jaxtyping import install_import_hook
 
-CHECKED = {"batches", "blocks", "loss", "measure", "metrics", "train", "weights"}
+CHECKED = {"batches", "blocks", "loss", "measure", "metrics", "training", "weights"}
 """Modules and rooms of dpace with tensors, but for those that are called for each token and layer."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported

@@ -134,10 +134,17 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
-Head = Literal["lilicorr", "candidate_selector"]
+SelectorName = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
 WALKED = ("lilicorr",)
-"""Those that learn by walks through whole blocks, with `head_penalty`; the others learn slot by slot."""
+"""Those that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
+RENAMED = {
+    "drafter.head": "drafter.selector",
+    "drafter.head_candidates": "drafter.selector_candidates",
+    "drafter.head_width": "drafter.selector_width",
+    "loss.head_penalty": "loss.selector_penalty",
+}
+"""Options as files of earlier versions name them, and their present names."""
 
 
 @options
@@ -165,16 +172,16 @@ class DrafterConfig:
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
-    head: Head | None = None
+    selector: SelectorName | None = None
     """What chooses tokens that follow one another, among the best of each slot.
     candidate_selector: DFlash2's, two tables of tokens. lilicorr: a small network.
     By default each slot takes its own best token, as in DFlash."""
-    head_candidates: Literal[2, 4, 8, 16] | None = None
-    """Best tokens of each slot that the head chooses from; engines take no other numbers.
-    By default 8 for LiLiCorr and 16 for the selector, as published; half where the target is narrower than 1024."""
-    head_width: Annotated[int, integer(8, 2**16)] | None = None
-    """Length of the vectors whose products are the head's scores, and width of LiLiCorr.
-    By default 256 for the selector, as published, and a quarter of the target's width for LiLiCorr; 64 and a sixth
+    selector_candidates: Literal[2, 4, 8, 16] | None = None
+    """Best tokens of each slot that the selector chooses from; engines take no other numbers.
+    By default 8 for LiLiCorr and 16 for DFlash2's, as published; half where the target is narrower than 1024."""
+    selector_width: Annotated[int, integer(8, 2**16)] | None = None
+    """Length of the vectors whose products are the selector's scores, and width of LiLiCorr.
+    By default 256 for DFlash2's, as published, and a quarter of the target's width for LiLiCorr; 64 and a sixth
     where the target is narrower than 1024."""
     sliding_window: Annotated[int, integer(2)] | None = None
     """Tokens that a layer sees at most, its own slot included; all by default (speculators: 2048).
@@ -214,7 +221,7 @@ class LossConfig:
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
-    head_penalty: PositiveOrZero = 0.25
+    selector_penalty: PositiveOrZero = 0.25
     """Weight of LiLiCorr's penalty for choices that the target dislikes; 0 saves the target's upper layers."""
 
     chunk_mib: Count | None = None
@@ -515,8 +522,8 @@ class Recipe:
 
     @property
     def needs_target_hidden(self) -> bool:
-        """Whether training reads the target's last hidden states: for its distribution, or for a head's penalty."""
-        return self.loss.needs_target_probs or self.drafter.head in WALKED and self.loss.head_penalty > 0
+        """Whether training reads the target's last hidden states: for its distribution, or for a selector's penalty."""
+        return self.loss.needs_target_probs or self.drafter.selector in WALKED and self.loss.selector_penalty > 0
 
 
 @options

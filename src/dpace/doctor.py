@@ -326,7 +326,7 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
         moved = [tuple(layer + step for layer in spec.target_layer_ids) for step in (1, -1)]
         return [ids for ids in moved if are_servable(ids, spec.num_target_layers)]
     if key == "sample_from_anchor" and spec.selector:
-        return []  # a head has no vector for the slot that blocks would have more
+        return []  # a selector has no vector for the slot that blocks would have more
     return [not getattr(spec, key)]
 
 

@@ -44,7 +44,7 @@ class Acceptance:
     """Verifications whose last accepted token ended the text, so that no bonus token follows; a number, or one a
     prompt."""
     bounds: tuple[float, ...] = ()
-    """With a head, tau of each slot's own best token, and of the target's token wherever it is a candidate."""
+    """With a selector, tau of each slot's own best token, and of the target's token wherever it is a candidate."""
 
     @classmethod
     def from_lengths(cls, accepted_lengths: Sequence[int], block_size: int, num_without_bonus: int = 0) -> "Acceptance":

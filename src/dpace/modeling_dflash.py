@@ -284,7 +284,7 @@ class LiLiCorrLayer(GradientCheckpointingLayer):
 
 
 class LiLiCorr(nn.Module):
-    """A head that scores how well each candidate of a slot follows each candidate of the slot before.
+    """A selector that scores how well each candidate of a slot follows each candidate of the slot before.
 
     All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
     the pair that it ends, and a pair's score is their product. Names of the parts are those that engines read.
@@ -454,7 +454,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
         enabled = [name for name, network in SELECTORS.items() if network.is_in(nested)]
-        with torch.random.fork_rng(devices=[]):  # so that all else starts as without a head
+        with torch.random.fork_rng(devices=[]):  # so that all else starts as without a selector
             for name, network in SELECTORS.items():
                 setattr(self, name, network(config) if name in enabled else None)
         if nested.get("conv_kernel_size") and not enabled:

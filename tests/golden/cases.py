@@ -67,13 +67,13 @@ def named(name: str, **loss: Any) -> Case:
     return Case(loss=with_objective(LossConfig(**loss), name), steps=3, is_decoded=False)
 
 
-LILICORR = {"head": "lilicorr", "head_candidates": 4}
+LILICORR = {"selector": "lilicorr", "selector_candidates": 4}
 KINDS = {
     "dflash": Case(),
     "convolutions": Case({"conv_kernel_size": 2}),
     "lilicorr": Case(LILICORR),
-    "lilicorr seen": Case({**LILICORR, "conv_kernel_size": 2}, LossConfig(head_penalty=0.0, vocabulary="seen")),
-    "candidate selector": Case({"head": "candidate_selector", "head_candidates": 4, "conv_kernel_size": 2}),
+    "lilicorr seen": Case({**LILICORR, "conv_kernel_size": 2}, LossConfig(selector_penalty=0.0, vocabulary="seen")),
+    "candidate selector": Case({"selector": "candidate_selector", "selector_candidates": 4, "conv_kernel_size": 2}),
     "from anchor": Case(from_anchor=True),
     "causal": Case({"causal": True}),
     "window": Case({"sliding_window": 9, "full_layers": (0,)}),

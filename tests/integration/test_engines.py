@@ -23,7 +23,7 @@ from dpace.engines import EngineName, ExportConfig
 from dpace.engines.export import export, import_drafter
 from dpace.target import Target
 from tests.support.files import change_config, read_json
-from tests.support.models import decode_whole, make_with_head
+from tests.support.models import decode_whole, make_with_selector
 
 SETTINGS = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
@@ -118,9 +118,9 @@ def test_vllm_drafts_with_our_draft_vocabulary_as_we_do(
 def test_vllms_own_head_gives_our_scores(language_target, language_folder, tmp_path):
     """Its module loads every tensor that we write, by name, and scores as ours does; its runner wants a GPU."""
     python_of("vllm")
-    drafter = make_with_head(language_target, block_size=5)
+    drafter = make_with_selector(language_target, block_size=5)
     drafter.save_pretrained(tmp_path / "made")
-    out = write("vllm", tmp_path / "made", language_target, tmp_path / "dflash-head", str(language_folder))
+    out = write("vllm", tmp_path / "made", language_target, tmp_path / "dflash-lilicorr", str(language_folder))
     inputs = {
         "token_embeddings": torch.randn(3, 4, 4, 48),
         "candidate_log_probs": -torch.rand(3, 4, 4).cumsum(-1),
@@ -129,7 +129,7 @@ def test_vllms_own_head_gives_our_scores(language_target, language_folder, tmp_p
         "anchor_valid": torch.tensor([True, False, True]),
     }
     save_file(inputs, tmp_path / "inputs.safetensors")
-    found = ask("vllm-head", tmp_path, drafter=str(out), inputs=str(tmp_path / "inputs.safetensors"))
+    found = ask("vllm-lilicorr", tmp_path, drafter=str(out), inputs=str(tmp_path / "inputs.safetensors"))
     with torch.inference_mode():
         ours = load_drafter(out, language_target).lilicorr(*inputs.values())
     for mine, name in zip(ours, ("start", "pairs"), strict=True):

@@ -96,8 +96,8 @@ PAIRS = {
         refused="--loss.token-loss and --loss.confidence are taken from the names of --objectives",
     ),
     "the largest seed, several steps": Pair(f"train {RECIPE} --train.seed 4294967295", "drafter/provenance.json"),
-    "a head, soft labels, compare": Pair(
-        f"compare {RECIPE} --drafter.head lilicorr --objectives dpace dpace+kl",
+    "a selector, soft labels, compare": Pair(
+        f"compare {RECIPE} --drafter.selector lilicorr --objectives dpace dpace+kl",
         refused=r"objectives such as dpace\+kl",
     ),
     "from a causal drafter, and not causal": Pair(
@@ -105,9 +105,9 @@ PAIRS = {
         "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal",
         refused="--drafter.causal is False, but .* has True; leave --drafter.causal out",
     ),
-    "a head, another drafter to start from": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr",
-        refused="--drafter.head is lilicorr, but .* has None",
+    "a selector, another drafter to start from": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.selector lilicorr",
+        refused="--drafter.selector is lilicorr, but .* has None",
     ),
     "from another drafter, hidden states on disk in 8 bits": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --train.feature-files {{out}}/states --train.feature-dtype float8",
@@ -134,22 +134,22 @@ PAIRS = {
         "generate --target {target} --drafter {out}/vllm --prompt w1 --width 3 --max-new-tokens 8",
         "vllm/README.md",
     ),
-    "a head, windows, growing blocks, export, doctor": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4 --drafter.sliding-window 9 "
+    "a selector, windows, growing blocks, export, doctor": Pair(
+        f"train {RECIPE} --drafter.selector lilicorr --drafter.selector-candidates 4 --drafter.sliding-window 9 "
         "--train.grow-blocks; "
         "generate --target {target} --drafter {out}/drafter --prompt w1 --stream --max-new-tokens 8; "
         "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
         "doctor {out}/vllm --target {target} --engine vllm",
         "vllm/README.md",
     ),
-    "a head, compare, decoding": Pair(
-        f"compare {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4 --objectives dpace --seeds 0",
+    "a selector, compare, decoding": Pair(
+        f"compare {RECIPE} --drafter.selector lilicorr --drafter.selector-candidates 4 --objectives dpace --seeds 0",
         "decode/bench-*.jsonl",
     ),
-    "a head, servers of hidden states": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --train.feature-files {{out}}/states "
+    "a selector, servers of hidden states": Pair(
+        f"train {RECIPE} --drafter.selector lilicorr --train.feature-files {{out}}/states "
         "--train.feature-servers http://127.0.0.1:9",
-        refused="--loss.head-penalty 0",
+        refused="--loss.selector-penalty 0",
     ),
     "plan, sizes of the drafter to start from": Pair(f"plan {FROM} --device cpu", printed=SMALL),
     "plan, another drafter, other blocks": Pair(
@@ -195,15 +195,15 @@ PAIRS = {
         "--train.feature-servers http://127.0.0.1:9",
         refused="give no input of the LM head",
     ),
-    "a head, answers shorter than a block": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.block-size 200",
+    "a selector, answers shorter than a block": Pair(
+        f"train {RECIPE} --drafter.selector lilicorr --drafter.block-size 200",
         refused="no answer fills a block of 200 tokens",
     ),
 }
 TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
 THINKING = "{recipe} --output {out}/t --thinking"
 LIMIT = "{recipe} --output {out}/l --prompts.limit 12 --prompts.num-validation 2"
-HEAD = "--drafter.head lilicorr --drafter.head-candidates 4"
+LILICORR = "--drafter.selector lilicorr --drafter.selector-candidates 4"
 ADAPTER = "{recipe} --target {adapter} --output {out}/new"
 QUANTIZED = "{recipe} --target {quantized} --output {out}/new"
 CHECK = "--drafter {out}/new/drafter --prompts {prompts} --num-prompts 1 --max-new-tokens 6"
@@ -241,18 +241,19 @@ PAIRS |= {
         "--train.feature-cache-gib 0",
         "drafter/provenance.json",
     ),
-    "options of a head": Pair(
-        f"train {RECIPE} {HEAD} --drafter.head-width 16 --loss.head-penalty 0",
+    "options of a selector": Pair(
+        f"train {RECIPE} {LILICORR} --drafter.selector-width 16 --loss.selector-penalty 0",
         "drafter/provenance.json",
     ),
-    "from a drafter with a head": Pair(
-        f"train {RECIPE} {HEAD}; respond {{recipe}} --output {{out}}/b; "
+    "from a drafter with a selector": Pair(
+        f"train {RECIPE} {LILICORR}; respond {{recipe}} --output {{out}}/b; "
         "train {recipe} --output {out}/b --drafter.init {out}/drafter; "
         "generate --target {target} --drafter {out}/b/drafter --prompt 'w3 w51' --max-new-tokens 4",
         printed=r"w\d+",
     ),
     "DFlash2, out and in again": Pair(
-        f"train {RECIPE} --drafter.conv-kernel-size 2 --drafter.head candidate_selector --drafter.head-candidates 4; "
+        f"train {RECIPE} --drafter.conv-kernel-size 2 --drafter.selector candidate_selector "
+        "--drafter.selector-candidates 4; "
         "doctor {out}/drafter --target {target} --engine zlab; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         "train {recipe} --output {out}/c --drafter.init {out}/g/{file}",
@@ -293,9 +294,9 @@ PAIRS |= {
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
-    "plan, an option of a head, no head": Pair(
-        f"plan {RECIPE} --loss.head-penalty 0.5",
-        refused="--loss.head-penalty is 0.5, and --drafter.head is None, which does not read it; take --drafter.head l",
+    "plan, an option of a selector, no selector": Pair(
+        f"plan {RECIPE} --loss.selector-penalty 0.5",
+        refused="--loss.selector-penalty is 0.5, and --drafter.selector is None, .* take --drafter.selector l",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(
@@ -410,7 +411,7 @@ def run(command: str, names: dict[str, str]) -> None:
 
 
 COVER = (
-    "a head, windows, growing blocks, export, doctor",
+    "a selector, windows, growing blocks, export, doctor",
     "windows, causal blocks, mixed layers, bench, export, generate",
     "convolutions, draft vocabulary, export",
     "turns, messages, every verb",

@@ -98,15 +98,15 @@ def make_with_convolutions(target: Target, **options) -> Drafter:
     return _stir(make_drafter(target, conv_kernel_size=2, **options), "_conv.")
 
 
-def make_with_head(target: Target, **options) -> Drafter:
-    """A drafter whose head does something."""
-    drafter = make_drafter(target, **{"head": "lilicorr", "head_candidates": 4, **options})
+def make_with_selector(target: Target, **options) -> Drafter:
+    """A drafter whose selector, by default LiLiCorr's, does something."""
+    drafter = make_drafter(target, **{"selector": "lilicorr", "selector_candidates": 4, **options})
     return _stir(drafter, f"{drafter.selector.name}.")
 
 
-def make_with_selector(target: Target, **options) -> Drafter:
-    """The same with DFlash2's selector."""
-    return make_with_head(target, head="candidate_selector", **options)
+def make_with_candidate_selector(target: Target, **options) -> Drafter:
+    """The same with DFlash2's."""
+    return make_with_selector(target, selector="candidate_selector", **options)
 
 
 @torch.no_grad()

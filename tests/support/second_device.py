@@ -274,7 +274,7 @@ def main() -> None:
         "batch": lambda t, d: [g.token_ids for g in generate_batch(t, d, prompts, max_new_tokens=8)],
         "measure": measure,
     }
-    kind = {"head": "lilicorr"} if "head" in sys.argv else {}
+    kind = {"selector": "lilicorr"} if "lilicorr" in sys.argv else {}
     target = make_target("qwen3")
     drafter = make_drafter(target, **kind)
     expected = {name: part(target, drafter) for name, part in parts.items()}

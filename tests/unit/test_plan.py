@@ -38,12 +38,12 @@ SHAPES = {
         LossConfig(token_loss="kl"),
         TrainConfig(batch_size=3, num_anchors=40, max_steps=2, gradient_checkpointing=True),
     ),
-    "a head, bf16, tokens that were seen": (
+    "a selector, bf16, tokens that were seen": (
         Qwen3Config(
             vocab_size=2000, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
         ),
-        DrafterConfig(num_layers=2, block_size=8, num_features=3, head="lilicorr"),
+        DrafterConfig(num_layers=2, block_size=8, num_features=3, selector="lilicorr"),
         LossConfig(vocabulary="seen"),
         TrainConfig(
             optimizer="muon", batch_size=2, gradient_accumulation_steps=2, num_anchors=16, max_steps=2,
@@ -51,7 +51,7 @@ SHAPES = {
         ),
     ),
 }  # fmt: skip
-SOFT, HEAD = SHAPES
+SOFT, LILICORR = SHAPES
 NUM_TOKENS, NUM_ANSWERED = 120, 80
 FLOPS = 1e7
 
@@ -91,7 +91,7 @@ def test_memory_and_operations_of_a_step_are_near_the_measured_ones(name, tmp_pa
         del planned[part]
     counted = sum(planned.values())
     assert measured / 1.5 < counted < 1.5 * measured
-    assert name == HEAD or measured < (1 + UNCOUNTED_SHARE) * counted, "a bound, but for candidates of LiLiCorr"
+    assert name == LILICORR or measured < (1 + UNCOUNTED_SHARE) * counted, "a bound, but for candidates of LiLiCorr"
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loop.take_step(batches)
     assert counter.get_total_flops() / 1.5 < sum(plan.flops()) < 1.5 * counter.get_total_flops()
@@ -141,7 +141,7 @@ def test_a_gpu_that_is_not_at_hand_holds_no_copies_and_no_kept_features(tmp_path
 @pytest.fixture
 def answered(tmp_path) -> list[str]:
     """A recipe's folder with answers, and a target of which there are only config and tokenizer."""
-    SHAPES[HEAD][0].save_pretrained(tmp_path / "target")
+    SHAPES[LILICORR][0].save_pretrained(tmp_path / "target")
     make_tokenizer().save_pretrained(tmp_path / "target")
     prompts = make_prompts(f"question {i}" for i in range(20))
     path = write_rows(tmp_path / "prompts.jsonl", ({"messages": one.turns[0], "id": one.id} for one in prompts))

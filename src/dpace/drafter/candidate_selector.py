@@ -73,13 +73,13 @@ class CandidateSelectorSizes(SelectorSizes):
         """
         is_small = hidden_size < 1024
         return cls(
-            top_k=config.head_candidates or (8 if is_small else 16),
-            rank=config.head_width or (64 if is_small else 256),
+            top_k=config.selector_candidates or (8 if is_small else 16),
+            rank=config.selector_width or (64 if is_small else 256),
         )
 
     def options(self, spec):
         """See `SelectorSizes`."""
-        return {"head_candidates": self.top_k, "head_width": self.rank}
+        return {"selector_candidates": self.top_k, "selector_width": self.rank}
 
 
 SIZES = CandidateSelectorSizes

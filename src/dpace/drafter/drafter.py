@@ -239,7 +239,7 @@ class Drafter(DFlashDraftModel):
 
         Args:
             target: the model to draft for.
-            seed: seed of the initial weights; those of the network are the same with and without a head.
+            seed: seed of the initial weights; those of the network are the same with and without a selector.
             options: those of `dpace.config.DrafterConfig`, with its defaults; `init` is not read.
 
         Raises:
@@ -252,8 +252,8 @@ class Drafter(DFlashDraftModel):
             own["mask_token_id"] = choose_mask_token(target)
         if config.conv_kernel_size:
             own["conv_group_size"] = math.gcd(CONV_GROUP_SIZE, target.hidden_size)
-        if config.head:
-            own["selector"] = SELECTORS[config.head].chosen(config, target.hidden_size)
+        if config.selector:
+            own["selector"] = SELECTORS[config.selector].chosen(config, target.hidden_size)
         spec = DrafterSpec(**facts_of(target), **sizes_of(target.config), **own)
         spec.check()
         with torch.random.fork_rng():

@@ -25,7 +25,7 @@ OLDER_NAMES = {
     "mlp.0": "mlp.up_proj",
     "mlp.2": "mlp.down_proj",
 }
-"""Names of parts of the head in older checkpoints, and the newer ones, without which vLLM 0.32 refuses a head."""
+"""Names of parts of the network in older checkpoints, and the newer ones, without which vLLM 0.32 refuses it."""
 
 
 class LiLiCorrSelector(LatticeSelector):
@@ -62,7 +62,7 @@ class LiLiCorrSelector(LatticeSelector):
         with scorer.autocast():
             before = found.before.flatten(0, 1)[whole]
             lattice = self.make_lattice(rows, index, log_probs, hidden, last_ids, lambda: before)
-        walk = walk_losses(lattice, labels, target_logits, scorer.loss.head_penalty)
+        walk = walk_losses(lattice, labels, target_logits, scorer.loss.selector_penalty)
         losses = scores.losses.flatten().index_add(0, whole, walk)
         return scores._replace(losses=losses.view_as(scores.losses))
 
@@ -126,14 +126,14 @@ class LiLiCorrSizes(SelectorSizes):
     def chosen(cls, config, hidden_size):
         """Choose the sizes of a selector.
 
-        Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a
-        small target on a CPU it would be far more, so below 1024 a sixth is taken, 96 at 576, and 4 candidates.
+        Published ones are a quarter as wide as the drafter (1024 at 4096). There it is 3 % of a step. Next to a small
+        target on a CPU it would be far more, so below 1024 a sixth is taken, 96 at 576, and 4 candidates.
         """
         is_small = hidden_size < 1024
-        width = config.head_width or (max(8, hidden_size // 48 * 8) if is_small else hidden_size // 4)
+        width = config.selector_width or (max(8, hidden_size // 48 * 8) if is_small else hidden_size // 4)
         num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
         return cls(
-            candidate_topk=config.head_candidates or (4 if is_small else 8),
+            candidate_topk=config.selector_candidates or (4 if is_small else 8),
             hidden_size=0 if width == hidden_size else width,
             num_heads=num_heads,
             factor_dim=width,
@@ -149,13 +149,13 @@ class LiLiCorrSizes(SelectorSizes):
 
     def options(self, spec):
         """See `SelectorSizes`; no option has the other sizes."""
-        return {"head_candidates": self.candidate_topk, "head_width": self.width(spec)}
+        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(spec)}
 
     def check(self, spec):
         """See `SelectorSizes`."""
         if self.width(spec) % self.num_heads:
             raise ValueError(
-                f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the head's width, which is "
+                f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the selector's width, which is "
                 f"{self.width(spec)}; {COPY_AGAIN}"
             )
         super().check(spec)

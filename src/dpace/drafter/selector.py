@@ -165,7 +165,7 @@ def draw_draft(
 
 
 class Lattice(NamedTuple):
-    """A head's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft."""
+    """A selector's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft."""
 
     candidates: Int[Tensor, "batch draft choice"]
     """Tokens, the drafter's best first."""
@@ -307,7 +307,7 @@ class SelectorSizes:
     """
 
     name: ClassVar[str]
-    """Its choice of `--drafter.head`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
+    """Its choice of `--drafter.selector`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
     prefix: ClassVar[str]
     """What its keys in `dflash_config` begin with."""
     architecture: ClassVar[str]
@@ -329,7 +329,7 @@ class SelectorSizes:
         return cls()
 
     def options(self, spec: Any) -> dict[str, Any]:
-        """Return the options of `DrafterConfig`, but for `head`, that ask for these sizes; the inverse of `chosen`."""
+        """Return the options `selector_NAME` of `DrafterConfig` that ask for these sizes; the inverse of `chosen`."""
         return {}
 
     def check(self, spec: Any) -> None:
@@ -341,8 +341,8 @@ class SelectorSizes:
         for key in ("sample_from_anchor", "draft_vocab_size"):
             if getattr(spec, key):
                 raise ValueError(
-                    f"{key} is {getattr(spec, key)}, which dpace does not run with a head; serve this drafter with the "
-                    "project that trained it"
+                    f"{key} is {getattr(spec, key)}, which dpace does not run with a selector; serve this drafter with "
+                    "the project that trained it"
                 )
 
     def config_keys(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
-from dpace.config import DrafterConfig, Head
+from dpace.config import DrafterConfig, SelectorName
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import (
     COPY_AGAIN,
@@ -53,7 +53,7 @@ FIX = "copy config and weights again, or `dpace import` the drafter if another p
 TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
 """Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
 SELECTORS: dict[str, type[SelectorSizes]] = {
-    name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(Head)
+    name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(SelectorName)
 }
 """Sizes of the selectors that there are, a file each; `dpace.modeling_dflash` has their networks."""
 

@@ -62,7 +62,7 @@ class ExportConfig:
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     plain: bool = False
-    """Leave out the drafter's head: DFlash's own layout, which engines without heads read."""
+    """Leave out the drafter's selector: DFlash's own layout, which engines without selectors read."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     license: Text = "other"

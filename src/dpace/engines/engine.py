@@ -64,7 +64,7 @@ class Engine:
             if trait not in self.reads:
                 ways = [f"--to {engine.name}" for engine in all_engines() if {*traits} <= {*engine.reads}]
                 if spec.selector and not self.fault(replace(spec, selector=None)):
-                    ways.append("--plain, without its head")
+                    ways.append("--plain, without its selector")
                 way = f"export it with {' or '.join(ways)}" if ways else "decode it with dpace"
                 return (
                     f"the drafter has {trait}, which {self.title} does not read, and so would draft wrongly "

@@ -26,8 +26,8 @@ PATTERNS = ("config.json", "README.md", "model*.safetensors*", "modeling_*.py", 
 """Files of a drafter that an export or an import may write."""
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
-OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
-"""Entries of the record that were measured with the head."""
+OF_SELECTOR = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
+"""Entries of the record that were measured with the selector."""
 
 
 def refuse_output(output: Path, drafter: Path) -> None:
@@ -50,14 +50,14 @@ def refuse_output(output: Path, drafter: Path) -> None:
 
 
 def without_selector(spec: DrafterSpec) -> DrafterSpec:
-    """Return what a drafter is without its head: DFlash's, or DFlash2's where it has convolutions.
+    """Return what a drafter is without its selector: DFlash's, or DFlash2's where it has convolutions.
 
     Raises:
-        ValueError: it has no head.
+        ValueError: it has no selector.
     """
     if spec.selector is None:
-        raise ValueError("the drafter has no head that could be left out; export it without --plain")
-    record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
+        raise ValueError("the drafter has no selector that could be left out; export it without --plain")
+    record = {name: value for name, value in spec.record.items() if name not in OF_SELECTOR}
     return replace(spec, selector=None, record=record)
 
 
@@ -102,7 +102,7 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     tensors = source.state_dict()
     if config.plain:
         spec = without_selector(spec)
-        zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions without a head come with
+        zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions alone come with
         own = {name: tensor for name, tensor in tensors.items() if tensor.shape == spec.shapes.get(name)}
         tensors = {name: zeros(shape) for name, shape in spec.shapes.items()} | own
     engine.check(config, spec)

@@ -36,9 +36,9 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
     spec = init.spec
     own = {
-        **{option: None for option in vars(recipe.drafter) if option.startswith("head")},
+        **{option: None for option in vars(recipe.drafter) if option.startswith("selector")},
         **{name: getattr(spec, name) for name in SAME_AS_OPTIONS},
-        "head": spec.selector and spec.selector.name,
+        "selector": spec.selector and spec.selector.name,
         "num_features": len(spec.target_layer_ids),
         **(spec.selector.options(spec) if spec.selector else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),

@@ -31,7 +31,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     def fault(self, spec):
         """See `Engine`; the network's code runs no selector."""
         if spec.selector:
-            return "the drafter has a head, which transformers does not run; export it without, with --plain"
+            return "the drafter has a selector, which transformers does not run; export it without, with --plain"
         return super().fault(spec)
 
     def command(self, spec, drafter, target):

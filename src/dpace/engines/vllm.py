@@ -30,8 +30,8 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
         """See `Engine`; vllm#57934 says which pair it does not read."""
         if spec.selector and spec.draft_vocab_size:
             return (
-                f"the drafter has a head and a small vocabulary, draft_vocab_size {spec.draft_vocab_size}, which vLLM "
-                "does not read together; export it without its head, with --plain"
+                f"the drafter has a selector and a small vocabulary, draft_vocab_size {spec.draft_vocab_size}, which "
+                "vLLM does not read together; export it without its selector, with --plain"
             )
         return super().fault(spec)
 

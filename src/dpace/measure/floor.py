@@ -109,7 +109,7 @@ def score_block(
 
     Args:
         probs: the target's distributions.
-        drafted: the drafter's; of one token where drafts are not drawn. Equal in all samples, but with a head.
+        drafted: the drafter's; of one token where drafts are not drawn. Equal in all samples, but with a selector.
         tokens: that the target drew.
         is_end: tokens that end a text.
         is_drawn: see `fit_blind`.

@@ -335,7 +335,7 @@ class SlotLoss:
     own_least: Estimate
     """Least share of these rejections that a block drafter could avoid; below 0 where samples are too few."""
     own_most: Estimate
-    """Most of them; below 0 where a head avoids what no block drafter without one could."""
+    """Most of them; below 0 where a selector avoids what no block drafter without one could."""
 
 
 @json_object

@@ -243,7 +243,7 @@ def lever(results: ExplainResults) -> str:
     if least is None or most is None:
         return "nothing was rejected"
     own = "train on more prompts, for more steps, or with another objective (docs/train.md)"
-    blind = "train with a head (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
+    blind = "train with a selector (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
     if least > 0.5:
         return f"most rejections are the drafter's own: {own}"
     if most < 0.5:

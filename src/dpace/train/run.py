@@ -16,7 +16,7 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import WALKED, Head, Recipe, is_custom
+from dpace.config import RENAMED, WALKED, Recipe, SelectorName, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import VOCABULARY_FILE
@@ -103,13 +103,15 @@ def hash_rows(dataset: ResponseDataset) -> str:
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
-    """Read the facts of the run in a folder; None where the folder has no run.
+    """Read the facts of the run in a folder, settings by their present names; None where the folder has no run.
 
     Raises:
         ValueError: the file cannot be read as that.
     """
     path = Path(folder) / RUN_FILE
-    return read_object(path, OTHER_RUN) if path.exists() else None
+    if not path.exists():
+        return None
+    return {RENAMED.get(name, name): value for name, value in read_object(path, OTHER_RUN).items()}
 
 
 class Run:
@@ -193,18 +195,19 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         weigh: the function of a custom objective; otherwise it is imported by its name.
 
     Raises:
-        ValueError: see `make_weigh` and `wants_shards`; there is a head, or servers of hidden states, and a loss that
-            reads the target's distribution; an option of a head, and none; or one of hidden states on disk, and no
-            folder.
+        ValueError: see `make_weigh` and `wants_shards`; there is a selector, or servers of hidden states, and a loss
+            that reads the target's distribution; an option of a selector, and none; or one of hidden states on disk,
+            and no folder.
     """
     config = recipe.train
-    head = recipe.drafter.head
+    selector = recipe.drafter.selector
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh, is_growing=config.grow_blocks)
     wants_shards()
     if config.feature_servers and recipe.needs_target_hidden:
         raise ValueError(
             "--train.feature-servers give no input of the LM head, which this token loss, confidence or penalty of a "
-            "head needs; leave them out, or take --loss.token-loss nll and, with a head, --loss.head-penalty 0"
+            "selector needs; leave them out, or take --loss.token-loss nll and, with a selector, "
+            "--loss.selector-penalty 0"
         )
     if not config.feature_files and (config.feature_dtype != "target" or config.feature_servers):
         raise ValueError(
@@ -212,17 +215,17 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "with --train.feature-files"
         )
     for name, value in recipe.settings.items():
-        heads = WALKED if name == "loss.head_penalty" else get_args(Head)
-        if ".head_" in name and head not in heads and value != Recipe().settings[name]:
+        readers = WALKED if name == "loss.selector_penalty" else get_args(SelectorName)
+        if ".selector_" in name and selector not in readers and value != Recipe().settings[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, and --drafter.head is {head}, which does not read it; take --drafter.head "
-                f"{' or '.join(heads)}, or leave {flag} out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; take "
+                f"--drafter.selector {' or '.join(readers)}, or leave {flag} out"
             )
-    if head and recipe.loss.needs_target_probs:
+    if selector and recipe.loss.needs_target_probs:
         raise ValueError(
             f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
-            "with --drafter.head learns with nll and token only: leave out what differs, and objectives such as "
+            "with --drafter.selector learns with nll and token only: leave out what differs, and objectives such as "
             "dpace+kl, which set them"
         )
     return checked
@@ -234,7 +237,7 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on, or no answer as long as a block for a head.
+        ValueError: nothing to train on, or no answer as long as a block for a selector.
     """
     config = recipe.train
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
@@ -245,10 +248,10 @@ def choose_conversations(
         )
     size = recipe.drafter.block_size
     lengths = (min(end, config.max_length) - start for example in dataset.examples for start, end in example.spans)
-    if recipe.drafter.head in WALKED and max(lengths) < size:
+    if recipe.drafter.selector in WALKED and max(lengths) < size:
         raise ValueError(
-            f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
-            "--drafter.block-size, or leave --drafter.head out"
+            f"no answer fills a block of {size} tokens, so --drafter.selector would learn nothing; lower "
+            "--drafter.block-size, or leave --drafter.selector out"
         )
     return dataset, ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
 

@@ -11,7 +11,7 @@ from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
 from tests.support.cases import wide
-from tests.support.models import decode_whole, make_drafter, make_target, make_with_head
+from tests.support.models import decode_whole, make_drafter, make_target, make_with_selector
 
 
 def prompts(*lengths):
@@ -120,13 +120,15 @@ def graphs(monkeypatch, unchecked_types):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize("way", wide([(0.0, "plain"), (1.0, "plain"), (0.0, "head"), (0.0, "windows")], (0.0, "plain")))
+@pytest.mark.parametrize(
+    "way", wide([(0.0, "plain"), (1.0, "plain"), (0.0, "lilicorr"), (0.0, "windows")], (0.0, "plain"))
+)
 def test_compiled_steps_of_fixed_shapes(way, graphs, monkeypatch, language_target, language_drafter, questions):
     """Rows that are done wait for the others; a step waits for the device once."""
     temperature, kind = way
     drafter = language_drafter
-    if kind == "head":
-        drafter = make_with_head(language_target)
+    if kind == "lilicorr":
+        drafter = make_with_selector(language_target)
     if kind == "windows":
         drafter = make_drafter(language_target, sliding_window=9, full_layers=(1,), causal=True)
     rows = [questions[0], questions[1][1:], *questions[2:4]]

@@ -24,8 +24,8 @@ from tests.support.models import (
     make_drafter,
     make_target,
     make_tokenizer,
+    make_with_candidate_selector,
     make_with_convolutions,
-    make_with_head,
     make_with_selector,
 )
 from tests.unit.target.test_target_files import write_fp8
@@ -149,7 +149,7 @@ def test_a_block_size_is_needed_in_one_place(more, result, folder, language_targ
 @pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
 def test_good_drafters_pass(random_target, tmp_path):
     random_target.tokenizer = make_tokenizer()
-    for make in (make_drafter, make_with_convolutions, make_with_head, make_with_selector):
+    for make in (make_drafter, make_with_convolutions, make_with_selector, make_with_candidate_selector):
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
 
@@ -289,7 +289,7 @@ def test_without_a_record_drafts_must_be_of_use(value, result, random_trial, acc
 
 
 def test_a_head_has_one_slot_only(language_target, language_responses, tmp_path):
-    make_with_head(language_target).save_pretrained(tmp_path)
+    make_with_selector(language_target).save_pretrained(tmp_path)
     trial = make_trial(tmp_path, language_target, language_responses)
     assert "one way only" in RUN["measured sample_from_anchor"](trial)[1]
 

@@ -14,7 +14,7 @@ from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import check_recipe, make_datasets
 from tests.support.files import change_config, changed_weights
-from tests.support.models import EOS, decode_whole, make_drafter, make_recipe, make_with_head
+from tests.support.models import EOS, decode_whole, make_drafter, make_recipe, make_with_selector
 
 WINDOWS = {
     "windows": {"sliding_window": 8},
@@ -22,11 +22,11 @@ WINDOWS = {
     "mixed layers": {"sliding_window": 8, "full_layers": (1,)},
     "causal": {"causal": True},
 }
-SELECTOR = {"conv_kernel_size": 2, "head": "candidate_selector", "head_candidates": 4}
+SELECTOR = {"conv_kernel_size": 2, "selector": "candidate_selector", "selector_candidates": 4}
 KINDS = {"random": {}, "trained": {}, "convolutions": {"conv_kernel_size": 2}, "selector": SELECTOR, **WINDOWS}
 """Options of each kind; all but the first have the weights of one training, in which there were none of them."""
-HEADS = {"head": {}, "head, convolutions": {"conv_kernel_size": 2}}
-"""The same of drafters with a head, all of random weights."""
+LILICORR = {"lilicorr": {}, "lilicorr, convolutions": {"conv_kernel_size": 2}}
+"""The same of drafters with LiLiCorr, all of random weights."""
 LAYOUTS = ("anchored", "small", "own")
 """Layouts of others: 5 slots that give 5 draft tokens, a head for `TOKENS` only, and tables for all tokens."""
 TOKENS = [*range(4, 39), 51, EOS, 0]
@@ -85,10 +85,10 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
 
     def fill(made: Path) -> None:
         torch.manual_seed(0)
-        for kind, options in {**KINDS, **HEADS, "anchored": {"block_size": 5}}.items():
-            make = make_with_head if kind in HEADS else make_drafter
+        for kind, options in {**KINDS, **LILICORR, "anchored": {"block_size": 5}}.items():
+            make = make_with_selector if kind in LILICORR else make_drafter
             drafter = make(language_target, **{"block_size": 6, **options}).requires_grad_(False)
-            if kind != "random" and kind not in HEADS:
+            if kind != "random" and kind not in LILICORR:
                 drafter.load_state_dict(language_drafter.state_dict(), strict=False)
             for name, parameter in drafter.named_parameters():
                 parameter.mul_(1.001)
@@ -105,7 +105,7 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
         with_tables(made / "trained", made / "own", own_tables(language_target))
 
     made = make_once("kinds", fill)
-    return {kind: made / kind for kind in (*KINDS, *HEADS, *LAYOUTS)}
+    return {kind: made / kind for kind in (*KINDS, *LILICORR, *LAYOUTS)}
 
 
 @pytest.fixture(scope="session")

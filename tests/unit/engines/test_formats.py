@@ -15,16 +15,15 @@ from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import ENGINE, open_target_gguf, pack, write_gguf
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
-from tests.support.models import make_target, make_with_convolutions
-from tests.unit.engines.conftest import HEADS, LAYOUTS, RECORD
+from tests.unit.engines.conftest import LAYOUTS, LILICORR, RECORD
 from tests.unit.target.test_target_files import write_fp8
 
 REFUSED = {
     ("speculators", "causal"): "is_causal is true",
     ("speculators", "convolutions"): "DFlash2DraftModel, which speculators .* --to vllm or .*--to gguf",
     ("speculators", "own"): "has_own_embed_tokens",
-    ("speculators", "head"): "LiLiCorrDraftModel.* or --plain, without its head",
-    ("gguf", "head"): "LiLiCorrDraftModel.* or --plain, without its head",
+    ("speculators", "lilicorr"): "LiLiCorrDraftModel.* or --plain, without its selector",
+    ("gguf", "lilicorr"): "LiLiCorrDraftModel.* or --plain, without its selector",
     ("zlab", "anchored"): "the drafter has sample_from_anchor, which .* --to speculators or --to gguf",
     ("zlab", "small"): "draft_vocab_size",
     ("zlab", "own"): "has_own_embed_tokens",
@@ -33,7 +32,7 @@ REFUSED = {
 """What an engine does not read, with the engines that do."""
 TO = ("zlab", "speculators", "gguf")
 CASES = [(to, kind, "keep") for to in TO for kind in ("causal windows", "mixed layers", "convolutions", *LAYOUTS)]
-CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *HEADS)] + [(to, "head", "keep") for to in TO[1:]]
+CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *LILICORR)] + [(to, "lilicorr", "keep") for to in TO[1:]]
 CASES += [(to, "trained", "bfloat16") for to in TO]
 LIKE_THESE = [(to, *case) for to in TO for case in (("windows", "keep"), ("causal", "keep"), ("trained", "float16"))]
 """They take the same branches."""

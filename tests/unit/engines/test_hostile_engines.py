@@ -196,7 +196,7 @@ def test_no_link_is_written_through(folder, tmp_path, capsys):
 
 
 LATE = {
-    "--to zlab --plain": "has no head",
+    "--to zlab --plain": "has no selector",
     "--to gguf": "name one with --target-gguf",
     "--to gguf --target-gguf nothing.gguf": "nothing.gguf: No such file",
     "--to vllm --target-gguf {gguf}": "--target-gguf is for --to gguf",

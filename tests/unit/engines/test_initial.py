@@ -19,8 +19,8 @@ from tests.support.models import (
     make_drafter,
     make_recipe,
     make_target,
+    make_with_candidate_selector,
     make_with_convolutions,
-    make_with_head,
     make_with_selector,
 )
 
@@ -65,7 +65,7 @@ def test_training_goes_on_where_the_drafter_stood_and_says_so(
 
 @pytest.mark.parametrize(
     "option, value, own",
-    [("num_features", 3, 2), ("block_size", 16, 6), ("causal", True, False), ("head_width", 24, None)],
+    [("num_features", 3, 2), ("block_size", 16, 6), ("causal", True, False), ("selector_width", 24, None)],
 )
 def test_an_option_that_contradicts_is_refused_with_both_values(option, value, own, start):
     """Where the user set it."""
@@ -76,7 +76,7 @@ def test_an_option_that_contradicts_is_refused_with_both_values(option, value, o
 
 
 def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(start, language_target, tmp_path):
-    spec = make_with_head(language_target).spec
+    spec = make_with_selector(language_target).spec
     Drafter(replace(spec, selector=replace(spec.selector, candidate_topk=6)).config()).save_pretrained(tmp_path / "six")
     with pytest.raises(ValueError, match=r"(?s)no training takes the sizes of .*six.*train without --drafter.init$"):
         start(tmp_path / "six")
@@ -114,7 +114,7 @@ def test_more_tokens_in_the_target_do_not_matter():
 
     The new ones are the same for a seed, whatever was drawn before.
     """
-    for make in (make_with_convolutions, make_with_selector):
+    for make in (make_with_convolutions, make_with_candidate_selector):
         drafter = make(make_target("qwen3")).bfloat16()
         drafter.config.dpace = {"tau": 2.0}
         start = drafter.start_for(make_target("qwen3", vocab_size=72))

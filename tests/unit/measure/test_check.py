@@ -23,7 +23,13 @@ from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from tests.support.files import change_json, make_prompts, write_prompts, write_rows
-from tests.support.models import EOS, make_drafter, make_target, make_with_head, make_with_selector
+from tests.support.models import (
+    EOS,
+    make_drafter,
+    make_target,
+    make_with_candidate_selector,
+    make_with_selector,
+)
 
 CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=1, max_new_tokens=12)
 
@@ -48,7 +54,7 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("make", [make_with_head, make_with_selector])
+@pytest.mark.parametrize("make", [make_with_selector, make_with_candidate_selector])
 def test_a_drafter_with_a_head_passes(make, language_target, prompts):
     """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
     config = replace(CONFIG, num_prompts=3, max_new_tokens=20)

@@ -9,7 +9,7 @@ import dpace
 from dpace.cli import main
 from dpace.config import Recipe
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import command, next_command, parse
+from dpace.recipes.flags import command, given_options, next_command, parse
 from dpace.recipes.recipe_file import read_recipe, write_recipe
 
 
@@ -20,6 +20,20 @@ def test_recipes_parse_and_are_found_by_name(name, capsys):
     assert parse(Recipe, "train", [name]) == recipe
     assert next_command("bench", "train", [name, "--seed", "7"]) == f"dpace bench {name} --train.seed 7"
     assert main(["--help"]) == 0 and name in capsys.readouterr().out
+
+
+def test_names_of_earlier_versions_are_read(tmp_path):
+    """In recipes that they wrote; a recipe that has both names is refused."""
+    path = tmp_path / "r.yaml"
+    path.write_text("drafter:\n  head: lilicorr\n  head_candidates: 4\n  head_width: 16\nloss: {head_penalty: 0}\n")
+    recipe = parse(Recipe, "train", [str(path)])
+    drafter = recipe.drafter
+    assert (drafter.selector, drafter.selector_candidates, drafter.selector_width) == ("lilicorr", 4, 16)
+    assert recipe.loss.selector_penalty == 0
+    assert given_options(Recipe, "train", [str(path)]) >= {"drafter.selector", "loss.selector_penalty"}
+    path.write_text("drafter:\n  head: lilicorr\n  selector: candidate_selector\n")
+    with pytest.raises(ValueError, match="there is no key 'drafter.head'"):
+        parse(Recipe, "train", [str(path)])
 
 
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):

@@ -11,9 +11,9 @@ from dpace.system.device import default_dtype, device_name, find_device, process
 from tests.support.cases import wide
 
 
-@pytest.fixture(scope="module", params=wide(["", "head"]))
+@pytest.fixture(scope="module", params=wide(["", "lilicorr"]))
 def on_second_device(request):
-    """Without a head and with one: what a process of its own prints, since torch keeps such a device to the end."""
+    """Without a selector and with one: what a process of its own prints, since torch keeps such a device to the end."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.second_device", request.param]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -111,7 +111,7 @@ def test_accumulation_gives_the_same_steps(on_one_rank, language_target, respons
 
 
 def test_a_heads_step_is_the_same_however_it_is_split(language_target, responses, tmp_path):
-    recipe = replace(RECIPE, drafter=replace(RECIPE.drafter, head="lilicorr", head_candidates=4))
+    recipe = replace(RECIPE, drafter=replace(RECIPE.drafter, selector="lilicorr", selector_candidates=4))
     for size in (8, 1):
         job = ranks.make_job(recipe, "anchors", size)
         train(language_target, *ranks.make_datasets(responses, job), job, tmp_path / str(size))

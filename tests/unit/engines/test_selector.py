@@ -1,4 +1,4 @@
-"""A drafter with a LiLiCorr head in the layout that engines read, and without the head."""
+"""A drafter with LiLiCorr in the layout that engines read, and without it."""
 
 import shutil
 from dataclasses import replace
@@ -12,8 +12,8 @@ from dpace.drafter.lilicorr import OLDER_NAMES
 from dpace.engines import vllm, zlab
 from dpace.engines.export import read_drafter
 from tests.support.files import change_config, read_json
-from tests.support.models import make_with_head
-from tests.unit.engines.conftest import HEADS
+from tests.support.models import make_with_selector
+from tests.unit.engines.conftest import LILICORR
 
 KEYS = {
     "projector_type": "lilicorr",
@@ -30,7 +30,7 @@ KEYS = {
 """What vLLM, SGLang and TensorRT-LLM read from `dflash_config`, beside the usual keys."""
 
 
-@pytest.fixture(params=HEADS)
+@pytest.fixture(params=LILICORR)
 def kind(request) -> str:
     return request.param
 
@@ -51,7 +51,7 @@ def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
     assert "lilicorr.feature_mlp.up_proj.weight" in files
     assert not any("selector" in name for name in files)
     card = (path / "README.md").read_text()
-    assert "| head | `--drafter.head lilicorr`: projector_type lilicorr" in card
+    assert "| selector | `--drafter.selector lilicorr`: projector_type lilicorr" in card
     assert "--to gguf --plain" in card and "from transformers" not in card
 
 
@@ -71,18 +71,20 @@ def test_older_names_are_read(kind, drafter, folders, tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in drafter.state_dict().items())
 
 
-def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
+def test_without_the_selector_it_is_dflashs(kind, drafter, do_export):
     assert do_export("gguf", kind, plain=True).exists()
     path = do_export("zlab", kind, plain=True)
-    assert read_json(path / "config.json")["dpace"] == {"target": "a"}, "what was measured with the head does not stay"
+    assert read_json(path / "config.json")["dpace"] == {"target": "a"}, (
+        "what was measured with the selector does not stay"
+    )
     plain = Drafter.from_pretrained(path)
     assert plain.lilicorr is None and plain.selector.num_candidates == 1
     own = drafter.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items() if name in own)
 
 
-def test_without_the_selector_its_tables_are_zeros(do_export):
-    with pytest.raises(ValueError, match="a head, which transformers does not run"):
+def test_without_dflash2s_selector_its_tables_are_zeros(do_export):
+    with pytest.raises(ValueError, match="a selector, which transformers does not run"):
         do_export("transformers", "selector")
     plain = Drafter.from_pretrained(do_export("transformers", "selector", plain=True))
     assert not any(table.any() for table in plain.candidate_selector.buffers())
@@ -92,22 +94,22 @@ def test_without_the_selector_its_tables_are_zeros(do_export):
     ("changes", "line"),
     [
         ({"lilicorr_logit_scale": None}, "lilicorr_logit_scale is missing"),
-        ({"lilicorr_num_heads": 3}, "lilicorr_num_heads is 3, expected a divisor of the head's width, which is 8"),
+        ({"lilicorr_num_heads": 3}, "lilicorr_num_heads is 3, expected a divisor of the selector's width, which is 8"),
         ({"sample_from_anchor": True}, "sample_from_anchor is True, which"),
     ],
 )
-def test_what_does_not_go_with_a_head_is_refused_by_its_key(changes, line, language_target, tmp_path):
-    make_with_head(language_target).save_pretrained(tmp_path)
+def test_what_does_not_go_with_a_selector_is_refused_by_its_key(changes, line, language_target, tmp_path):
+    make_with_selector(language_target).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=line):
         read_drafter(change_config(tmp_path, **changes))
 
 
-def test_what_does_not_go_with_a_head_is_refused_with_a_way_that_there_is(language_target):
-    """vLLM reads a head and a small vocabulary alone."""
-    spec = make_with_head(language_target).spec
+def test_what_does_not_go_with_a_selector_is_refused_with_a_way_that_there_is(language_target):
+    """vLLM reads a selector and a small vocabulary alone."""
+    spec = make_with_selector(language_target).spec
     small = replace(spec, draft_vocab_size=20)
     assert "--plain" in vllm.ENGINE.fault(small)
     assert vllm.ENGINE.fault(spec) == vllm.ENGINE.fault(replace(small, selector=None)) == ""
-    assert zlab.ENGINE.fault(spec).endswith("--to sglang or --plain, without its head")
+    assert zlab.ENGINE.fault(spec).endswith("--to sglang or --plain, without its selector")
     assert zlab.ENGINE.fault(replace(spec, has_own_lm_head=True)).endswith("; export it with --to vllm")
     assert zlab.ENGINE.fault(replace(small, sample_from_anchor=True)).endswith("; decode it with dpace")

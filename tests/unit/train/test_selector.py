@@ -1,4 +1,4 @@
-"""Training a drafter with a head: its loss against all logits at once, and its options."""
+"""Training a drafter with a selector: its loss against all logits at once, and its options."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,14 +17,14 @@ from dpace.measure.results import read_log
 from dpace.train.loop import Scorer
 from dpace.train.optimizer import TABLE_DECAY, is_factor, make_optimizer
 from dpace.train.run import check_recipe, make_datasets, train
-from tests.support.models import make_recipe, make_with_head, make_with_selector
+from tests.support.models import make_recipe, make_with_candidate_selector, make_with_selector
 
 
-def make_scorer(target, make=make_with_head, **loss):
-    """What computes the losses of a drafter with a head."""
-    drafter = make(target, block_size=5, head_candidates=8).train()
+def make_scorer(target, make=make_with_selector, **loss):
+    """What computes the losses of a drafter with a selector."""
+    drafter = make(target, block_size=5, selector_candidates=8).train()
     config = LossConfig(**loss)
-    needs = config.head_penalty > 0
+    needs = config.selector_penalty > 0
     return Scorer(drafter, config, make_weigh(config, 5), DraftRows(target), needs_target_hidden=needs)
 
 
@@ -71,9 +71,9 @@ def naive(drafter, target, batch, weigh):
 
 
 @pytest.mark.parametrize("objective", ["dpace", "vat"])
-def test_the_loss_of_a_head_is_that_of_all_logits(objective, language_target, batch):
-    """Values and every gradient, drafter and head; and with the seen tokens alone, up to their softmax."""
-    scorer = make_scorer(language_target, objective=objective, head_penalty=0.5)
+def test_the_loss_of_lilicorr_is_that_of_all_logits(objective, language_target, batch):
+    """Values and every gradient, drafter and selector; and with the seen tokens alone, up to their softmax."""
+    scorer = make_scorer(language_target, objective=objective, selector_penalty=0.5)
     drafter = scorer.drafter
     out, _ = scorer.score(drafter, batch)
     out.losses.sum().backward()
@@ -88,9 +88,9 @@ def test_the_loss_of_a_head_is_that_of_all_logits(objective, language_target, ba
         assert (found[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm(), name
 
 
-def test_the_loss_of_the_selector_is_that_of_all_logits(language_target, batch):
+def test_the_loss_of_dflash2s_selector_is_that_of_all_logits(language_target, batch):
     """A token that is no candidate takes the last one's place; the rest of the drafter gets no gradient from it."""
-    scorer = make_scorer(language_target, make_with_selector)
+    scorer = make_scorer(language_target, make_with_candidate_selector)
     drafter = scorer.drafter
     network = drafter.candidate_selector
     out, blocks = scorer.score(drafter, batch)
@@ -114,36 +114,36 @@ def test_the_loss_of_the_selector_is_that_of_all_logits(language_target, batch):
     assert len(tables["params"]) == 2 and tables["weight_decay"] == TABLE_DECAY
 
 
-def test_the_selector_has_no_penalty():
+def test_dflash2s_selector_has_no_penalty():
     recipe = make_recipe()
-    recipe = replace(recipe, drafter=replace(recipe.drafter, head="candidate_selector"))
+    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="candidate_selector"))
     assert not recipe.needs_target_hidden
-    with pytest.raises(ValueError, match="is 0.5, and --drafter.head is candidate_selector, .* take .* lilicorr,"):
-        check_recipe(replace(recipe, loss=LossConfig(head_penalty=0.5)))
+    with pytest.raises(ValueError, match="is 0.5, and --drafter.selector is candidate_selector, .* take .* lilicorr,"):
+        check_recipe(replace(recipe, loss=LossConfig(selector_penalty=0.5)))
 
 
-def test_a_head_computes_in_the_precision_of_the_training(language_target, batch):
+def test_a_selector_computes_in_the_precision_of_the_training(language_target, batch):
     """As the rest of the drafter does; what it gives is in fp32."""
     scorer = make_scorer(language_target)
-    head, seen = scorer.drafter.lilicorr, []
-    head.out_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    head.register_forward_hook(lambda module, args, out: seen.extend(scores.dtype for scores in out))
+    network, seen = scorer.drafter.lilicorr, []
+    network.out_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    network.register_forward_hook(lambda module, args, out: seen.extend(scores.dtype for scores in out))
     replace(scorer, autocast=partial(torch.autocast, "cpu", torch.bfloat16)).score(scorer.drafter, batch)
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, batch):
     """So that ranks that exchange gradients all have one."""
-    scorer = make_scorer(language_target, head_penalty=0.0)
+    scorer = make_scorer(language_target, selector_penalty=0.0)
     batch["is_scored"][..., 4] = False
     scorer.score(scorer.drafter, batch)[0].losses.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in scorer.drafter.lilicorr.parameters())
 
 
-def test_the_log_says_what_the_head_could_gain(language_target, language_responses, tmp_path):
-    """Tau of the walk, beside those without the head, and of a walk that errs only where the token is no candidate."""
+def test_the_log_says_what_the_selector_could_gain(language_target, language_responses, tmp_path):
+    """Tau of the walk, beside those without the selector, and of the best walk through the candidates."""
     recipe = make_recipe(max_steps=2, eval_steps=2, logging_steps=2)
-    recipe = replace(recipe, drafter=replace(recipe.drafter, head="lilicorr", head_candidates=4))
+    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="lilicorr", selector_candidates=4))
     datasets = make_datasets(language_target, language_responses[:8], language_responses[50:54], recipe)
     assert datasets[0].features[0].shape[1] == 3 * 48, "the penalty needs the target's last hidden states"
     drafter = train(language_target, *datasets, recipe, tmp_path)
@@ -157,12 +157,12 @@ def test_the_log_says_what_the_head_could_gain(language_target, language_respons
 @pytest.mark.parametrize("loss", [{"token_loss": "kl"}, {"confidence": "overlap"}])
 def test_other_token_losses_are_refused(loss):
     recipe = make_recipe()
-    recipe = replace(recipe, drafter=replace(recipe.drafter, head="lilicorr"), loss=LossConfig(**loss))
+    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="lilicorr"), loss=LossConfig(**loss))
     with pytest.raises(ValueError, match="learns with nll and token only"):
         check_recipe(recipe)
 
 
-def test_checkpointing_covers_the_layers_of_the_head(language_target):
-    drafter = make_with_head(language_target)
+def test_checkpointing_covers_the_layers_of_the_selector(language_target):
+    drafter = make_with_selector(language_target)
     drafter.activation_checkpointing_enable()
     assert all(layer.gradient_checkpointing for layer in drafter.lilicorr.layers)

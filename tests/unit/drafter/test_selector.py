@@ -1,4 +1,4 @@
-"""The LiLiCorr head: its network against a published test vector, and the walk through its scores."""
+"""LiLiCorr: its network against a published test vector, and the walk through its scores."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from dpace.drafter.vocabulary import DraftRows
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
-from tests.support.models import make_target, make_with_head, make_with_selector
+from tests.support.models import make_target, make_with_candidate_selector, make_with_selector
 
 
 def test_the_published_vector():
@@ -22,17 +22,17 @@ def test_the_published_vector():
     sizes = {"candidate_topk": 3, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2.0, "factor_dim": 8}
     sizes |= {"vector_eps": 1e-4, "logit_scale": 8.0}
     nested = {f"lilicorr_{name}": value for name, value in sizes.items()}
-    head = LiLiCorr(SimpleNamespace(hidden_size=32, block_size=4, rms_norm_eps=1e-5, dflash_config=nested))
-    head.requires_grad_(False)
-    assert head.relative_slot_bias.shape == (2, 7), "that of published files"
-    for name, parameter in head.named_parameters():
+    network = LiLiCorr(SimpleNamespace(hidden_size=32, block_size=4, rms_norm_eps=1e-5, dflash_config=nested))
+    network.requires_grad_(False)
+    assert network.relative_slot_bias.shape == (2, 7), "that of published files"
+    for name, parameter in network.named_parameters():
         n, c = torch.arange(parameter.numel(), dtype=torch.float32), sum(name.encode())
         parameter.copy_((0.2 * torch.sin(0.17 * n + 0.013 * c)).view(parameter.shape))
     embedding = torch.linspace(-1.2, 1.3, 512).view(16, 32)
     candidates = torch.tensor([[2, 5, 9], [6, 3, 1], [4, 7, 8]])
     log_probs = torch.tensor([[-0.4, -1.5, -3.0], [-0.6, -1.7, -2.7], [-0.2, -2.1, -3.4]])
     hidden, anchor = torch.linspace(-0.7, 0.9, 96).view(3, 32), torch.linspace(-0.5, 0.4, 32)
-    start, pairs = head(embedding[candidates][None], log_probs[None], hidden[None], anchor[None])
+    start, pairs = network(embedding[candidates][None], log_probs[None], hidden[None], anchor[None])
     expected = [
         [-2.00565147, -2.00631571, -2.01010752],
         [1.16437435, 1.16812551, 1.15701485],
@@ -47,12 +47,12 @@ def test_the_published_vector():
     [
         (576, {}, (4, 96, 4)),
         (1024, {}, (8, 256, 8)),
-        (48, {"head_candidates": 16}, (16, 8, 1)),
-        (1024, {"head_width": 1024}, (8, 0, 8)),
+        (48, {"selector_candidates": 16}, (16, 8, 1)),
+        (1024, {"selector_width": 1024}, (8, 0, 8)),
     ],
 )
 def test_a_small_target_gets_a_smaller_head(hidden_size, options, expected):
-    sizes = LiLiCorrSizes.chosen(DrafterConfig(head="lilicorr", **options), hidden_size)
+    sizes = LiLiCorrSizes.chosen(DrafterConfig(selector="lilicorr", **options), hidden_size)
     assert (sizes.candidate_topk, sizes.hidden_size, sizes.num_heads) == expected
     assert sizes.options(SimpleNamespace(hidden_size=hidden_size)).items() >= options.items()
 
@@ -76,7 +76,7 @@ def test_the_walk_is_a_loop_over_rows():
 def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
     """Also the anchor row of each text, whatever the texts beside it have read."""
     target = make_target("qwen3")
-    drafter = make_with_head(target, block_size=5)
+    drafter = make_with_selector(target, block_size=5)
     found = []
     propose = LatticeSelector.propose
 
@@ -112,7 +112,7 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
 @torch.no_grad()
 def test_what_is_measured_of_the_selector_is_what_decoding_does(language_target, questions, monkeypatch):
     """Accepted lengths, and the scores that confidences are computed from."""
-    drafter = make_with_selector(language_target, block_size=5)
+    drafter = make_with_candidate_selector(language_target, block_size=5)
     drafts, propose = [], LatticeSelector.propose
     monkeypatch.setattr(LatticeSelector, "propose", lambda *args: drafts.append(propose(*args)) or drafts[-1])
     prompt, parts = questions[0], []
