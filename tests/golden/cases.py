@@ -26,7 +26,7 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.respond.responses import Response
 from dpace.target import Target
-from dpace.train.loop import TrainingLoop
+from dpace.training.loop import TrainingLoop
 from tests.support.models import make_target
 
 VALUES = Path(__file__).with_name("values.json")

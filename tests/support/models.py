@@ -373,7 +373,7 @@ def make_recipe(**train) -> Recipe:
 @pytest.fixture(scope="session")
 def language_drafter_folder(language_target, language_responses, make_once) -> Path:
     """A drafter that accepts well above chance, as training writes it."""
-    from dpace.train.run import make_datasets, train
+    from dpace.training.run import make_datasets, train
 
     def fill(folder: Path) -> None:
         recipe = replace(LANGUAGE_RECIPE, output=str(folder))

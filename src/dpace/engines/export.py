@@ -20,7 +20,7 @@ from dpace.system.progress import note
 from dpace.system.provenance import fingerprint
 from dpace.target import Target
 from dpace.target.files import find_target_files
-from dpace.train.run import RUN_FILE
+from dpace.training.run import RUN_FILE
 
 PATTERNS = ("config.json", "README.md", "model*.safetensors*", "modeling_*.py", "*.gguf")
 """Files of a drafter that an export or an import may write."""

@@ -15,7 +15,7 @@ from dpace.batches.feature_files import FeatureFiles, keep_on_disk
 from dpace.config import TrainConfig
 from dpace.target import Target
 from dpace.target.target import HEAD_INPUT
-from dpace.train.run import check_recipe, make_datasets
+from dpace.training.run import check_recipe, make_datasets
 from tests.support.crash import kill, operations_of
 from tests.support.models import make_recipe
 from tests.support.stub_server import PAGES, StubServer, pages

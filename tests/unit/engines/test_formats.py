@@ -15,6 +15,7 @@ from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import ENGINE, open_target_gguf, pack, write_gguf
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
+from tests.support.models import make_target, make_with_convolutions
 from tests.unit.engines.conftest import LAYOUTS, LILICORR, RECORD
 from tests.unit.target.test_target_files import write_fp8
 

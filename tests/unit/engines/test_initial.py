@@ -13,7 +13,7 @@ from dpace.engines.initial import start_from
 from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
 from dpace.system.provenance import fingerprint
-from dpace.train.run import make_datasets, train
+from dpace.training.run import make_datasets, train
 from tests.support.files import read_json
 from tests.support.models import (
     make_drafter,

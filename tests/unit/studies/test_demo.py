@@ -55,7 +55,7 @@ def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, sh
     for module in ("plan", "studies.demo"):
         monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
     trained = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr("dpace.train.loop.TrainingLoop.take_step", trained)
+    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", trained)
     assert main(["demo", *flags, *asked]) == 130
     said = capsys.readouterr().err
     assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)

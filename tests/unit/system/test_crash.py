@@ -13,7 +13,7 @@ import pytest
 from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.respond.answering import write_responses
-from dpace.train.run import make_datasets, train
+from dpace.training.run import make_datasets, train
 from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
 from tests.support.models import make_recipe

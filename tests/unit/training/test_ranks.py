@@ -12,8 +12,8 @@ from dpace.config import Recipe
 from dpace.measure.results import read_log, read_results
 from dpace.target import Target
 from dpace.target.files import open_target
-from dpace.train.run import train
-from dpace.train.sharding import wants_shards
+from dpace.training.run import train
+from dpace.training.sharding import wants_shards
 from dpace.verbs import load_target
 from tests.support import ranks
 from tests.support.files import write_rows

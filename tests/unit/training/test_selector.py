@@ -14,9 +14,9 @@ from dpace.loss import Slots
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
-from dpace.train.loop import Scorer
-from dpace.train.optimizer import TABLE_DECAY, is_factor, make_optimizer
-from dpace.train.run import check_recipe, make_datasets, train
+from dpace.training.loop import Scorer
+from dpace.training.optimizer import TABLE_DECAY, is_factor, make_optimizer
+from dpace.training.run import check_recipe, make_datasets, train
 from tests.support.models import make_recipe, make_with_candidate_selector, make_with_selector
 
 
