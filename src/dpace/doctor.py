@@ -5,6 +5,7 @@ whether they can be read, fit one another, and have the published layout. Then t
 prompts, and its tau is measured as the config says and as other values would have it.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,8 @@ MAX_NEW_TOKENS = 32
 """Tokens that each of them is answered with."""
 MAX_ANSWERS = 24
 """Answers that two ways of reading a drafter are compared on."""
+KEPT_BYTES = 1e9
+"""Most bytes of their hidden states that are kept in memory."""
 MIN_TAU = 1.1
 """Lowest useful mean acceptance length, in tokens per verification; decoding without a drafter gives 1."""
 LEAST_GAIN = {"sample_from_anchor": 0.2, "is_causal": 0.02, "target_layer_ids": 0.02}
@@ -228,18 +231,36 @@ class Trial:
         return recipe
 
     @cached_property
+    def answers(self) -> ResponseDataset:
+        """The first responses; their hidden states are computed once."""
+        answers = self.cut(self.responses[:MAX_ANSWERS])
+        answers.keep_features(self.target, self.spec.target_layer_ids, limit_bytes=KEPT_BYTES)
+        return answers
+
+    @cached_property
     def acceptance(self) -> Acceptance:
         """Accepted lengths on the first responses, as the config says."""
-        return self.measure(self.responses[:MAX_ANSWERS])
+        return self.measure(self.answers)
 
-    def measure(self, responses: list[Response], **changes: Any) -> Acceptance:
-        """Measure accepted lengths where the config's values are these; the drafter stays as it was.
+    @cached_property
+    def on_recorded(self) -> Acceptance | None:
+        """Accepted lengths on the responses that the record names; None where none of them is there."""
+        ids = self.spec.record.get("tau_responses", [])
+        recorded = [response for response in self.responses if response.id in ids]
+        return self.measure(self.cut(recorded)) if recorded else None
 
-        The responses are cut as in training.
-        """
+    def cut(self, responses: list[Response]) -> ResponseDataset:
+        """Cut responses as in training."""
         longest = self.recipe.train.max_length if self.recipe else 10**9
-        answers = ResponseDataset(responses, max_length=longest, num_anchors=None, seed=0)
-        read_as(self.drafter, replace(self.spec, **changes))
+        return ResponseDataset(responses, max_length=longest, num_anchors=None, seed=0)
+
+    def measure(self, answers: ResponseDataset, **changes: Any) -> Acceptance:
+        """Measure accepted lengths where the config's values are these; the drafter stays as it was."""
+        spec = replace(self.spec, **changes)
+        if spec.target_layer_ids != self.spec.target_layer_ids:
+            answers = copy.copy(answers)
+            answers.features = None  # of other layers
+        read_as(self.drafter, spec)
         try:
             return heldout_acceptance(self.drafter, self.target, answers, title="measuring tau")
         finally:
@@ -281,14 +302,14 @@ def accept_drafts(trial: Trial) -> Finding:
     has to reach the recorded interval.
     """
     record = trial.spec.record
-    ids = record.get("tau_responses", [])
-    recorded = [response for response in trial.responses if response.id in ids]
-    tau = (trial.measure(recorded) if recorded else trial.acceptance).tau
+    recorded = trial.on_recorded
+    tau = (recorded or trial.acceptance).tau
     found = f"tau {tau:.3f}{' on the responses of the training' if recorded else ''}"
     low = record.get("tau_interval", [None])[0]
     high = math.inf
     is_exact = record.get("dtype") == dtype_name(trial.target.model.dtype) == "float32"
-    if is_exact and trial.recipe and len(recorded) == len(ids) > 0:
+    are_all_there = {response.id for response in trial.responses} >= set(record.get("tau_responses", []))
+    if is_exact and trial.recipe and recorded and are_all_there:
         low = record["tau"] * (1 - MAX_TAU_CHANGE)
         high = record["tau"] * (1 + MAX_TAU_CHANGE)
     if low is not None and not low <= tau <= high:
@@ -305,8 +326,7 @@ def compare_ways(trial: Trial, *, key: str) -> Finding:
     The interval of the paired gain over answers has to lie above `LEAST_GAIN`, and drafts have to be accepted at all.
     A config with which tau is what training recorded is right: a drafter that has learned little may gain by others.
     """
-    answers = trial.responses[:MAX_ANSWERS]
-    ways = [(trial.measure(answers, **{key: value}), value) for value in other_values(trial.spec, key)]
+    ways = [(trial.measure(trial.answers, **{key: value}), value) for value in other_values(trial.spec, key)]
     if not ways:
         return "skipped", "this drafter can be read in one way only"
     best, value = max(ways, key=lambda way: way[0].tau)
@@ -314,7 +334,7 @@ def compare_ways(trial: Trial, *, key: str) -> Finding:
     found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {said}"
     _, low, high = tau_gain([best], [trial.acceptance])
     if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > LEAST_GAIN[key] or high < 0):
-        return "skipped", f"{found}: cannot be told apart on {count(len(answers), 'answer')}"
+        return "skipped", f"{found}: cannot be told apart on {count(len(trial.answers), 'answer')}"
     if high < 0 or "tau" in trial.spec.record and accept_drafts(trial)[0] == "passes":
         return "passes", found
     return "fails", found, said, f'write "{key}": {said} into config.json, also where dflash_config has it'
@@ -352,7 +372,8 @@ def diagnose(
 
     One failed check does not stop the others, except those that need what failed: they are skipped.
 
-    Memory: the drafter twice; what `heldout_acceptance` says.
+    Memory: the drafter twice; `KEPT_BYTES`, and what `heldout_acceptance` says. The target reads the answers at most
+    three times, and those of the record once.
 
     Args:
         folder: of the drafter.

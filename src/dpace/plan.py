@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from huggingface_hub import try_to_load_from_cache
 from pydantic import ByteSize
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,6 +60,8 @@ SMALL_FILES = 2**25
 """Bytes of a drafter's files but weights and moments, at most: lists of tokens, and the logs of 20,000 steps."""
 MOST_BATCH = 64
 """Largest batch that is tried."""
+TIMING_SECONDS = 1.0
+"""How long a product is timed."""
 GPU_FLOPS = 3e14
 """Operations in a second by a GPU that is not at hand: a third of an H100's products in bf16."""
 
@@ -71,7 +74,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int = 512)
     rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
     weights = torch.ones(2**11, 2**10, device=device, dtype=dtype)
     timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
-    seconds = min(timer.blocked_autorange(min_run_time=1.0).times)  # which other programs disturb least
+    seconds = min(timer.blocked_autorange(min_run_time=TIMING_SECONDS).times)  # which other programs disturb least
     return 2 * len(rows) * weights.numel() / seconds
 
 
@@ -236,6 +239,15 @@ class TrainingPlan:
         trainer = measure_flops(self.device, products_dtype(train, self.device))
         return num_read * reading / reader + self.num_steps * training / trainer
 
+    def steps_in(self, seconds: float) -> int:
+        """Return how many steps end in so many seconds, by the estimate; at least one."""
+        one, two = (
+            replace(self, recipe=replace(self.recipe, train=replace(self.recipe.train, max_steps=steps))).seconds
+            for steps in (1, 2)
+        )
+        before_the_steps = 2 * one - two  # hidden states that are read once
+        return max(1, int((seconds - before_the_steps) / (two - one)))
+
     @property
     def disk_bytes(self) -> int:
         """Bytes of a drafter's folder, at most: three checkpoints, since one is written beside two; and the drafter."""
@@ -244,20 +256,18 @@ class TrainingPlan:
 
 
 def find_config(name: str) -> Any:
-    """Read the config of a target; where neither cache nor Hub gives it, the sizes in `recipes/targets/`.
+    """Read the config of a target; of one that is not on this machine, the one in `recipes/targets/` if there is one.
 
     Raises:
-        OSError: none of these has it; see `find_target_files`.
+        OSError: there is no readable config of that name; see `find_target_files`.
         ValueError: the same; see `find_target` too.
     """
-    try:
+    known = Path(f"{TARGETS}/{name}")
+    is_here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if is_here or not known.exists():
         return find_target_files(find_target(name)).config
-    except (ValueError, OSError) as error:
-        known = Path(f"{TARGETS}/{name}")
-        if not known.exists():
-            raise
-        note(f"{error}; the plan takes the sizes of {name} that come with dpace")
-        return AutoConfig.from_pretrained(known)
+    note(f"{name} is not on this machine; the plan takes its sizes, which come with dpace")
+    return AutoConfig.from_pretrained(known)
 
 
 def plan_recipe(
@@ -345,7 +355,11 @@ def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[P
 
 
 def plan_lines(
-    recipe: Recipe, memory: int | None = None, init: Drafter | None = None, ranks: int | None = None
+    recipe: Recipe,
+    memory: int | None = None,
+    init: Drafter | None = None,
+    ranks: int | None = None,
+    minutes: float | None = None,
 ) -> list[str]:
     """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
 
@@ -375,6 +389,9 @@ def plan_lines(
         *(f"  {part:<28} {size(number):>10}" for part, number in memory_parts.items() if number),
         f"largest --train.batch-size that fits: {plan.largest_batch()}",
     ]
+    if minutes:
+        steps = plan.steps_in(60 * minutes)
+        lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {-(-steps // 4)}")
     if plan.ranks > 1:
         of_others = 1 - 1 / plan.ranks
         trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments  # with both gradients; a copy stays whole

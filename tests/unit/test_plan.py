@@ -1,6 +1,7 @@
 """What is said before a run starts: memory, steps, time and disk."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -174,6 +175,12 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
     assert "gradient for other ranks" in eight and "gradient for other ranks" not in alone
     assert "\na rank of 8 takes " in eight and "less with --train.target-shard fsdp" in eight
     assert "--ranks" not in eight.splitlines()[-1]
+    for minutes in (0.1, 60):
+        *_, line, next_line = plan("--minutes", str(minutes)).splitlines()
+        assert re.fullmatch(rf"in {minutes:g} minutes: --train\.max-steps \d+ --train\.eval-steps \d+", line)
+        assert "--minutes" not in next_line
+    assert main(["plan", *answered, *line.split(": ")[1].split()]) == 0
+    assert re.search(r"training: about (0:59:59|1:00:00|0:59:5\d)", capsys.readouterr().out)
     said = plan(*other, "--prompts.path", str(tmp_path / "none.jsonl"))
     assert "prompts are not on this machine" in said and "of 74.5 GiB\n" in said
     assert "2 conversations of 3,072 tokens" in said
@@ -193,11 +200,12 @@ def test_the_recipes_of_dpace_are_planned_without_a_network(recipe, tmp_path, mo
     """The sizes of their targets come with dpace, which is said; no training takes them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError))
     assert main(["plan", recipe, "--memory", "80GB", "--device", "cpu", "--dtype", "float32"]) == 0
     printed, said = capsys.readouterr()
     target = read_recipe(RECIPES[recipe]).target
-    assert f"the plan takes the sizes of {target} that come with dpace" in said
+    assert f"{target} is not on this machine; the plan takes its sizes, which come with dpace" in said
     of_target = size(4 * PARAMETERS[recipe])
     assert f"  {'target':<28} {of_target:>10}\n" in printed
     with pytest.raises(ValueError, match="does not answer"):

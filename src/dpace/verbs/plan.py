@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field, TypeAdapter
 
-from dpace.config import Count, Recipe, options
+from dpace.config import Count, Positive, Recipe, options
 from dpace.recipes.flags import given_options, next_command, parse
 
-OWN = ("--memory", "--ranks")
+OWN = ("--memory", "--ranks", "--minutes")
 Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description="a size such as 24GiB or 80GB")]
 
 
@@ -24,6 +24,8 @@ class PlanConfig(Recipe):
     By default what is free on this machine."""
     ranks: Count | None = None
     """Processes that train together, one a GPU; by default those of this command."""
+    minutes: Positive | None = None
+    """Minutes that training may take on this machine: the plan says how many steps end in them."""
 
 
 def run(args: list[str]) -> None:
@@ -37,7 +39,7 @@ def run(args: list[str]) -> None:
     recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
-    print(*plan_lines(recipe, memory, init, asked.ranks), sep="\n")
+    print(*plan_lines(recipe, memory, init, asked.ranks, asked.minutes), sep="\n")
     pairs = zip(["", *args], args, strict=False)  # of the options, those of this verb only
     shared = [arg for before, arg in pairs if before not in OWN and not arg.startswith(OWN)]
     meta = read_meta(recipe.responses_path)

@@ -297,7 +297,7 @@ def test_a_head_has_one_slot_only(language_target, language_responses, tmp_path)
 @pytest.mark.parametrize("key", WAYS)
 def test_a_way_is_measured_as_if_the_config_said_so(key, folder, language_target, language_responses):
     trial = make_trial(folder, language_target, language_responses[:6])
-    other = trial.measure(trial.responses, **{key: WAYS[key][2]}).rows
+    other = trial.measure(trial.cut(trial.responses), **{key: WAYS[key][2]}).rows
     data = ResponseDataset(trial.responses, max_length=10**9, num_anchors=None, seed=0)
 
     def measured():
