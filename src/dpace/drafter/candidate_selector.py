@@ -59,6 +59,7 @@ class CandidateSelectorSizes(SelectorSizes):
     architecture = "DFlashSelectorDraftModel"
     with_convolutions = "DFlash2DraftModel"
     selector = CandidateSelector
+    reads = ("selector_candidates", "selector_width")
 
     top_k: Count
     """Best tokens of each slot that it chooses from."""

@@ -108,6 +108,7 @@ class LiLiCorrSizes(SelectorSizes):
     prefix = "lilicorr_"
     architecture = "LiLiCorrDraftModel"
     selector = LiLiCorrSelector
+    reads = ("selector_candidates", "selector_width", "selector_penalty")
     older_names = OLDER_NAMES
 
     candidate_topk: Count

@@ -315,6 +315,8 @@ class SelectorSizes:
     with_convolutions: ClassVar[str] = ""
     """The same where layers have convolutions; empty where it does not differ."""
     selector: ClassVar[type[Selector]]
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Options that it reads of those whose names begin with `selector_`; others are refused with it."""
     older_names: ClassVar[dict[str, str]] = {}
     """Names of parts of its network that files may have, and those that are written."""
 

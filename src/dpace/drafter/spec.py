@@ -156,9 +156,11 @@ class DrafterSpec:
     @property
     def architecture(self) -> str:
         """Name of its network in published configs."""
-        if self.selector:
-            return self.conv_kernel_size and self.selector.with_convolutions or self.selector.architecture
-        return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
+        if self.selector is None:
+            return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
+        if self.conv_kernel_size and self.selector.with_convolutions:
+            return self.selector.with_convolutions
+        return self.selector.architecture
 
     @property
     def network_keys(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
+from dpace.engines.engine import CONVOLUTIONS, TABLES, Engine, to_layer_ids
 from dpace.system.ledger import refuse_endless
 from dpace.system.loading import translate_library_errors
 
@@ -103,8 +103,9 @@ class Gguf(Engine):
 
     name = "gguf"
     title = "llama.cpp"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS, *TABLES, "sample_from_anchor")
     layout = "gguf"
+    files = ("*.gguf",)
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens)
 
 ```bash

@@ -5,7 +5,7 @@ Source: https://docs.sglang.ai and its sources; it was not run.
 
 import shlex
 
-from dpace.engines.engine import NETWORKS, Engine
+from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
 class Sglang(Engine):
@@ -13,7 +13,7 @@ class Sglang(Engine):
 
     name = "sglang"
     title = "SGLang"
-    reads = NETWORKS
+    reads = (*NETWORKS, *CONVOLUTIONS)
     card = """**SGLang** (not run by us)
 
 ```bash

@@ -6,7 +6,7 @@ Source: https://nvidia.github.io/TensorRT-LLM; it was not run. Whether it runs D
 import json
 import shlex
 
-from dpace.engines.engine import NETWORKS, Engine
+from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
 class Tensorrt(Engine):
@@ -14,7 +14,7 @@ class Tensorrt(Engine):
 
     name = "tensorrt"
     title = "TensorRT-LLM"
-    reads = NETWORKS
+    reads = (*NETWORKS, *CONVOLUTIONS)
     card = """**TensorRT-LLM** (not run by us)
 
 ```yaml

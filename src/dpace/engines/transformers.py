@@ -3,7 +3,7 @@
 Source: `DFlashTokenCandidateGenerator` of transformers.
 """
 
-from dpace.engines.engine import Engine
+from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
 class Transformers(Engine):
@@ -11,7 +11,7 @@ class Transformers(Engine):
 
     name = "transformers"
     title = "transformers"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel")
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS)
     card = """**transformers** (5.15 or newer, one prompt at a time)
 
 ```python

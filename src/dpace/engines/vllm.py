@@ -6,7 +6,7 @@ Source: https://docs.vllm.ai; docs/results.md says what was run.
 import json
 import shlex
 
-from dpace.engines.engine import NETWORKS, Engine
+from dpace.engines.engine import CONVOLUTIONS, NETWORKS, TABLES, Engine
 
 
 class Vllm(Engine):
@@ -14,7 +14,7 @@ class Vllm(Engine):
 
     name = "vllm"
     title = "vLLM"
-    reads = (*NETWORKS, "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
+    reads = (*NETWORKS, *CONVOLUTIONS, *TABLES)
     card = """**vLLM**
 
 ```bash

@@ -3,7 +3,7 @@
 Source: https://github.com/z-lab/dflash.
 """
 
-from dpace.engines.engine import Engine
+from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
 class Zlab(Engine):
@@ -11,7 +11,7 @@ class Zlab(Engine):
 
     name = "zlab"
     title = "z-lab's dflash"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel")
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS)
 
     def command(self, spec, drafter, target):
         """See `Engine`."""

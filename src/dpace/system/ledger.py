@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,7 @@ def register_files(folder: str | Path, *names: str) -> None:
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
 
 
-def remove_files(folder: str | Path, patterns: Sequence[str], *, keep: Collection[str]) -> list[str]:
+def remove_files(folder: str | Path, patterns: Iterable[str], *, keep: Collection[str]) -> list[str]:
     """Remove what dpace wrote to a folder, by patterns of names, but for the names to keep; return what was removed.
 
     What another program wrote stays, whatever its name. Call it inside `lock_folder`.

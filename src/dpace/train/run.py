@@ -10,15 +10,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import RENAMED, WALKED, Recipe, SelectorName, is_custom
+from dpace.config import RENAMED, WALKED, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
+from dpace.drafter.spec import SELECTORS
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
 from dpace.loss.objective import load_custom, make_weigh, name_of, source_sha256
@@ -215,12 +216,14 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "with --train.feature-files"
         )
     for name, value in recipe.settings.items():
-        readers = WALKED if name == "loss.selector_penalty" else get_args(SelectorName)
-        if ".selector_" in name and selector not in readers and value != Recipe().settings[name]:
+        option = name.partition(".")[2]
+        readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
+        if option.startswith("selector_") and selector not in readers and value != Recipe().settings[name]:
             flag = f"--{name.replace('_', '-')}"
+            other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
-                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; take "
-                f"--drafter.selector {' or '.join(readers)}, or leave {flag} out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; {other}leave {flag} "
+                "out"
             )
     if selector and recipe.loss.needs_target_probs:
         raise ValueError(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset, collate
-from dpace.config import LossConfig, TrainConfig
+from dpace.config import LossConfig, Recipe, TrainConfig
+from dpace.drafter.spec import SELECTORS
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import Slots
@@ -120,6 +121,25 @@ def test_dflash2s_selector_has_no_penalty():
     assert not recipe.needs_target_hidden
     with pytest.raises(ValueError, match="is 0.5, and --drafter.selector is candidate_selector, .* take .* lilicorr,"):
         check_recipe(replace(recipe, loss=LossConfig(selector_penalty=0.5)))
+
+
+def test_options_that_a_selector_does_not_list_are_refused(monkeypatch):
+    """Also where no selector reads one, as where its author forgot to list it."""
+    recipe = make_recipe()
+    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="candidate_selector", selector_width=64))
+    check_recipe(recipe)
+    for name, way in (("candidate_selector", "; take --drafter.selector lilicorr, or leave"), ("lilicorr", "; leave")):
+        monkeypatch.setattr(SELECTORS[name], "reads", ())
+        with pytest.raises(ValueError, match=f"selector-width is 64, and --drafter.selector is candidate_.*{way} --d"):
+            check_recipe(recipe)
+
+
+def test_every_option_of_a_selector_is_read_by_one(language_target):
+    options = {name.partition(".")[2] for name in Recipe().settings if ".selector_" in name}
+    assert options == {option for sizes in SELECTORS.values() for option in sizes.reads}
+    for make in (make_with_selector, make_with_candidate_selector):
+        spec = make(language_target).spec
+        assert spec.selector.options(spec).keys() <= {*spec.selector.reads}
 
 
 def test_a_selector_computes_in_the_precision_of_the_training(language_target, batch):
