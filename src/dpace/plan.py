@@ -142,8 +142,8 @@ class TrainingPlan:
 
     def token_bytes(self, dtype: str = "target") -> int:
         """Return the bytes of a token's features, where a step reads them or as they are kept on disk."""
-        num_layers = len(self.drafter.target_layer_ids) + self.recipe.needs_target_hidden
-        return bytes_of_token(self.target, num_layers, dtype)
+        num_layers = len(self.drafter.target_layer_ids)
+        return bytes_of_token(self.target, num_layers, dtype, with_head_input=self.recipe.needs_target_hidden)
 
     @property
     def feature_bytes(self) -> int:

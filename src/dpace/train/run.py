@@ -31,7 +31,6 @@ from dpace.system.ledger import lock_folder, read_object, register_files, write_
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.target.target import HEAD_INPUT
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
 from dpace.train.loop import TrainingLoop
@@ -269,13 +268,14 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
         ValueError: see `keep_on_disk`.
     """
     config = recipe.train
-    measured_ids = Drafter.layer_ids(target, recipe.drafter)
-    trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
-    if config.feature_files and dataset.lacks(trained_ids):
-        keep_on_disk(target, dataset, trained_ids, config)
-    for part, layer_ids in ((dataset, trained_ids), (validation, measured_ids)):
-        if part.lacks(layer_ids):
-            part.keep_features(target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
+    layer_ids = Drafter.layer_ids(target, recipe.drafter)
+    is_needed = recipe.needs_target_hidden
+    if config.feature_files and dataset.lacks(layer_ids, with_head_input=is_needed):
+        keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_needed)
+    limit_bytes = config.feature_cache_gib * 2**30
+    for part, with_head_input in ((dataset, is_needed), (validation, False)):
+        if part.lacks(layer_ids, with_head_input=with_head_input):
+            part.keep_features(target, layer_ids, limit_bytes=limit_bytes, with_head_input=with_head_input)
 
 
 def make_datasets(

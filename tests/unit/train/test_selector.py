@@ -34,8 +34,8 @@ def batch(language_target, language_responses):
     """Blocks of three conversations, for a target that likes any token: of random last hidden states."""
     dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
     batch = collate([dataset[i] for i in range(3)], 5)
-    features = language_target.features(batch["token_ids"], [1, 3])
-    batch["features"] = torch.cat([features, torch.randn(3, features.shape[1], 48)], dim=-1)
+    batch["features"] = language_target.features(batch["token_ids"], [1, 3])
+    batch["head_input"] = torch.randn(3, batch["token_ids"].shape[1], 48)
     return batch
 
 
@@ -55,7 +55,7 @@ def naive(drafter, target, batch, weigh):
             continue
         top = log_probs[b, n, 1:].topk(drafter.selector.num_candidates)
         labels, anchor = blocks.labels[b, n, 1:].tolist(), int(blocks.anchors[b, n])
-        row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1, : drafter.fc.in_features]))
+        row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1]))
         inputs = target.embed(top.indices), top.values, hidden[b, n, 1:], row
         start, pairs = (scores[0] for scores in drafter.lilicorr(*(x[None] for x in inputs)))
         previous = 0
@@ -152,6 +152,13 @@ def test_a_selector_computes_in_the_precision_of_the_training(language_target, b
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
+def test_features_without_what_the_loss_reads_are_refused(language_target, batch):
+    del batch["head_input"]
+    scorer = make_scorer(language_target)
+    with pytest.raises(ValueError, match="kept without the input of the target's LM head, .* `dpace.train.run.make_"):
+        scorer.score(scorer.drafter, batch)
+
+
 def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, batch):
     """So that ranks that exchange gradients all have one."""
     scorer = make_scorer(language_target, selector_penalty=0.0)
@@ -165,7 +172,7 @@ def test_the_log_says_what_the_selector_could_gain(language_target, language_res
     recipe = make_recipe(max_steps=2, eval_steps=2, logging_steps=2)
     recipe = replace(recipe, drafter=replace(recipe.drafter, selector="lilicorr", selector_candidates=4))
     datasets = make_datasets(language_target, language_responses[:8], language_responses[50:54], recipe)
-    assert datasets[0].features[0].shape[1] == 3 * 48, "the penalty needs the target's last hidden states"
+    assert datasets[0].features[0].head_input is not None, "the penalty needs the target's last hidden states"
     drafter = train(language_target, *datasets, recipe, tmp_path)
     entry = read_log(tmp_path)[-1]
     found = heldout_acceptance(drafter, language_target, datasets[1])

@@ -18,7 +18,6 @@ from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
-from dpace.target.target import HEAD_INPUT
 from dpace.train.finish import measure_and_calibrate
 from dpace.train.loop import TrainingLoop, num_steps
 from dpace.train.progress import open_trackers
@@ -167,8 +166,9 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     other = replace(recipe, drafter=replace(recipe.drafter, num_features=1))
     keep_features(language_target, *datasets, other)
     ids = Drafter.layer_ids(language_target, other.drafter)
-    assert [data.kept for data in datasets] == [[*ids, HEAD_INPUT], ids]
-    assert datasets[0].features[0].shape[1] == 2 * 48
+    assert [(data.kept, data.has_head_input) for data in datasets] == [(ids, True), (ids, False)]
+    assert [part.shape[1] for part in datasets[0].features[0]] == [48, 48]
+    assert datasets[1].features[0].head_input is None
     keep_features(language_target, *datasets, replace(recipe, train=replace(recipe.train, feature_cache_gib=0.0)))
     assert [data.features for data in datasets] == [None, None]
 
