@@ -19,6 +19,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """No unknown keys, no conversions between types, finite numbers."""
 LARGEST = 2**31 - 1
 """Largest value of most integers."""
+MAX_TOKENS = 2**31
+"""Tokens that a target may have, and those of a tokenizer that is not known: their numbers are kept in 32 bits."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

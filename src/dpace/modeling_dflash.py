@@ -157,7 +157,7 @@ class NeutralSelector(nn.Module):
         self.hidden_projection.register_buffer("weight", torch.zeros(1, config.hidden_size))
 
 
-class CandidateSelector(nn.Module):
+class CandidateSelectorNetwork(nn.Module):
     """DFlash2's selector, which adds to a candidate's logit how well it follows the token before.
 
     After token `a`, at a slot with hidden state `h`, token `b` gets `<A[a] * (H h), B[b]>` more. At first `B` is 0, and
@@ -283,7 +283,7 @@ class LiLiCorrLayer(GradientCheckpointingLayer):
         return rows + self.mlp(self.mlp_norm(rows))
 
 
-class LiLiCorr(nn.Module):
+class LiLiCorrNetwork(nn.Module):
     """A selector that scores how well each candidate of a slot follows each candidate of the slot before.
 
     All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
@@ -376,7 +376,7 @@ class LiLiCorr(nn.Module):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
-SELECTORS: dict[str, Any] = {"lilicorr": LiLiCorr, "candidate_selector": CandidateSelector}
+SELECTOR_NETWORKS: dict[str, Any] = {"lilicorr": LiLiCorrNetwork, "candidate_selector": CandidateSelectorNetwork}
 """Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
 TOKEN_TABLES = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
 """Parameters with a row for each token, which no product multiplies as a whole: Muon leaves them to AdamW."""
@@ -420,9 +420,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
 
     It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's, or its own where
     the config says so. An own head may have fewer rows: row `i` is token `i + d2t[i]`. With
-    `conv_kernel_size` in the config it is DFlash2's network without a selector; one of `SELECTORS` is used by who runs
-    it, not by `forward`. The arguments of `forward` are named as in transformers' DFlash generation, which takes this
-    class as `assistant_model`.
+    `conv_kernel_size` in the config it is DFlash2's network without a selector; one of `SELECTOR_NETWORKS` is used by
+    who runs it, not by `forward`. The arguments of `forward` are named as in transformers' DFlash generation, which
+    takes this class as `assistant_model`.
 
     Raises:
         ValueError: a config of a variant that this network does not support.
@@ -453,9 +453,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, num_drafted or num_tokens, bias=False) if is_own else None
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
-        enabled = [name for name, network in SELECTORS.items() if network.is_in(nested)]
+        enabled = [name for name, network in SELECTOR_NETWORKS.items() if network.is_in(nested)]
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a selector
-            for name, network in SELECTORS.items():
+            for name, network in SELECTOR_NETWORKS.items():
                 setattr(self, name, network(config) if name in enabled else None)
         if nested.get("conv_kernel_size") and not enabled:
             self.candidate_selector = NeutralSelector(config)

@@ -47,7 +47,7 @@ CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
 UNCOUNTED_SHARE = 0.1
 """What the terms of a plan miss, as a share of their sum (docs/scale.md)."""
-BYTES_PER_TOKEN = 4
+TEXT_BYTES_PER_TOKEN = 4
 """Bytes of a prompt's messages that a token of them has at least, on average: the names of their parts count too."""
 DISTINCT_TOKENS = 10
 """Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
@@ -93,7 +93,7 @@ def known_lengths(dataset: ResponseDataset) -> np.ndarray:
 
 def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
     """Estimate what `known_lengths` will be, at most: from the prompts' texts, with answers as long as they may be."""
-    asked = [len(str(prompt.turns).encode()) / BYTES_PER_TOKEN for prompt in prompts]
+    asked = [len(str(prompt.turns).encode()) / TEXT_BYTES_PER_TOKEN for prompt in prompts]
     answered = [len(prompt.turns) * recipe.respond.max_new_tokens for prompt in prompts]
     return np.array([np.add(asked, answered), answered], float)
 

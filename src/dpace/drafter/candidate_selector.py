@@ -1,6 +1,7 @@
 """DFlash2's candidate selector: how well a candidate follows the token before is added to its logit.
 
-Here are its sizes and config keys, its scores and its loss. Its network is `dpace.modeling_dflash.CandidateSelector`.
+Here are its sizes and config keys, its scores and its loss. Its network is `CandidateSelectorNetwork` of
+`dpace.modeling_dflash`.
 
 Source: DFlash2, z-lab/dflash; the loss is ours.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from dpace.drafter.selector import LatticeSelector, SelectorSizes
-from dpace.drafter.values import Count
+from dpace.drafter.values import StrictCount
 from dpace.loss import candidate_logits
 
 
@@ -61,9 +62,9 @@ class CandidateSelectorSizes(SelectorSizes):
     selector = CandidateSelector
     reads = ("selector_candidates", "selector_width")
 
-    top_k: Count
+    top_k: StrictCount
     """Best tokens of each slot that it chooses from."""
-    rank: Count
+    rank: StrictCount
     """Numbers of a token in each of its two tables."""
 
     @classmethod

@@ -1,6 +1,7 @@
 """LiLiCorr, a selector that makes the slots of a draft agree.
 
-Here are its sizes, tensors and config keys, its scores and its loss. Its network is `dpace.modeling_dflash.LiLiCorr`.
+Here are its sizes, tensors and config keys, its scores and its loss. Its network is `LiLiCorrNetwork` of
+`dpace.modeling_dflash`.
 
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.drafter.selector import Lattice, LatticeSelector, SelectorSizes, rows_after
-from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
+from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCount
 from dpace.loss import candidate_logits
 
 CE_WEIGHT = 0.25
@@ -111,12 +112,12 @@ class LiLiCorrSizes(SelectorSizes):
     reads = ("selector_candidates", "selector_width", "selector_penalty")
     older_names = OLDER_NAMES
 
-    candidate_topk: Count
+    candidate_topk: StrictCount
     """Best tokens of each slot that it chooses from."""
     hidden_size: Index
     """Its width; 0 for the drafter's."""
-    num_heads: Count
-    factor_dim: Count
+    num_heads: StrictCount
+    factor_dim: StrictCount
     """Length of the vectors whose products are the scores."""
     num_layers: LayerCount
     mlp_ratio: Scale

@@ -307,7 +307,7 @@ class SelectorSizes:
     """
 
     name: ClassVar[str]
-    """Its choice of `--drafter.selector`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
+    """Its choice of `--drafter.selector`, and the name of its network in `dpace.modeling_dflash.SELECTOR_NETWORKS`."""
     prefix: ClassVar[str]
     """What its keys in `dflash_config` begin with."""
     architecture: ClassVar[str]

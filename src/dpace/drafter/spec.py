@@ -25,14 +25,14 @@ from dpace.config import DrafterConfig, SelectorName
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import (
     COPY_AGAIN,
-    Count,
     Flag,
     Index,
     LayerCount,
     Scale,
+    StrictCount,
     adapter,
     read_either,
-    read_object,
+    read_group,
     read_values,
 )
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
@@ -100,18 +100,18 @@ class DrafterSpec:
     target_layer_ids: tuple[Annotated[int, Strict()], ...]
     """0-based layers whose output is used; engines that count the embedding as state 0 get `hidden_state_ids`."""
     num_target_layers: LayerCount
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
+    vocab_size: StrictCount
+    hidden_size: StrictCount
+    intermediate_size: StrictCount
     num_layers: Annotated[LayerCount, Field(alias="num_hidden_layers")]
-    num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: Annotated[Count, Field(le=2**16)]
+    num_attention_heads: StrictCount
+    num_key_value_heads: StrictCount
+    head_dim: Annotated[StrictCount, Field(le=2**16)]
     """Numbers of each head. The bound keeps the rotation small, which is tried out before the weights are read."""
     rms_norm_eps: Float32
     rope_parameters: dict[str, Any]
     """Rotary embedding, as `rope_parameters` of transformers."""
-    max_position_embeddings: Count
+    max_position_embeddings: StrictCount
     input_embedding_scale: Float32 = 1.0
     """Factor of the target's embedding."""
     output_multiplier: Float32 = 1.0
@@ -126,7 +126,7 @@ class DrafterSpec:
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
     selector: InstanceOf[SelectorSizes] | None = None
     """Sizes of a selector with a network of its own; None without one."""
-    sliding_window: Count | None = None
+    sliding_window: StrictCount | None = None
     """Window of sliding layers, in tokens, see `dpace.modeling_dflash.DFlashAttention`; None without such layers."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
     """Kind of each layer; empty where all have full attention."""
@@ -196,7 +196,7 @@ class DrafterSpec:
         Raises:
             ValueError: a value that no drafter has, or none where one is needed; names it.
         """
-        numbers = read_values(Numbers, values["rope_parameters"] | read_object(values, "dpace"))
+        numbers = read_values(Numbers, values["rope_parameters"] | read_group(values, "dpace"))
         objects = {
             "rope_parameters": values["rope_parameters"] | {"rope_theta": numbers.rope_theta},
             "special_token_ids": {name: values[name] for name in SPECIAL_TOKENS if name in values},
@@ -221,7 +221,7 @@ class DrafterSpec:
             ValueError: a value without a safe default is missing, a value is given twice and differently, a value that
                 no drafter has, or a variant of the network that dpace does not support.
         """
-        nested = read_object(config, "dflash_config")
+        nested = read_group(config, "dflash_config")
         refuse_variants(config)
         if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
             raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
@@ -336,9 +336,9 @@ def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any
 
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    rope = read_object(config, "rope_parameters")
+    rope = read_group(config, "rope_parameters")
     if not rope:
-        rope = read_object(config, "rope_scaling")
+        rope = read_group(config, "rope_scaling")
         rope.setdefault("rope_type", rope.pop("type", "default"))
     theta = read_either(config, rope, "rope_theta", "rope_parameters")
     if theta is None:
@@ -357,7 +357,7 @@ def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Selector
         ValueError: see `read_values`.
     """
     for name, sizes in SELECTORS.items():
-        network = dpace.modeling_dflash.SELECTORS[name]
+        network = dpace.modeling_dflash.SELECTOR_NETWORKS[name]
         if network.is_in(nested) or sizes.architecture in str(config.get("architectures")):
             prefix = sizes.prefix
             values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
@@ -416,7 +416,7 @@ def read_folder(
         spec = DrafterSpec.from_config(own_tables(tensors) | to_published(config))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if quantized := read_object(config, "quantization_config"):
+    if quantized := read_group(config, "quantization_config"):
         tensors = read_quantized(folder, spec, quantized)
     return spec, tensors
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from dpace.recipes.validation import explain
+from dpace.recipes.validation import describe_invalid
 
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 MAX_LAYERS = 1000
 """Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
 
 Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
-Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+StrictCount = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
 Flag = Annotated[bool, Strict()]
 Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
@@ -41,10 +41,10 @@ def read_values(kind: type[Made], values: Mapping[str, Any], prefix: str = "") -
     try:
         return adapter(kind).validate_python(values)
     except ValidationError as error:
-        raise ValueError(f"in the drafter's config {prefix}{explain(error, kind)}; {COPY_AGAIN}") from error
+        raise ValueError(f"in the drafter's config {prefix}{describe_invalid(error, kind)}; {COPY_AGAIN}") from error
 
 
-def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def read_group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Read an object; an empty one where the config has none."""
     value = config.get(name)
     if value is not None and not isinstance(value, Mapping):

@@ -27,9 +27,9 @@ from dpace.system.ledger import refuse_endless
 from dpace.system.loading import translate_library_errors
 
 ARCHITECTURE = "dflash"
-OURS = "dpace.config"
+RECORD_KEY = "dpace.config"
 """Key of the file, a text in JSON: record and special tokens of the drafter's config, which llama.cpp does not read."""
-TARGETS = (
+SUPPORTED_TARGETS = (
     "bailingmoe3 deepseek4 gemma4 gpt-oss hunyuan-dense hunyuan_vl k2-horizon lfm2 lfm2moe llama mimo2 minimax-01 "
     "minimax-m2 muse-glimmer nanbeige nemotron_h nemotron_h_moe qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen4exp "
     "deepseek_v4 gemma4_text gemma4_unified gpt_oss hunyuan_v1_dense internlm3 iquestcoder janus lfm2_moe llava "
@@ -59,7 +59,7 @@ FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """Published name and llama.cpp's name of each number; those that change nothing are not written."""
-NAMES = {
+TENSOR_NAMES = {
     "fc.weight": "fc.weight",
     "hidden_norm.weight": "enc.output_norm.weight",
     "norm.weight": "output_norm.weight",
@@ -152,7 +152,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
 
     def target_fault(self, kind):
         """See `Engine`; also for the architecture of a GGUF file."""
-        if kind in TARGETS:
+        if kind in SUPPORTED_TARGETS:
             return ""
         return (
             f"the target is a {kind}, of which llama.cpp (b11549) hands out no inputs of layers: it ends its process "
@@ -193,7 +193,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
         with translate_library_errors(f"the GGUF file {path}", AGAIN):
             tensors = {
-                tensor.name: unpack(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
+                tensor.name: from_gguf(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
                 for tensor in reader.tensors
             }
             values = _read_values(fields) | {
@@ -212,10 +212,10 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
 def gguf_name(name: str) -> str:
     """Return llama.cpp's name of a tensor."""
     of_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    return NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
+    return TENSOR_NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
 
 
-def pack(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+def to_gguf(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
     """Return the bytes of a tensor for the file, and their type."""
     tensor = tensor.detach().cpu().contiguous()
     # numpy has no bf16: gguf takes its bytes, as those of blocks
@@ -223,7 +223,7 @@ def pack(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
     return data.numpy(), TENSOR_TYPES[tensor.dtype]
 
 
-def unpack(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
+def from_gguf(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
     """Return the tensor of such bytes, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
     if kind in DTYPES:
         return torch.from_numpy(np.array(data)).view(DTYPES[kind])
@@ -297,7 +297,7 @@ def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path) -> None:
     for name, tensor in drafter.state_dict().items():
         if name == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
-        data, kinds[name] = pack(tensor)
+        data, kinds[name] = to_gguf(tensor)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kinds[name])
     mostly = kinds["fc.weight"].name
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])
@@ -342,7 +342,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
         writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
-    writer.add_string(OURS, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
+    writer.add_string(RECORD_KEY, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
 
 
 def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
     if get("rope.scaling.type") not in (None, "none"):
         raise ValueError(f"its rope.scaling.type is {get('rope.scaling.type')!r:.50}, which is not read")
     return {
-        **json.loads(fields.get(OURS, "{}")),
+        **json.loads(fields.get(RECORD_KEY, "{}")),
         **{published: get(name) or None for published, name in FIELDS.items()},
         **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
         "selector": read_sizes({}, {name: get(name) for name in ("selector_rank", "selector_top_k")}),

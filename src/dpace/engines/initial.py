@@ -2,17 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TypeVar
 
 from pydantic import ValidationError
 
-from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import SAME_AS_OPTIONS
 from dpace.engines.export import count_layers, read_drafter
+from dpace.recipes.recipe_file import AnyRecipe
 from dpace.target.locate import find_drafter, find_target
-
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Drafter | None]:

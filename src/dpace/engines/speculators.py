@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from dpace.drafter.spec import read_folder
-from dpace.drafter.values import read_object
+from dpace.drafter.values import read_group
 from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
 from dpace.engines.engine import to_layer_ids
 from dpace.engines.vllm import Vllm
 from dpace.system.loading import read_config
 
-OURS = (
+ELSEWHERE = (
     "block_size",
     "mask_token_id",
     "target_layer_ids",
@@ -101,7 +101,7 @@ class Speculators(Vllm):
             "target_hidden_size": None,
             "tie_word_embeddings": False,
             "transformer_layer_config": {
-                **{key: value for key, value in spec.config().to_dict().items() if key not in OURS},
+                **{key: value for key, value in spec.config().to_dict().items() if key not in ELSEWHERE},
                 "rope_theta": spec.rope_parameters["rope_theta"],
                 "dtype": config.dtype,
             },
@@ -129,7 +129,7 @@ def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[
         raise ValueError(
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
-    inner = read_object(config, "transformer_layer_config")
+    inner = read_group(config, "transformer_layer_config")
     is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
     return {
         **inner,

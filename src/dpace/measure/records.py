@@ -35,7 +35,7 @@ COMPILED = "plain, compiled"
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")
-Answer = ResponseRecord | ServedAnswer
+MeasuredAnswer = ResponseRecord | ServedAnswer
 Record = TypeVar("Record", bound=PromptRecord)
 Job = tuple[float, Prompt]
 """What a record is made of: a temperature and a prompt."""
@@ -112,19 +112,19 @@ def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in places]
 
 
-def tokens_per_second(answers: Sequence[Answer]) -> float:
+def tokens_per_second(answers: Sequence[MeasuredAnswer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
     seconds = sum(answer.decode_seconds for answer in answers)
     return sum(answer.num_decode_tokens for answer in answers) / seconds if seconds else math.nan
 
 
-def speedup(ours: Iterable[Sequence[Answer]], theirs: Iterable[Sequence[Answer]]) -> Estimate:
+def speedup(ours: Iterable[Sequence[MeasuredAnswer]], theirs: Iterable[Sequence[MeasuredAnswer]]) -> Estimate:
     """Divide the tokens a second by theirs: ratio of totals, prefill excluded.
 
     A side has the answers to each prompt. The result is None where all tokens came at once, and without answers.
     """
 
-    def times(side: Iterable[Sequence[Answer]]) -> list[tuple[float, int]]:
+    def times(side: Iterable[Sequence[MeasuredAnswer]]) -> list[tuple[float, int]]:
         """Sum the seconds of each prompt and the tokens decoded in them, "prompt 2"."""
         pairs = []
         for turns in side:

@@ -171,13 +171,13 @@ def find_prompt(text: str) -> list[dict[str, Any]]:
     is_file = name.endswith(".jsonl") and ("#" in text or " " not in text)
     if name != "demo" and not is_file:
         return [{"role": "user", "content": text}]
-    prompts = read_heldout(name)
+    prompts = read_heldout_prompts(name)
     for prompt in prompts:
         if prompt.id == prompt_id:
             return prompt.turns[0]
     raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; name one that it has, such as {prompts[0].id!r}")
 
 
-def read_heldout(name: str) -> list[Prompt]:
+def read_heldout_prompts(name: str) -> list[Prompt]:
     """Read a file of prompts as `read_prompts` does, or for `demo` the demo's held-out prompts."""
     return read_prompts(demo_path("heldout") if name == "demo" else name)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from dpace.config import Recipe, without_passwords
 from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings
-from dpace.recipes.validation import UsageError, explain
+from dpace.recipes.validation import UsageError, describe_invalid
 
 Options = TypeVar("Options")
 
@@ -139,7 +139,7 @@ def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> 
     group, kind = next(
         ((f"{n}.", k) for n, k in _groups(config_class).items() if k.__name__ == error.title), ("", config_class)
     )
-    name, reason = explain(error, kind).split(" ", 1)
+    name, reason = describe_invalid(error, kind).split(" ", 1)
     flag = f"--{group}{name.partition('[')[0]}".replace("_", "-")
     return ValueError(f"{flag} {reason}; change it, or leave it out for the default")
 

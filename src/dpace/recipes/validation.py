@@ -55,7 +55,7 @@ def from_json(kind: type[Kind], value: Any) -> Kind:
     try:
         (checked,) = _adapter(kind).validate_json(json.dumps([value], ensure_ascii=False).encode())
     except ValidationError as error:
-        raise ValueError(explain(error, kind, skip=1)) from error
+        raise ValueError(describe_invalid(error, kind, skip=1)) from error
     return checked
 
 
@@ -65,7 +65,7 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(tuple[kind], config=STRICT)
 
 
-def explain(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
+def describe_invalid(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
     """Return in one line what is wrong first, in the words of pydantic.
 
     Args:

@@ -13,18 +13,15 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from dpace.config import STRICT, PromptsConfig, Recipe, RespondConfig
+from dpace.config import MAX_TOKENS, STRICT, PromptsConfig, Recipe, RespondConfig
 from dpace.prompts.prompts import Prompt, split_and_explain
-from dpace.recipes.validation import explain
+from dpace.recipes.validation import describe_invalid
 from dpace.system.device import dtype_name
 from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
-
-MAX_TOKENS = 2**31
-"""Tokens that a target may have: their numbers are kept in 32 bits."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -89,7 +86,7 @@ def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterato
             if response.id in ids:
                 raise ValueError(f"the id {response.id!r} occurs twice, expected unique ids")
         except ValueError as error:
-            reason = explain(error, Response) if isinstance(error, pydantic.ValidationError) else error
+            reason = describe_invalid(error, Response) if isinstance(error, pydantic.ValidationError) else error
             raise ValueError(f"{path}:{number}: {reason}; write the file again with `dpace respond`") from error
         ids.add(response.id)
         yield response

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 import pydantic
 from pydantic import BaseModel, NonNegativeInt
 
-from dpace.config import STRICT
+from dpace.config import MAX_TOKENS, STRICT
 from dpace.servers.transport import Address, Refused, Unavailable
 
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading a reply raises that is not what the engine sends."""
-MAX_TOKENS = 2**31
-"""Tokens of a tokenizer that is not known."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -14,7 +14,7 @@ import torch
 from dpace.cli import main
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, read_tensors
-from dpace.engines import NAMES
+from dpace.engines import all_engines
 from dpace.engines.engine import Engine
 from tests.support.files import change_config, changed_weights, read_json
 
@@ -207,7 +207,7 @@ class GatedSpec(DrafterSpec):
     gate_size: int = 0
 
 
-@pytest.mark.parametrize("to", NAMES)
+@pytest.mark.parametrize("to", [engine.name for engine in all_engines()])
 def test_what_no_engine_was_told_of_is_refused_by_each(to, folder, target_gguf, tmp_path, capsys, monkeypatch):
     def spec(drafter: Drafter) -> DrafterSpec:
         known = DrafterSpec.from_config(drafter.config.to_dict())
