@@ -20,9 +20,9 @@ from dpace.plan import TrainingPlan, known_lengths
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
-from dpace.train import loop
-from dpace.train.loop import TrainingLoop
-from dpace.train.progress import peak_memory, reset_peak_memory
+from dpace.training import loop
+from dpace.training.loop import TrainingLoop
+from dpace.training.progress import peak_memory, reset_peak_memory
 
 PARTS = ("batch", "features", "mask", "drafter forward", "loss", "backward", "optimizer")
 WARM_UP = 10

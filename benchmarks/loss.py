@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dpace.loss import Slots, block_loss, frozen_head_nll
 from dpace.system.device import find_device, synchronize
 from dpace.target.head import LmHead
-from dpace.train.progress import peak_memory, reset_peak_memory
+from dpace.training.progress import peak_memory, reset_peak_memory
 from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8

@@ -36,7 +36,7 @@ from dpace.system.device import synchronize
 from dpace.target import Target
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
-from dpace.train.optimizer import make_optimizer, products_dtype
+from dpace.training.optimizer import make_optimizer, products_dtype
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS, NUM_SEEN = 260, 180, 1000

@@ -33,7 +33,7 @@ from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
-from dpace.train.run import Run, choose_conversations, data_facts, keep_features, target_facts, train
+from dpace.training.run import Run, choose_conversations, data_facts, keep_features, target_facts, train
 
 DEPTHS = (3, 5)
 OBJECTIVES = ("dflash", "dpace")

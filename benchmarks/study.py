@@ -41,7 +41,7 @@ from dpace.respond.answering import write_responses
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target
-from dpace.train.run import Run, choose_conversations
+from dpace.training.run import Run, choose_conversations
 from dpace.verbs import load_target
 
 LILICORR = {"drafter.selector": "lilicorr", "drafter.selector_candidates": 8}

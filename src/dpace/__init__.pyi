@@ -35,6 +35,6 @@ from .respond.responses import Response as Response, read_responses as read_resp
 from .target import Target as Target
 from .target.chat import encode_chat as encode_chat
 from .target.locate import find_target as find_target
-from .train import make_datasets as make_datasets, train as train
+from .training.run import make_datasets as make_datasets, train as train
 
 __version__: str

@@ -108,9 +108,18 @@ _HINT = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or
 Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice), _HINT]
 OneOrMore = Annotated[Entries[Entry], Field(min_length=1)]
 
-_WEIGHTS = re.findall(r"^def ([a-z]\w*)_weights\(", Path(__file__).with_name("weights.py").read_text("utf-8"), re.M)
-Objective: Any = Literal[tuple(name.replace("_", "-") for name in _WEIGHTS)]
-"""A function of `weights.py`; the names are read from its text, since importing it takes torch."""
+Objective = Literal[
+    "dpace",
+    "dpace-confidence-only",
+    "dpace-continuation-only",
+    "bv",
+    "vat",
+    "spec-auf",
+    "dflash",
+    "uniform",
+    "medusa",
+]
+"""Objectives, each a function `NAME_weights` of `dpace.weights`, which takes torch to import."""
 
 
 def is_custom(objective: str) -> bool:

@@ -36,9 +36,9 @@ from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
 from dpace.target.locate import find_target
-from dpace.train.loop import num_steps
-from dpace.train.optimizer import is_factor, products_dtype
-from dpace.train.run import choose_conversations, is_finished
+from dpace.training.loop import num_steps
+from dpace.training.optimizer import is_factor, products_dtype
+from dpace.training.run import choose_conversations, is_finished
 
 Number = int | float
 LIBRARY_BYTES = 2**29

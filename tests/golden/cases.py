@@ -26,8 +26,8 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.respond.responses import Response
 from dpace.target import Target
-from dpace.train.loop import TrainingLoop
-from tests.conftest import make_target
+from dpace.training.loop import TrainingLoop
+from tests.support.models import make_target
 
 VALUES = Path(__file__).with_name("values.json")
 MASK = 15

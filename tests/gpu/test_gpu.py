@@ -21,9 +21,9 @@ from dpace.loss.objective import make_weigh
 from dpace.system.device import TILED
 from dpace.target import Target
 from dpace.target.head import LmHead
-from dpace.train.loop import TrainingLoop
-from dpace.train.run import choose_conversations, keep_features
-from tests.conftest import FAMILIES, LANGUAGE_RECIPE, make_drafter
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import choose_conversations, keep_features
+from tests.support.models import FAMILIES, LANGUAGE_RECIPE, make_drafter
 
 pytestmark = [
     pytest.mark.gpu,

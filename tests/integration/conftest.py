@@ -14,8 +14,8 @@ from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target
-from dpace.train.run import make_datasets, train
-from tests.conftest import decode_whole
+from dpace.training.run import make_datasets, train
+from tests.support.models import decode_whole
 
 MAX_NEW_TOKENS = 48
 

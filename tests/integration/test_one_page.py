@@ -18,7 +18,7 @@ from dpace.loss.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
 from dpace.metrics import Acceptance
 from examples import one_page
-from tests.conftest import make_target
+from tests.support.models import make_target
 
 START = 12
 """Where the answer begins."""

@@ -464,7 +464,7 @@ def test_a_compiled_training_gives_the_same_weights(files, out, monkeypatch):
         assert dynamo_backend == "inductor"
         return Accelerator(dynamo_backend="eager", **options)
 
-    monkeypatch.setattr("dpace.train.loop.Accelerator", eager)
+    monkeypatch.setattr("dpace.training.loop.Accelerator", eager)
     run(f"train {{recipe}} --output {out} --train.torch-compile", files)
     folders = (out / "drafter", Path(files["drafter"]))
     found, plain = (load_file(folder / "checkpoints" / "checkpoint-3" / "model.safetensors") for folder in folders)

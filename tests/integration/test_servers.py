@@ -25,10 +25,10 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
-from tests.conftest import decode_whole, make_target, make_tokenizer, write_target_gguf
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
 from tests.support.files import make_prompts
+from tests.support.models import decode_whole, make_target, make_tokenizer, write_target_gguf
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SERVE = """

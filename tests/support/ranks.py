@@ -25,9 +25,9 @@ from dpace.studies.compare import compare
 from dpace.system import ranks
 from dpace.target import Target
 from dpace.target.target import ShardedTarget
-from dpace.train.loop import TrainingLoop
-from dpace.train.run import train
-from dpace.train.sharding import USE_FSDP
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import train
+from dpace.training.sharding import USE_FSDP
 
 FSDP = {USE_FSDP: "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch --use_fsdp --fsdp_version 2` sets."""

@@ -223,9 +223,9 @@ def main() -> None:
     from dpace.measure.heldout import heldout_acceptance
     from dpace.respond.responses import Response
     from dpace.target import Target
-    from dpace.train.loop import TrainingLoop
-    from dpace.train.run import choose_conversations
-    from tests.conftest import make_drafter, make_target
+    from dpace.training.loop import TrainingLoop
+    from dpace.training.run import choose_conversations
+    from tests.support.models import make_drafter, make_target
 
     dpace.target.probe._refuse_quantized_tables = lambda *_: None  # takes a tensor of another class for a quantized one
     generator = torch.Generator

@@ -1,23 +1,30 @@
 """The public names, their page and an objective of the user's own."""
 
+import ast
+import pkgutil
 import re
 import shutil
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import get_args
 
 import pytest
 import torch
 
 import dpace
-from dpace.engines import ExportConfig
+import dpace.engines
+import dpace.weights
+from dpace.config import Objective
+from dpace.engines import EngineName, ExportConfig
 from dpace.engines.card import write_card
 from dpace.loss.objective import source_sha256
 from dpace.recipes.recipe_file import write_recipe
-from dpace.train.run import make_datasets
-from tests.conftest import make_recipe
+from dpace.training.run import make_datasets
 from tests.support.files import change_json, read_json, write_prompts
+from tests.support.models import make_recipe
 from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +41,26 @@ def test_every_public_name_is_there_and_on_its_page():
     assert sorted(listed[0]) == dpace.__all__ and tuple(listed[1]) == dpace.Slots._fields
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         dpace.trian  # noqa: B018
+
+
+def test_train_is_the_function_also_once_its_package_is_loaded():
+    import_module("dpace.training")
+    assert isinstance(dpace.train, FunctionType) and type(sys.modules["dpace.training"]) is ModuleType
+
+
+def test_written_names_are_those_of_the_code():
+    """They are written by hand, since `dpace --help` imports neither weights nor engines."""
+    stub = ast.parse(Path(dpace.__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name: f"dpace.{node.module}" for node in imports for alias in node.names} == dpace._PLACES
+    weights = [name for name in vars(dpace.weights) if name.endswith("_weights")]
+    assert [f"{name.replace('-', '_')}_weights" for name in get_args(Objective)] == weights
+    files = {
+        module.name: import_module(f"dpace.engines.{module.name}")
+        for module in pkgutil.iter_modules(dpace.engines.__path__)
+    }
+    engines = {name: file.ENGINE.name for name, file in files.items() if hasattr(file, "ENGINE")}
+    assert engines == {name: name for name in get_args(EngineName)}
 
 
 def ones(slots: dpace.Slots) -> torch.Tensor:

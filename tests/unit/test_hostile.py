@@ -27,7 +27,7 @@ def _in_an_empty_folder_without_models(monkeypatch, tmp_path):
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
-    monkeypatch.setattr("dpace.train.progress.get_available_trackers", list)
+    monkeypatch.setattr("dpace.training.progress.get_available_trackers", list)
     monkeypatch.chdir(tmp_path)
 
 

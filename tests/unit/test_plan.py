@@ -22,11 +22,11 @@ from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, known_settings
 from dpace.system.provenance import hash_file
 from dpace.target import Target
-from dpace.train.loop import TrainingLoop
-from dpace.train.run import choose_conversations
-from tests.conftest import make_tokenizer
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import choose_conversations
 from tests.support.files import make_prompts, write_rows
 from tests.support.memory import peak_bytes
+from tests.support.models import make_tokenizer
 
 SHAPES = {
     "soft labels, checkpointing": (

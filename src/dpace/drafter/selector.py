@@ -57,7 +57,7 @@ class Selector:
         Args:
             scores: of the blocks, without it.
             found: what the forward pass gave.
-            scorer: of the training, see `dpace.train.loop.Scorer`.
+            scorer: of the training, see `dpace.training.loop.Scorer`.
             whole_blocks: numbers of the blocks all of whose slots are scored, where they are known; the host waits for
                 the device otherwise.
         """

@@ -120,7 +120,7 @@ def blocks_hidden(
     if with_target_hidden and head_input is None:
         raise ValueError(
             "the features of these conversations were kept without the input of the target's LM head, which the loss "
-            "reads; keep them by `dpace.train.run.make_datasets` with the recipe of the training"
+            "reads; keep them by `dpace.make_datasets` with the recipe of the training"
         )
     batch, num_context = token_ids.shape
     make_mask = flex_mask if token_ids.device.type in TILED else dense_mask

@@ -1,8 +1,7 @@
 """Engines, a file each: what it can hold, how its files are written and read, its command and its part of the card."""
 
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -11,16 +10,8 @@ from dpace.config import DeviceMap, Text, options
 if TYPE_CHECKING:
     from dpace.engines.engine import Engine
 
-NAMES = sorted(
-    (path.stem for path in Path(__file__).parent.glob("*.py") if "\nENGINE = " in path.read_text("utf-8")),
-    key=lambda name: (name == "vllm", name),
-    reverse=True,
-)
-"""The engines, in the order of the model card, which begins with vLLM.
-
-They are found by the texts of their files, since importing those takes torch."""
-EngineName: Any = Literal[tuple(NAMES)]
-"""Name of an engine's file; gguf is llama.cpp's."""
+EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "gguf"]
+"""Engines, each a file of this package, in the order of the model card; gguf is llama.cpp's."""
 HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
 
 
@@ -31,7 +22,7 @@ def engine_of(name: EngineName) -> "Engine":
 
 def all_engines() -> list["Engine"]:
     """Import all engines."""
-    return [engine_of(name) for name in NAMES]
+    return [engine_of(name) for name in get_args(EngineName)]
 
 
 @options

@@ -20,7 +20,7 @@ from dpace.system.progress import note
 from dpace.system.provenance import fingerprint
 from dpace.target import Target
 from dpace.target.files import find_target_files
-from dpace.train.run import RUN_FILE
+from dpace.training.run import RUN_FILE
 
 CARD = "README.md"
 IDENTIFYING = ("config.json", CARD, "model.safetensors")

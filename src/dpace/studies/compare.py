@@ -36,7 +36,7 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.system.progress import note
 from dpace.target import Target
-from dpace.train.run import (
+from dpace.training.run import (
     Run,
     check_recipe,
     choose_conversations,

@@ -19,8 +19,8 @@ from dpace.studies.compare import cell_folder, compare
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import count
 from dpace.target import Target
-from dpace.train.optimizer import products_dtype
-from dpace.train.run import read_run
+from dpace.training.optimizer import products_dtype
+from dpace.training.run import read_run
 
 OBJECTIVES = ("dpace", "dflash")
 DECODED = ("decode", "decode-sampled")

@@ -91,7 +91,7 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     from dpace.recipes.recipe_file import read_recipe
     from dpace.respond.responses import load_examples
     from dpace.system.provenance import same_run
-    from dpace.train.run import choose_conversations, data_facts, read_run
+    from dpace.training.run import choose_conversations, data_facts, read_run
 
     answers = recipe.responses_path
     kept = read_run(drafter)

@@ -19,7 +19,7 @@ def run(args: list[str]) -> None:
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
-    from dpace.train.progress import check_trackers
+    from dpace.training.progress import check_trackers
 
     config, init = start_from(config, given_options(CompareConfig, "compare", args))
     if config.train.target_shard != "none":

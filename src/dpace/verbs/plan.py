@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
     from dpace.engines.initial import start_from
     from dpace.plan import plan_lines
     from dpace.respond.responses import read_meta
-    from dpace.train.run import check_recipe
+    from dpace.training.run import check_recipe
 
     recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)

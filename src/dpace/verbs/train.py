@@ -17,8 +17,8 @@ def run(args: list[str]) -> None:
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
-    from dpace.train.progress import check_trackers
-    from dpace.train.run import (
+    from dpace.training.progress import check_trackers
+    from dpace.training.run import (
         FILES,
         Run,
         check_recipe,

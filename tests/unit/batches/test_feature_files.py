@@ -14,9 +14,9 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import FeatureFiles, keep_on_disk
 from dpace.config import TrainConfig
 from dpace.target import Target
-from dpace.train.run import check_recipe, make_datasets
-from tests.conftest import make_recipe
+from dpace.training.run import check_recipe, make_datasets
 from tests.support.crash import kill, operations_of
+from tests.support.models import make_recipe
 from tests.support.stub_server import PAGES, StubServer, pages
 
 LAYERS = [1, 3]

@@ -7,7 +7,7 @@ import pytest
 
 from dpace.drafter import Drafter
 from dpace.target import Target
-from tests.conftest import make_drafter, make_recipe, make_target
+from tests.support.models import make_drafter, make_recipe, make_target
 
 TINY = {"batch_size": 2, "num_anchors": 6, "max_length": 40}
 

@@ -10,8 +10,8 @@ from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
-from tests.conftest import decode_whole, make_drafter, make_target, make_with_selector
 from tests.support.cases import wide
+from tests.support.models import decode_whole, make_drafter, make_target, make_with_selector
 
 
 def prompts(*lengths):

@@ -10,8 +10,8 @@ from dpace.decode import Decoder, generate_plain
 from dpace.measure.benchmark import bench, decode_compiled
 from dpace.measure.results import CompiledBaseline, read_results
 from dpace.report.sections import speeds
-from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.files import make_prompts
+from tests.support.models import make_drafter, make_target, make_tokenizer
 from tests.support.rows import make_bench, make_row
 
 PROMPTS = make_prompts(f"w{i} w51" for i in range(3))

@@ -20,7 +20,7 @@ from dpace.decode.loop import Speculation
 from dpace.decode.pace import StepCosts
 from dpace.drafter.drafter import ANSWERS_FILE, load_drafter
 from dpace.target import chat
-from dpace.train import finish
+from dpace.training import finish
 
 FLAT = StepCosts([10.0, 10.1, 10.2, 10.3, 10.4, 10.5], 5.0)
 

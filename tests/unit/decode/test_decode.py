@@ -7,8 +7,8 @@ import torch
 
 from dpace.decode import generate, generate_plain
 from dpace.decode.pace import Plan, StepCosts
-from tests.conftest import Oracle, make_drafter, make_target
 from tests.support.cases import wide
+from tests.support.models import Oracle, make_drafter, make_target
 
 PROMPT = [48, 51, 10, 35, 21, 44, 17]
 

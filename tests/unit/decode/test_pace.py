@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from dpace.decode import generate
 from dpace.decode.copies import Copy
 from dpace.decode.pace import Pace, Paces, Plan, StepCosts, best_width, measure_costs
-from tests.conftest import make_drafter, make_target
+from tests.support.models import make_drafter, make_target
 
 COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
 COPIES = [Copy(match, [1] * 7) for match in range(4)]

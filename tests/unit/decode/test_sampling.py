@@ -13,7 +13,7 @@ from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler, verify_sampled
 from dpace.drafter.selector import draw_draft
 from dpace.drafter.vocabulary import DraftVocabulary
-from tests.conftest import make_drafter, make_target, make_with_candidate_selector, make_with_selector
+from tests.support.models import make_drafter, make_target, make_with_candidate_selector, make_with_selector
 
 VOCAB = 6
 

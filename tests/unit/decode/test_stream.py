@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dpace.decode.loop import TextPieces, custom_generate, generate, stream
-from tests.conftest import make_drafter, make_target
+from tests.support.models import make_drafter, make_target
 
 
 def test_pieces_are_the_text(language_target, language_drafter, questions):

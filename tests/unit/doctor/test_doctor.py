@@ -17,7 +17,9 @@ from dpace.drafter.spec import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.target import Target
-from tests.conftest import (
+from tests.support.cases import wide
+from tests.support.files import change_config, changed_json, changed_weights, write_rows
+from tests.support.models import (
     FAMILIES,
     make_drafter,
     make_target,
@@ -26,8 +28,6 @@ from tests.conftest import (
     make_with_convolutions,
     make_with_selector,
 )
-from tests.support.cases import wide
-from tests.support.files import change_config, changed_json, changed_weights, write_rows
 from tests.unit.target.test_target_files import write_fp8
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

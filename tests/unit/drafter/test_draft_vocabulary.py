@@ -13,10 +13,10 @@ from dpace.decode.loop import Speculation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRows, load_vocabulary
-from dpace.train.finish import measure_and_calibrate
-from tests.conftest import LANGUAGE_RECIPE, make_target
+from dpace.training.finish import measure_and_calibrate
 from tests.support.files import read_json
-from tests.unit.train.test_train import measured, run_recipe, short
+from tests.support.models import LANGUAGE_RECIPE, make_target
+from tests.unit.training.test_train import measured, run_recipe, short
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_none_is_written_that_loses_tau_or_for_a_drafter_that_started_from_anoth
     init, language_target, language_drafter, language_responses, tmp_path, monkeypatch
 ):
     if not init:
-        monkeypatch.setattr("dpace.train.finish.MAX_TAU_LOSS", -0.5)
+        monkeypatch.setattr("dpace.training.finish.MAX_TAU_LOSS", -0.5)
     recipe = replace(short(), drafter=replace(LANGUAGE_RECIPE.drafter, init=init))
     parts = language_responses[:21], language_responses[50:52]
     run_recipe(language_target, *parts, recipe, tmp_path, init=language_drafter if init else None)

@@ -15,8 +15,8 @@ from dpace.drafter.drafter import check_mask_token, choose_mask_token
 from dpace.drafter.spec import SCALES
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashConvolution, _small_tiles
-from tests.conftest import MASK, make_drafter, make_target, make_tokenizer
 from tests.support.files import change_config, read_json
+from tests.support.models import MASK, make_drafter, make_target, make_tokenizer
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from dpace.drafter.vocabulary import DraftRows
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorrNetwork
 from dpace.respond.responses import Response
-from tests.conftest import make_target, make_with_candidate_selector, make_with_selector
+from tests.support.models import make_target, make_with_candidate_selector, make_with_selector
 
 
 def test_the_published_vector():

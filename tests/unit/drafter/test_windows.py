@@ -16,7 +16,7 @@ from dpace.drafter import load_drafter
 from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.cache import RaggedCache, TextCache
-from tests.conftest import MASK, make_drafter, make_target, make_with_convolutions
+from tests.support.models import MASK, make_drafter, make_target, make_with_convolutions
 
 WINDOW = 9
 LAYOUTS = {

@@ -11,10 +11,10 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.engines import ExportConfig
 from dpace.engines.export import export
 from dpace.target import Target
-from dpace.train.loop import TrainingLoop
-from dpace.train.run import check_recipe, make_datasets
-from tests.conftest import EOS, decode_whole, make_drafter, make_recipe, make_with_selector
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import check_recipe, make_datasets
 from tests.support.files import change_config, changed_weights
+from tests.support.models import EOS, decode_whole, make_drafter, make_recipe, make_with_selector
 
 WINDOWS = {
     "windows": {"sliding_window": 8},

@@ -18,9 +18,9 @@ from dpace.engines.card import engine_sections
 from dpace.measure.results import write_results
 from dpace.system.ledger import MARKER
 from dpace.system.provenance import fingerprint
-from tests.conftest import make_drafter, make_target, make_tokenizer, write_target_gguf
 from tests.support.families import make_sharp_target
 from tests.support.files import read_json
+from tests.support.models import make_drafter, make_target, make_tokenizer, write_target_gguf
 from tests.support.rows import make_bench, make_row
 from tests.unit.engines.conftest import quiet
 from tests.unit.target.test_target_files import write_adapter

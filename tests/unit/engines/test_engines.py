@@ -21,9 +21,9 @@ from dpace.drafter.spec import read_folder
 from dpace.engines.export import import_drafter
 from dpace.engines.gguf import write_gguf
 from dpace.target import Target
-from tests.conftest import EOS
 from tests.support.cases import wide
 from tests.support.files import read_json
+from tests.support.models import EOS
 from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps, quiet
 
 

@@ -13,9 +13,9 @@ from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import ENGINE, open_target_gguf, to_gguf, write_gguf
-from tests.conftest import make_target, make_with_convolutions
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
+from tests.support.models import make_target, make_with_convolutions
 from tests.unit.engines.conftest import LAYOUTS, LILICORR, RECORD
 from tests.unit.target.test_target_files import write_fp8
 

@@ -13,8 +13,9 @@ from dpace.engines.initial import start_from
 from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
 from dpace.system.provenance import fingerprint
-from dpace.train.run import make_datasets, train
-from tests.conftest import (
+from dpace.training.run import make_datasets, train
+from tests.support.files import read_json
+from tests.support.models import (
     make_drafter,
     make_recipe,
     make_target,
@@ -22,7 +23,6 @@ from tests.conftest import (
     make_with_convolutions,
     make_with_selector,
 )
-from tests.support.files import read_json
 
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
 

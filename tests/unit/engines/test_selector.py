@@ -11,8 +11,8 @@ from dpace.drafter import Drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
 from dpace.engines import vllm, zlab
 from dpace.engines.export import read_drafter
-from tests.conftest import make_with_selector
 from tests.support.files import change_config, read_json
+from tests.support.models import make_with_selector
 from tests.unit.engines.conftest import LILICORR
 
 KEYS = {

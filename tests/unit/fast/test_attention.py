@@ -6,7 +6,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import dpace.fast.attention
 from dpace.fast.attention import MAX_QUERIES, NAME, group_heads, grouped_attention
 from dpace.target import Target
-from tests.conftest import FAMILIES
+from tests.support.models import FAMILIES
 
 
 class Layer(torch.nn.Module):

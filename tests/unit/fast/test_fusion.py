@@ -13,7 +13,7 @@ from dpace.fast.cache import TextCache
 from dpace.fast.fusion import FusedDraftLayer, FusedLayer, fuse_layers
 from dpace.fast.packing import PackedLinear, pack_linears
 from dpace.target import Target
-from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_target, make_with_convolutions
+from tests.support.models import _SHAPE, FAMILIES, VOCAB, make_target, make_with_convolutions
 
 KNOWN = {
     **{name: FAMILIES[name] for name in ("llama3.1", "smollm2", "qwen3")},

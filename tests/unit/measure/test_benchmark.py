@@ -6,8 +6,8 @@ from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench, make_rows
 from dpace.measure.results import BenchRecord, read_results
 from dpace.metrics import MIN_PROMPTS
-from tests.conftest import make_drafter
 from tests.support.files import make_prompts
+from tests.support.models import make_drafter
 from tests.support.rows import make_plain, make_response
 
 

@@ -22,8 +22,14 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
-from tests.conftest import EOS, make_drafter, make_target, make_with_candidate_selector, make_with_selector
 from tests.support.files import change_json, make_prompts, write_prompts, write_rows
+from tests.support.models import (
+    EOS,
+    make_drafter,
+    make_target,
+    make_with_candidate_selector,
+    make_with_selector,
+)
 
 CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=1, max_new_tokens=12)
 

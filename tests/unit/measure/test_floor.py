@@ -15,8 +15,8 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
-from tests.conftest import make_drafter, make_with_candidate_selector, make_with_selector
 from tests.support.files import write_prompts, write_rows
+from tests.support.models import make_drafter, make_with_candidate_selector, make_with_selector
 
 CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 

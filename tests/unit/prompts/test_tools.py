@@ -9,8 +9,8 @@ from dpace.prompts.formats import Prompt, read_prompts
 from dpace.respond.answering import write_responses
 from dpace.respond.conversation import Conversation
 from dpace.target.chat import encode_chat
-from tests.conftest import make_target, make_tokenizer
 from tests.support.files import write_rows
+from tests.support.models import make_target, make_tokenizer
 
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}w40 {{ tool.function.name }} {% endfor %}{% endif %}"

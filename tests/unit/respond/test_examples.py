@@ -15,8 +15,8 @@ from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.responses import Answers, Example, Response, load_examples, read_examples, read_responses
 from dpace.system.provenance import hash_file
-from tests.conftest import make_tokenizer
 from tests.support.files import write_rows
+from tests.support.models import make_tokenizer
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from dpace.respond.in_process import generate_responses
 from dpace.respond.responses import read_meta, read_responses
 from dpace.servers.transport import Address
 from dpace.target.chat import ChatTokenizer, encode_chat
-from tests.conftest import EOS
 from tests.support.files import make_prompts
+from tests.support.models import EOS
 from tests.support.stub_server import PAGES, StubServer, pages
 from tests.unit.respond.test_responses import make_small
 

@@ -18,8 +18,8 @@ from dpace.respond.responses import read_meta, read_responses
 from dpace.system.provenance import hash_file
 from dpace.target import Target
 from dpace.target.chat import encode_chat
-from tests.conftest import EOS, PAD, make_tokenizer
 from tests.support.files import change_json, make_prompts
+from tests.support.models import EOS, PAD, make_tokenizer
 
 CONFIG = RespondConfig(max_new_tokens=4, batch_size=3)
 PROMPTS = make_prompts(f"w{i} w5" for i in range(7))

@@ -15,8 +15,8 @@ from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
 from dpace.report.sections import served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
-from tests.conftest import make_tokenizer
 from tests.support.files import make_prompts, write_prompts
+from tests.support.models import make_tokenizer
 from tests.support.rows import make_compare, make_row, make_served, make_servers
 from tests.support.stub_server import PAGES, StubServer, pages
 

@@ -7,9 +7,9 @@ import pytest
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig
 from dpace.measure.results import read_results
 from dpace.studies.compare import compare
-from dpace.train.loop import TrainingLoop
-from tests.conftest import make_recipe
+from dpace.training.loop import TrainingLoop
 from tests.support.files import write_prompts
+from tests.support.models import make_recipe
 
 OWN = "examples.objective:weigh+kl"
 

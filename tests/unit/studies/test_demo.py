@@ -9,9 +9,7 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import DemoConfig
-from dpace.measure.results import CompareResults, read_results
-from dpace.recipes import RECIPES
-from dpace.studies.demo import DECODED, demo_prompts, demo_recipe, demo_sizes, remarks
+from dpace.studies.demo import demo_prompts, demo_recipe, demo_sizes, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -22,43 +20,6 @@ def flags(language_folder, language_prompts, tmp_path) -> list[str]:
     rows = [{"prompt": text, "set": f"set{int(i % 8 == 0)}"} for i, text in enumerate(language_prompts)]
     path = write_rows(tmp_path / "prompts.jsonl", rows)
     return ["--target", str(language_folder), "--prompts", path, "--output", str(tmp_path / "out")]
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch) -> None:
-    """A recipe of seconds in the place of the demo's."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "respond: {max_new_tokens: 16}\n"
-        "drafter: {num_layers: 1, block_size: 4}\n"
-        "train: {max_steps: 4, batch_size: 4, num_anchors: 4, max_length: 64, eval_steps: 2}\n"
-        "bench: {temperatures: [0.0], widths: [auto, copies], max_new_tokens: 8, num_prompts: 2}\n"
-    )
-    monkeypatch.setitem(RECIPES, "demo-cpu", path)
-
-
-def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
-    """Speeds, taus and the next command in 80 columns; the same command again trains and decodes nothing."""
-    assert main(["demo", *flags]) == 0
-    done = capsys.readouterr()
-    lines = done.out.splitlines()
-    assert max(map(len, lines[:-2])) <= 80 and len(lines) <= 24  # the last ones have a path of the tests
-    assert all(name in done.out for name in ("plain", "copies", "drafter", "copied", "same", "gain", "T=1"))
-    speeds = [line.split() for line in lines if re.match(r" *set\d.*x\)", line)]
-    assert [line[-1] for line in speeds] == ["2/2", "2/2", "2/2"]  # two sets greedily, and one sampled
-    assert re.search(r"^next: dpace generate .*/dpace/seed-42 ", done.out, re.MULTILINE)
-    assert all(f"tau, {name}" in done.err for name in ("dpace", "dflash"))  # bars
-    out = tmp_path / "out"
-    results = read_results(out / "results.json")
-    assert isinstance(results, CompareResults) and results.seeds == [42]
-    assert [row.set for row in results.rows] == ["set0", "set0", "set1", "set1", "all", "all"]
-    counts = {row.set: sum(row.histogram) for row in results.rows if row.drafter == "dpace"}
-    assert counts["all"] == counts["set0"] + counts["set1"]
-    page = (out / "report.html").read_text()
-    assert all(f"<h2>{out / name}</h2>" in page for name in DECODED) and "decode_speedup" in page
-    for work in ("studies.compare.train", "measure.benchmark.ask_in_turn"):
-        monkeypatch.setattr(f"dpace.{work}", lambda *_, **__: pytest.fail("done again"))
-    assert main(["demo", *flags]) == 0
 
 
 def test_what_is_slower_or_worse_has_a_reason():
@@ -89,12 +50,12 @@ def test_quick_takes_fewer_prompts_and_steps(tmp_path, monkeypatch):
         (1e15, ["--quick"], "quick"),
     ],
 )
-def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, recipe, capsys, monkeypatch):
+def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, short_demo, capsys, monkeypatch):
     """It says so before it starts; what was begun goes on, also where the speed was measured otherwise."""
     for module in ("plan", "studies.demo"):
         monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
     trained = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr("dpace.train.loop.TrainingLoop.take_step", trained)
+    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", trained)
     assert main(["demo", *flags, *asked]) == 130
     said = capsys.readouterr().err
     assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)

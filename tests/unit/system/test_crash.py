@@ -13,10 +13,10 @@ import pytest
 from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.respond.answering import write_responses
-from dpace.train.run import make_datasets, train
-from tests.conftest import make_recipe
+from dpace.training.run import make_datasets, train
 from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
+from tests.support.models import make_recipe
 
 UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
 """What tells of this process alone; Python's random numbers, which training does not use, among it."""

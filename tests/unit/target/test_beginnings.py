@@ -9,7 +9,7 @@ from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedCache
 from dpace.target.beginnings import find_shared, read_texts
-from tests.conftest import decode_whole, make_drafter, make_target
+from tests.support.models import decode_whole, make_drafter, make_target
 
 
 def draw(count: int, seed: int) -> list[int]:

@@ -19,7 +19,6 @@ from dpace.decode import custom_generate, generate, generate_batch, generate_pla
 from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
-from tests.conftest import Oracle, make_drafter
 from tests.support.cases import wide
 from tests.support.families import (
     ALWAYS,
@@ -30,6 +29,7 @@ from tests.support.families import (
     VOCAB,
     make_sharp_target,
 )
+from tests.support.models import Oracle, make_drafter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 LENGTH = 20

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpace.target import Target
-from tests.conftest import make_target
+from tests.support.models import make_target
 
 
 def test_features_embedding_and_head_are_those_of_the_model(family, random_target):

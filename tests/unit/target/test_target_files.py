@@ -20,9 +20,9 @@ from dpace.plan import plan_recipe
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.files import find_adapter
-from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.families import make_sharp_target
 from tests.support.files import change_config, changed_weights
+from tests.support.models import make_drafter, make_target, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 PROMPT, LENGTH = [5, 9, 12, 7, 30], 20

@@ -36,7 +36,7 @@ from dpace.system.loading import LIBRARY_ERRORS, refuse_infinite
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.head import TINY
-from dpace.train.checkpoints import (
+from dpace.training.checkpoints import (
     MOMENTS,
     WEIGHTS,
     TrainingState,
@@ -47,9 +47,9 @@ from dpace.train.checkpoints import (
     read_state,
     write_checkpoint,
 )
-from dpace.train.optimizer import make_optimizer, products_dtype
-from dpace.train.progress import Interrupt, StepLog, latest_numbers, open_trackers
-from dpace.train.sharding import copy_weights, shard, wants_shards
+from dpace.training.optimizer import make_optimizer, products_dtype
+from dpace.training.progress import Interrupt, StepLog, latest_numbers, open_trackers
+from dpace.training.sharding import copy_weights, shard, wants_shards
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 

@@ -21,7 +21,7 @@ from dpace.config import Recipe, without_passwords
 from dpace.loss import SlotScores
 from dpace.system import ranks
 from dpace.system.progress import note, shorten
-from dpace.train.checkpoints import TrainingState
+from dpace.training.checkpoints import TrainingState
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""

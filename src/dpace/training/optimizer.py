@@ -13,7 +13,7 @@ from dpace.config import TrainConfig
 from dpace.fast.packing import has_fast_bf16
 from dpace.modeling_dflash import TOKEN_TABLES
 from dpace.system import ranks
-from dpace.train.sharding import take_share
+from dpace.training.sharding import take_share
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""

@@ -4,8 +4,8 @@ import pytest
 
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.train.loop import TrainingLoop
-from dpace.train.run import choose_conversations
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import choose_conversations
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from dpace.loss import Slots
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
-from dpace.train.loop import Scorer
-from dpace.train.optimizer import TABLE_DECAY, is_factor, make_optimizer
-from dpace.train.run import check_recipe, make_datasets, train
-from tests.conftest import make_recipe, make_with_candidate_selector, make_with_selector
+from dpace.training.loop import Scorer
+from dpace.training.optimizer import TABLE_DECAY, is_factor, make_optimizer
+from dpace.training.run import check_recipe, make_datasets, train
+from tests.support.models import make_recipe, make_with_candidate_selector, make_with_selector
 
 
 def make_scorer(target, make=make_with_selector, **loss):
@@ -155,7 +155,7 @@ def test_a_selector_computes_in_the_precision_of_the_training(language_target, b
 def test_features_without_what_the_loss_reads_are_refused(language_target, batch):
     del batch["head_input"]
     scorer = make_scorer(language_target)
-    with pytest.raises(ValueError, match="kept without the input of the target's LM head, .* `dpace.train.run.make_"):
+    with pytest.raises(ValueError, match="kept without the input of the target's LM head, .* `dpace.make_"):
         scorer.score(scorer.drafter, batch)
 
 

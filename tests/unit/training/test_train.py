@@ -18,12 +18,12 @@ from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
-from dpace.train.finish import measure_and_calibrate
-from dpace.train.loop import TrainingLoop, num_steps
-from dpace.train.progress import open_trackers
-from dpace.train.run import keep_features, make_datasets, train
-from tests.conftest import make_drafter, make_recipe
+from dpace.training.finish import measure_and_calibrate
+from dpace.training.loop import TrainingLoop, num_steps
+from dpace.training.progress import open_trackers
+from dpace.training.run import keep_features, make_datasets, train
 from tests.support.files import read_json
+from tests.support.models import make_drafter, make_recipe
 
 
 def short(**changes):
@@ -99,7 +99,7 @@ def test_checkpoints_apart_from_measurements(run, tmp_path, monkeypatch):
         return {path.name for path in (folder / "checkpoints").iterdir()}
 
     monkeypatch.setattr(TrainingLoop, "save", interrupted)
-    measure = "dpace.train.loop.heldout_acceptance"
+    measure = "dpace.training.loop.heldout_acceptance"
     monkeypatch.setattr(measure, lambda *_, **__: SimpleNamespace(tau=next(taus), bounds=()))
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "d")
@@ -213,7 +213,7 @@ def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, 
 def test_trackers_get_the_log_and_one_that_fails_is_left_out(run, tmp_path, monkeypatch, capsys):
     good, failing = (mock.Mock(requires_logging_directory=False) for _ in range(2))
     failing.return_value.log.side_effect = KeyError("no key")
-    monkeypatch.setattr("dpace.train.progress.LOGGER_TYPE_TO_CLASS", {"wandb": good, "trackio": failing})
+    monkeypatch.setattr("dpace.training.progress.LOGGER_TYPE_TO_CLASS", {"wandb": good, "trackio": failing})
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(short(report_to=("trackio", "wandb")), tmp_path, slice(0))
     log = read_log(tmp_path)

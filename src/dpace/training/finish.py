@@ -20,9 +20,9 @@ from dpace.system.ledger import write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.train.checkpoints import STATE, write_state
-from dpace.train.loop import TrainingLoop
-from dpace.train.progress import peak_memory
+from dpace.training.checkpoints import STATE, write_state
+from dpace.training.loop import TrainingLoop
+from dpace.training.progress import peak_memory
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 500

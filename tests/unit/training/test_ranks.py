@@ -12,13 +12,13 @@ from dpace.config import Recipe
 from dpace.measure.results import read_log, read_results
 from dpace.target import Target
 from dpace.target.files import open_target
-from dpace.train.run import train
-from dpace.train.sharding import wants_shards
+from dpace.training.run import train
+from dpace.training.sharding import wants_shards
 from dpace.verbs import load_target
-from tests.conftest import make_recipe
 from tests.support import ranks
 from tests.support.files import write_rows
 from tests.support.launch import on_ranks
+from tests.support.models import make_recipe
 
 SHORT = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=5, warmup_ratio=0.0, feature_cache_gib=0.0)
 RECIPE = replace(SHORT, drafter=replace(SHORT.drafter, block_size=8))

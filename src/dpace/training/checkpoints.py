@@ -21,7 +21,7 @@ from dpace.system import ranks
 from dpace.system.ledger import filling, remove_unfinished, write_json, write_text
 from dpace.system.progress import note
 from dpace.system.provenance import hash_file
-from dpace.train.sharding import take_share
+from dpace.training.sharding import take_share
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"

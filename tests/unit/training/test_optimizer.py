@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dpace.config import TrainConfig
-from dpace.train.optimizer import make_optimizer, orthogonalize
+from dpace.training.optimizer import make_optimizer, orthogonalize
 
 
 def test_steps_are_those_of_torch_optimizers():

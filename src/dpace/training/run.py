@@ -31,11 +31,11 @@ from dpace.system.ledger import lock_folder, read_object, register_files, write_
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.train.checkpoints import STATE, find_newest
-from dpace.train.finish import write_finished
-from dpace.train.loop import TrainingLoop
-from dpace.train.progress import reset_peak_memory
-from dpace.train.sharding import wants_shards
+from dpace.training.checkpoints import STATE, find_newest
+from dpace.training.finish import write_finished
+from dpace.training.loop import TrainingLoop
+from dpace.training.progress import reset_peak_memory
+from dpace.training.sharding import wants_shards
 
 RUN_FILE = "run.json"
 STEP_SIZE = "conversations_per_step"

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from dpace.engines.export import read_drafter
-from dpace.train.checkpoints import _file_entry, is_whole
-from dpace.train.loop import TrainingLoop
-from dpace.train.run import make_datasets, train
-from tests.conftest import make_recipe
+from dpace.training.checkpoints import _file_entry, is_whole
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import make_datasets, train
 from tests.support.files import HOLD, change_json, changed_json, changed_weights, read_json
+from tests.support.models import make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, run, finished, mo
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "take_step", signalled)
         for folder, seconds, has_saved in (("a", 60.0, True), ("b", -1.0, False)):
-            patch.setattr("dpace.train.progress.SAME_SIGNAL_SECONDS", seconds)
+            patch.setattr("dpace.training.progress.SAME_SIGNAL_SECONDS", seconds)
             with pytest.raises(KeyboardInterrupt) as ended:
                 run(tmp_path / folder)
             assert ended.value.args == (signal.SIGTERM,)
@@ -259,10 +259,10 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, run, finished, mo
 
 def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(tmp_path, run, monkeypatch):
     """Where the drafter computes in bf16 and was trained in the process before."""
-    monkeypatch.setattr("dpace.train.loop.default_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("dpace.training.loop.default_dtype", lambda device: torch.bfloat16)
     run(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("dpace.train.run.write_finished", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("dpace.training.run.write_finished", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed")
     run(tmp_path / "killed")

@@ -8,8 +8,8 @@ import torch
 from dpace.batches.dataset import collate, redraw
 from dpace.blocks import Blocks
 from dpace.drafter.views import blocks_hidden
-from dpace.train.run import check_recipe
-from tests.conftest import VOCAB, make_recipe, make_target, make_with_convolutions
+from dpace.training.run import check_recipe
+from tests.support.models import VOCAB, make_recipe, make_target, make_with_convolutions
 
 
 def with_8_slots(recipe):
