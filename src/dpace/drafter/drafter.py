@@ -342,7 +342,7 @@ class Drafter(DFlashDraftModel):
         check_mask_token(self.mask_token_id, target)
 
     @classmethod
-    def from_pretrained(cls, folder, *, dtype: torch.dtype | None = None) -> Any:
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         """Read a drafter's folder, or a repository of the Hub: every tensor, in its shape and finite.
 
         Nothing that its config names is run or downloaded. Weights are in `dtype`, by default that of the files.
@@ -356,7 +356,7 @@ class Drafter(DFlashDraftModel):
             tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         return make_drafter(spec, tensors, f"the drafter {folder}")
 
-    def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
 
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.

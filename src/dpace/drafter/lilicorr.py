@@ -6,6 +6,7 @@ Here are its sizes, tensors and config keys, its scores and its loss. Its networ
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpace.config import DrafterConfig
 from dpace.drafter.selector import Lattice, LatticeSelector, SelectorSizes, rows_after
 from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCount
-from dpace.loss import candidate_logits
+from dpace.drafter.views import BlocksHidden
+from dpace.loss import SlotScores, candidate_logits
+from dpace.loss.scorer import Scorer
+from dpace.target.draft_rows import DraftRows
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
@@ -34,12 +39,22 @@ class LiLiCorrSelector(LatticeSelector):
 
     name = "lilicorr"
 
-    def score(self, rows, candidates, log_probs, hidden, last_ids, before):
+    def score(
+        self,
+        rows: DraftRows,
+        candidates: Int[Tensor, "block draft choice"],
+        log_probs: Float[Tensor, "block draft choice"],
+        hidden: Float[Tensor, "block draft hidden"],
+        last_ids: Int[Tensor, " block"],
+        before: Callable[[], Float[Tensor, "block hidden"]],
+    ) -> Float[Tensor, "block draft choice choice"]:
         """See `LatticeSelector`."""
         start, pairs = self.network(rows.target.embed(candidates), log_probs, hidden, before())
         return torch.cat([start[:, None, None].expand(-1, 1, start.shape[1], -1), pairs], dim=1)
 
-    def add_loss(self, scores, found, scorer, whole_blocks):
+    def add_loss(
+        self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None
+    ) -> SlotScores:
         """Add the loss of the walk, in blocks all of whose slots are scored."""
         rows = scorer.rows
         blocks = found.blocks
@@ -125,7 +140,7 @@ class LiLiCorrSizes(SelectorSizes):
     logit_scale: Scale
 
     @classmethod
-    def chosen(cls, config, hidden_size):
+    def chosen(cls, config: DrafterConfig, hidden_size: int) -> "LiLiCorrSizes":
         """Choose the sizes of a selector.
 
         Published ones are a quarter as wide as the drafter (1024 at 4096). There it is 3 % of a step. Next to a small
@@ -149,11 +164,11 @@ class LiLiCorrSizes(SelectorSizes):
         """Return its width, for a `DrafterSpec`."""
         return self.hidden_size or spec.hidden_size
 
-    def options(self, spec):
+    def options(self, spec: Any) -> dict[str, Any]:
         """See `SelectorSizes`; no option has the other sizes."""
         return {"selector_candidates": self.candidate_topk, "selector_width": self.width(spec)}
 
-    def check(self, spec):
+    def check(self, spec: Any) -> None:
         """See `SelectorSizes`."""
         if self.width(spec) % self.num_heads:
             raise ValueError(
@@ -162,7 +177,7 @@ class LiLiCorrSizes(SelectorSizes):
             )
         super().check(spec)
 
-    def config_keys(self):
+    def config_keys(self) -> dict[str, Any]:
         """See `SelectorSizes`; engines choose the network by the first two."""
         return {"projector_type": self.name, "lilicorr_enabled": True, **super().config_keys()}
 

@@ -22,9 +22,11 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
+from dpace.engines import ExportConfig
 from dpace.engines.engine import CONVOLUTIONS, TABLES, Engine, to_layer_ids
 from dpace.system.ledger import refuse_endless
 from dpace.system.loading import translate_library_errors
+from dpace.target import Target
 
 ARCHITECTURE = "dflash"
 RECORD_KEY = "dpace.config"
@@ -120,7 +122,7 @@ With a quantized target, such as Q8_0 or Q4_1, the text will differ from what th
 llama.cpp rounds a block of tokens and a single one differently. With a target in f16, bf16 or f32 the text stays.
 """
 
-    def check(self, config, spec):
+    def check(self, config: ExportConfig, spec: DrafterSpec) -> None:
         """See `Engine`; a GGUF file of another target, or of one that no drafter can read, is refused too."""
         super().check(config, spec)
         if config.target_gguf is None:
@@ -132,7 +134,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         if fault := self.target_fault(target.fields["general.architecture"].contents()):
             raise ValueError(fault)
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`.
 
         Its network takes no frequency factors of a scaled rotary embedding; other scalings were not tested.
@@ -150,7 +152,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             )
         return super().fault(spec)
 
-    def target_fault(self, kind):
+    def target_fault(self, kind: str) -> str:
         """See `Engine`; also for the architecture of a GGUF file."""
         if kind in SUPPORTED_TARGETS:
             return ""
@@ -159,7 +161,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             "at the first request; serve this drafter with vLLM, SGLang or transformers"
         )
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`; drafters whose blocks begin at the anchor run as DSpark's without a head."""
         file = shlex.quote(drafter) if drafter.endswith(".gguf") else "DRAFTER.gguf"
         model = shlex.quote(target) if target.endswith(".gguf") else "TARGET.gguf"
@@ -167,21 +169,21 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         count = spec.num_draft_tokens
         return f"llama-server -m {model} -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
 
-    def cast(self, tensor, dtype):
+    def cast(self, tensor: Tensor, dtype: str) -> Tensor:
         """See `Engine`; llama.cpp needs all but matrices in float32."""
         return super().cast(tensor, dtype if tensor.dim() == 2 else "float32")
 
-    def write(self, folder, drafter, config, target):
+    def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """See `Engine`."""
         path = folder / f"dflash-{Path(config.served_target).resolve().name}-{config.dtype}.gguf"
         write_gguf(path, drafter, str(config.target_gguf))
         return path
 
-    def is_written(self, path):
+    def is_written(self, path: Path) -> bool:
         """See `Engine`."""
         return path.suffix == ".gguf"
 
-    def read(self, path, num_target_layers):
+    def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """See `Engine`; weights that `gguf` cannot read are refused too."""
         reader, fields = open_gguf(path)
         architecture = fields.get("general.architecture")
@@ -233,7 +235,7 @@ def from_gguf(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
 class _StrictReader(gguf.GGUFReader):
     """A reader that ends at the end of the file; gguf's own takes numbers behind it as empty ones."""
 
-    def _get(self, offset, dtype, count=1, override_order=None):
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         found = super()._get(offset, dtype, count, override_order)
         if len(found) < count:
             raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")

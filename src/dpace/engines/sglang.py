@@ -5,6 +5,7 @@ Source: https://docs.sglang.ai and its sources; it was not run.
 
 import shlex
 
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
@@ -21,7 +22,7 @@ class Sglang(Engine):
 ```
 """
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`; the block counts the known token."""
         return (
             f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm DFLASH "

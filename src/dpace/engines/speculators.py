@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from dpace.drafter.spec import read_folder
+from dpace.drafter import Drafter
+from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.drafter.values import read_group
 from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
+from dpace.engines import ExportConfig
 from dpace.engines.engine import to_layer_ids
 from dpace.engines.vllm import Vllm
 from dpace.system.loading import read_config
+from dpace.target import Target
 
 ELSEWHERE = (
     "block_size",
@@ -38,7 +42,7 @@ class Speculators(Vllm):
     reads = ("DFlashDraftModel", "sample_from_anchor", "draft_vocab_size")
     layout = "speculators"
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`."""
         if spec.is_causal is True and (spec.sliding_window is None or "full_attention" in spec.layer_types):
             return (
@@ -47,7 +51,9 @@ class Speculators(Vllm):
             )
         return super().fault(spec)
 
-    def adapt(self, spec, tensors, folder, target):
+    def adapt(
+        self, spec: DrafterSpec, tensors: dict[str, Tensor], folder: Path, target: Target
+    ) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """Add the draft vocabulary as an LM head: the target's rows."""
         vocabulary = load_vocabulary(folder, spec.vocab_size)
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
@@ -58,7 +64,7 @@ class Speculators(Vllm):
         record = spec.record | {"confidence_temperature": vocabulary.confidence_temperature}
         return replace(spec, draft_vocab_size=len(token_ids), record=record), tensors | own
 
-    def write(self, folder, drafter, config, target):
+    def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """See `Engine`.
 
         `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal,
@@ -109,11 +115,11 @@ class Speculators(Vllm):
         (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         return folder
 
-    def is_written(self, path):
+    def is_written(self, path: Path) -> bool:
         """See `Engine`."""
         return (path / "config.json").is_file() and "speculators_model_type" in read_config(path)
 
-    def read(self, path, num_target_layers):
+    def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """See `Engine`."""
         return read_folder(path, lambda config: to_published(config, num_target_layers))
 

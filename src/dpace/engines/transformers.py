@@ -3,6 +3,7 @@
 Source: `DFlashTokenCandidateGenerator` of transformers.
 """
 
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
@@ -28,13 +29,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`; the network's code runs no selector."""
         if spec.selector:
             return "the drafter has a selector, which transformers does not run; export it without, with --plain"
         return super().fault(spec)
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`."""
         loaded = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
         return f'model.generate(**inputs, assistant_model={loaded}, speculation_type="dflash", do_sample=False)'

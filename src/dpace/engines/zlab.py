@@ -3,6 +3,7 @@
 Source: https://github.com/z-lab/dflash.
 """
 
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
@@ -13,7 +14,7 @@ class Zlab(Engine):
     title = "z-lab's dflash"
     reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS)
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`."""
         return (
             f"dflash_generate(DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype), model, token_ids, "

@@ -88,7 +88,7 @@ class FastModule(nn.Module):
         needs_own_code = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         return rows.dtype == dtype and not needs_own_code
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the weights, and drop their fast form."""
         self.fast = None
         return super()._apply(*args, **kwargs)

@@ -153,7 +153,14 @@ def _reread(
 
 
 @torch.inference_mode()
-def find_divergence(target: Target, sampler: Sampler, where: str, prompt, found, expected) -> Divergence:
+def find_divergence(
+    target: Target,
+    sampler: Sampler,
+    where: str,
+    prompt: Sequence[int],
+    found: Sequence[int],
+    expected: Sequence[int],
+) -> Divergence:
     """Find where a text leaves the target's own, and measure how close the target was to choosing the other token.
 
     The margin is a difference of logits; above temperature 0, they include the noise of sampling. The size of rounding

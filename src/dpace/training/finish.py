@@ -10,7 +10,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
-from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftRows, DraftVocabulary
+from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
 from dpace.measure.heldout import measure_vocabularies
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
@@ -20,6 +20,7 @@ from dpace.system.ledger import write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
+from dpace.target.draft_rows import DraftRows
 from dpace.training.checkpoints import STATE, write_state
 from dpace.training.loop import TrainingLoop
 from dpace.training.progress import peak_memory

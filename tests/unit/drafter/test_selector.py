@@ -10,10 +10,10 @@ from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
 from dpace.drafter.lilicorr import LiLiCorrSizes
 from dpace.drafter.selector import Lattice, LatticeSelector, take_walk
-from dpace.drafter.vocabulary import DraftRows
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorrNetwork
 from dpace.respond.responses import Response
+from dpace.target.draft_rows import DraftRows
 from tests.support.models import make_target, make_with_candidate_selector, make_with_selector
 
 

@@ -19,7 +19,7 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
 from dpace.training.finish import measure_and_calibrate
-from dpace.training.loop import TrainingLoop, num_steps
+from dpace.training.loop import TrainingLoop, num_steps, score_blocks
 from dpace.training.progress import open_trackers
 from dpace.training.run import keep_features, make_datasets, train
 from tests.support.files import read_json
@@ -192,7 +192,7 @@ def test_each_option_changes_the_weights_of_two_steps(make_loop):
 def test_the_gradient_is_that_of_the_mean_loss(make_loop):
     loop = make_loop(short(batch_size=3, max_grad_norm=0.0))
     (batch,) = next(loop.batches_of_steps())
-    out, blocks = loop.scorer.score(loop.forward, batch | {"text": batch["token_ids"]})
+    out, blocks = score_blocks(loop.model, loop.scorer, batch | {"text": batch["token_ids"]}, model=loop.forward)
     loss = block_loss(out.losses, blocks.is_scored)
     expected = get_total_norm(torch.autograd.grad(loss, list(loop.drafter.parameters())))
     loop.take_step([batch])
