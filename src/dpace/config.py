@@ -75,12 +75,12 @@ def without_passwords(value: Any) -> Any:
     return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
+def _as_tuple(value: object) -> tuple[object, ...]:
     """Return the entries of a list; a value that stands alone is its only one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _refuse_twice(values: tuple[object, ...]) -> tuple[object, ...]:
     """Refuse a list that has an entry twice."""
     for value in values:
         if values.count(value) > 1:

@@ -29,6 +29,7 @@ from dpace.metrics import Acceptance, tau_gain
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, read_responses
 from dpace.system.device import dtype_name
+from dpace.system.ledger import JsonObject
 from dpace.system.loading import read_config
 from dpace.system.progress import count, one_line, track
 from dpace.target import Target
@@ -161,7 +162,7 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
 
 
 def compare_config(
-    spec: DrafterSpec, found: dict[str, Any], tensors: Mapping[str, Tensor], target: Target
+    spec: DrafterSpec, found: JsonObject, tensors: Mapping[str, Tensor], target: Target
 ) -> Iterator[Diagnosis]:
     """Compare a config with the one that dpace would write of its spec for this target."""
     own = replace(spec, **facts_of(target), special_token_ids={})
@@ -189,7 +190,7 @@ def compare_config(
             yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else fix)
 
 
-def look_up(config: Mapping[str, Any], path: str) -> Any:
+def look_up(config: JsonObject, path: str) -> Any:
     """Return the value of a key, or of `group.key`; None where it says no more than a missing key."""
     *groups, key = path.split(".")
     for group in groups:

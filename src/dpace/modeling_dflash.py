@@ -181,7 +181,7 @@ class CandidateSelectorNetwork(nn.Module):
         self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
 
     @staticmethod
-    def is_in(nested: Mapping[str, Any]) -> bool:
+    def is_in(nested: Mapping[str, object]) -> bool:
         """Return whether a `dflash_config` has one; that of `NeutralSelector` has rank 1."""
         return nested.get("selector_rank") not in (None, 1)
 
@@ -339,7 +339,7 @@ class LiLiCorrNetwork(nn.Module):
         self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
 
     @staticmethod
-    def is_in(nested: Mapping[str, Any]) -> bool:
+    def is_in(nested: Mapping[str, object]) -> bool:
         """Return whether a `dflash_config` has one."""
         return bool(nested.get("lilicorr_enabled"))
 
@@ -392,7 +392,7 @@ class LiLiCorrNetwork(nn.Module):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
-SELECTOR_NETWORKS: dict[str, Any] = {"lilicorr": LiLiCorrNetwork, "candidate_selector": CandidateSelectorNetwork}
+SELECTOR_NETWORKS = {"lilicorr": LiLiCorrNetwork, "candidate_selector": CandidateSelectorNetwork}
 """Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
 TOKEN_TABLES = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
 """Parameters with a row for each token, which no product multiplies as a whole: Muon leaves them to AdamW."""

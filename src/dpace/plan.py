@@ -107,7 +107,7 @@ class TrainingPlan:
     free_bytes: int
     """Memory that is free there."""
     target: Target
-    drafter: Any
+    drafter: Drafter
     lengths: np.ndarray
     """Tokens and anchors of the conversations, "2 conversation"."""
     ranks: int = field(default_factory=num_ranks)
@@ -285,7 +285,7 @@ def plan_recipe(
         auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
         target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
     with torch.device("meta"):
-        drafter: Any = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
+        drafter = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
     return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
 
 

@@ -226,7 +226,7 @@ def _index_rows(folder: Path) -> dict[str, Path]:
     return rows
 
 
-def bytes_of_token(target: Any, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
+def bytes_of_token(target: Target, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
     """Return the bytes of a token's features on disk."""
     size = {"target": target.head.weight.element_size(), "bfloat16": 2, "float8": 1}[dtype]
     scales = 4 * (1 + with_head_input) if dtype == "float8" else 0

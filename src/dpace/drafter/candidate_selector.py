@@ -8,7 +8,6 @@ Source: DFlash2, z-lab/dflash; the loss is ours.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +19,7 @@ from dpace.drafter.values import StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.loss import SlotScores, candidate_logits
 from dpace.loss.scorer import Scorer
+from dpace.system.ledger import JsonObject
 from dpace.target.draft_rows import DraftRows
 
 
@@ -96,7 +96,7 @@ class CandidateSelectorSizes(SelectorSizes):
             rank=config.selector_width or (64 if is_small else 256),
         )
 
-    def options(self, spec: Any) -> dict[str, Any]:
+    def options(self, hidden_size: int) -> JsonObject:
         """See `SelectorSizes`."""
         return {"selector_candidates": self.top_k, "selector_width": self.rank}
 

@@ -8,7 +8,6 @@ Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +19,7 @@ from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCou
 from dpace.drafter.views import BlocksHidden
 from dpace.loss import SlotScores, candidate_logits
 from dpace.loss.scorer import Scorer
+from dpace.system.ledger import JsonObject
 from dpace.target.draft_rows import DraftRows
 
 CE_WEIGHT = 0.25
@@ -160,24 +160,23 @@ class LiLiCorrSizes(SelectorSizes):
             logit_scale=8.0,
         )
 
-    def width(self, spec: Any) -> int:
-        """Return its width, for a `DrafterSpec`."""
-        return self.hidden_size or spec.hidden_size
+    def width(self, hidden_size: int) -> int:
+        """Return its width beside a drafter of this one."""
+        return self.hidden_size or hidden_size
 
-    def options(self, spec: Any) -> dict[str, Any]:
+    def options(self, hidden_size: int) -> JsonObject:
         """See `SelectorSizes`; no option has the other sizes."""
-        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(spec)}
+        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(hidden_size)}
 
-    def check(self, spec: Any) -> None:
+    def check(self, hidden_size: int) -> None:
         """See `SelectorSizes`."""
-        if self.width(spec) % self.num_heads:
+        if self.width(hidden_size) % self.num_heads:
             raise ValueError(
                 f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the selector's width, which is "
-                f"{self.width(spec)}; {COPY_AGAIN}"
+                f"{self.width(hidden_size)}; {COPY_AGAIN}"
             )
-        super().check(spec)
 
-    def config_keys(self) -> dict[str, Any]:
+    def config_keys(self) -> JsonObject:
         """See `SelectorSizes`; engines choose the network by the first two."""
         return {"projector_type": self.name, "lilicorr_enabled": True, **super().config_keys()}
 

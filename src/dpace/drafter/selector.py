@@ -19,6 +19,7 @@ from dpace.fast.top import argmax, topk
 from dpace.loss import SlotScores
 from dpace.loss.scorer import Scorer
 from dpace.modeling_dflash import DFlashDraftModel
+from dpace.system.ledger import JsonObject
 from dpace.target.draft_rows import DraftRows
 
 SCORED_ROWS = 128
@@ -41,7 +42,7 @@ class DraftSampler(Protocol):
     """What drafts are drawn with: the target's sampler, `dpace.decode.sampling.Sampler`."""
 
     temperature: float
-    processors: Any
+    processors: object
     generator: torch.Generator | None
 
     def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
@@ -366,23 +367,17 @@ class SelectorSizes:
         """
         return cls()
 
-    def options(self, spec: Any) -> dict[str, Any]:
+    def options(self, hidden_size: int) -> JsonObject:
         """Return the options `selector_NAME` of `DrafterConfig` that ask for these sizes; the inverse of `chosen`."""
         return {}
 
-    def check(self, spec: Any) -> None:
-        """Refuse what does not go together with the rest of a `DrafterSpec`.
+    def check(self, hidden_size: int) -> None:
+        """Refuse sizes that no network of a drafter of this width has.
 
         Raises:
             ValueError: names the value.
         """
-        for key in ("sample_from_anchor", "draft_vocab_size"):
-            if getattr(spec, key):
-                raise ValueError(
-                    f"{key} is {getattr(spec, key)}, which dpace does not run with a selector; serve this drafter with "
-                    "the project that trained it"
-                )
 
-    def config_keys(self) -> dict[str, Any]:
+    def config_keys(self) -> JsonObject:
         """Return what it adds to `dflash_config`."""
         return {f"{self.prefix}{key}": value for key, value in vars(self).items()}

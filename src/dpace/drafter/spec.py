@@ -4,7 +4,7 @@ What comes in is a config in any spelling; what goes out is a `DrafterSpec` whos
 the config that every engine reads. A folder gives its tensors too.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -36,7 +36,7 @@ from dpace.drafter.values import (
     read_values,
 )
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
-from dpace.system.ledger import refuse_endless
+from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import read_config, refuse_mismatch, translate_library_errors
 
 WHAT = "the drafter of this config"
@@ -109,7 +109,7 @@ class DrafterSpec:
     head_dim: Annotated[StrictCount, Field(le=2**16)]
     """Numbers of each head. The bound keeps the rotation small, which is tried out before the weights are read."""
     rms_norm_eps: Float32
-    rope_parameters: dict[str, Any]
+    rope_parameters: JsonObject
     """Rotary embedding, as `rope_parameters` of transformers."""
     max_position_embeddings: StrictCount
     input_embedding_scale: Float32 = 1.0
@@ -138,9 +138,9 @@ class DrafterSpec:
     """The same of an LM head for all tokens."""
     draft_vocab_size: Index = 0
     """Rows of an own LM head for some tokens, which `d2t` names; 0 without one."""
-    record: Annotated[dict[str, Any], Field(alias="dpace")] = field(default_factory=dict, compare=False)
+    record: Annotated[JsonObject, Field(alias="dpace")] = field(default_factory=dict, compare=False)
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
-    special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
+    special_token_ids: JsonObject = field(default_factory=dict, compare=False)
     """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""
 
     @property
@@ -163,7 +163,7 @@ class DrafterSpec:
         return self.selector.architecture
 
     @property
-    def network_keys(self) -> dict[str, Any]:
+    def network_keys(self) -> JsonObject:
         """What its layers and its selector add to `dflash_config`.
 
         Beside convolutions, engines want a selector; one of zeros changes nothing. llama.cpp wants its
@@ -190,7 +190,7 @@ class DrafterSpec:
         return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
+    def from_values(cls, values: JsonObject) -> "DrafterSpec":
         """Make a spec from values under their published names; others are ignored, and None is a missing value.
 
         Raises:
@@ -203,7 +203,13 @@ class DrafterSpec:
         }
         spec = read_values(cls, {**values, **objects})
         if spec.selector:
-            spec.selector.check(spec)
+            spec.selector.check(spec.hidden_size)
+            for key in ("sample_from_anchor", "draft_vocab_size"):
+                if value := getattr(spec, key):
+                    raise ValueError(
+                        f"{key} is {value}, which dpace does not run with a selector; serve this drafter with the "
+                        "project that trained it"
+                    )
         if "sliding_attention" not in spec.layer_types:
             spec = replace(spec, layer_types=(), sliding_window=None)
         elif spec.sliding_window is None:
@@ -212,7 +218,7 @@ class DrafterSpec:
         return spec
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
+    def from_config(cls, config: JsonObject) -> "DrafterSpec":
         """Read a `config.json` in the published layout.
 
         The block size and the rotary embedding may have either spelling. A missing epsilon is transformers' default.
@@ -278,7 +284,7 @@ class DrafterSpec:
                 )
         return config
 
-    def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
+    def published(self, written: JsonObject) -> JsonObject:
         """Complete the `config.json` that transformers wrote with the values that engines read."""
         config = {
             **written,
@@ -323,7 +329,7 @@ def own_tables(names: Iterable[str]) -> dict[str, bool]:
     return {f"has_own_{name}": f"{name}.weight" in names for name in ("embed_tokens", "lm_head")}
 
 
-def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
+def _read_causality(config: JsonObject, nested: JsonObject) -> Any:
     """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
     found = read_either({"causal": config.get("is_causal")}, nested, "causal")
     kinds = str(config.get("layer_types") or "")
@@ -334,7 +340,7 @@ def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any
     return "sliding" if "full_attention" in kinds else True
 
 
-def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(config: JsonObject) -> JsonObject:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
     rope = read_group(config, "rope_parameters")
     if not rope:
@@ -350,7 +356,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**rope, "rope_theta": theta}
 
 
-def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> SelectorSizes | None:
+def read_sizes(config: JsonObject, nested: JsonObject) -> SelectorSizes | None:
     """Read the sizes of a selector from a config and its `dflash_config`; None where they have none.
 
     Raises:
@@ -390,7 +396,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_folder(
-    folder: str | Path, to_published: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    folder: str | Path, to_published: Callable[[JsonObject], JsonObject] = dict
 ) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Read a z-lab or SpecForge folder, also one whose weights are quantized as transformers reads it.
 
@@ -421,7 +427,7 @@ def read_folder(
     return spec, tensors
 
 
-def read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
+def read_quantized(folder: Path, spec: DrafterSpec, quantized: JsonObject) -> dict[str, Tensor]:
     """Let transformers turn quantized weights into plain ones.
 
     Memory: all weights in fp32.

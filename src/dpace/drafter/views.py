@@ -1,16 +1,21 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from dpace.blocks import Blocks, dense_mask, flex_mask
-from dpace.modeling_dflash import DFlashDraftModel
+from dpace.modeling_dflash import DFlashDraftModel, Mask
 from dpace.system.device import TILED
 from dpace.target import Target
+
+Batch = dict[str, Any]
+"""Tensors of a conversation, or of several with their blocks, by name; None where one is not known."""
 
 
 class BlockRows(NamedTuple):
@@ -29,8 +34,8 @@ def draft_block(
     features: Float[Tensor, "batch context feature"],
     *,
     position_ids: Int[Tensor, "rows new"] | None = None,
-    attention_mask: Any = None,
-    cache: Any = None,
+    attention_mask: Mask | Mapping[str, Mask] = None,
+    cache: Cache | None = None,
     block_size: int | None = None,
 ) -> BlockRows:
     """Compute the hidden states of blocks.
@@ -86,7 +91,7 @@ class BlocksHidden(NamedTuple):
 def blocks_hidden(
     drafter: Any,
     target: Target,
-    inputs: dict[str, Any],
+    inputs: Batch,
     *,
     model: Any = None,
     with_target_hidden: bool = False,

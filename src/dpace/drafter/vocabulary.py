@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpace.fast.packing import FastForm, Product, pack, weights_state
-from dpace.system.ledger import read_object, write_json
+from dpace.system.ledger import JsonObject, read_object, write_json
 from dpace.target import Target
 from dpace.target.draft_rows import DraftRows
 
@@ -48,7 +48,7 @@ class DraftVocabulary:
         self.token_ids = given.unique() if head is None else given
         self.confidence_temperature = confidence_temperature
         self.head = head
-        self._fast: Any = None
+        self._fast: FastForm | None = None
 
     def product(self, target: Target) -> Product:
         """Return the product of rows with the head's rows of these tokens, made again when the head has changed."""
@@ -88,7 +88,7 @@ def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | No
     return DraftVocabulary(values["token_ids"], temperature)
 
 
-def read_tokens(path: Path, num_tokens: int) -> dict[str, Any]:
+def read_tokens(path: Path, num_tokens: int) -> JsonObject:
     """Read a JSON file with a list of `token_ids`.
 
     Raises:

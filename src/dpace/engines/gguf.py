@@ -24,7 +24,7 @@ from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines import ExportConfig
 from dpace.engines.engine import CONVOLUTIONS, TABLES, Engine, to_layer_ids
-from dpace.system.ledger import refuse_endless
+from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import translate_library_errors
 from dpace.target import Target
 
@@ -242,7 +242,7 @@ class _StrictReader(gguf.GGUFReader):
         return found
 
 
-def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
+def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, JsonObject]:
     """Open a GGUF file, and read its metadata.
 
     Raises:
@@ -347,7 +347,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     writer.add_string(RECORD_KEY, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
 
 
-def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
+def _read_values(fields: JsonObject) -> JsonObject:
     """Return what the metadata says of a drafter, by published names."""
 
     def get(name: str) -> Any:

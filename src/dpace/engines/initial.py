@@ -37,7 +37,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         **{name: getattr(spec, name) for name in SAME_AS_OPTIONS},
         "selector": spec.selector and spec.selector.name,
         "num_features": len(spec.target_layer_ids),
-        **(spec.selector.options(spec) if spec.selector else {}),
+        **(spec.selector.options(spec.hidden_size) if spec.selector else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": spec.is_causal is True,  # of all layers
         "norm_scale": 1.0,  # it has a final norm

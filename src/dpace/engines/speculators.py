@@ -6,7 +6,6 @@ Source: https://github.com/vllm-project/speculators.
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
 from dpace.engines import ExportConfig
 from dpace.engines.engine import to_layer_ids
 from dpace.engines.vllm import Vllm
+from dpace.system.ledger import JsonObject
 from dpace.system.loading import read_config
 from dpace.target import Target
 
@@ -124,7 +124,7 @@ class Speculators(Vllm):
         return read_folder(path, lambda config: to_published(config, num_target_layers))
 
 
-def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:
+def to_published(config: JsonObject, num_target_layers: int | None) -> JsonObject:
     """Turn a config of speculators into the published layout."""
     if config["speculators_model_type"] != "dflash":
         raise ValueError(

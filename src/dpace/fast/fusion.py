@@ -192,9 +192,9 @@ class FusedLayer(FastModule):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
         *args: Any,
-        cache: Any = None,
+        cache: Cache | None = None,
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:

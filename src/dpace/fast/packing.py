@@ -175,14 +175,14 @@ def has_fast_bf16() -> bool:
     return has_instructions and is_in_build and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def join(linears: Sequence[nn.Linear]) -> Any:
+def join(linears: Sequence[nn.Linear]) -> Product:
     """Make one product that gives the outputs of linear layers side by side.
 
     It is packed where that is faster. Elsewhere the weights become parts of one tensor, which the product reads: there
     is no second copy.
     """
-    weights: list[Any] = [linear.weight for linear in linears]
-    biases: list[Any] = [linear.bias for linear in linears if linear.bias is not None]
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
     joined = [torch.cat(parts).detach() for parts in (weights, biases) if parts]
     product = pack(*joined)
     if product is not None:

@@ -22,7 +22,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, to_json
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
-from dpace.system.ledger import cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
+from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
 from dpace.system.progress import note
 from dpace.system.provenance import hash_json
 from dpace.target import Target
@@ -35,13 +35,14 @@ COMPILED = "plain, compiled"
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 MeasuredAnswer = ResponseRecord | ServedAnswer
 Record = TypeVar("Record", bound=PromptRecord)
 Job = tuple[float, Prompt]
 """What a record is made of: a temperature and a prompt."""
 
 
-def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> dict[str, Any]:
+def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> JsonObject:
     """Return the values of a `Setup`."""
     return {
         "target": chat.name,
@@ -84,9 +85,9 @@ def ask_in_turn(
         conversation.add(token_ids, answers[next(iter(ways))].token_ids)
 
 
-def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Group items that have the same key, in the order in which they come."""
-    groups: dict[Any, list[Item]] = {}
+    groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups

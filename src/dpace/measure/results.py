@@ -17,7 +17,7 @@ from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, to_json
 from dpace.servers.apis import Counts
-from dpace.system.ledger import lock_folder, read_object, register_files, write_json
+from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import Hardware, Versions
 
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
@@ -465,7 +465,7 @@ def read_heldout(folder: Path) -> Heldout:
         raise ValueError(f"{path}: {error}; {fix}") from error
 
 
-def read_log(folder: str | Path) -> list[dict[str, Any]]:
+def read_log(folder: str | Path) -> list[JsonObject]:
     """Read the training log of a drafter's folder: `log_history` of `trainer_state.json`.
 
     Raises:

@@ -22,6 +22,7 @@ from dpace.config import Recipe, without_passwords
 from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings
 from dpace.recipes.validation import UsageError, describe_invalid
+from dpace.system.ledger import JsonObject
 
 Options = TypeVar("Options")
 
@@ -103,7 +104,7 @@ def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
     ]
 
 
-def _read(config_class: type, words: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+def _read(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
         return tyro.MISSING_NONPROP, {}, words
@@ -170,7 +171,7 @@ def first_as(name: str, args: list[str]) -> list[str]:
     return [f"--{name}", *args] if args and not args[0].startswith("-") else args
 
 
-def command(verb: str, *values: Any, **flags: Any) -> str:
+def command(verb: str, *values: object, **flags: object) -> str:
     """Return a command to copy into a shell, without the passwords of addresses.
 
     Args:

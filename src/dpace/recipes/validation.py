@@ -33,12 +33,12 @@ def json_object(kind: Any) -> Any:
     return dataclass(kind, frozen=True, kw_only=True)
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> Any:
     """Return dataclasses as objects and tuples as lists; what `from_json` reads."""
     return to_jsonable_python(value)
 
 
-def from_json(kind: type[Kind], value: Any) -> Kind:
+def from_json(kind: type[Kind], value: object) -> Kind:
     """Return what `json.loads` gave as a dataclass.
 
     Types are those of JSON, without conversions: "1", true and 1.0 are no integers; 1 is a float, too. Ranges are those

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 from dpace.system import ranks
 from dpace.system.progress import quoted
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file or message, or of a config; its values are checked where they are read."""
+
 MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK = ".dpace.lock"
@@ -158,7 +161,7 @@ def writing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write a value as JSON, all or nothing.
 
     Raises:

@@ -19,13 +19,14 @@ from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden
+from dpace.drafter.views import Batch, blocks_hidden
 from dpace.loss import SlotScores, Weigh, block_loss, count_items
 from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
@@ -62,9 +63,7 @@ def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
     return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
-def score_blocks(
-    drafter: Drafter, scorer: Scorer, batch: dict[str, Any], *, model: Any = None
-) -> tuple[SlotScores, Blocks]:
+def score_blocks(drafter: Drafter, scorer: Scorer, batch: Batch, *, model: Any = None) -> tuple[SlotScores, Blocks]:
     """Draft the blocks of a micro-batch, and compute their losses.
 
     Args:
@@ -172,7 +171,7 @@ class TrainingLoop:
         assert accelerator.device.type == device.type
         return accelerator
 
-    def _make_schedule(self) -> Any:
+    def _make_schedule(self) -> LambdaLR:
         """Make the schedule of the learning rate, from where the training stands."""
         num_steps = self.state.max_steps
         warmup = min(math.ceil(num_steps * self.config.warmup_ratio), num_steps - 1)
@@ -248,7 +247,7 @@ class TrainingLoop:
         if state.best_global_step not in (None, state.global_step):
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
 
-    def batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
+    def batches_of_steps(self) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step, from where the training stands to its end."""
         state = self.state
         batch_size = self.config.batch_size
@@ -260,7 +259,7 @@ class TrainingLoop:
                 starts = range(0, len(numbers), self.micro_size)
                 yield [self.read_batch(numbers[start + of_others :][:batch_size]) for start in starts]
 
-    def read_batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+    def read_batch(self, numbers: Sequence[int]) -> Batch:
         """Read a micro-batch and draw its blocks.
 
         The last step of an epoch may have no conversation left for this rank, which then reads one whose slots do not
@@ -271,7 +270,7 @@ class TrainingLoop:
         num_slots = self.block_sizes[int(self.progress * len(self.block_sizes))]
         if num_slots < whole:
             rows = [redraw(row, self.config.num_anchors * whole // num_slots) for row in rows]
-        batch: dict[str, Any] = collate(rows, num_slots)
+        batch = collate(rows, num_slots)
         batch["is_scored"] &= bool(numbers)
         batch["scored_rows"] = batch["is_scored"].flatten().nonzero()[:, 0]
         batch["whole_blocks"] = batch["is_scored"][..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
@@ -279,7 +278,7 @@ class TrainingLoop:
             batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
         return batch | {"counts": bool(numbers)}
 
-    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
+    def take_step(self, batches: Sequence[Batch]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
 
         The losses of blocks are only added up. What their sum is divided by, the items of the reduction, is counted

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Example, Response
 from dpace.system import ranks
 from dpace.system.device import dtype_name
-from dpace.system.ledger import lock_folder, read_object, register_files, write_json
+from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
@@ -69,7 +68,7 @@ FILES = (
 """What `train` writes into a drafter's folder."""
 
 
-def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> dict[str, Any]:
+def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> JsonObject:
     """Return the settings that change what is trained on these ranks, and hashes of what they name by code or weights.
 
     Args:
@@ -102,7 +101,7 @@ def hash_rows(dataset: ResponseDataset) -> str:
     return digest.hexdigest()
 
 
-def read_run(folder: str | Path) -> dict[str, Any] | None:
+def read_run(folder: str | Path) -> JsonObject | None:
     """Read the facts of the run in a folder, settings by their present names; None where the folder has no run.
 
     Raises:
@@ -172,12 +171,12 @@ def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "provenance.json").exists()
 
 
-def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
+def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> JsonObject:
     """Hash the conversations that are trained on and those that choose the checkpoint."""
     return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
 
 
-def target_facts(target: Target) -> dict[str, Any]:
+def target_facts(target: Target) -> JsonObject:
     """Return what identifies a target and how its text is made."""
     return {
         "thinking": target.thinking,

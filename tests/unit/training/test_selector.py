@@ -138,7 +138,7 @@ def test_every_option_of_a_selector_is_read_by_one(language_target):
     assert options == {option for sizes in SELECTORS.values() for option in sizes.reads}
     for make in (make_with_selector, make_with_candidate_selector):
         spec = make(language_target).spec
-        assert spec.selector.options(spec).keys() <= {*spec.selector.reads}
+        assert spec.selector.options(spec.hidden_size).keys() <= {*spec.selector.reads}
 
 
 def test_a_selector_computes_in_the_precision_of_the_training(language_target, batch):
