@@ -490,7 +490,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
                 "with the project that trained it"
             )
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
         if hasattr(module, "initialize"):  # a class of this file with weights of its own

@@ -258,7 +258,7 @@ class Drafter(DFlashDraftModel):
         spec.check()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drafter = cls(spec.config())
+            drafter: Any = cls(spec.config())
         nn.init.constant_(drafter.norm.weight, config.norm_scale)
         drafter.check_target(target)
         return drafter.to(target.device)
@@ -294,7 +294,7 @@ class Drafter(DFlashDraftModel):
                 )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drafter = Drafter(spec.config())
+            drafter: Any = Drafter(spec.config())
         fresh = drafter.state_dict()
         for name, value in self.named_parameters():
             if name not in TARGET_TABLES:  # rows of tokens may be more or fewer
@@ -342,7 +342,7 @@ class Drafter(DFlashDraftModel):
         check_mask_token(self.mask_token_id, target)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "Drafter":
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         """Read a drafter's folder, or a repository of the Hub: every tensor, in its shape and finite.
 
         Nothing that its config names is run or downloaded. Weights are in `dtype`, by default that of the files.

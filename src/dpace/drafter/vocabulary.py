@@ -48,7 +48,7 @@ class DraftVocabulary:
         self.token_ids = given.unique() if head is None else given
         self.confidence_temperature = confidence_temperature
         self.head = head
-        self._fast: FastForm | None = None
+        self._fast: Any = None
 
     def product(self, target: Target) -> Product:
         """Return the product of rows with the head's rows of these tokens, made again when the head has changed."""

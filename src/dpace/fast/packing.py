@@ -181,8 +181,8 @@ def join(linears: Sequence[nn.Linear]) -> Product:
     It is packed where that is faster. Elsewhere the weights become parts of one tensor, which the product reads: there
     is no second copy.
     """
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     joined = [torch.cat(parts).detach() for parts in (weights, biases) if parts]
     product = pack(*joined)
     if product is not None:

@@ -192,7 +192,7 @@ def _parse(row: object, default_id: str, default_set: str) -> Prompt:
     return Prompt(_check_name(row, "id", default_id), name, turns, None if answer == EMPTY_REPLY else answer)
 
 
-def _parse_message(message: object) -> JsonObject:
+def _parse_message(message: Any) -> JsonObject:
     """Read a message: a role and a text in either spelling; it may have calls of tools, and other keys.
 
     A text alone is what the user says.
@@ -223,7 +223,7 @@ def _parse_tools(tools: object) -> list[JsonObject]:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
 
 
-def _parse_call(call: object) -> JsonObject:
+def _parse_call(call: Any) -> JsonObject:
     """Read a call of a tool, whose arguments chat templates take as an object."""
     call = _from_json(call, "an entry of `tool_calls`")
     function = call.get("function", call) if isinstance(call, dict) else None

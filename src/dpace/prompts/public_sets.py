@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpace.prompts.formats import Prompt, load_from_hub, read_prompts
 from dpace.system.ledger import JsonObject, read_jsonl
@@ -152,7 +152,7 @@ def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     return kept
 
 
-def _to_prompt(name: str, number: int, row: object) -> Prompt:
+def _to_prompt(name: str, number: int, row: Any) -> Prompt:
     """Turn a row of a dataset into a prompt."""
     known = SETS[name]
     try:

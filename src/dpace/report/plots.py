@@ -93,7 +93,7 @@ DRAWINGS = (
 """Title, text and function of each drawing, in the order of the page."""
 
 
-def draw_panels(content: JsonObject, draw: Callable[[Any, Any], None], *, same_scale: bool = True) -> str:
+def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], *, same_scale: bool = True) -> str:
     """Draw one panel for each title, and one legend; as an SVG element.
 
     Args:

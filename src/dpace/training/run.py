@@ -110,7 +110,8 @@ def read_run(folder: str | Path) -> JsonObject | None:
     path = Path(folder) / RUN_FILE
     if not path.exists():
         return None
-    return {RENAMED.get(name, name): value for name, value in read_object(path, OTHER_RUN).items()}
+    facts: JsonObject = read_object(path, OTHER_RUN)
+    return {RENAMED.get(name, name): value for name, value in facts.items()}
 
 
 class Run:
