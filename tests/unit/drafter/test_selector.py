@@ -51,10 +51,10 @@ def test_the_published_vector():
         (1024, {"selector_width": 1024}, (8, 0, 8)),
     ],
 )
-def test_a_small_target_gets_a_smaller_head(hidden_size, options, expected):
+def test_a_small_target_gets_a_smaller_selector(hidden_size, options, expected):
     sizes = LiLiCorrSizes.chosen(DrafterConfig(selector="lilicorr", **options), hidden_size)
     assert (sizes.candidate_topk, sizes.hidden_size, sizes.num_heads) == expected
-    assert sizes.options(SimpleNamespace(hidden_size=hidden_size)).items() >= options.items()
+    assert sizes.options(hidden_size).items() >= options.items()
 
 
 def test_the_walk_is_a_loop_over_rows():
