@@ -85,7 +85,7 @@ class MarkedLoop(TrainingLoop):
     @contextlib.contextmanager
     def marked(self):
         """Mark the target's part and the loss inside the `with` block."""
-        features, reduce = self.target.features, loop.block_loss
+        features, reduce = self.target.read_features, loop.block_loss
 
         def marked_features(*args, **options):
             self.marks.mark("batch")
@@ -99,7 +99,7 @@ class MarkedLoop(TrainingLoop):
             return loss
 
         with (
-            mock.patch.object(self.target, "features", marked_features),
+            mock.patch.object(self.target, "read_features", marked_features),
             mock.patch.object(loop, "block_loss", marked_loss),
         ):
             yield

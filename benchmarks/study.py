@@ -41,7 +41,6 @@ from dpace.respond.answering import write_responses
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target
-from dpace.target.target import HEAD_INPUT
 from dpace.training.run import Run, choose_conversations
 from dpace.verbs import load_target
 
@@ -208,7 +207,7 @@ def make_sets(plan: Plan, target: Target) -> tuple[tuple[ResponseDataset, Respon
     config = replace(recipe.train, feature_files=str(plan.output / "features"), feature_files_gib=LIMIT_GIB)
     for dataset in (*datasets, test_set):
         is_trained_on = dataset is datasets[0]  # by some with soft labels
-        keep_on_disk(target, dataset, layer_ids + [HEAD_INPUT] * is_trained_on, config)
+        keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_trained_on)
     return datasets, test_set
 
 

@@ -19,6 +19,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """No unknown keys, no conversions between types, finite numbers."""
 LARGEST = 2**31 - 1
 """Largest value of most integers."""
+MAX_TOKENS = 2**31
+"""Tokens that a target may have, and those of a tokenizer that is not known: their numbers are kept in 32 bits."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -73,12 +75,12 @@ def without_passwords(value: Any) -> Any:
     return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
+def _as_tuple(value: object) -> tuple[object, ...]:
     """Return the entries of a list; a value that stands alone is its only one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _refuse_twice(values: tuple[object, ...]) -> tuple[object, ...]:
     """Refuse a list that has an entry twice."""
     for value in values:
         if values.count(value) > 1:

@@ -23,13 +23,14 @@ from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
 from dpace.drafter.spec import DrafterSpec, are_servable, own_tables, read_quantized, read_rope, read_tensors
-from dpace.drafter.values import read_object
+from dpace.drafter.values import read_group
 from dpace.engines import EngineName, engine_of
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, read_responses
 from dpace.system.device import dtype_name
+from dpace.system.ledger import JsonObject
 from dpace.system.loading import read_config
 from dpace.system.progress import count, one_line, track
 from dpace.target import Target
@@ -100,7 +101,7 @@ LEAST_GAIN = {"sample_from_anchor": 0.2, "is_causal": 0.02, "target_layer_ids": 
 Shifted slots cost a trained drafter most of its tau. A drafter that has learned little gains a little by a shift."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
-Finding = tuple[Any, ...]
+Outcome = tuple[Result, *tuple[str, ...]]
 """Result, what was found, and where it is wrong what was expected and what to do; see `Diagnosis`."""
 
 
@@ -149,7 +150,7 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
         return None, [of_config, of_weights]
     tables = {}
     stored = tensors or {}
-    if quantized := read_object(config, "quantization_config"):
+    if quantized := read_group(config, "quantization_config"):
         stored = {}
         tensors, of_weights = attempt(WEIGHTS, lambda: read_quantized(folder, spec, quantized))
     if tensors is not None:
@@ -158,13 +159,13 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
         tables = find_shared_tables(tensors, target) if is_for_target else {}
     other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)
     own = [other._replace(check=f"own {name}") for name, is_shared in tables.items() if not is_shared]
-    checks = [of_config, of_weights, *compare(spec, config, stored, target), *own]
+    checks = [of_config, of_weights, *compare_config(spec, config, stored, target), *own]
     shared = {f"has_own_{name}": False for name, is_shared in tables.items() if is_shared}
     return replace(spec, **shared), checks
 
 
-def compare(
-    spec: DrafterSpec, found: dict[str, Any], tensors: Mapping[str, Tensor], target: Target
+def compare_config(
+    spec: DrafterSpec, found: JsonObject, tensors: Mapping[str, Tensor], target: Target
 ) -> Iterator[Diagnosis]:
     """Compare a config with the one that dpace would write of its spec for this target."""
     own = replace(spec, **facts_of(target), special_token_ids={})
@@ -192,11 +193,11 @@ def compare(
             yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else fix)
 
 
-def look_up(config: Mapping[str, Any], path: str) -> Any:
+def look_up(config: JsonObject, path: str) -> Any:
     """Return the value of a key, or of `group.key`; None where it says no more than a missing key."""
     *groups, key = path.split(".")
     for group in groups:
-        config = read_object(config, group)
+        config = read_group(config, group)
     value = config.get(key)
     return None if str(value) in NEUTRAL and key not in SAID else value
 
@@ -276,7 +277,7 @@ def read_as(drafter: Drafter, spec: DrafterSpec) -> None:
         part.is_causal = part.kind == "sliding_attention" if spec.is_causal == "sliding" else spec.is_causal
 
 
-def decode_prompts(trial: Trial) -> Finding:
+def decode_prompts(trial: Trial) -> Outcome:
     """Compare the texts of decoding with and without the drafter."""
     target = trial.target
     done = []
@@ -295,7 +296,7 @@ def decode_prompts(trial: Trial) -> Finding:
     return "fails", found, "the same texts", "run `dpace check`, and report what it prints"
 
 
-def accept_drafts(trial: Trial) -> Finding:
+def accept_drafts(trial: Trial) -> Outcome:
     """Compare tau with what training recorded, and with the lowest useful one.
 
     On the recorded responses in fp32, where nothing is left to chance, it may differ by `MAX_TAU_CHANGE`. Elsewhere it
@@ -320,7 +321,7 @@ def accept_drafts(trial: Trial) -> Finding:
     return "passes", found
 
 
-def compare_ways(trial: Trial, *, key: str) -> Finding:
+def compare_ways(trial: Trial, *, key: str) -> Outcome:
     """Measure tau on the same answers as if the config had another value, and fail where that is better.
 
     The interval of the paired gain over answers has to lie above `LEAST_GAIN`, and drafts have to be accepted at all.
@@ -350,12 +351,12 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     return [not getattr(spec, key)]
 
 
-MEASURED: dict[str, Callable[[Trial], Finding]] = {
+MEASURED: dict[str, Callable[[Trial], Outcome]] = {
     "accepted length": accept_drafts,
     **{f"measured {key}": partial(compare_ways, key=key) for key in LEAST_GAIN},
 }
 """Checks that need answers of the target."""
-RUN: dict[str, Callable[[Trial], Finding]] = {
+RUN: dict[str, Callable[[Trial], Outcome]] = {
     "loads": lambda trial: ("passes", f"{trial.drafter.num_parameters():,} parameters"),
     "decodes three prompts": decode_prompts,
     **MEASURED,

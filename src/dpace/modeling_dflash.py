@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 SMALL_SHARED_MEMORY = 101_376
 """Bytes of shared memory that a block of threads has on most cards with 24 GB; those with 80 GB have more."""
+Mask = Any
+"""A dense mask over all keys, a `BlockMask` of flex_attention, or None."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotation, each "rows new dim"."""
+Part = Callable[[Tensor], Tensor]
+"""Computes a part of a layer, or its norm, from rows."""
 NO_WINDOW = 2**31 - 1
 """Window of a layer with full attention: longer than any text."""
 
@@ -50,7 +56,7 @@ class DFlashAttention(Qwen3Attention):
         is_causal = getattr(config, "is_causal", None)
         self.is_causal: bool = is_sliding if is_causal is None else is_causal
 
-    def forward(self, hidden, context, rope, mask, cache: Cache | None):
+    def forward(self, hidden: Tensor, context: Tensor, rope: Rope, mask: Mask, cache: Cache | None) -> Tensor:
         """Compute the attention's output.
 
         Shapes are those of `DFlashDraftModel.forward`; `context` are the features after `fc` and their norm.
@@ -77,7 +83,7 @@ class DFlashAttention(Qwen3Attention):
             out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=tiles)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def limit(self, mask: Any, num_slots: int, keys: Tensor) -> Any:
+    def limit(self, mask: Mask, num_slots: int, keys: Tensor) -> Mask:
         """Add window and causality to the mask of one block, whose slots are the last keys.
 
         A mask that differs by slot has them already. The rule is that of `dpace.blocks.Reach`, for positions that
@@ -122,7 +128,7 @@ class DFlashConvolution(nn.Module):
         init.zeros_(self.kernel_projection.weight)
         init.copy_(self.base_kernel, torch.eye(taps)[:1, :, None].expand(2, taps, width))
 
-    def forward(self, rows, part: Callable[[Tensor], Tensor], block_size: int | None = None):
+    def forward(self, rows: Tensor, part: Part, block_size: int | None = None) -> Tensor:
         """Compute `part` of the convolved rows, and convolve its output; all are "batch query hidden".
 
         The query is one block or its beginning, or several whole blocks of `block_size` slots.
@@ -132,7 +138,7 @@ class DFlashConvolution(nn.Module):
         added = self.kernel_projection(rows).unflatten(-1, (2, taps, -1, 1))
         return self._convolve(part(self._convolve(rows, added, 0, num_slots)), added, 1, num_slots)
 
-    def _convolve(self, rows, added, side: int, num_slots: int):
+    def _convolve(self, rows: Tensor, added: Tensor, side: int, num_slots: int) -> Tensor:
         x = rows.unflatten(-1, (-1, self.group))
         base = self.base_kernel[side].unflatten(-1, (-1, self.group))
         out = torch.addcmul(base[0] * x, added[:, :, side, 0], x)
@@ -157,7 +163,7 @@ class NeutralSelector(nn.Module):
         self.hidden_projection.register_buffer("weight", torch.zeros(1, config.hidden_size))
 
 
-class CandidateSelector(nn.Module):
+class CandidateSelectorNetwork(nn.Module):
     """DFlash2's selector, which adds to a candidate's logit how well it follows the token before.
 
     After token `a`, at a slot with hidden state `h`, token `b` gets `<A[a] * (H h), B[b]>` more. At first `B` is 0, and
@@ -175,7 +181,7 @@ class CandidateSelector(nn.Module):
         self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
 
     @staticmethod
-    def is_in(nested: Mapping[str, Any]) -> bool:
+    def is_in(nested: Mapping[str, object]) -> bool:
         """Return whether a `dflash_config` has one; that of `NeutralSelector` has rank 1."""
         return nested.get("selector_rank") not in (None, 1)
 
@@ -185,12 +191,12 @@ class CandidateSelector(nn.Module):
         init.zeros_(self.successor_codebook)
         init.normal_(self.hidden_projection.weight, std=self.hidden_projection.in_features**-0.5)
 
-    def queries(self, before, hidden):
+    def queries(self, before: Tensor, hidden: Tensor) -> Tensor:
         """Compute `A[a] * (H h)`, "... slot before rank"."""
         gate = self.hidden_projection(hidden.to(self.hidden_projection.weight.dtype))
         return nn.functional.embedding(before, self.predecessor_codebook) * gate[..., None, :]
 
-    def forward(self, queries, candidates):
+    def forward(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """Compute what is added to logits, in fp32: "... slot before candidate".
 
         Args:
@@ -214,16 +220,26 @@ class DFlashLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden, context, rope, mask, cache, block_size=None):
+    def forward(
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        rope: Rope,
+        mask: Mask,
+        cache: Cache | None,
+        block_size: int | None = None,
+    ) -> Tensor:
         """Add attention and feed-forward to `hidden`."""
 
-        def attend(rows):
+        def attend(rows: Tensor) -> Tensor:
             return self.self_attn(rows, context, rope, mask, cache)
 
         norms = self.input_layernorm, self.post_attention_layernorm
         return self.add_parts(hidden, norms, attend, self.mlp, block_size)
 
-    def add_parts(self, hidden, norms, attend, feed_forward, block_size):
+    def add_parts(
+        self, hidden: Tensor, norms: Sequence[Part], attend: Part, feed_forward: Part, block_size: int | None
+    ) -> Tensor:
         """Add two parts to `hidden`, each of its normalized rows and between its convolutions, if there are any.
 
         The parts and their norms are functions of rows: the layer's own, or faster ones.
@@ -245,7 +261,7 @@ class LiLiCorrAttention(nn.MultiheadAttention):
         super().__init__(width, num_heads)
         self.out_proj: Any = nn.Linear(width, width)  # exactly this class, whose product decoding packs
 
-    def forward(self, rows, bias):
+    def forward(self, rows: Tensor, bias: Tensor) -> Tensor:
         """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
         rows = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)
         heads = rows.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -262,7 +278,7 @@ class LiLiCorrMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner)
         self.down_proj = nn.Linear(inner, outer)
 
-    def forward(self, rows):
+    def forward(self, rows: Tensor) -> Tensor:
         """Compute "... outer" from "... width"."""
         return self.down_proj(nn.functional.silu(self.up_proj(rows)))
 
@@ -277,13 +293,13 @@ class LiLiCorrLayer(GradientCheckpointingLayer):
         self.mlp_norm = Qwen3RMSNorm(width, eps=eps)
         self.mlp = LiLiCorrMLP(width, inner, width)
 
-    def forward(self, rows, bias):
+    def forward(self, rows: Tensor, bias: Tensor) -> Tensor:
         """Add attention and feed-forward to `rows`."""
         rows = rows + self.attn(self.attn_norm(rows), bias)
         return rows + self.mlp(self.mlp_norm(rows))
 
 
-class LiLiCorr(nn.Module):
+class LiLiCorrNetwork(nn.Module):
     """A selector that scores how well each candidate of a slot follows each candidate of the slot before.
 
     All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
@@ -323,11 +339,11 @@ class LiLiCorr(nn.Module):
         self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
 
     @staticmethod
-    def is_in(nested: Mapping[str, Any]) -> bool:
+    def is_in(nested: Mapping[str, object]) -> bool:
         """Return whether a `dflash_config` has one."""
         return bool(nested.get("lilicorr_enabled"))
 
-    def forward(self, embeds, log_probs, hidden, anchor):
+    def forward(self, embeds: Tensor, log_probs: Tensor, hidden: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Score the first candidates, and all pairs of candidates of neighbouring slots.
 
         Args:
@@ -364,7 +380,7 @@ class LiLiCorr(nn.Module):
             start = (after[:, 0] @ first[..., None])[..., 0]
             return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
-    def bias(self, num_slots: int, num_candidates: int):
+    def bias(self, num_slots: int, num_candidates: int) -> Tensor:
         """Compute what attention adds to the scores of the first slots' candidates, "head entry entry"."""
         slots = torch.arange(num_slots, device=self.same_slot_bias.device)
         distance = slots[:, None] - slots
@@ -372,11 +388,11 @@ class LiLiCorr(nn.Module):
         bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
         return bias.repeat_interleave(num_candidates, 1).repeat_interleave(num_candidates, 2)
 
-    def _unit(self, vectors):
+    def _unit(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
-SELECTORS: dict[str, Any] = {"lilicorr": LiLiCorr, "candidate_selector": CandidateSelector}
+SELECTOR_NETWORKS = {"lilicorr": LiLiCorrNetwork, "candidate_selector": CandidateSelectorNetwork}
 """Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
 TOKEN_TABLES = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
 """Parameters with a row for each token, which no product multiplies as a whole: Muon leaves them to AdamW."""
@@ -420,9 +436,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
 
     It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's, or its own where
     the config says so. An own head may have fewer rows: row `i` is token `i + d2t[i]`. With
-    `conv_kernel_size` in the config it is DFlash2's network without a selector; one of `SELECTORS` is used by who runs
-    it, not by `forward`. The arguments of `forward` are named as in transformers' DFlash generation, which takes this
-    class as `assistant_model`.
+    `conv_kernel_size` in the config it is DFlash2's network without a selector; one of `SELECTOR_NETWORKS` is used by
+    who runs it, not by `forward`. The arguments of `forward` are named as in transformers' DFlash generation, which
+    takes this class as `assistant_model`.
 
     Raises:
         ValueError: a config of a variant that this network does not support.
@@ -453,9 +469,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, num_drafted or num_tokens, bias=False) if is_own else None
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
-        enabled = [name for name, network in SELECTORS.items() if network.is_in(nested)]
+        enabled = [name for name, network in SELECTOR_NETWORKS.items() if network.is_in(nested)]
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a selector
-            for name, network in SELECTORS.items():
+            for name, network in SELECTOR_NETWORKS.items():
                 setattr(self, name, network(config) if name in enabled else None)
         if nested.get("conv_kernel_size") and not enabled:
             self.candidate_selector = NeutralSelector(config)
@@ -474,7 +490,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
                 "with the project that trained it"
             )
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: Any) -> None:
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
         if hasattr(module, "initialize"):  # a class of this file with weights of its own
@@ -482,14 +498,14 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
 
     def forward(
         self,
-        noise_embeds,
-        context_hidden_states,
-        position_ids,
-        attention_mask=None,
+        noise_embeds: Tensor,
+        context_hidden_states: Tensor,
+        position_ids: Tensor,
+        attention_mask: Mask | Mapping[str, Mask] = None,
         cache: Cache | None = None,
         block_size: int | None = None,
         past_key_values: Cache | None = None,
-        **_,
+        **_: object,
     ) -> BaseModelOutput:
         """Compute the hidden states of blocks.
 

@@ -48,7 +48,7 @@ CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
 UNCOUNTED_SHARE = 0.1
 """What the terms of a plan miss, as a share of their sum (docs/scale.md)."""
-BYTES_PER_TOKEN = 4
+TEXT_BYTES_PER_TOKEN = 4
 """Bytes of a prompt's messages that a token of them has at least, on average: the names of their parts count too."""
 DISTINCT_TOKENS = 10
 """Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
@@ -96,7 +96,7 @@ def known_lengths(dataset: ResponseDataset) -> np.ndarray:
 
 def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe) -> np.ndarray:
     """Estimate what `known_lengths` will be, at most: from the prompts' texts, with answers as long as they may be."""
-    asked = [len(str(prompt.turns).encode()) / BYTES_PER_TOKEN for prompt in prompts]
+    asked = [len(str(prompt.turns).encode()) / TEXT_BYTES_PER_TOKEN for prompt in prompts]
     answered = [len(prompt.turns) * recipe.respond.max_new_tokens for prompt in prompts]
     return np.array([np.add(asked, answered), answered], float)
 
@@ -110,7 +110,7 @@ class TrainingPlan:
     free_bytes: int
     """Memory that is free there."""
     target: Target
-    drafter: Any
+    drafter: Drafter
     lengths: np.ndarray
     """Tokens and anchors of the conversations, "2 conversation"."""
     ranks: int = field(default_factory=num_ranks)
@@ -145,8 +145,8 @@ class TrainingPlan:
 
     def token_bytes(self, dtype: str = "target") -> int:
         """Return the bytes of a token's features, where a step reads them or as they are kept on disk."""
-        num_layers = len(self.drafter.target_layer_ids) + self.recipe.needs_target_hidden
-        return bytes_of_token(self.target, num_layers, dtype)
+        num_layers = len(self.drafter.target_layer_ids)
+        return bytes_of_token(self.target, num_layers, dtype, with_head_input=self.recipe.needs_target_hidden)
 
     @property
     def feature_bytes(self) -> int:
@@ -295,7 +295,7 @@ def plan_recipe(
         auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
         target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
     with torch.device("meta"):
-        drafter: Any = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
+        drafter = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
     return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
 
 

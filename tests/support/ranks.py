@@ -24,7 +24,7 @@ from dpace.respond.responses import Example, Response
 from dpace.studies.compare import compare
 from dpace.system import ranks
 from dpace.target import Target
-from dpace.target.target import HEAD_INPUT, ShardedTarget
+from dpace.target.target import ShardedTarget
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import train
 from dpace.training.sharding import USE_FSDP
@@ -118,7 +118,7 @@ def keep_features(target: Target, whole: Target, dataset: ResponseDataset, folde
     assert dataset.features is not None
     for i in range(len(dataset)):
         expected = whole.features(dataset.token_ids(i)[None], [1, 3])[0]
-        torch.testing.assert_close(dataset.features[i], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dataset.features[i].layers, expected, rtol=1e-4, atol=1e-4)
 
 
 def measure_all(target: Target, responses: Sequence[Response], recipe: Recipe, folder: Path) -> None:
@@ -162,9 +162,9 @@ def check_shares_of_a_target(target: ShardedTarget, whole: Target) -> None:
     assert kept <= 1.02 / ranks.num_ranks() * sum(parameter.numel() for parameter in whole.layers.parameters())
     assert target.sha256 == whole.sha256 and torch.equal(target.head.weight, whole.head.weight)
     text = torch.randint(4, 30, (2 + rank, 9 + 3 * rank))
-    for layer_ids in ([1, 3], [1, 3, HEAD_INPUT]):
-        expected = whole.features(text, layer_ids)
-        torch.testing.assert_close(target.features(text, layer_ids), expected, rtol=1e-4, atol=1e-5)
+    for options in ({}, {"with_head_input": True}):
+        found, expected = (each.read_features(text, [1, 3], **options) for each in (target, whole))
+        torch.testing.assert_close([*found], [*expected], rtol=1e-4, atol=1e-5)
     if rank:
         torch.testing.assert_close(target.features(text, [1]), whole.features(text, [1]), rtol=1e-4, atol=1e-5)
     else:

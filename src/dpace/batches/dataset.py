@@ -8,7 +8,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +15,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dpace.blocks import build_blocks, sample_anchors
+from dpace.drafter.views import Batch
 from dpace.respond.responses import Example, Response
 from dpace.system.progress import track
 from dpace.target import Target
 from dpace.target.beginnings import find_shared
-from dpace.target.target import HEAD_INPUT
+from dpace.target.target import Features
 
 FEATURE_BATCH = 16
 """Number of conversations whose features are computed together, where all are kept."""
-Compute = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Computes the hidden states of texts, each "seq feature"."""
+Compute = Callable[[Sequence[Tensor]], Sequence[Features]]
+"""Computes the features of each of several texts."""
 
 
 class ResponseDataset(torch.utils.data.Dataset):
@@ -39,9 +39,11 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.max_length = max_length
         self.num_anchors = num_anchors
         self.seed = seed
-        self.features: Sequence[Tensor] | None = None
+        self.features: Sequence[Features] | None = None
         self.kept: list[int] = []
-        """Layers whose outputs are the features, see `Target.features`."""
+        """Layers whose outputs are in the features."""
+        self.has_head_input = False
+        """Whether the LM head's input is in them."""
         examples = (entry if isinstance(entry, Example) else Example.of(entry) for entry in responses)
         self.examples = [example for example in examples if example.num_anchors(max_length)]
         """Those that have an anchor."""
@@ -80,21 +82,30 @@ class ResponseDataset(torch.utils.data.Dataset):
             flags[start:end] = True
         return flags
 
-    def lacks(self, layer_ids: Sequence[int]) -> bool:
-        """Whether no features of these layers are kept."""
-        return self.features is None or self.kept not in ([*layer_ids], [*layer_ids, HEAD_INPUT])
+    def lacks(self, layer_ids: Sequence[int], *, with_head_input: bool = False) -> bool:
+        """Whether no features of these layers are kept, or only without the LM head's input."""
+        lacks_input = with_head_input and not self.has_head_input
+        return self.features is None or self.kept != [*layer_ids] or lacks_input
 
-    def keep_features(self, target: Target, layer_ids: Sequence[int], *, limit_bytes: float) -> None:
-        """Compute the features of every conversation once, where they fit in memory; see `Target.features`."""
-        size = int(self.lengths.sum()) * len(layer_ids) * target.hidden_size * target.head.weight.element_size()
+    def keep_features(
+        self, target: Target, layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
+    ) -> None:
+        """Compute the features of every conversation once, where they fit in memory; see `Target.read_features`."""
+        width = (len(layer_ids) + with_head_input) * target.hidden_size
+        size = int(self.lengths.sum()) * width * target.head.weight.element_size()
         self.features = None
         if size > limit_bytes:
             return
-        compute = partial(compute_features, target, layer_ids)
+        compute = partial(compute_features, target, layer_ids, with_head_input=with_head_input)
         rows = self.compute_rows(compute, self.batches_that_begin_alike(range(len(self))), "reading hidden states")
-        kept = {number: row.clone() for number, row in rows}  # of a padded batch
-        self.features = [kept[i] for i in range(len(self))]
+        kept = {number: row.change(torch.clone) for number, row in rows}  # of a padded batch
+        self.use_features([kept[i] for i in range(len(self))], layer_ids, with_head_input)
+
+    def use_features(self, features: Sequence[Features], layer_ids: Sequence[int], has_head_input: bool) -> None:
+        """Take the features of every conversation from elsewhere."""
+        self.features = features
         self.kept = [*layer_ids]
+        self.has_head_input = has_head_input
 
     def batches_that_begin_alike(self, numbers: Iterable[int]) -> list[list[int]]:
         """Put conversations into batches that begin alike or are about equally long, to compute features together."""
@@ -105,7 +116,7 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def compute_rows(
         self, compute: Compute, batches: Sequence[Sequence[int]], title: str
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[tuple[int, Features]]:
         """Compute features batch by batch, and yield those of each conversation with its number."""
         for batch in track(batches, title, size=len):
             yield from zip(batch, compute([self.token_ids(number) for number in batch]), strict=True)
@@ -129,15 +140,17 @@ class ResponseDataset(torch.utils.data.Dataset):
         """Count the conversations."""
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Batch:
         """Return one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
         is_response = self.is_response(index)
         seed = (self.seed, self.epoch, self.examples[index].id)
+        layers, head_input = (None, None) if self.features is None else self.features[index]
         return {
             "token_ids": self.token_ids(index),
             "is_response": is_response,
             "anchors": sample_anchors(is_response, num_anchors=self.num_anchors, seed=seed),
-            "features": None if self.features is None else self.features[index],
+            "features": layers,
+            "head_input": head_input,
             "draw": int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:7]),
         }
 
@@ -147,13 +160,19 @@ def pad(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def compute_features(target: Target, layer_ids: Sequence[int], texts: Sequence[Tensor]) -> list[Tensor]:
-    """Compute the features of texts, each "seq feature", on the CPU; see `Target.features`."""
-    features = target.features(pad(texts), layer_ids).cpu()
-    return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
+def compute_features(
+    target: Target, layer_ids: Sequence[int], texts: Sequence[Tensor], *, with_head_input: bool = False
+) -> list[Features]:
+    """Compute the features of each of several texts, on the CPU; see `Target.read_features`."""
+    found = target.read_features(pad(texts), layer_ids, with_head_input=with_head_input).change(Tensor.cpu)
+
+    def of_text(row: int) -> Features:
+        return found.change(lambda values: values[row, : len(texts[row])])
+
+    return [of_text(row) for row in range(len(texts))]
 
 
-def redraw(row: dict[str, Any], num_anchors: int) -> dict[str, Any]:
+def redraw(row: Batch, num_anchors: int) -> Batch:
     """Draw the anchors of a conversation anew, for blocks of another size.
 
     Each conversation's draw has a seed of its own, so a resumed run draws the same anchors.
@@ -161,12 +180,15 @@ def redraw(row: dict[str, Any], num_anchors: int) -> dict[str, Any]:
     return row | {"anchors": sample_anchors(row["is_response"], num_anchors=num_anchors, seed=("growing", row["draw"]))}
 
 
-def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
+def collate(rows: Sequence[Batch], block_size: int) -> Batch:
     """Pad conversations on the right and cut their blocks."""
     token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
     blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)
-    features = None if rows[0]["features"] is None else pad([row["features"] for row in rows])
-    return {"token_ids": token_ids, "is_response": is_response, "features": features, **vars(blocks)}
+    batch = {"token_ids": token_ids, "is_response": is_response, "features": None, **vars(blocks)}
+    for name in ("features", "head_input"):
+        if rows[0][name] is not None:
+            batch[name] = pad([row[name] for row in rows])
+    return batch
 
 
 WINDOW_STEPS = 64

@@ -28,7 +28,7 @@ from dpace.system import ranks
 from dpace.system.ledger import filling, lock_folder
 from dpace.system.provenance import hash_json
 from dpace.target import Target
-from dpace.target.target import HEAD_INPUT
+from dpace.target.target import Features
 
 MOST_APART = 0.2
 """Largest error of a layer's hidden states that is taken for rounding, as a share of their norm."""
@@ -60,8 +60,8 @@ class ServerFeatures:
         self.options = f"eagle_aux_hidden_state_layer_ids {[layer + 1 for layer in target_layer_ids]}"
         self.transfer = FP8Transfer(Path(), target.head.weight.dtype)
 
-    def __call__(self, texts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the hidden states of texts, each "seq feature", as `Target.features` does.
+    def __call__(self, texts: Sequence[Tensor]) -> list[Features]:
+        """Return the hidden states of each of several texts.
 
         Raises:
             ValueError: what a server sends, or writes, is not that.
@@ -76,7 +76,7 @@ class ServerFeatures:
             ValueError: they are of another model or of other layers.
         """
         pairs = [*self([text]), *compute_features(self.target, self.layer_ids, [text])]
-        found, expected = (rows.float().unflatten(-1, (len(self.layer_ids), -1)) for rows in pairs)
+        found, expected = (pair.layers.float().unflatten(-1, (len(self.layer_ids), -1)) for pair in pairs)
         apart = (found - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
         if not (apart <= MOST_APART).all():
             raise ValueError(
@@ -84,7 +84,7 @@ class ServerFeatures:
                 f"{', '.join(f'{error:.0%}' for error in apart.tolist())} apart); serve that model with {self.options}"
             )
 
-    def _ask(self, number: int, text: Tensor) -> Tensor:
+    def _ask(self, number: int, text: Tensor) -> Features:
         """Let one of the servers compute the hidden states of a text, and refuse what are not these."""
         server = self.servers[number % len(self.servers)]
         token_ids = text.tolist()
@@ -111,7 +111,7 @@ class ServerFeatures:
                 "--no-enable-prefix-caching and --no-enable-chunked-prefill"
             )
         self.transfer.delete(path)  # which holds these tokens' hidden states, so it is no other file
-        return hidden.flatten(1).to(self.target.head.weight.dtype)
+        return Features(hidden.flatten(1).to(self.target.head.weight.dtype))
 
 
 SHARD_BYTES = 256 * 2**20
@@ -119,10 +119,12 @@ SHARD_BYTES = 256 * 2**20
 LARGEST_FLOAT8 = 448.0
 """Largest number of `torch.float8_e4m3fn`."""
 SCALE = ".scale"
+HEAD_INPUT = ".head_input"
+"""What a row's name is followed by where it is the LM head's input; with nothing behind it is that of the layers."""
 
 
-class FeatureFiles(Sequence[Tensor]):
-    """Rows of hidden states that lie on disk.
+class FeatureFiles(Sequence[Features]):
+    """Features that lie on disk, a row for each text.
 
     Memory: an index of O(texts); the files are mapped, so the system keeps in memory what fits.
 
@@ -130,9 +132,10 @@ class FeatureFiles(Sequence[Tensor]):
         ValueError: a row is missing, or a file cannot be read.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], dtype: torch.dtype):
+    def __init__(self, folder: Path, names: Sequence[str], dtype: torch.dtype, with_head_input: bool):
         self.names = list(names)
         self.dtype = dtype
+        self.with_head_input = with_head_input
         self.rows = _index_rows(folder)
         missing = [name for name in self.names if name not in self.rows]
         if missing:
@@ -147,12 +150,16 @@ class FeatureFiles(Sequence[Tensor]):
         return len(self.names)
 
     def __getitem__(self, index: Any) -> Any:
-        """Read a row, "seq feature"."""
+        """Read the features of a text."""
         name = self.names[index]
+        return Features(self._read(name, name), self._read(name, name + HEAD_INPUT) if self.with_head_input else None)
+
+    def _read(self, name: str, part: str) -> Tensor:
+        """Read a part of a row."""
         file = self.open(self.rows[name])
-        row = file.get_tensor(name)
+        row = file.get_tensor(part)
         if row.dtype == torch.float8_e4m3fn:
-            row = row.float() * file.get_tensor(name + SCALE)[:, None]
+            row = row.float() * file.get_tensor(part + SCALE)[:, None]
         return row.to(self.dtype)
 
 
@@ -161,8 +168,12 @@ def keep_on_disk(
     dataset: ResponseDataset,
     layer_ids: Sequence[int],
     config: TrainConfig,
+    *,
+    with_head_input: bool = False,
 ) -> None:
-    """Let a dataset read its features from disk, and first compute those that are not there; see `Target.features`.
+    """Let a dataset read its features from disk, and first compute those that are not there.
+
+    They are those of `Target.read_features`.
 
     Several targets and choices of layers may share a folder. Each rank computes its share. A killed process loses at
     most one file of 256 MiB a rank.
@@ -175,8 +186,7 @@ def keep_on_disk(
     servers = config.feature_servers
     made_by = "vllm" if servers else "dpace"
     of_target = [target.sha256, str(target.model.dtype)]
-    of_layers = [[layer for layer in layer_ids if layer != HEAD_INPUT], HEAD_INPUT in layer_ids]
-    facts = [of_target, *of_layers, dtype, made_by]
+    facts = [of_target, list(layer_ids), HEAD_INPUT if with_head_input else False, dtype, made_by]
     rows = Path(config.feature_files) / hash_json(facts)[:16]
     texts = (dataset.token_ids(i).numpy().tobytes() for i in range(len(dataset)))
     names = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
@@ -185,7 +195,7 @@ def keep_on_disk(
         with lock_folder(rows):
             lengths = dataset.lengths.tolist()
             wanted = {name: i for i, name in enumerate(names) if name in missing}
-            row_bytes = bytes_of_token(target, len(layer_ids), dtype)
+            row_bytes = bytes_of_token(target, len(layer_ids), dtype, with_head_input=with_head_input)
             size = row_bytes * sum(lengths[i] for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, rows))
             batches = dataset.batches_that_begin_alike(wanted.values())
@@ -193,13 +203,13 @@ def keep_on_disk(
                 compute = ServerFeatures(servers, target, layer_ids)
                 compute.check(dataset.token_ids(batches[0][0]))
             else:
-                compute = partial(compute_features, target, layer_ids)
+                compute = partial(compute_features, target, layer_ids, with_head_input=with_head_input)
             _fill(dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states"), rows, names, dtype)
             for _ in range(0 if servers else ranks.num_short(batches)):
-                target.join_features(layer_ids)
+                target.join_features(layer_ids, with_head_input=with_head_input)
             ranks.barrier()
-    dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
-    dataset.kept = [*layer_ids]
+    features = FeatureFiles(rows, names, target.head.weight.dtype, with_head_input)
+    dataset.use_features(features, layer_ids, with_head_input)
 
 
 def _index_rows(folder: Path) -> dict[str, Path]:
@@ -216,10 +226,11 @@ def _index_rows(folder: Path) -> dict[str, Path]:
     return rows
 
 
-def bytes_of_token(target: Any, num_layers: int, dtype: str) -> int:
-    """Return the bytes of a token's hidden states on disk."""
+def bytes_of_token(target: Target, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
+    """Return the bytes of a token's features on disk."""
     size = {"target": target.head.weight.element_size(), "bfloat16": 2, "float8": 1}[dtype]
-    return num_layers * target.hidden_size * size + (4 if dtype == "float8" else 0)
+    scales = 4 * (1 + with_head_input) if dtype == "float8" else 0
+    return (num_layers + with_head_input) * target.hidden_size * size + scales
 
 
 def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
@@ -232,21 +243,26 @@ def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
         )
 
 
-def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[str], dtype: str) -> None:
+def _fill(computed: Iterable[tuple[int, Features]], folder: Path, names: Sequence[str], dtype: str) -> None:
     """Write rows as they are computed, a file at a time."""
     waiting: dict[str, Tensor] = {}
     for number, row in computed:
-        name = names[number]
-        if dtype == "float8":
-            scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
-            waiting |= {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
-        else:
-            waiting[name] = row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()
+        waiting |= _rounded(names[number], row.layers, dtype)
+        if row.head_input is not None:
+            waiting |= _rounded(names[number] + HEAD_INPUT, row.head_input, dtype)
         if sum(each.nbytes for each in waiting.values()) >= SHARD_BYTES:
             _write_rows(folder, waiting)
             waiting = {}
     if waiting:
         _write_rows(folder, waiting)
+
+
+def _rounded(name: str, row: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return what is written of a row, in a precision of `--train.feature-dtype`."""
+    if dtype != "float8":
+        return {name: row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()}
+    scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
+    return {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
 
 
 def _write_rows(folder: Path, rows: dict[str, Tensor]) -> None:

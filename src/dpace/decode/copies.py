@@ -19,7 +19,7 @@ CONTEXT_TOKENS = 16
 """Largest number of tokens that are compared, the first of which may stand before an answer."""
 NUM_KINDS = MAX_MATCH + CONTEXT_TOKENS.bit_length()
 """Number of kinds of matches, with that of none."""
-BYTES_PER_TOKEN = 4 + 2 * 4 * len(RECALLED_MATCHES)
+INDEX_BYTES_PER_TOKEN = 4 + 2 * 4 * len(RECALLED_MATCHES)
 """Memory of a token of the answers: its id, and two places in the table for each length."""
 _FACTORS = np.random.default_rng(0).integers(2**62, size=CONTEXT_TOKENS) * 2 + 1
 _PADDING = [0] * CONTEXT_TOKENS
@@ -97,13 +97,13 @@ class Recall:
     Threads may share one. Where two answers end in the same moment, parts of one may be lost, and what is proposed may
     be of both.
 
-    Memory: `BYTES_PER_TOKEN` bytes a token, at most `mib` MiB.
+    Memory: `INDEX_BYTES_PER_TOKEN` bytes a token, at most `mib` MiB.
 
     Source: SuffixDecoding (arXiv 2411.04975), which keeps suffix trees and counts.
     """
 
     def __init__(self, mib: float):
-        capacity = max(2 * CONTEXT_TOKENS, int(mib * 2**20) // BYTES_PER_TOKEN)
+        capacity = max(2 * CONTEXT_TOKENS, int(mib * 2**20) // INDEX_BYTES_PER_TOKEN)
         self.tokens = np.zeros(capacity, dtype=np.int32)
         self._end = 0
         self._contexts = np.zeros(2 * len(RECALLED_MATCHES) * capacity, dtype=np.int32)  # where each begins

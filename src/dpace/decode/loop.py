@@ -12,6 +12,7 @@ from typing import Any, Unpack, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from dpace.config import VerifyRule, Width
@@ -346,7 +347,14 @@ def custom_generate(
     drafter.check_target(target)
     paces = Paces()
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_inputs):
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Callable[..., Tensor],
+        generation_config: Any,
+        **model_inputs: Any,
+    ) -> Tensor:
         # Not a named argument: transformers would pass the mask twice.
         attention_mask = model_inputs.get("attention_mask")
         has_embeddings = model_inputs.get("inputs_embeds") is not None or not input_ids.numel()

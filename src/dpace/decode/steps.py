@@ -15,9 +15,9 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.drafter.selector import Draft
 from dpace.drafter.views import draft_block, to_predicted
-from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.cache import RaggedCache, TextCache
 from dpace.target import Target
+from dpace.target.draft_rows import DraftRows
 
 
 class State(NamedTuple):

@@ -1,18 +1,26 @@
 """DFlash2's candidate selector: how well a candidate follows the token before is added to its logit.
 
-Here are its sizes and config keys, its scores and its loss. Its network is `dpace.modeling_dflash.CandidateSelector`.
+Here are its sizes and config keys, its scores and its loss. Its network is `CandidateSelectorNetwork` of
+`dpace.modeling_dflash`.
 
 Source: DFlash2, z-lab/dflash; the loss is ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
+from dpace.config import DrafterConfig
 from dpace.drafter.selector import LatticeSelector, SelectorSizes
-from dpace.drafter.values import Count
-from dpace.loss import candidate_logits
+from dpace.drafter.values import StrictCount
+from dpace.drafter.views import BlocksHidden
+from dpace.loss import SlotScores, candidate_logits
+from dpace.loss.scorer import Scorer
+from dpace.system.ledger import JsonObject
+from dpace.target.draft_rows import DraftRows
 
 
 class CandidateSelector(LatticeSelector):
@@ -20,13 +28,23 @@ class CandidateSelector(LatticeSelector):
 
     name = "candidate_selector"
 
-    def score(self, rows, candidates, log_probs, hidden, last_ids, before):
+    def score(
+        self,
+        rows: DraftRows,
+        candidates: Int[Tensor, "block draft choice"],
+        log_probs: Float[Tensor, "block draft choice"],
+        hidden: Float[Tensor, "block draft hidden"],
+        last_ids: Int[Tensor, " block"],
+        before: Callable[[], Float[Tensor, "block hidden"]],
+    ) -> Float[Tensor, "block draft choice choice"]:
         """See `LatticeSelector`."""
         first = last_ids[:, None, None].expand(-1, 1, self.num_candidates)
         previous = torch.cat([first, candidates[:, :-1]], dim=1)
         return self.network(self.network.queries(previous, hidden), candidates) + log_probs[..., None, :]
 
-    def add_loss(self, scores, found, scorer, whole_blocks):
+    def add_loss(
+        self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None
+    ) -> SlotScores:
         """Add the cross-entropy of the target's token among the candidates, after its own token before.
 
         A token that is no candidate takes the last one's place. Slots count as the objective says. The rest of the
@@ -59,14 +77,15 @@ class CandidateSelectorSizes(SelectorSizes):
     architecture = "DFlashSelectorDraftModel"
     with_convolutions = "DFlash2DraftModel"
     selector = CandidateSelector
+    reads = ("selector_candidates", "selector_width")
 
-    top_k: Count
+    top_k: StrictCount
     """Best tokens of each slot that it chooses from."""
-    rank: Count
+    rank: StrictCount
     """Numbers of a token in each of its two tables."""
 
     @classmethod
-    def chosen(cls, config, hidden_size):
+    def chosen(cls, config: DrafterConfig, hidden_size: int) -> "CandidateSelectorSizes":
         """Choose the sizes of a selector: the published ones, and smaller ones next to a small target.
 
         Its tables have a row for each token. At 576 and a rank of 64 they have as many numbers as the drafter.
@@ -77,7 +96,7 @@ class CandidateSelectorSizes(SelectorSizes):
             rank=config.selector_width or (64 if is_small else 256),
         )
 
-    def options(self, spec):
+    def options(self, hidden_size: int) -> JsonObject:
         """See `SelectorSizes`."""
         return {"selector_candidates": self.top_k, "selector_width": self.rank}
 

@@ -32,7 +32,7 @@ from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocab
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
-from dpace.system.ledger import filling
+from dpace.system.ledger import JsonObject, filling
 from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.target import Target
 from dpace.target.locate import find_drafter
@@ -44,7 +44,7 @@ ANSWERS_FILE = "answers.json"
 """Tokens of the answers that the drafter was trained on; engines that do not know it load the drafter unchanged."""
 
 
-def facts_of(target: Target) -> dict[str, Any]:
+def facts_of(target: Target) -> JsonObject:
     """Return the values of a spec that have to be the target's own."""
     return {
         "num_target_layers": target.num_layers,
@@ -61,7 +61,7 @@ def scales_of(target: Target) -> dict[str, float | None]:
     return {name: value and as_float32(value) for name, value in zip(SCALES, found, strict=True)}
 
 
-def sizes_of(config: Any) -> dict[str, Any]:
+def sizes_of(config: Any) -> JsonObject:
     """Return the values of a spec that are as in a target's config, or the usual ones where it lacks them."""
     width = config.hidden_size
     num_heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
@@ -77,7 +77,7 @@ def sizes_of(config: Any) -> dict[str, Any]:
     return own | {"num_attention_heads": num_heads, "special_token_ids": special}
 
 
-def reach_of(config: DrafterConfig) -> dict[str, Any]:
+def reach_of(config: DrafterConfig) -> JsonObject:
     """Return `layer_types` and `is_causal` of a spec.
 
     Raises:
@@ -342,7 +342,7 @@ class Drafter(DFlashDraftModel):
         check_mask_token(self.mask_token_id, target)
 
     @classmethod
-    def from_pretrained(cls, folder, *, dtype: torch.dtype | None = None) -> Any:
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         """Read a drafter's folder, or a repository of the Hub: every tensor, in its shape and finite.
 
         Nothing that its config names is run or downloaded. Weights are in `dtype`, by default that of the files.
@@ -356,7 +356,7 @@ class Drafter(DFlashDraftModel):
             tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         return make_drafter(spec, tensors, f"the drafter {folder}")
 
-    def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
 
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
@@ -394,7 +394,7 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
         drafted_tokens(tensors["d2t"], spec.vocab_size)
         tensors["d2t"] = tensors["d2t"].long()
     with translate_library_errors(what, FIX), torch.device("meta"):
-        drafter: Any = Drafter(spec.config())
+        drafter = Drafter(spec.config())
         drafter.load_state_dict(tensors, assign=True)
     drafter.rotary_emb = type(drafter.rotary_emb)(drafter.config)  # the only part that is in no file
     refuse_infinite(what, drafter, FIX)

@@ -1,20 +1,26 @@
 """LiLiCorr, a selector that makes the slots of a draft agree.
 
-Here are its sizes, tensors and config keys, its scores and its loss. Its network is `dpace.modeling_dflash.LiLiCorr`.
+Here are its sizes, tensors and config keys, its scores and its loss. Its network is `LiLiCorrNetwork` of
+`dpace.modeling_dflash`.
 
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpace.config import DrafterConfig
 from dpace.drafter.selector import Lattice, LatticeSelector, SelectorSizes, rows_after
-from dpace.drafter.values import COPY_AGAIN, Count, Index, LayerCount, Scale
-from dpace.loss import candidate_logits
+from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCount
+from dpace.drafter.views import BlocksHidden
+from dpace.loss import SlotScores, candidate_logits
+from dpace.loss.scorer import Scorer
+from dpace.system.ledger import JsonObject
+from dpace.target.draft_rows import DraftRows
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
@@ -33,12 +39,22 @@ class LiLiCorrSelector(LatticeSelector):
 
     name = "lilicorr"
 
-    def score(self, rows, candidates, log_probs, hidden, last_ids, before):
+    def score(
+        self,
+        rows: DraftRows,
+        candidates: Int[Tensor, "block draft choice"],
+        log_probs: Float[Tensor, "block draft choice"],
+        hidden: Float[Tensor, "block draft hidden"],
+        last_ids: Int[Tensor, " block"],
+        before: Callable[[], Float[Tensor, "block hidden"]],
+    ) -> Float[Tensor, "block draft choice choice"]:
         """See `LatticeSelector`."""
         start, pairs = self.network(rows.target.embed(candidates), log_probs, hidden, before())
         return torch.cat([start[:, None, None].expand(-1, 1, start.shape[1], -1), pairs], dim=1)
 
-    def add_loss(self, scores, found, scorer, whole_blocks):
+    def add_loss(
+        self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None
+    ) -> SlotScores:
         """Add the loss of the walk, in blocks all of whose slots are scored."""
         rows = scorer.rows
         blocks = found.blocks
@@ -108,14 +124,15 @@ class LiLiCorrSizes(SelectorSizes):
     prefix = "lilicorr_"
     architecture = "LiLiCorrDraftModel"
     selector = LiLiCorrSelector
+    reads = ("selector_candidates", "selector_width", "selector_penalty")
     older_names = OLDER_NAMES
 
-    candidate_topk: Count
+    candidate_topk: StrictCount
     """Best tokens of each slot that it chooses from."""
     hidden_size: Index
     """Its width; 0 for the drafter's."""
-    num_heads: Count
-    factor_dim: Count
+    num_heads: StrictCount
+    factor_dim: StrictCount
     """Length of the vectors whose products are the scores."""
     num_layers: LayerCount
     mlp_ratio: Scale
@@ -123,7 +140,7 @@ class LiLiCorrSizes(SelectorSizes):
     logit_scale: Scale
 
     @classmethod
-    def chosen(cls, config, hidden_size):
+    def chosen(cls, config: DrafterConfig, hidden_size: int) -> "LiLiCorrSizes":
         """Choose the sizes of a selector.
 
         Published ones are a quarter as wide as the drafter (1024 at 4096). There it is 3 % of a step. Next to a small
@@ -143,24 +160,23 @@ class LiLiCorrSizes(SelectorSizes):
             logit_scale=8.0,
         )
 
-    def width(self, spec: Any) -> int:
-        """Return its width, for a `DrafterSpec`."""
-        return self.hidden_size or spec.hidden_size
+    def width(self, hidden_size: int) -> int:
+        """Return its width beside a drafter of this one."""
+        return self.hidden_size or hidden_size
 
-    def options(self, spec):
+    def options(self, hidden_size: int) -> JsonObject:
         """See `SelectorSizes`; no option has the other sizes."""
-        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(spec)}
+        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(hidden_size)}
 
-    def check(self, spec):
+    def check(self, hidden_size: int) -> None:
         """See `SelectorSizes`."""
-        if self.width(spec) % self.num_heads:
+        if self.width(hidden_size) % self.num_heads:
             raise ValueError(
                 f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the selector's width, which is "
-                f"{self.width(spec)}; {COPY_AGAIN}"
+                f"{self.width(hidden_size)}; {COPY_AGAIN}"
             )
-        super().check(spec)
 
-    def config_keys(self):
+    def config_keys(self) -> JsonObject:
         """See `SelectorSizes`; engines choose the network by the first two."""
         return {"projector_type": self.name, "lilicorr_enabled": True, **super().config_keys()}
 

@@ -7,7 +7,7 @@ measuring and decoding call the methods of the first, and files and options thos
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from dpace.config import DrafterConfig
 from dpace.drafter.views import BlocksHidden
-from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.top import argmax, topk
 from dpace.loss import SlotScores
+from dpace.loss.scorer import Scorer
+from dpace.modeling_dflash import DFlashDraftModel
+from dpace.system.ledger import JsonObject
+from dpace.target.draft_rows import DraftRows
 
 SCORED_ROWS = 128
 """Number of slots whose logits exist at once where known responses are measured."""
@@ -34,6 +37,23 @@ class Draft(NamedTuple):
     """What a selector of the drafter's own keeps of it."""
 
 
+@runtime_checkable
+class DraftSampler(Protocol):
+    """What drafts are drawn with: the target's sampler, `dpace.decode.sampling.Sampler`."""
+
+    temperature: float
+    processors: object
+    generator: torch.Generator | None
+
+    def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
+        """Apply all processors and filters."""
+        ...
+
+    def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
+        """Compute the distribution of each row."""
+        ...
+
+
 class Selector:
     """Takes each slot's own best token.
 
@@ -46,18 +66,18 @@ class Selector:
     num_candidates = 1
     """Number of best tokens of each slot that it chooses from; 1 where it has no choice."""
 
-    def __init__(self, drafter: Any):
+    def __init__(self, drafter: DFlashDraftModel):
         self.drafter = drafter
 
     def add_loss(
-        self, scores: SlotScores, found: BlocksHidden, scorer: Any, whole_blocks: Int[Tensor, " whole"] | None
+        self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None
     ) -> SlotScores:
         """Add the loss that the selector itself is trained with; this one has nothing to train.
 
         Args:
             scores: of the blocks, without it.
             found: what the forward pass gave.
-            scorer: of the training, see `dpace.training.loop.Scorer`.
+            scorer: of the training.
             whole_blocks: numbers of the blocks all of whose slots are scored, where they are known; the host waits for
                 the device otherwise.
         """
@@ -85,7 +105,7 @@ class Selector:
         return Draft(tokens, logits.unflatten(0, tokens.shape))
 
     def draw(
-        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: Any
+        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: DraftSampler
     ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
         """Draw a draft of one text for speculative sampling.
 
@@ -94,7 +114,7 @@ class Selector:
             num_drawn: number of slots that will be verified.
             rows: of the tokens that may be drafted.
             text: the tokens before the draft.
-            sampler: the target's, of `dpace.decode.sampling`.
+            sampler: the target's.
 
         Returns:
             The tokens, and the distribution that each was drawn from.
@@ -102,7 +122,7 @@ class Selector:
         return draw_draft(rows.spread(draft.scores[0, :num_drawn]), text, sampler)
 
     def chances(
-        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: Any
+        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
     ) -> Float[Tensor, "path draft vocab"]:
         """Return the distributions that `draw` draws from, where the slots before have these tokens.
 
@@ -146,7 +166,7 @@ class Selector:
 
 
 def draw_draft(
-    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: Any
+    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: DraftSampler
 ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
     """Draw each slot's token from its logits; see `Selector.draw`.
 
@@ -179,7 +199,7 @@ class Lattice(NamedTuple):
 class LatticeSelector(Selector):
     """Walks through the lattice of a block's candidates; shapes and arguments are those of `Selector`."""
 
-    def __init__(self, drafter: Any):
+    def __init__(self, drafter: DFlashDraftModel):
         super().__init__(drafter)
         self.num_candidates = self.network.num_candidates
 
@@ -189,9 +209,15 @@ class LatticeSelector(Selector):
         return getattr(self.drafter, self.name)
 
     def score(
-        self, rows, candidates, log_probs, hidden, last_ids, before
+        self,
+        rows: DraftRows,
+        candidates: Int[Tensor, "block draft choice"],
+        log_probs: Float[Tensor, "block draft choice"],
+        hidden: Float[Tensor, "block draft hidden"],
+        last_ids: Int[Tensor, " block"],
+        before: Callable[[], Float[Tensor, "block hidden"]],
     ) -> Float[Tensor, "block draft choice choice"]:
-        """Compute `Lattice.scores` from its candidates and the other arguments of `make_lattice`."""
+        """Compute `Lattice.scores` of its candidates; the other arguments are those of `make_lattice`."""
         raise NotImplementedError
 
     def make_lattice(
@@ -218,7 +244,14 @@ class LatticeSelector(Selector):
         log_odds = log_probs.detach().exp().sum(-1).logit(eps=1e-6)
         return Lattice(candidates, scores, log_odds)
 
-    def propose(self, rows, hidden, last_ids, before, width):
+    def propose(
+        self,
+        rows: DraftRows,
+        hidden: Float[Tensor, "batch slot hidden"],
+        last_ids: Int[Tensor, " batch"],
+        before: Callable[[], Float[Tensor, "batch hidden"]],
+        width: int,
+    ) -> Draft:
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
         states = hidden[:, 1:]
         logits = rows.logits(states.flatten(0, 1)).float()
@@ -228,7 +261,9 @@ class LatticeSelector(Selector):
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 
-    def draw(self, draft, num_drawn, rows, text, sampler):
+    def draw(
+        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: DraftSampler
+    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
         """Draw the tokens from the lattice, a slot after the other.
 
         A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
@@ -245,7 +280,9 @@ class LatticeSelector(Selector):
         tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(chosen)[:, None])[:, 0]
         return tokens, self.chances(draft, tokens[None], rows, sampler)[0]
 
-    def chances(self, draft, tokens, rows, sampler):
+    def chances(
+        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
+    ) -> Float[Tensor, "path draft vocab"]:
         """Score the candidates after each token before; after one that is no candidate, as after the first."""
         lattice = Lattice(*(values.expand(len(tokens), *values.shape[1:]) for values in draft.lattice))
         candidates = lattice.candidates[:, : tokens.shape[1]]
@@ -253,7 +290,7 @@ class LatticeSelector(Selector):
         probs = (rows_after(lattice, index) / sampler.temperature).softmax(-1)
         return probs.new_zeros(*tokens.shape, len(rows.target.head.weight)).scatter_(2, candidates, probs)
 
-    def match(self, found, rows):
+    def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
         labels = found.blocks.labels[0, :, 1:]
         num_slots = labels.shape[1]
@@ -269,7 +306,7 @@ class LatticeSelector(Selector):
         is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
         return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
 
-    def scores(self, states, rows):
+    def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Return the states, which are scores."""
         return states
 
@@ -307,7 +344,7 @@ class SelectorSizes:
     """
 
     name: ClassVar[str]
-    """Its choice of `--drafter.selector`, and the name of its network in `dpace.modeling_dflash.SELECTORS`."""
+    """Its choice of `--drafter.selector`, and the name of its network in `dpace.modeling_dflash.SELECTOR_NETWORKS`."""
     prefix: ClassVar[str]
     """What its keys in `dflash_config` begin with."""
     architecture: ClassVar[str]
@@ -315,6 +352,8 @@ class SelectorSizes:
     with_convolutions: ClassVar[str] = ""
     """The same where layers have convolutions; empty where it does not differ."""
     selector: ClassVar[type[Selector]]
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Options that it reads of those whose names begin with `selector_`; others are refused with it."""
     older_names: ClassVar[dict[str, str]] = {}
     """Names of parts of its network that files may have, and those that are written."""
 
@@ -328,23 +367,17 @@ class SelectorSizes:
         """
         return cls()
 
-    def options(self, spec: Any) -> dict[str, Any]:
+    def options(self, hidden_size: int) -> JsonObject:
         """Return the options `selector_NAME` of `DrafterConfig` that ask for these sizes; the inverse of `chosen`."""
         return {}
 
-    def check(self, spec: Any) -> None:
-        """Refuse what does not go together with the rest of a `DrafterSpec`.
+    def check(self, hidden_size: int) -> None:
+        """Refuse sizes that no network of a drafter of this width has.
 
         Raises:
             ValueError: names the value.
         """
-        for key in ("sample_from_anchor", "draft_vocab_size"):
-            if getattr(spec, key):
-                raise ValueError(
-                    f"{key} is {getattr(spec, key)}, which dpace does not run with a selector; serve this drafter with "
-                    "the project that trained it"
-                )
 
-    def config_keys(self) -> dict[str, Any]:
+    def config_keys(self) -> JsonObject:
         """Return what it adds to `dflash_config`."""
         return {f"{self.prefix}{key}": value for key, value in vars(self).items()}

@@ -4,7 +4,7 @@ What comes in is a config in any spelling; what goes out is a `DrafterSpec` whos
 the config that every engine reads. A folder gives its tensors too.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -25,18 +25,18 @@ from dpace.config import DrafterConfig, SelectorName
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import (
     COPY_AGAIN,
-    Count,
     Flag,
     Index,
     LayerCount,
     Scale,
+    StrictCount,
     adapter,
     read_either,
-    read_object,
+    read_group,
     read_values,
 )
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
-from dpace.system.ledger import refuse_endless
+from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import read_config, refuse_mismatch, translate_library_errors
 
 WHAT = "the drafter of this config"
@@ -100,18 +100,18 @@ class DrafterSpec:
     target_layer_ids: tuple[Annotated[int, Strict()], ...]
     """0-based layers whose output is used; engines that count the embedding as state 0 get `hidden_state_ids`."""
     num_target_layers: LayerCount
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
+    vocab_size: StrictCount
+    hidden_size: StrictCount
+    intermediate_size: StrictCount
     num_layers: Annotated[LayerCount, Field(alias="num_hidden_layers")]
-    num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: Annotated[Count, Field(le=2**16)]
+    num_attention_heads: StrictCount
+    num_key_value_heads: StrictCount
+    head_dim: Annotated[StrictCount, Field(le=2**16)]
     """Numbers of each head. The bound keeps the rotation small, which is tried out before the weights are read."""
     rms_norm_eps: Float32
-    rope_parameters: dict[str, Any]
+    rope_parameters: JsonObject
     """Rotary embedding, as `rope_parameters` of transformers."""
-    max_position_embeddings: Count
+    max_position_embeddings: StrictCount
     input_embedding_scale: Float32 = 1.0
     """Factor of the target's embedding."""
     output_multiplier: Float32 = 1.0
@@ -126,7 +126,7 @@ class DrafterSpec:
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
     selector: InstanceOf[SelectorSizes] | None = None
     """Sizes of a selector with a network of its own; None without one."""
-    sliding_window: Count | None = None
+    sliding_window: StrictCount | None = None
     """Window of sliding layers, in tokens, see `dpace.modeling_dflash.DFlashAttention`; None without such layers."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
     """Kind of each layer; empty where all have full attention."""
@@ -138,9 +138,9 @@ class DrafterSpec:
     """The same of an LM head for all tokens."""
     draft_vocab_size: Index = 0
     """Rows of an own LM head for some tokens, which `d2t` names; 0 without one."""
-    record: Annotated[dict[str, Any], Field(alias="dpace")] = field(default_factory=dict, compare=False)
+    record: Annotated[JsonObject, Field(alias="dpace")] = field(default_factory=dict, compare=False)
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
-    special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
+    special_token_ids: JsonObject = field(default_factory=dict, compare=False)
     """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""
 
     @property
@@ -156,12 +156,14 @@ class DrafterSpec:
     @property
     def architecture(self) -> str:
         """Name of its network in published configs."""
-        if self.selector:
-            return self.conv_kernel_size and self.selector.with_convolutions or self.selector.architecture
-        return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
+        if self.selector is None:
+            return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
+        if self.conv_kernel_size and self.selector.with_convolutions:
+            return self.selector.with_convolutions
+        return self.selector.architecture
 
     @property
-    def network_keys(self) -> dict[str, Any]:
+    def network_keys(self) -> JsonObject:
         """What its layers and its selector add to `dflash_config`.
 
         Beside convolutions, engines want a selector; one of zeros changes nothing. llama.cpp wants its
@@ -188,20 +190,26 @@ class DrafterSpec:
         return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
+    def from_values(cls, values: JsonObject) -> "DrafterSpec":
         """Make a spec from values under their published names; others are ignored, and None is a missing value.
 
         Raises:
             ValueError: a value that no drafter has, or none where one is needed; names it.
         """
-        numbers = read_values(Numbers, values["rope_parameters"] | read_object(values, "dpace"))
+        numbers = read_values(Numbers, values["rope_parameters"] | read_group(values, "dpace"))
         objects = {
             "rope_parameters": values["rope_parameters"] | {"rope_theta": numbers.rope_theta},
             "special_token_ids": {name: values[name] for name in SPECIAL_TOKENS if name in values},
         }
         spec = read_values(cls, {**values, **objects})
         if spec.selector:
-            spec.selector.check(spec)
+            spec.selector.check(spec.hidden_size)
+            for key in ("sample_from_anchor", "draft_vocab_size"):
+                if value := getattr(spec, key):
+                    raise ValueError(
+                        f"{key} is {value}, which dpace does not run with a selector; serve this drafter with the "
+                        "project that trained it"
+                    )
         if "sliding_attention" not in spec.layer_types:
             spec = replace(spec, layer_types=(), sliding_window=None)
         elif spec.sliding_window is None:
@@ -210,7 +218,7 @@ class DrafterSpec:
         return spec
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
+    def from_config(cls, config: JsonObject) -> "DrafterSpec":
         """Read a `config.json` in the published layout.
 
         The block size and the rotary embedding may have either spelling. A missing epsilon is transformers' default.
@@ -219,7 +227,7 @@ class DrafterSpec:
             ValueError: a value without a safe default is missing, a value is given twice and differently, a value that
                 no drafter has, or a variant of the network that dpace does not support.
         """
-        nested = read_object(config, "dflash_config")
+        nested = read_group(config, "dflash_config")
         refuse_variants(config)
         if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
             raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
@@ -276,7 +284,7 @@ class DrafterSpec:
                 )
         return config
 
-    def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
+    def published(self, written: JsonObject) -> JsonObject:
         """Complete the `config.json` that transformers wrote with the values that engines read."""
         config = {
             **written,
@@ -321,7 +329,7 @@ def own_tables(names: Iterable[str]) -> dict[str, bool]:
     return {f"has_own_{name}": f"{name}.weight" in names for name in ("embed_tokens", "lm_head")}
 
 
-def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
+def _read_causality(config: JsonObject, nested: JsonObject) -> Any:
     """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
     found = read_either({"causal": config.get("is_causal")}, nested, "causal")
     kinds = str(config.get("layer_types") or "")
@@ -332,11 +340,11 @@ def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any
     return "sliding" if "full_attention" in kinds else True
 
 
-def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(config: JsonObject) -> JsonObject:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    rope = read_object(config, "rope_parameters")
+    rope = read_group(config, "rope_parameters")
     if not rope:
-        rope = read_object(config, "rope_scaling")
+        rope = read_group(config, "rope_scaling")
         rope.setdefault("rope_type", rope.pop("type", "default"))
     theta = read_either(config, rope, "rope_theta", "rope_parameters")
     if theta is None:
@@ -348,14 +356,14 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**rope, "rope_theta": theta}
 
 
-def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> SelectorSizes | None:
+def read_sizes(config: JsonObject, nested: JsonObject) -> SelectorSizes | None:
     """Read the sizes of a selector from a config and its `dflash_config`; None where they have none.
 
     Raises:
         ValueError: see `read_values`.
     """
     for name, sizes in SELECTORS.items():
-        network = dpace.modeling_dflash.SELECTORS[name]
+        network = dpace.modeling_dflash.SELECTOR_NETWORKS[name]
         if network.is_in(nested) or sizes.architecture in str(config.get("architectures")):
             prefix = sizes.prefix
             values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
@@ -388,7 +396,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_folder(
-    folder: str | Path, to_published: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    folder: str | Path, to_published: Callable[[JsonObject], JsonObject] = dict
 ) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Read a z-lab or SpecForge folder, also one whose weights are quantized as transformers reads it.
 
@@ -414,12 +422,12 @@ def read_folder(
         spec = DrafterSpec.from_config(own_tables(tensors) | to_published(config))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if quantized := read_object(config, "quantization_config"):
+    if quantized := read_group(config, "quantization_config"):
         tensors = read_quantized(folder, spec, quantized)
     return spec, tensors
 
 
-def read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
+def read_quantized(folder: Path, spec: DrafterSpec, quantized: JsonObject) -> dict[str, Tensor]:
     """Let transformers turn quantized weights into plain ones.
 
     Memory: all weights in fp32.

@@ -9,14 +9,15 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from dpace.recipes.validation import explain
+from dpace.recipes.validation import describe_invalid
+from dpace.system.ledger import JsonObject
 
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 MAX_LAYERS = 1000
 """Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
 
 Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
-Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+StrictCount = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
 Flag = Annotated[bool, Strict()]
 Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
@@ -26,7 +27,7 @@ adapter = functools.cache(TypeAdapter)
 """Makes what checks and writes the values of a class."""
 
 
-def read_values(kind: type[Made], values: Mapping[str, Any], prefix: str = "") -> Made:
+def read_values(kind: type[Made], values: JsonObject, prefix: str = "") -> Made:
     """Make a dataclass from values under their published names; others are ignored, and None is a missing value.
 
     Args:
@@ -41,10 +42,10 @@ def read_values(kind: type[Made], values: Mapping[str, Any], prefix: str = "") -
     try:
         return adapter(kind).validate_python(values)
     except ValidationError as error:
-        raise ValueError(f"in the drafter's config {prefix}{explain(error, kind)}; {COPY_AGAIN}") from error
+        raise ValueError(f"in the drafter's config {prefix}{describe_invalid(error, kind)}; {COPY_AGAIN}") from error
 
 
-def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def read_group(config: JsonObject, name: str) -> JsonObject:
     """Read an object; an empty one where the config has none."""
     value = config.get(name)
     if value is not None and not isinstance(value, Mapping):
@@ -52,7 +53,7 @@ def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def read_either(config: Mapping[str, Any], group: Mapping[str, Any], key: str, name: str = "dflash_config") -> Any:
+def read_either(config: JsonObject, group: JsonObject, key: str, name: str = "dflash_config") -> Any:
     """Read a value from an object of the config or from its top level; None where it is in neither.
 
     Args:

@@ -1,17 +1,21 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from dpace.blocks import Blocks, dense_mask, flex_mask
-from dpace.modeling_dflash import DFlashDraftModel
+from dpace.modeling_dflash import DFlashDraftModel, Mask
 from dpace.system.device import TILED
 from dpace.target import Target
-from dpace.target.target import HEAD_INPUT
+
+Batch = dict[str, Any]
+"""Tensors of a conversation, or of several with their blocks, by name; None where one is not known."""
 
 
 class BlockRows(NamedTuple):
@@ -30,8 +34,8 @@ def draft_block(
     features: Float[Tensor, "batch context feature"],
     *,
     position_ids: Int[Tensor, "rows new"] | None = None,
-    attention_mask: Any = None,
-    cache: Any = None,
+    attention_mask: Mask | Mapping[str, Mask] = None,
+    cache: Cache | None = None,
     block_size: int | None = None,
 ) -> BlockRows:
     """Compute the hidden states of blocks.
@@ -87,7 +91,7 @@ class BlocksHidden(NamedTuple):
 def blocks_hidden(
     drafter: Any,
     target: Target,
-    inputs: dict[str, Any],
+    inputs: Batch,
     *,
     model: Any = None,
     with_target_hidden: bool = False,
@@ -104,17 +108,25 @@ def blocks_hidden(
         drafter: a `Drafter`.
         target: its target.
         inputs: a batch of `dpace.batches.dataset.collate`; `text` may have its `token_ids` on the CPU, see
-            `Target.features`.
+            `Target.read_features`.
         model: the drafter's wrapper in training; by default the drafter itself.
         with_target_hidden: give the input of the target's head too.
+
+    Raises:
+        ValueError: it is asked for, and the features of the batch were kept without it.
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids = inputs["token_ids"]
     features = inputs["features"]
+    head_input = inputs.get("head_input")
     if features is None:
         text = inputs.get("text", token_ids)
-        features = target.features(text, drafter.target_layer_ids + [HEAD_INPUT] * with_target_hidden)
-    num_features = len(drafter.target_layer_ids) * target.hidden_size
+        features, head_input = target.read_features(text, drafter.target_layer_ids, with_head_input=with_target_hidden)
+    if with_target_hidden and head_input is None:
+        raise ValueError(
+            "the features of these conversations were kept without the input of the target's LM head, which the loss "
+            "reads; keep them by `dpace.make_datasets` with the recipe of the training"
+        )
     batch, num_context = token_ids.shape
     make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
     read = blocks
@@ -126,7 +138,7 @@ def blocks_hidden(
         drafter if model is None else model,
         target,
         read.input_ids(drafter.mask_token_id).flatten(1, 2),
-        features[..., :num_features],
+        features,
         position_ids=torch.cat([context_ids, read.position_ids.flatten(1)], dim=1),
         attention_mask=masks,
         block_size=read.block_size,
@@ -134,5 +146,5 @@ def blocks_hidden(
     hidden = to_predicted(drafted.hidden.unflatten(1, read.labels.shape[1:]), drafter.first_slot)
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)
     rows = torch.arange(batch, device=token_ids.device)[:, None, None]
-    target_hidden = features[..., num_features:][rows, before] if with_target_hidden else None
+    target_hidden = head_input[rows, before] if head_input is not None and with_target_hidden else None
     return BlocksHidden(hidden, blocks, drafted.context[rows[..., 0], before[..., 0]], target_hidden)

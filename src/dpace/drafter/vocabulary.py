@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpace.fast.packing import FastForm, Product, pack, weights_state
-from dpace.system.ledger import read_object, write_json
+from dpace.system.ledger import JsonObject, read_object, write_json
 from dpace.target import Target
+from dpace.target.draft_rows import DraftRows
 
 VOCABULARY_FILE = "draft_vocabulary.json"
 FIX = "copy it again, or remove the file"
@@ -87,7 +88,7 @@ def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | No
     return DraftVocabulary(values["token_ids"], temperature)
 
 
-def read_tokens(path: Path, num_tokens: int) -> dict[str, Any]:
+def read_tokens(path: Path, num_tokens: int) -> JsonObject:
     """Read a JSON file with a list of `token_ids`.
 
     Raises:
@@ -115,44 +116,6 @@ def drafted_tokens(d2t: Tensor, num_tokens: int) -> Int[Tensor, " choice"]:
             "drafter again"
         )
     return token_ids
-
-
-class DraftRows:
-    """The LM head's rows of the tokens that may be drafted: of all, or a copy of those of some.
-
-    Args:
-        target: has the head.
-        token_ids: in the order of the rows; all by default.
-    """
-
-    def __init__(self, target: Target, token_ids: Tensor | None = None):
-        self.target = target
-        self.head = target.head
-        self.token_ids: Int[Tensor, " choice"] | None = None
-        if token_ids is not None:
-            self.token_ids = token_ids.to(target.device)
-            self.head = target.head._replace(weight=target.head.weight[self.token_ids].contiguous())
-            self._index = torch.full_like(target.head.weight[:, 0], -1, dtype=torch.long)
-            self._index[self.token_ids] = torch.arange(len(token_ids), device=target.device)
-
-    def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
-        """Compute the logits of the tokens that may be drafted."""
-        return self.target.logits(hidden) if self.token_ids is None else self.head.logits(hidden)
-
-    def index(self, token_ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Return the row of each token; -1 where it has none."""
-        return token_ids if self.token_ids is None else self._index[token_ids]
-
-    def tokens(self, index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Return the tokens of rows."""
-        return index if self.token_ids is None else self.token_ids[index]
-
-    def spread(self, logits: Float[Tensor, "row choice"]) -> Float[Tensor, "row vocab"]:
-        """Return the logits of all tokens: minus infinity for those that are not drafted."""
-        if self.token_ids is None:
-            return logits
-        whole = logits.new_full((len(logits), len(self.target.head.weight)), -torch.inf)
-        return whole.index_copy_(1, self.token_ids, logits)
 
 
 class PackedRows(DraftRows):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jinja2
 import yaml
@@ -28,6 +28,7 @@ from dpace.system.provenance import fingerprint
 from dpace.target import Target
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
+Read = TypeVar("Read")
 PLACES = ("server", "init", "feature_files", "feature_servers")
 """Options that name files and servers."""
 
@@ -110,7 +111,7 @@ def paying_drafts(row: Row) -> int:
     return sum(rate > cost for rate in rates)
 
 
-def _read_beside(path: Path, read: Callable[[Path], Any]) -> Any:
+def _read_beside(path: Path, read: Callable[[Path], Read]) -> Read | None:
     """Read a file that may lie beside a drafter; None, with a line that says why, where it cannot be read."""
     try:
         return read(path) if path.exists() else None

@@ -3,7 +3,7 @@
 In come a drafter's spec and tensors; out come the files that an engine reads, its command, and its part of the card.
 """
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,33 @@ from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
 """Published names of the networks that dpace trains."""
-PROPERTIES = ("sample_from_anchor", "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
-"""Properties of a `DrafterSpec` that not every engine reads."""
+CONVOLUTIONS = ("conv_kernel_size", "conv_group_size")
+"""Options of a `DrafterSpec` of what layers have in `DFlash2DraftModel`, and beside a selector."""
+TABLES = ("draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
+"""Those of tables of a drafter's own."""
+EVERYWHERE = (
+    *("input_embedding_scale", "output_multiplier", "final_logit_softcapping"),  # the target's own; see `doubt`
+    *("sliding_window", "layer_types", "is_causal"),
+    "selector",  # as its architecture
+    *("record", "special_token_ids"),
+)
+"""Those that every engine reads or need not read, but for what its own `fault` refuses."""
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names of tensors in transformers' own container, and the published ones."""
+
+
+def traits_of(spec: DrafterSpec) -> list[str]:
+    """Return what an engine must read to serve a drafter: its network's name, and options that not every engine has.
+
+    An option that nothing here knows is among them, so no engine is given what it was not written for.
+    """
+    traits = [spec.architecture]
+    for option in fields(spec):
+        usual = option.default if option.default_factory is MISSING else option.default_factory()
+        is_set = usual is not MISSING and getattr(spec, option.name) != usual
+        if is_set and option.name not in EVERYWHERE:
+            traits.append(option.name)
+    return traits
 
 
 def to_layer_ids(hidden_state_ids: object) -> list[int]:
@@ -40,9 +63,11 @@ class Engine:
     title: str
     """Its name on pages and in messages."""
     reads: tuple[str, ...] = ("DFlashDraftModel",)
-    """What it reads that not every engine does: published names of networks, and `PROPERTIES`."""
+    """What it reads of `traits_of` a drafter."""
     layout: str = "published"
     """Which files it reads; a model card is for all engines that read the same ones."""
+    files: tuple[str, ...] = ("config.json", "model*.safetensors*", "modeling_*.py")
+    """Patterns of the names of all files that `write` makes; a later export or import removes them."""
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
@@ -59,7 +84,7 @@ class Engine:
 
     def fault(self, spec: DrafterSpec) -> str:
         """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""
-        traits = [spec.architecture, *(key for key in PROPERTIES if getattr(spec, key))]
+        traits = traits_of(spec)
         for trait in traits:
             if trait not in self.reads:
                 ways = [f"--to {engine.name}" for engine in all_engines() if {*traits} <= {*engine.reads}]

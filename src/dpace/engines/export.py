@@ -22,9 +22,8 @@ from dpace.target import Target
 from dpace.target.files import find_target_files
 from dpace.training.run import RUN_FILE
 
-PATTERNS = ("config.json", "README.md", "model*.safetensors*", "modeling_*.py", "*.gguf")
-"""Files of a drafter that an export or an import may write."""
-IDENTIFYING = ("config.json", "README.md", "model.safetensors")
+CARD = "README.md"
+IDENTIFYING = ("config.json", CARD, "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
 OF_SELECTOR = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 """Entries of the record that were measured with the selector."""
@@ -111,8 +110,9 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     drafter = make_drafter(spec, cast, f"the drafter in {config.dtype}")
     if config.dtype == "keep":
         config = replace(config, dtype=dtype_name(drafter.fc.weight.dtype))
-    with _compared(output, drafter) as aside:
+    with _replacing(output) as aside:
         path = engine.write(aside, drafter, config, target)
+        _check_written(path, engine, drafter, output)
         write_card(path, drafter, config, folder=folder, source=source, target=target)
     return output / path.relative_to(aside)
 
@@ -133,32 +133,48 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     refuse_output(output, source)
     drafter = read_drafter(source, num_target_layers=None if target is None else count_layers(target))
     drafter.spec.check()
-    with _compared(output, drafter) as aside:
+    with _replacing(output) as aside:
         drafter.save_pretrained(aside)
+        _check_written(aside, Engine(), drafter, output)
     return drafter
 
 
 @contextmanager
-def _compared(output: Path, drafter: Drafter) -> Iterator[Path]:
-    """Yield an empty folder, whose files go to `output` where a drafter can be read back from them bit for bit.
+def _replacing(output: Path) -> Iterator[Path]:
+    """Yield an empty folder, whose files go to `output`.
 
     What dpace wrote of another drafter to the same folder would be uploaded and read with this one, and is removed.
-
-    Raises:
-        ValueError: a file differs from what was to be written.
     """
+    patterns = {CARD}.union(*(engine.files for engine in all_engines()))
     with lock_folder(output):
         with filling(output) as aside:
             yield aside
-            path = next(aside.glob("*.gguf"), aside)
-            again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
-            if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
-                raise ValueError(f"{output} does not read back as it was written; do not serve it")
             files = [file.name for file in aside.iterdir()]
             register_files(output, *files)
-        old = remove_files(output, PATTERNS, keep=files)
+        old = remove_files(output, patterns, keep=files)
     if old:
         note(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}")
+
+
+def _check_written(path: Path, engine: Engine, drafter: Drafter, output: Path) -> None:
+    """Refuse files from which the drafter is not read back bit for bit, or that a later export would leave.
+
+    Args:
+        path: what was written, the folder or a file in it.
+        engine: whose `files` they are.
+        drafter: as it was to be written.
+        output: the folder that they would go to.
+
+    Raises:
+        ValueError: a file differs from what was to be written, or is none of these.
+    """
+    folder = path if path.is_dir() else path.parent
+    for file in folder.iterdir():
+        if not any(file.match(pattern) for pattern in engine.files):
+            raise ValueError(f"--to {engine.name} writes {file.name}, which is not among its `files`; add a pattern")
+    again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
+    if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
+        raise ValueError(f"{output} does not read back as it was written; do not serve it")
 
 
 def count_layers(target: str) -> int:
@@ -180,9 +196,12 @@ def writer_of(path: Path) -> Engine:
     """Find the engine in whose layout files are; the published one's where they say nothing else.
 
     Raises:
-        ValueError: a folder with a GGUF file and no config.
+        ValueError: a folder without a config, but with a file that an engine is given alone.
     """
-    file = next(path.glob("*.gguf"), None)
-    if file and not (path / "config.json").exists():
-        raise ValueError(f"{path} has no config.json, but {file.name}; name this file")
-    return next((engine for engine in all_engines() if engine.is_written(path)), Engine())
+    for engine in all_engines():
+        if engine.is_written(path):
+            return engine
+        for file in path.glob("*"):
+            if file.is_file() and engine.is_written(file) and not (path / "config.json").exists():
+                raise ValueError(f"{path} has no config.json, but {file.name}; name this file")
+    return Engine()

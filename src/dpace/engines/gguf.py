@@ -22,14 +22,16 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.engine import PROPERTIES, Engine, to_layer_ids
-from dpace.system.ledger import refuse_endless
+from dpace.engines import ExportConfig
+from dpace.engines.engine import CONVOLUTIONS, TABLES, Engine, to_layer_ids
+from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import translate_library_errors
+from dpace.target import Target
 
 ARCHITECTURE = "dflash"
-OURS = "dpace.config"
+RECORD_KEY = "dpace.config"
 """Key of the file, a text in JSON: record and special tokens of the drafter's config, which llama.cpp does not read."""
-TARGETS = (
+SUPPORTED_TARGETS = (
     "bailingmoe3 deepseek4 gemma4 gpt-oss hunyuan-dense hunyuan_vl k2-horizon lfm2 lfm2moe llama mimo2 minimax-01 "
     "minimax-m2 muse-glimmer nanbeige nemotron_h nemotron_h_moe qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen4exp "
     "deepseek_v4 gemma4_text gemma4_unified gpt_oss hunyuan_v1_dense internlm3 iquestcoder janus lfm2_moe llava "
@@ -59,7 +61,7 @@ FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """Published name and llama.cpp's name of each number; those that change nothing are not written."""
-NAMES = {
+TENSOR_NAMES = {
     "fc.weight": "fc.weight",
     "hidden_norm.weight": "enc.output_norm.weight",
     "norm.weight": "output_norm.weight",
@@ -103,8 +105,9 @@ class Gguf(Engine):
 
     name = "gguf"
     title = "llama.cpp"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS, *TABLES, "sample_from_anchor")
     layout = "gguf"
+    files = ("*.gguf",)
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens)
 
 ```bash
@@ -119,7 +122,7 @@ With a quantized target, such as Q8_0 or Q4_1, the text will differ from what th
 llama.cpp rounds a block of tokens and a single one differently. With a target in f16, bf16 or f32 the text stays.
 """
 
-    def check(self, config, spec):
+    def check(self, config: ExportConfig, spec: DrafterSpec) -> None:
         """See `Engine`; a GGUF file of another target, or of one that no drafter can read, is refused too."""
         super().check(config, spec)
         if config.target_gguf is None:
@@ -131,7 +134,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         if fault := self.target_fault(target.fields["general.architecture"].contents()):
             raise ValueError(fault)
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`.
 
         Its network takes no frequency factors of a scaled rotary embedding; other scalings were not tested.
@@ -149,16 +152,16 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             )
         return super().fault(spec)
 
-    def target_fault(self, kind):
+    def target_fault(self, kind: str) -> str:
         """See `Engine`; also for the architecture of a GGUF file."""
-        if kind in TARGETS:
+        if kind in SUPPORTED_TARGETS:
             return ""
         return (
             f"the target is a {kind}, of which llama.cpp (b11549) hands out no inputs of layers: it ends its process "
             "at the first request; serve this drafter with vLLM, SGLang or transformers"
         )
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`; drafters whose blocks begin at the anchor run as DSpark's without a head."""
         file = shlex.quote(drafter) if drafter.endswith(".gguf") else "DRAFTER.gguf"
         model = shlex.quote(target) if target.endswith(".gguf") else "TARGET.gguf"
@@ -166,21 +169,21 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         count = spec.num_draft_tokens
         return f"llama-server -m {model} -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
 
-    def cast(self, tensor, dtype):
+    def cast(self, tensor: Tensor, dtype: str) -> Tensor:
         """See `Engine`; llama.cpp needs all but matrices in float32."""
         return super().cast(tensor, dtype if tensor.dim() == 2 else "float32")
 
-    def write(self, folder, drafter, config, target):
+    def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """See `Engine`."""
         path = folder / f"dflash-{Path(config.served_target).resolve().name}-{config.dtype}.gguf"
         write_gguf(path, drafter, str(config.target_gguf))
         return path
 
-    def is_written(self, path):
+    def is_written(self, path: Path) -> bool:
         """See `Engine`."""
         return path.suffix == ".gguf"
 
-    def read(self, path, num_target_layers):
+    def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """See `Engine`; weights that `gguf` cannot read are refused too."""
         reader, fields = open_gguf(path)
         architecture = fields.get("general.architecture")
@@ -192,7 +195,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
         with translate_library_errors(f"the GGUF file {path}", AGAIN):
             tensors = {
-                tensor.name: unpack(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
+                tensor.name: from_gguf(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
                 for tensor in reader.tensors
             }
             values = _read_values(fields) | {
@@ -211,10 +214,10 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
 def gguf_name(name: str) -> str:
     """Return llama.cpp's name of a tensor."""
     of_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    return NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
+    return TENSOR_NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
 
 
-def pack(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+def to_gguf(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
     """Return the bytes of a tensor for the file, and their type."""
     tensor = tensor.detach().cpu().contiguous()
     # numpy has no bf16: gguf takes its bytes, as those of blocks
@@ -222,7 +225,7 @@ def pack(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
     return data.numpy(), TENSOR_TYPES[tensor.dtype]
 
 
-def unpack(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
+def from_gguf(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
     """Return the tensor of such bytes, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
     if kind in DTYPES:
         return torch.from_numpy(np.array(data)).view(DTYPES[kind])
@@ -232,14 +235,14 @@ def unpack(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
 class _StrictReader(gguf.GGUFReader):
     """A reader that ends at the end of the file; gguf's own takes numbers behind it as empty ones."""
 
-    def _get(self, offset, dtype, count=1, override_order=None):
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         found = super()._get(offset, dtype, count, override_order)
         if len(found) < count:
             raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
         return found
 
 
-def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
+def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, JsonObject]:
     """Open a GGUF file, and read its metadata.
 
     Raises:
@@ -296,7 +299,7 @@ def write_gguf(path: Path, drafter: Drafter, target_gguf: str | Path) -> None:
     for name, tensor in drafter.state_dict().items():
         if name == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
-        data, kinds[name] = pack(tensor)
+        data, kinds[name] = to_gguf(tensor)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kinds[name])
     mostly = kinds["fc.weight"].name
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])
@@ -341,10 +344,10 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
         writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
-    writer.add_string(OURS, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
+    writer.add_string(RECORD_KEY, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
 
 
-def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
+def _read_values(fields: JsonObject) -> JsonObject:
     """Return what the metadata says of a drafter, by published names."""
 
     def get(name: str) -> Any:
@@ -356,7 +359,7 @@ def _read_values(fields: dict[str, Any]) -> dict[str, Any]:
     if get("rope.scaling.type") not in (None, "none"):
         raise ValueError(f"its rope.scaling.type is {get('rope.scaling.type')!r:.50}, which is not read")
     return {
-        **json.loads(fields.get(OURS, "{}")),
+        **json.loads(fields.get(RECORD_KEY, "{}")),
         **{published: get(name) or None for published, name in FIELDS.items()},
         **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
         "selector": read_sizes({}, {name: get(name) for name in ("selector_rank", "selector_top_k")}),

@@ -2,17 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TypeVar
 
 from pydantic import ValidationError
 
-from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import SAME_AS_OPTIONS
 from dpace.engines.export import count_layers, read_drafter
+from dpace.recipes.recipe_file import AnyRecipe
 from dpace.target.locate import find_drafter, find_target
-
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Drafter | None]:
@@ -40,7 +37,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         **{name: getattr(spec, name) for name in SAME_AS_OPTIONS},
         "selector": spec.selector and spec.selector.name,
         "num_features": len(spec.target_layer_ids),
-        **(spec.selector.options(spec) if spec.selector else {}),
+        **(spec.selector.options(spec.hidden_size) if spec.selector else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": spec.is_causal is True,  # of all layers
         "norm_scale": 1.0,  # it has a final norm

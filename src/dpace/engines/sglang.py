@@ -5,7 +5,8 @@ Source: https://docs.sglang.ai and its sources; it was not run.
 
 import shlex
 
-from dpace.engines.engine import NETWORKS, Engine
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
 class Sglang(Engine):
@@ -13,7 +14,7 @@ class Sglang(Engine):
 
     name = "sglang"
     title = "SGLang"
-    reads = NETWORKS
+    reads = (*NETWORKS, *CONVOLUTIONS)
     card = """**SGLang** (not run by us)
 
 ```bash
@@ -21,7 +22,7 @@ class Sglang(Engine):
 ```
 """
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`; the block counts the known token."""
         return (
             f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm DFLASH "

@@ -6,19 +6,23 @@ Source: https://github.com/vllm-project/speculators.
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from dpace.drafter.spec import read_folder
-from dpace.drafter.values import read_object
+from dpace.drafter import Drafter
+from dpace.drafter.spec import DrafterSpec, read_folder
+from dpace.drafter.values import read_group
 from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
+from dpace.engines import ExportConfig
 from dpace.engines.engine import to_layer_ids
 from dpace.engines.vllm import Vllm
+from dpace.system.ledger import JsonObject
 from dpace.system.loading import read_config
+from dpace.target import Target
 
-OURS = (
+ELSEWHERE = (
     "block_size",
     "mask_token_id",
     "target_layer_ids",
@@ -38,7 +42,7 @@ class Speculators(Vllm):
     reads = ("DFlashDraftModel", "sample_from_anchor", "draft_vocab_size")
     layout = "speculators"
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`."""
         if spec.is_causal is True and (spec.sliding_window is None or "full_attention" in spec.layer_types):
             return (
@@ -47,7 +51,9 @@ class Speculators(Vllm):
             )
         return super().fault(spec)
 
-    def adapt(self, spec, tensors, folder, target):
+    def adapt(
+        self, spec: DrafterSpec, tensors: dict[str, Tensor], folder: Path, target: Target
+    ) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """Add the draft vocabulary as an LM head: the target's rows."""
         vocabulary = load_vocabulary(folder, spec.vocab_size)
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
@@ -58,7 +64,7 @@ class Speculators(Vllm):
         record = spec.record | {"confidence_temperature": vocabulary.confidence_temperature}
         return replace(spec, draft_vocab_size=len(token_ids), record=record), tensors | own
 
-    def write(self, folder, drafter, config, target):
+    def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """See `Engine`.
 
         `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal,
@@ -101,7 +107,7 @@ class Speculators(Vllm):
             "target_hidden_size": None,
             "tie_word_embeddings": False,
             "transformer_layer_config": {
-                **{key: value for key, value in spec.config().to_dict().items() if key not in OURS},
+                **{key: value for key, value in spec.config().to_dict().items() if key not in ELSEWHERE},
                 "rope_theta": spec.rope_parameters["rope_theta"],
                 "dtype": config.dtype,
             },
@@ -109,16 +115,16 @@ class Speculators(Vllm):
         (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         return folder
 
-    def is_written(self, path):
+    def is_written(self, path: Path) -> bool:
         """See `Engine`."""
         return (path / "config.json").is_file() and "speculators_model_type" in read_config(path)
 
-    def read(self, path, num_target_layers):
+    def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
         """See `Engine`."""
         return read_folder(path, lambda config: to_published(config, num_target_layers))
 
 
-def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:
+def to_published(config: JsonObject, num_target_layers: int | None) -> JsonObject:
     """Turn a config of speculators into the published layout."""
     if config["speculators_model_type"] != "dflash":
         raise ValueError(
@@ -129,7 +135,7 @@ def to_published(config: dict[str, Any], num_target_layers: int | None) -> dict[
         raise ValueError(
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
-    inner = read_object(config, "transformer_layer_config")
+    inner = read_group(config, "transformer_layer_config")
     is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
     return {
         **inner,

@@ -6,7 +6,8 @@ Source: https://nvidia.github.io/TensorRT-LLM; it was not run. Whether it runs D
 import json
 import shlex
 
-from dpace.engines.engine import NETWORKS, Engine
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
 class Tensorrt(Engine):
@@ -14,7 +15,7 @@ class Tensorrt(Engine):
 
     name = "tensorrt"
     title = "TensorRT-LLM"
-    reads = NETWORKS
+    reads = (*NETWORKS, *CONVOLUTIONS)
     card = """**TensorRT-LLM** (not run by us)
 
 ```yaml
@@ -24,7 +25,7 @@ class Tensorrt(Engine):
 `draft_len_schedule` has the draft length up to each number of requests at once, and no drafts above the last one.
 """
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`; a configuration, which the server is given."""
         return (
             f"# config.yaml, for: trtllm-serve {shlex.quote(target)} --config config.yaml\n"

@@ -3,7 +3,8 @@
 Source: `DFlashTokenCandidateGenerator` of transformers.
 """
 
-from dpace.engines.engine import Engine
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
 class Transformers(Engine):
@@ -11,7 +12,7 @@ class Transformers(Engine):
 
     name = "transformers"
     title = "transformers"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel")
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS)
     card = """**transformers** (5.15 or newer, one prompt at a time)
 
 ```python
@@ -28,13 +29,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`; the network's code runs no selector."""
         if spec.selector:
             return "the drafter has a selector, which transformers does not run; export it without, with --plain"
         return super().fault(spec)
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`."""
         loaded = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
         return f'model.generate(**inputs, assistant_model={loaded}, speculation_type="dflash", do_sample=False)'

@@ -6,7 +6,8 @@ Source: https://docs.vllm.ai; docs/results.md says what was run.
 import json
 import shlex
 
-from dpace.engines.engine import NETWORKS, Engine
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.engine import CONVOLUTIONS, NETWORKS, TABLES, Engine
 
 
 class Vllm(Engine):
@@ -14,7 +15,7 @@ class Vllm(Engine):
 
     name = "vllm"
     title = "vLLM"
-    reads = (*NETWORKS, "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
+    reads = (*NETWORKS, *CONVOLUTIONS, *TABLES)
     card = """**vLLM**
 
 ```bash
@@ -26,7 +27,7 @@ verifies no more of a draft than pays under the load: `"enable_adaptive_verifica
 It needs Model Runner V2 with full CUDA graphs (not run by us).
 """
 
-    def fault(self, spec):
+    def fault(self, spec: DrafterSpec) -> str:
         """See `Engine`; vllm#57934 says which pair it does not read."""
         if spec.selector and spec.draft_vocab_size:
             return (
@@ -35,13 +36,13 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
             )
         return super().fault(spec)
 
-    def doubt(self, spec):
+    def doubt(self, spec: DrafterSpec) -> str:
         """See `Engine`."""
         if {spec.input_embedding_scale, spec.output_multiplier, spec.final_logit_softcapping} == {1.0, None}:
             return ""
         return "the drafter has scales or a cap, which vLLM's V1 runner does not read; use another engine"
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`."""
         config = {"method": "dflash", "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
         return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(json.dumps(config))}"

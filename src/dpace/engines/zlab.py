@@ -3,7 +3,8 @@
 Source: https://github.com/z-lab/dflash.
 """
 
-from dpace.engines.engine import Engine
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
 class Zlab(Engine):
@@ -11,9 +12,9 @@ class Zlab(Engine):
 
     name = "zlab"
     title = "z-lab's dflash"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel")
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS)
 
-    def command(self, spec, drafter, target):
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """See `Engine`."""
         return (
             f"dflash_generate(DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype), model, token_ids, "

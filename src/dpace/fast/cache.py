@@ -97,7 +97,7 @@ class PreallocatedLayer(DynamicLayer):
         self.buffers: list[Tensor] = []
         super().__init__()
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write new keys and values behind the old ones and return views of those that are read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -243,7 +243,7 @@ class RaggedLayer(PreallocatedLayer):
     columns: Tensor
     end: int
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write new keys and values to their columns and return views of the columns before `end`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -254,7 +254,8 @@ class RaggedLayer(PreallocatedLayer):
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[self.rows, :, self.columns] = states.transpose(1, 2)
-        return tuple(buffer[self.read_rows, :, : self.end] for buffer in self.buffers)
+        keys, values = (buffer[self.read_rows, :, : self.end] for buffer in self.buffers)
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns that are read, and the first of them."""

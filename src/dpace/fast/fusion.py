@@ -8,19 +8,19 @@ and in any model on a GPU, a large part of a step's time is spent outside the ma
 import copy
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
 from dpace.fast.cache import is_full_attention
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, unpack
-from dpace.modeling_dflash import DFlashLayer
+from dpace.modeling_dflash import DFlashLayer, Mask, Rope
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
@@ -189,7 +189,15 @@ class FusedProducts(FastForm):
 class FusedLayer(FastModule):
     """A mixin for one of `LAYERS`, whose own code still runs where the fused products cannot be used."""
 
-    def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings: Any = None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Mask = None,
+        *args: Any,
+        cache: Cache | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Compute the layer's output, equal to that of its own class."""
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
@@ -207,7 +215,15 @@ class FusedLayer(FastModule):
 class FusedDraftLayer(FastModule, DFlashLayer):
     """A drafter's layer with fused products."""
 
-    def forward(self, hidden, context, rope, mask, cache, block_size=None):
+    def forward(
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        rope: Rope,
+        mask: Mask,
+        cache: Cache | None,
+        block_size: int | None = None,
+    ) -> Tensor:
         """Compute the output of a `DFlashLayer`, whose own code also runs for the masks of training."""
         fused = self.fast
         is_dense = mask is None or isinstance(mask, Tensor)
@@ -216,7 +232,7 @@ class FusedDraftLayer(FastModule, DFlashLayer):
         attention: Any = self.self_attn
         rotation = Rotation(*rope)
 
-        def attend(rows):
+        def attend(rows: Tensor) -> Tensor:
             query, key, value = fused.heads(torch.cat([context, rows], dim=1), rotation)
             if cache is not None:
                 key, value = cache.update(key, value, attention.layer_idx)
@@ -320,8 +336,8 @@ class LayerOutputs:
             finally:
                 self.found = None
 
-    def _make_hook(self, layer_id: int) -> Any:
-        def hook(_module, _args, output):
+    def _make_hook(self, layer_id: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: object, output: Any) -> None:
             if self.found is not None:
                 self.found[layer_id] = output[0] if isinstance(output, tuple) else output
                 if layer_id == self.last:

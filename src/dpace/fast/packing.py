@@ -88,7 +88,7 @@ class FastModule(nn.Module):
         needs_own_code = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         return rows.dtype == dtype and not needs_own_code
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the weights, and drop their fast form."""
         self.fast = None
         return super()._apply(*args, **kwargs)
@@ -175,14 +175,14 @@ def has_fast_bf16() -> bool:
     return has_instructions and is_in_build and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def join(linears: Sequence[nn.Linear]) -> Any:
+def join(linears: Sequence[nn.Linear]) -> Product:
     """Make one product that gives the outputs of linear layers side by side.
 
     It is packed where that is faster. Elsewhere the weights become parts of one tensor, which the product reads: there
     is no second copy.
     """
-    weights: list[Any] = [linear.weight for linear in linears]
-    biases: list[Any] = [linear.bias for linear in linears if linear.bias is not None]
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     joined = [torch.cat(parts).detach() for parts in (weights, biases) if parts]
     product = pack(*joined)
     if product is not None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float
@@ -181,17 +181,17 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        hidden,
-        head,
-        labels,
-        is_scored,
-        scored_rows,
-        token_loss,
-        target_hidden,
-        chunk_bytes,
-        num_candidates,
-    ):
+        ctx: Any,
+        hidden: Tensor,
+        head: LmHead,
+        labels: Tensor,
+        is_scored: Tensor,
+        scored_rows: Tensor,
+        token_loss: TokenLoss,
+        target_hidden: Tensor | None,
+        chunk_bytes: int,
+        num_candidates: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Compute losses, nll, overlap (None for hard losses) and top tokens of all slots.
 
         Arguments as in `dpace.loss.frozen_head_nll`.
@@ -223,7 +223,7 @@ class TokenLosses(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx, grad_losses, *_):
+    def backward(ctx: Any, grad_losses: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         """Scale the kept gradient by the gradient of each slot's loss."""
         (grad,) = ctx.saved_tensors
         return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8

@@ -4,7 +4,7 @@ No logits are kept.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -118,7 +118,7 @@ def frozen_head_nll(
             head.weight, is_cpu=head.weight.device.type == "cpu", is_soft=target_hidden is not None
         )
     rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
-    scores: Any = TokenLosses.apply(
+    scores = TokenLosses.apply(
         hidden, head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates
     )
     return _weighted(labels, is_scored, weigh, *scores)

@@ -38,7 +38,7 @@ from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
-from dpace.system.ledger import register_files
+from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import shorten, track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
@@ -238,7 +238,7 @@ def _pool_responses(
     )
 
 
-def drafted_facts(seeds: Sequence[Acceptance]) -> dict[str, Any]:
+def drafted_facts(seeds: Sequence[Acceptance]) -> JsonObject:
     """Return what a `DraftedRow` says of the same prompts with one seed or several."""
     pooled = Acceptance.pooled(seeds)
     return {

@@ -22,7 +22,7 @@ from dpace.decode.batch import batch_fault, generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden, draft_block
+from dpace.drafter.views import Batch, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.own_text import Finding, find_divergence, generate_transformers, text_finding
@@ -232,7 +232,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 
 
 @torch.no_grad()
-def change_block(target: Target, drafter: Drafter, row: dict[str, Any], generator: torch.Generator) -> list[float]:
+def change_block(target: Target, drafter: Drafter, row: Batch, generator: torch.Generator) -> list[float]:
     """Compute the hidden states of a response's middle block with another text, and as decoding does.
 
     The future of a block is all text behind its anchor, and the features at the anchor: the target has not read it when

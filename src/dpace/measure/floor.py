@@ -52,7 +52,7 @@ NUM_FOLDS = 4
 LEAST_PROB = 1e-7
 """Tokens to which no sample gives this probability are left out of a fit, which is never better by more than their sum.
 """
-RESULTS_FILE = "explain.json"
+EXPLAIN_FILE = "explain.json"
 
 
 def fit_blind(
@@ -210,7 +210,7 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
     drafter.check_target(target)
     folder = Path(config.output)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
-    register_files(folder, RESULTS_FILE)
+    register_files(folder, EXPLAIN_FILE)
     setup = ExplainSetup(
         **setup_of(target, config),
         target_weights_sha256=target.sha256,
@@ -235,7 +235,7 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
         )
         records.add(record)
     results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(list(records.rows.values())))
-    write_results(folder / RESULTS_FILE, results)
+    write_results(folder / EXPLAIN_FILE, results)
     return results
 
 

@@ -14,12 +14,13 @@ from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
-from dpace.drafter.vocabulary import DraftRows, PackedRows
+from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.packing import refresh_copies
 from dpace.metrics import Acceptance
 from dpace.system import ranks
 from dpace.system.progress import track
 from dpace.target import Target
+from dpace.target.draft_rows import DraftRows
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from dpace.fast.top import argmax
 from dpace.measure.records import spread_evenly
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import count
 from dpace.system.provenance import same_run
 from dpace.target import Target, answer_end
@@ -61,7 +62,7 @@ def generate_transformers(target: Target, token_ids: list[int], max_new_tokens: 
     return out[0, len(token_ids) :].tolist()
 
 
-def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
+def read_greedy(path: str | Path) -> tuple[list[Response], JsonObject]:
     """Read a file of responses that can be read again, and what made it.
 
     Raises:
@@ -84,7 +85,7 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
     return responses, meta
 
 
-def check_responses(target: Target, responses: Sequence[Response], meta: dict[str, Any]) -> Finding:
+def check_responses(target: Target, responses: Sequence[Response], meta: JsonObject) -> Finding:
     """Read a sample of greedy answers again.
 
     Every token must be the most likely one after the text before it, and an answer must end at a stop token or where it
@@ -153,7 +154,14 @@ def _reread(
 
 
 @torch.inference_mode()
-def find_divergence(target: Target, sampler: Sampler, where: str, prompt, found, expected) -> Divergence:
+def find_divergence(
+    target: Target,
+    sampler: Sampler,
+    where: str,
+    prompt: Sequence[int],
+    found: Sequence[int],
+    expected: Sequence[int],
+) -> Divergence:
     """Find where a text leaves the target's own, and measure how close the target was to choosing the other token.
 
     The margin is a difference of logits; above temperature 0, they include the noise of sampling. The size of rounding

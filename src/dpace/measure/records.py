@@ -22,7 +22,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, to_json
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
-from dpace.system.ledger import cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
+from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
 from dpace.system.progress import note
 from dpace.system.provenance import hash_json
 from dpace.target import Target
@@ -35,13 +35,14 @@ COMPILED = "plain, compiled"
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")
-Answer = ResponseRecord | ServedAnswer
+Key = TypeVar("Key")
+MeasuredAnswer = ResponseRecord | ServedAnswer
 Record = TypeVar("Record", bound=PromptRecord)
 Job = tuple[float, Prompt]
 """What a record is made of: a temperature and a prompt."""
 
 
-def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> dict[str, Any]:
+def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> JsonObject:
     """Return the values of a `Setup`."""
     return {
         "target": chat.name,
@@ -84,9 +85,9 @@ def ask_in_turn(
         conversation.add(token_ids, answers[next(iter(ways))].token_ids)
 
 
-def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Group items that have the same key, in the order in which they come."""
-    groups: dict[Any, list[Item]] = {}
+    groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
@@ -112,19 +113,19 @@ def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in places]
 
 
-def tokens_per_second(answers: Sequence[Answer]) -> float:
+def tokens_per_second(answers: Sequence[MeasuredAnswer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
     seconds = sum(answer.decode_seconds for answer in answers)
     return sum(answer.num_decode_tokens for answer in answers) / seconds if seconds else math.nan
 
 
-def speedup(ours: Iterable[Sequence[Answer]], theirs: Iterable[Sequence[Answer]]) -> Estimate:
+def speedup(ours: Iterable[Sequence[MeasuredAnswer]], theirs: Iterable[Sequence[MeasuredAnswer]]) -> Estimate:
     """Divide the tokens a second by theirs: ratio of totals, prefill excluded.
 
     A side has the answers to each prompt. The result is None where all tokens came at once, and without answers.
     """
 
-    def times(side: Iterable[Sequence[Answer]]) -> list[tuple[float, int]]:
+    def times(side: Iterable[Sequence[MeasuredAnswer]]) -> list[tuple[float, int]]:
         """Sum the seconds of each prompt and the tokens decoded in them, "prompt 2"."""
         pairs = []
         for turns in side:

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dpace.config import Width
+from dpace.config import CountOrZero, Width
 from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, to_json
 from dpace.servers.apis import Counts
-from dpace.system.ledger import lock_folder, read_object, register_files, write_json
+from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import Hardware, Versions
 
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
@@ -29,7 +29,6 @@ MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
 NOT_EMPTY = Field(min_length=1, description="a list of one or more rows")
-Count = Annotated[int, Field(ge=0, description="a count")]
 Seconds = Annotated[float, Field(ge=0, description="a time in seconds")]
 Estimate = tuple[float | None, float | None, float | None]
 """A number and the ends of its 95 % interval; None where there are too few prompts for one, or nothing to measure."""
@@ -121,8 +120,8 @@ class ExplainSetup(Setup):
 class ResponseRecord(Generation):
     """One response, decoded by a drafter or plainly."""
 
-    accepted_lengths: list[Count]
-    emitted_lengths: list[Count]
+    accepted_lengths: list[CountOrZero]
+    emitted_lengths: list[CountOrZero]
     decode_seconds: Seconds
     drafter: str
     """Its name, `PLAIN` or `COMPILED` of `dpace.measure.records`."""
@@ -183,7 +182,7 @@ class ServedRecord(PromptRecord):
 class ExplainedRecord(PromptRecord):
     """A prompt whose blocks were measured by `dpace explain`; a line of explain-*.jsonl."""
 
-    num_blocks: Count
+    num_blocks: CountOrZero
     losses: list[list[float]]
     """What `dpace.measure.floor.score_block` returns, summed over the blocks."""
 
@@ -209,7 +208,7 @@ class DraftedRow:
     temperature: float
     """At which the target wrote the responses."""
     block_size: int
-    histogram: list[Count]
+    histogram: list[CountOrZero]
     """Verifications by accepted length."""
     tau: Estimate
     """Pooled over verifications; None without one."""
@@ -418,8 +417,8 @@ class Heldout:
     ids: list[str]
     """The prompts'."""
     block_size: int
-    histogram: list[list[Count]]
-    num_without_bonus: list[Count]
+    histogram: list[list[CountOrZero]]
+    num_without_bonus: list[CountOrZero]
     responses_sha256: str
     """Hash of the responses."""
 
@@ -466,7 +465,7 @@ def read_heldout(folder: Path) -> Heldout:
         raise ValueError(f"{path}: {error}; {fix}") from error
 
 
-def read_log(folder: str | Path) -> list[dict[str, Any]]:
+def read_log(folder: str | Path) -> list[JsonObject]:
     """Read the training log of a drafter's folder: `log_history` of `trainer_state.json`.
 
     Raises:

@@ -6,12 +6,11 @@ beside that of this process and of training, with speeds and with the number of 
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
@@ -34,7 +33,7 @@ from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
-from dpace.system.ledger import register_files
+from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
 from dpace.system.provenance import same_run
 from dpace.target.chat import ChatTokenizer, encode_chat
@@ -125,7 +124,7 @@ def _address_of(server: Server) -> ServerAddress:
     return ServerAddress(url=server.url, engine=server.engine, model=model, version=version)
 
 
-def totals_here(path: Path, known: Mapping[str, Any]) -> Totals:
+def totals_here(path: Path, known: JsonObject) -> Totals:
     """Read what this process emitted with whole drafts, verified by equality.
 
     Args:

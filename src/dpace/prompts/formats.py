@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpace.system.ledger import read_jsonl, read_object, refuse_endless
+from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_endless
 from dpace.system.progress import describe_error, one_line, quoted
 
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
@@ -28,12 +28,12 @@ class Prompt:
     """Name of the prompt, unique within its file."""
     set: str
     """Name of the dataset that the prompt belongs to; results are reported by dataset."""
-    turns: list[list[dict[str, Any]]]
+    turns: list[list[JsonObject]]
     """Messages of each turn; the target answers after each turn. The first message has the `tools`, if any."""
-    answer: dict[str, Any] | None = None
+    answer: JsonObject | None = None
     """The reply to the last turn that the file has, if any: a message."""
 
-    def own_messages(self) -> list[dict[str, Any]]:
+    def own_messages(self) -> list[JsonObject]:
         """Return the messages with the reply.
 
         Raises:
@@ -125,7 +125,7 @@ def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Iterable[tu
     return f"{name}, row ", enumerate(rows, start=1)
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[JsonObject]:
     """Yield the rows of a parquet file."""
     import pyarrow
     import pyarrow.parquet
@@ -141,21 +141,21 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def _take_filled(row: dict[str, Any]) -> dict[str, Any]:
+def _take_filled(row: JsonObject) -> JsonObject:
     """Take what has a value in a row of a table, as JSON has it, and of several kinds of prompts the first."""
     filled = _without_null(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
     first = next((key for key in KINDS if key in filled), None)
     return {key: value for key, value in filled.items() if key not in KINDS or key == first}
 
 
-def _without_null(value: Any) -> Any:
+def _without_null(value: object) -> Any:
     """Leave out keys without a value: in a table, a key that one message has stands in all."""
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
+def _parse(row: object, default_id: str, default_set: str) -> Prompt:
     """Turn a row into a prompt."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
@@ -192,7 +192,7 @@ def _parse(row: Any, default_id: str, default_set: str) -> Prompt:
     return Prompt(_check_name(row, "id", default_id), name, turns, None if answer == EMPTY_REPLY else answer)
 
 
-def _parse_message(message: Any) -> dict[str, Any]:
+def _parse_message(message: Any) -> JsonObject:
     """Read a message: a role and a text in either spelling; it may have calls of tools, and other keys.
 
     A text alone is what the user says.
@@ -213,7 +213,7 @@ def _parse_message(message: Any) -> dict[str, Any]:
     return message | {"role": ROLES.get(role, role)}
 
 
-def _parse_tools(tools: Any) -> list[dict[str, Any]]:
+def _parse_tools(tools: object) -> list[JsonObject]:
     """Read the tools of a prompt: a list of objects, or the same as JSON, whole or each."""
     tools = _from_json(tools or [], "`tools`")
     parsed = [_from_json(tool, "an entry of `tools`") for tool in (tools if isinstance(tools, list) else [tools])]
@@ -223,7 +223,7 @@ def _parse_tools(tools: Any) -> list[dict[str, Any]]:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
 
 
-def _parse_call(call: Any) -> dict[str, Any]:
+def _parse_call(call: Any) -> JsonObject:
     """Read a call of a tool, whose arguments chat templates take as an object."""
     call = _from_json(call, "an entry of `tool_calls`")
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -234,7 +234,7 @@ def _parse_call(call: Any) -> dict[str, Any]:
     return {"type": "function", **number, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _from_json(value: Any, name: str) -> Any:
+def _from_json(value: object, name: str) -> Any:
     """Return a value; one that is given as JSON is read first."""
     try:
         return json.loads(value) if isinstance(value, str) else value
@@ -242,14 +242,14 @@ def _from_json(value: Any, name: str) -> Any:
         raise ValueError(f"{name} is {quoted(value)}, expected JSON ({error})") from error
 
 
-def _check_list(value: Any, name: str) -> list:
+def _check_list(value: object, name: str) -> list:
     """Return a value that has to be a list with an entry."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"`{name}` is {quoted(value)}, expected a list of one or more")
     return value
 
 
-def _check_name(row: dict[str, Any], key: str, default: str) -> str:
+def _check_name(row: JsonObject, key: str, default: str) -> str:
     """Return an id or the name of a set: a text or a number."""
     value = row.get(key, default)
     if not isinstance(value, str | int | float) or value == "":

@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.overlap import PublicTexts
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, note
 
 MOST_MARKS = 2000
@@ -109,7 +110,7 @@ def hash_text(prompt: Prompt) -> bytes:
     texts without spaces of more than `MOST_MARKS`.
     """
 
-    def clean(value: Any) -> str:
+    def clean(value: object) -> str:
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         words = text.split(" ")
         return " ".join(
@@ -158,7 +159,7 @@ def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prom
     return [prompt for prompt in prompts if limit is None or next(numbers[prompt.set]) < limit]
 
 
-def find_prompt(text: str) -> list[dict[str, Any]]:
+def find_prompt(text: str) -> list[JsonObject]:
     """Find the messages that a text stands for.
 
     `FILE#ID` is the first turn of a prompt of a file, and `demo#ID` one of the demo's held-out prompts. Other text is
@@ -171,13 +172,13 @@ def find_prompt(text: str) -> list[dict[str, Any]]:
     is_file = name.endswith(".jsonl") and ("#" in text or " " not in text)
     if name != "demo" and not is_file:
         return [{"role": "user", "content": text}]
-    prompts = read_heldout(name)
+    prompts = read_heldout_prompts(name)
     for prompt in prompts:
         if prompt.id == prompt_id:
             return prompt.turns[0]
     raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; name one that it has, such as {prompts[0].id!r}")
 
 
-def read_heldout(name: str) -> list[Prompt]:
+def read_heldout_prompts(name: str) -> list[Prompt]:
     """Read a file of prompts as `read_prompts` does, or for `demo` the demo's held-out prompts."""
     return read_prompts(demo_path("heldout") if name == "demo" else name)

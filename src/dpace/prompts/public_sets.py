@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpace.prompts.formats import Prompt, load_from_hub, read_prompts
-from dpace.system.ledger import read_jsonl
+from dpace.system.ledger import JsonObject, read_jsonl
 from dpace.system.progress import note
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -25,7 +25,7 @@ class PublicSet(NamedTuple):
     name: str | None
     """Configuration in the repository."""
     split: str
-    turns: Callable[[dict[str, Any]], list[str]]
+    turns: Callable[[JsonObject], list[str]]
     """Turns a row into the user's texts."""
     num_prompts: int | None
     """Number of prompts that published tables use; all for None."""
@@ -122,14 +122,14 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
     return prompts
 
 
-def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[dict[str, Any]]:
+def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[JsonObject]:
     """Read the rows of a set from the Hub, or from those files of its authors that a folder has.
 
     From the Hub they come file by file where it has no configurations but files.
     """
     if folder is None and (known.name or not known.files):
         return load_from_hub(known.path, known.name, known.split, WAY_OUT)
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for file in known.files:
         if folder is None:
             of_file = load_from_hub(known.path, None, known.split, WAY_OUT, file)

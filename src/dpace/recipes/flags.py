@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from dpace.config import Recipe, without_passwords
 from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings
-from dpace.recipes.validation import UsageError, explain
+from dpace.recipes.validation import UsageError, describe_invalid
+from dpace.system.ledger import JsonObject
 
 Options = TypeVar("Options")
 
@@ -103,7 +104,7 @@ def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
     ]
 
 
-def _read(config_class: type, words: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+def _read(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
         return tyro.MISSING_NONPROP, {}, words
@@ -139,7 +140,7 @@ def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> 
     group, kind = next(
         ((f"{n}.", k) for n, k in _groups(config_class).items() if k.__name__ == error.title), ("", config_class)
     )
-    name, reason = explain(error, kind).split(" ", 1)
+    name, reason = describe_invalid(error, kind).split(" ", 1)
     flag = f"--{group}{name.partition('[')[0]}".replace("_", "-")
     return ValueError(f"{flag} {reason}; change it, or leave it out for the default")
 
@@ -170,7 +171,7 @@ def first_as(name: str, args: list[str]) -> list[str]:
     return [f"--{name}", *args] if args and not args[0].startswith("-") else args
 
 
-def command(verb: str, *values: Any, **flags: Any) -> str:
+def command(verb: str, *values: object, **flags: object) -> str:
     """Return a command to copy into a shell, without the passwords of addresses.
 
     Args:

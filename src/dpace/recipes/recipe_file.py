@@ -9,7 +9,7 @@ import yaml
 
 from dpace.config import RENAMED, Recipe, without_passwords
 from dpace.recipes.validation import from_json, to_json
-from dpace.system.ledger import read_text, write_text
+from dpace.system.ledger import JsonObject, read_text, write_text
 from dpace.system.progress import one_line, quoted
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -24,7 +24,7 @@ def read_recipe(path: str | Path) -> Recipe:
     return read_settings(path, Recipe)[0]
 
 
-def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyRecipe, dict[str, Any]]:
+def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyRecipe, JsonObject]:
     """Read a YAML recipe; return also the settings that it has, without defaults.
 
     Raises:
@@ -44,7 +44,7 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
         raise ValueError(f"the recipe {path}: {error}; change it, or leave the line out for the default") from error
 
 
-def _rename(values: dict[str, Any]) -> None:
+def _rename(values: JsonObject) -> None:
     """Give the options of an earlier version their present names; one that has both is refused later, as unknown."""
     for earlier, present in RENAMED.items():
         group, _, earlier_name = earlier.partition(".")

@@ -33,12 +33,12 @@ def json_object(kind: Any) -> Any:
     return dataclass(kind, frozen=True, kw_only=True)
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> Any:
     """Return dataclasses as objects and tuples as lists; what `from_json` reads."""
     return to_jsonable_python(value)
 
 
-def from_json(kind: type[Kind], value: Any) -> Kind:
+def from_json(kind: type[Kind], value: object) -> Kind:
     """Return what `json.loads` gave as a dataclass.
 
     Types are those of JSON, without conversions: "1", true and 1.0 are no integers; 1 is a float, too. Ranges are those
@@ -55,7 +55,7 @@ def from_json(kind: type[Kind], value: Any) -> Kind:
     try:
         (checked,) = _adapter(kind).validate_json(json.dumps([value], ensure_ascii=False).encode())
     except ValidationError as error:
-        raise ValueError(explain(error, kind, skip=1)) from error
+        raise ValueError(describe_invalid(error, kind, skip=1)) from error
     return checked
 
 
@@ -65,7 +65,7 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(tuple[kind], config=STRICT)
 
 
-def explain(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
+def describe_invalid(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
     """Return in one line what is wrong first, in the words of pydantic.
 
     Args:

@@ -11,6 +11,7 @@ from dpace.measure.records import spread_evenly
 from dpace.prompts.prompts import PromptParts, prompts_line
 from dpace.report.tables import Section, section_table
 from dpace.respond.responses import Example
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, printable
 
 NUM_SHOWN = 2
@@ -31,9 +32,7 @@ def prompts_page(parts: PromptParts, left_out: Mapping[str, Mapping[str, str]]) 
     return Text(printable("\n".join(lines)))
 
 
-def responses_page(
-    examples: Sequence[Example], max_length: int, meta: Mapping[str, Any], tokenizer: Any
-) -> RenderableType:
+def responses_page(examples: Sequence[Example], max_length: int, meta: JsonObject, tokenizer: Any) -> RenderableType:
     """Show lengths and ends of the training answers, and some of them."""
     answers = [[end - start for start, end in example.spans] for example in examples]
     whole = np.array([len(example.token_ids) for example in examples])

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from dpace.measure.records import group_by
 from dpace.measure.results import (
@@ -83,7 +82,7 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         yield Section("Provenance", "", rows, num_texts=2)
 
 
-def _fact(value: Any) -> str:
+def _fact(value: object) -> str:
     """Write a value, or the entries of a list or an object."""
     entries = [f"{name} {entry}" for name, entry in value.items()] if isinstance(value, dict) else value
     return ", ".join(map(str, entries)) if isinstance(entries, list) else str(value)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpace.measure.records import spread_evenly
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import shorten
 
 MAX_COLUMNS = 3
@@ -27,7 +28,7 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 3,
     "legend.frameon": False,
 }
-Logs = Mapping[str, Sequence[Sequence[dict[str, Any]]]]
+Logs = Mapping[str, Sequence[Sequence[JsonObject]]]
 """Training logs by objective, one for each seed."""
 
 
@@ -61,7 +62,7 @@ def slot_weights(logs: Logs) -> str:
     """
     from matplotlib import colormaps
 
-    def draw(axis: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> None:
+    def draw(axis: Any, runs: Sequence[Sequence[JsonObject]]) -> None:
         entries = [entry for entry in runs[0] if f"{SHARE}1" in entry]
         chosen = spread_evenly(entries, MAX_MOMENTS)
         for number, entry in enumerate(chosen, start=1):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
@@ -27,7 +26,7 @@ from dpace.respond.responses import (
     write_meta,
 )
 from dpace.system import ranks
-from dpace.system.ledger import cut_unfinished_line, lock_folder, naming_file, writing
+from dpace.system.ledger import JsonObject, cut_unfinished_line, lock_folder, naming_file, writing
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import hash_file
 from dpace.target import Target
@@ -98,7 +97,7 @@ def answer_prompts(
 
 
 def _find_waiting(
-    target: Target | ChatTokenizer, by_id: dict[str, Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
+    target: Target | ChatTokenizer, by_id: dict[str, Prompt], path: Path, config: RespondConfig, meta: JsonObject
 ) -> list[str]:
     """Check what is there, and return the ids of the prompts that wait for an answer.
 
@@ -119,7 +118,7 @@ def _find_waiting(
     return [names[number] for number in find_shared(list(texts.values()))[0]]
 
 
-def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int]) -> None:
+def _complete(prompts: Sequence[Prompt], path: Path, meta: JsonObject, left_out: dict[str, int]) -> None:
     """Collect what the ranks wrote, and note that the file is complete."""
     if left_out and sum(left_out.values()) == len(prompts):
         raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
@@ -151,7 +150,7 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
         part.unlink()
 
 
-def _append_answers(answers: Iterator[Sequence[Response]], path: Path, show: Callable[..., Any]) -> None:
+def _append_answers(answers: Iterator[Sequence[Response]], path: Path, show: Callable[..., object]) -> None:
     """Append answers to a file, and wait for the disk whenever some came."""
     with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
         for batch in answers:

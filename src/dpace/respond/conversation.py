@@ -3,11 +3,12 @@
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import Response
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import count
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_answer, encode_chat
@@ -22,7 +23,7 @@ class Conversation:
         self.target = target
         self.prompt = prompt
         self.config = config
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[JsonObject] = []
         self.token_ids: list[int] = []
         self.spans: list[list[int]] = []
         self.num_answers = 0
@@ -72,7 +73,7 @@ class Conversation:
         self._check_length(token_ids, 1)
         return token_ids
 
-    def _encode(self, encode: Callable[..., Tokens], *messages: Any) -> Tokens:
+    def _encode(self, encode: Callable[..., Tokens], *messages: object) -> Tokens:
         """Call a function that encodes messages; its refusal names the prompt."""
         try:
             return encode(self.target, *messages)

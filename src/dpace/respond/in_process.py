@@ -21,7 +21,7 @@ from dpace.target.chat import ChatTokenizer
 
 
 def answer_batches(
-    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig, show: Callable[..., Any]
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig, show: Callable[..., object]
 ) -> Iterator[list[Response]]:
     """Answer prompts in batches, turn by turn, or take the answers that they come with; yield each batch.
 
@@ -51,7 +51,7 @@ def generate_responses(
     encoded: list[list[int]],
     config: RespondConfig,
     seeds: Sequence[int],
-    show: Callable[..., Any] = lambda **_: None,
+    show: Callable[..., object] = lambda **_: None,
 ) -> list[list[int]]:
     """Continue prompts of different lengths together.
 

@@ -5,26 +5,23 @@ a token. What they depend on is a dictionary: two runs are the same where all of
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pydantic
 
-from dpace.config import STRICT, PromptsConfig, Recipe, RespondConfig
+from dpace.config import MAX_TOKENS, STRICT, PromptsConfig, Recipe, RespondConfig
 from dpace.prompts.prompts import Prompt, split_and_explain
-from dpace.recipes.validation import explain
+from dpace.recipes.validation import describe_invalid
 from dpace.system.device import dtype_name
-from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
+from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
-
-MAX_TOKENS = 2**31
-"""Tokens that a target may have: their numbers are kept in 32 bits."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -33,13 +30,13 @@ class Response:
 
     id: str
     set: str
-    messages: list[dict[str, Any]]
+    messages: list[JsonObject]
     token_ids: list[int]
     """The whole conversation as the target read and wrote it."""
     response_spans: list[list[int]]
     """Span [start, end) of each answer of the target, stop token included."""
 
-    def turns(self, lengths: Iterable[int]) -> list[list[dict[str, Any]]]:
+    def turns(self, lengths: Iterable[int]) -> list[list[JsonObject]]:
         """Return the messages that were answered, in turns of these lengths, and last those that are left over."""
         messages = iter(self.messages)
         turns = [[*islice(messages, length + 1)][:length] for length in lengths]  # without the answer behind each
@@ -89,7 +86,7 @@ def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterato
             if response.id in ids:
                 raise ValueError(f"the id {response.id!r} occurs twice, expected unique ids")
         except ValueError as error:
-            reason = explain(error, Response) if isinstance(error, pydantic.ValidationError) else error
+            reason = describe_invalid(error, Response) if isinstance(error, pydantic.ValidationError) else error
             raise ValueError(f"{path}:{number}: {reason}; write the file again with `dpace respond`") from error
         ids.add(response.id)
         yield response
@@ -138,7 +135,7 @@ def meta_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".meta.json")
 
 
-def read_meta(path: str | Path) -> dict[str, Any]:
+def read_meta(path: str | Path) -> JsonObject:
     """Read what made a file of responses, `responses.jsonl`.
 
     Returns:
@@ -153,7 +150,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return read_object(path, fix) if path.exists() else {}
 
 
-def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
+def known_settings(config: RespondConfig, *, thinking: bool) -> JsonObject:
     """Return what the responses depend on, as far as it is known before the target is loaded.
 
     Raises:
@@ -171,7 +168,7 @@ def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
     }
 
 
-def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> dict[str, Any]:
+def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> JsonObject:
     """Return what the responses depend on: weights, tokenizer, template and settings; and `INFORMATIVE` facts.
 
     Args:
@@ -194,7 +191,7 @@ def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> dict[str
     }
 
 
-def check_meta(path: Path, meta: dict[str, Any]) -> None:
+def check_meta(path: Path, meta: JsonObject) -> None:
     """Refuse to go on with responses that were made in another way.
 
     Raises:
@@ -214,7 +211,7 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     same_run(old, now, f"{path} was made by {old.get('target')!r}", way_out)
 
 
-def write_meta(path: Path, meta: dict[str, Any], *, is_complete: bool) -> None:
+def write_meta(path: Path, meta: JsonObject, *, is_complete: bool) -> None:
     """Write what made the responses, all or nothing.
 
     Raises:
@@ -298,7 +295,7 @@ class Answers:
             raise ValueError(self._none())
         return examples
 
-    def refuse_others(self, known: Mapping[str, Any]) -> None:
+    def refuse_others(self, known: JsonObject) -> None:
         """Refuse answers that another target gave, or that were made in another way.
 
         Raises:

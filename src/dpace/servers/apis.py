@@ -17,13 +17,11 @@ from dataclasses import dataclass
 import pydantic
 from pydantic import BaseModel, NonNegativeInt
 
-from dpace.config import STRICT
+from dpace.config import MAX_TOKENS, STRICT
 from dpace.servers.transport import Address, Refused, Unavailable
 
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading a reply raises that is not what the engine sends."""
-MAX_TOKENS = 2**31
-"""Tokens of a tokenizer that is not known."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -210,7 +208,7 @@ class VllmServer(Server):
 
     engine = "vllm"
 
-    def find_model(self, page):
+    def find_model(self, page: dict) -> object:
         """See `Server`."""
         models = self.address.get("/v1/models")
         try:
@@ -221,7 +219,7 @@ class VllmServer(Server):
                 "server?"
             ) from error
 
-    def request(self, token_ids, max_new_tokens, temperature, seed):
+    def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """See `Server`."""
         body = {
             "model": self.model,
@@ -237,7 +235,7 @@ class VllmServer(Server):
         }
         return "/v1/completions", body
 
-    def read(self, event):
+    def read(self, event: dict) -> Reply:
         """See `Server`."""
         choice = (event.get("choices") or [{}])[0]
         usage = event.get("usage") or {}
@@ -252,11 +250,11 @@ class VllmServer(Server):
             counts=counts,
         )
 
-    def measured(self):
+    def measured(self) -> dict:
         """See `Server`."""
         return {"cache_salt": uuid.uuid4().hex, "stream_options": {"include_usage": True}}
 
-    def counters(self):
+    def counters(self) -> Counts | None:
         """See `Server`."""
         try:
             page = self.address.get("/metrics")
@@ -277,7 +275,7 @@ class SglangServer(Server):
 
     engine = "sglang"
 
-    def request(self, token_ids, max_new_tokens, temperature, seed):
+    def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """See `Server`."""
         sampling = {
             "max_new_tokens": max_new_tokens,
@@ -289,7 +287,7 @@ class SglangServer(Server):
         }
         return "/generate", {"input_ids": list(token_ids), "sampling_params": sampling}
 
-    def read(self, event):
+    def read(self, event: dict) -> Reply:
         """See `Server`."""
         meta = event.get("meta_info") or {}
         tokens = event.get("output_ids") or []
@@ -307,7 +305,7 @@ class SglangServer(Server):
             counts=counts,
         )
 
-    def measured(self):
+    def measured(self) -> dict:
         """See `Server`."""
         return {"extra_key": uuid.uuid4().hex}
 
@@ -320,7 +318,7 @@ class LlamacppServer(Server):
 
     engine = "llama.cpp"
 
-    def request(self, token_ids, max_new_tokens, temperature, seed):
+    def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """See `Server`."""
         body = {
             "prompt": list(token_ids),
@@ -336,7 +334,7 @@ class LlamacppServer(Server):
         }
         return "/completion", body
 
-    def read(self, event):
+    def read(self, event: dict) -> Reply:
         """See `Server`."""
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from safetensors import SafetensorError
 
 from dpace.system import ranks
 from dpace.system.progress import quoted
+
+JsonObject = dict[str, Any]
+"""An object of a JSON file or message, or of a config; its values are checked where they are read."""
 
 MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
@@ -158,7 +161,7 @@ def writing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write a value as JSON, all or nothing.
 
     Raises:
@@ -277,7 +280,7 @@ def register_files(folder: str | Path, *names: str) -> None:
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
 
 
-def remove_files(folder: str | Path, patterns: Sequence[str], *, keep: Collection[str]) -> list[str]:
+def remove_files(folder: str | Path, patterns: Iterable[str], *, keep: Collection[str]) -> list[str]:
     """Remove what dpace wrote to a folder, by patterns of names, but for the names to keep; return what was removed.
 
     What another program wrote stays, whatever its name. Call it inside `lock_folder`.

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from dpace.system import ranks
-from dpace.system.ledger import read_object
+from dpace.system.ledger import JsonObject, read_object
 from dpace.system.progress import shorten
 
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
@@ -104,7 +104,7 @@ def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
         raise ValueError(f"{what} has NaN or infinity in {first_names(names)}; {fix}")
 
 
-def _is_infinite(value: Any) -> bool:
+def _is_infinite(value: object) -> bool:
     """Return whether a tensor has a value that is not finite; quantized ones are not examined."""
     value = ranks.local(value)
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or not value.is_floating_point():
@@ -112,7 +112,7 @@ def _is_infinite(value: Any) -> bool:
     return not bool((value if value.element_size() > 1 else value.float()).isfinite().all())
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> JsonObject:
     """Read the `config.json` of a drafter's folder.
 
     Raises:

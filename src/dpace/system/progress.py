@@ -125,7 +125,7 @@ def describe_error(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def quoted(value: Any) -> str:
+def quoted(value: object) -> str:
     """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
     text = printable("null" if value is None else repr(value))
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."

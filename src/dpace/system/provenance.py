@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import dpace
 from dpace.system import ranks
 from dpace.system.device import device_name
+from dpace.system.ledger import JsonObject
 
 FINGERPRINT_VALUES = 64
 """Values of each tensor that the fingerprint of a target reads."""
@@ -64,7 +65,7 @@ def find_hardware(device: torch.device) -> Hardware:
     return Hardware(device=device_name(device), cores=os.cpu_count(), torch_threads=torch.get_num_threads())
 
 
-def hash_json(value: Any) -> str:
+def hash_json(value: object) -> str:
     """Hash a value that JSON can hold, whatever the order of its keys: sha256, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -105,9 +106,7 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def same_run(
-    kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str, ways: Mapping[str, str] | None = None
-) -> None:
+def same_run(kept: JsonObject, now: JsonObject, what: str, way_out: str, ways: Mapping[str, str] | None = None) -> None:
     """Refuse to go on with files that were made in another way.
 
     A run is described by facts: its settings, and hashes of what is too long to compare. They are computed once a

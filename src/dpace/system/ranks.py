@@ -34,7 +34,7 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items[rank() :: num_ranks()])
 
 
-def num_short(items: Sequence[Any]) -> int:
+def num_short(items: Sequence[object]) -> int:
     """Count how many items fewer this rank's part has than the first one's, where all have to keep step."""
     return -(-len(items) // num_ranks()) - len(share(items))
 
@@ -76,7 +76,7 @@ def from_first(work: Callable[[], T]) -> T:
     return value
 
 
-def is_spread(tensor: Any) -> bool:
+def is_spread(tensor: object) -> bool:
     """Return whether the parts of a tensor lie on several ranks."""
     from torch.distributed.tensor import DTensor
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from dpace.system.ledger import JsonObject
 from dpace.system.provenance import hash_json
 from dpace.target import Target, answer_end, stop_tokens
 from dpace.target.files import find_target_files, full_name, read_tokenizer
@@ -47,7 +48,7 @@ class ChatTokenizer:
 
 
 def encode_chat(
-    target: Target | ChatTokenizer, messages: Sequence[dict[str, Any]], *, is_answered: bool = False
+    target: Target | ChatTokenizer, messages: Sequence[JsonObject], *, is_answered: bool = False
 ) -> list[int]:
     """Encode a conversation up to where the target is to answer, with its chat template.
 
@@ -100,7 +101,7 @@ def encode_chat(
 
 
 def encode_answer(
-    target: Target | ChatTokenizer, messages: Sequence[dict[str, Any]], answer: dict[str, Any]
+    target: Target | ChatTokenizer, messages: Sequence[JsonObject], answer: JsonObject
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation up to an answer, and a given answer as if the target had written it.
 

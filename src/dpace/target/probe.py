@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dpace.fast.packing import is_plain
+from dpace.system.ledger import JsonObject
 from dpace.target.head import LmHead
 
 
@@ -98,7 +99,7 @@ def _find_scale(model: Any, computed: Tensor, table: Tensor, part: str) -> float
     return 1.0 if abs(ratio - 1) < tolerance else ratio
 
 
-def rope_of(config: Any) -> dict[str, Any]:
+def rope_of(config: Any) -> JsonObject:
     """Return the drafter's rotary embedding: that of the target's full-attention layers.
 
     The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default

@@ -1,10 +1,10 @@
 """The frozen target: features, embedding and LM head of any decoder-only Hugging Face model."""
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +24,6 @@ from dpace.target.files import full_name, gather_tables, open_target
 from dpace.target.head import LmHead
 from dpace.target.probe import find_layers, find_tables
 
-HEAD_INPUT = -1
-"""The input of the LM head, in place of the id of a layer behind those of others."""
 MIN_SHARED = 16
 """Least number of shared first tokens that are worth a forward pass of their own."""
 MIN_SAVED = 1 / 8
@@ -51,6 +49,19 @@ def stop_tokens(config: Any) -> list[int]:
 def answer_end(token_ids: Sequence[int], stops: Collection[int]) -> int | None:
     """Return the number of tokens up to and with the first stop token; None without one."""
     return next((i for i, token in enumerate(token_ids, start=1) if token in stops), None)
+
+
+class Features(NamedTuple):
+    """What a training reads of the target for each token of one or several texts."""
+
+    layers: Float[Tensor, "*batch seq feature"]
+    """Outputs of the chosen layers, side by side."""
+    head_input: Float[Tensor, "*batch seq hidden"] | None = None
+    """Input of the LM head; None where it was not asked for."""
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        """Apply a function to what there is."""
+        return Features(function(self.layers), None if self.head_input is None else function(self.head_input))
 
 
 class Target:
@@ -245,11 +256,17 @@ class Target:
         weight = self.model.get_input_embeddings().weight
         return nn.functional.embedding(token_ids, weight) * self.embed_scale
 
-    @torch.no_grad()
     def features(
         self, token_ids: Int[Tensor, "batch seq"], layer_ids: Sequence[int]
     ) -> Float[Tensor, "batch seq feature"]:
-        """Concatenate the outputs of the chosen layers; higher layers and the LM head do not run.
+        """Return `read_features` of the layers alone."""
+        return self.read_features(token_ids, layer_ids).layers
+
+    @torch.no_grad()
+    def read_features(
+        self, token_ids: Int[Tensor, "batch seq"], layer_ids: Sequence[int], *, with_head_input: bool = False
+    ) -> Features:
+        """Concatenate the outputs of the chosen layers; higher layers do not run, and the LM head never does.
 
         Rows may be padded on the right: the model is causal, so real tokens do not see the padding. A beginning that
         all rows share, such as a system prompt with examples, is read once.
@@ -258,7 +275,8 @@ class Target:
 
         Args:
             token_ids: any text; from the CPU it is read without waiting for the device.
-            layer_ids: 0-based decoder layers whose output is used; a last `HEAD_INPUT` runs all layers.
+            layer_ids: 0-based decoder layers whose output is used.
+            with_head_input: run all layers, and return the LM head's input too.
 
         Returns:
             Features, detached, in the dtype of the target. `feature` is `len(layer_ids) * hidden`.
@@ -271,16 +289,19 @@ class Target:
         is_part = MIN_SHARED <= num_shared < num_tokens
         is_worth_it = num_shared * (num_rows - 1) >= MIN_SAVED * num_rows * num_tokens
         if self.is_sharded or not is_part or not is_worth_it or self.cache_ability == "append":
-            return self._run(token_ids, layer_ids)
+            return self._run(token_ids, layer_ids, with_head_input)
         cache: Any = DynamicCache(config=self.config)
-        shared = self._run(token_ids[:1, :num_shared], layer_ids, cache)
+        shared = self._run(token_ids[:1, :num_shared], layer_ids, with_head_input, cache)
         cache.reorder_cache(token_ids.new_zeros(num_rows))  # row 0 for each
-        rest = self._run(token_ids[:, num_shared:], layer_ids, cache)
-        return torch.cat([shared.expand(num_rows, -1, -1), rest], dim=1)
+        rest = self._run(token_ids[:, num_shared:], layer_ids, with_head_input, cache)
+        layers = torch.cat([shared.layers.expand(num_rows, -1, -1), rest.layers], dim=1)
+        if shared.head_input is None or rest.head_input is None:
+            return Features(layers)
+        return Features(layers, torch.cat([shared.head_input.expand(num_rows, -1, -1), rest.head_input], dim=1))
 
-    def join_features(self, layer_ids: Sequence[int]) -> None:
-        """Take part in the calls of `features` by other ranks, where this one has no text left."""
-        self.features(torch.zeros(1, 1, dtype=torch.long), layer_ids)
+    def join_features(self, layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+        """Take part in the calls of `read_features` by other ranks, where this one has no text left."""
+        self.read_features(torch.zeros(1, 1, dtype=torch.long), layer_ids, with_head_input=with_head_input)
 
     def rotation_fault(self, num_rows: int, num_prompt: int, num_tokens: int) -> str:
         """Say what is wrong with a text that grows past the rotation's boundary, or with several where one is longer.
@@ -311,15 +332,17 @@ class Target:
         if fault := self.rotation_fault(num_rows, num_prompt, num_tokens):
             raise ValueError(fault)
 
-    def _run(self, token_ids, layer_ids: Sequence[int], cache: Cache | None = None) -> Tensor:
+    def _run(
+        self, token_ids: Tensor, layer_ids: Sequence[int], with_head_input: bool, cache: Cache | None = None
+    ) -> Features:
         """Run the model up to the last of the layers, or up to the head's input."""
-        if layer_ids[-1] == HEAD_INPUT:
-            hidden, features = self.read(token_ids, cache, layer_ids[:-1])
-            return torch.cat([features, hidden], dim=-1)
+        if with_head_input:
+            head_input, layers = self.read(token_ids, cache, layer_ids)
+            return Features(layers, head_input)
 
         with self._outputs.record(self.layers, layer_ids, is_last=True) as found:
             self.model(token_ids, cache=cache, use_cache=cache is not None)
-        return self._join([found[layer_id] for layer_id in layer_ids])
+        return Features(self._join([found[layer_id] for layer_id in layer_ids]))
 
     def _join(self, outputs: Sequence[Tensor]) -> Tensor:
         """Concatenate the outputs of layers, which may be on several devices."""

@@ -9,16 +9,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import Any
 
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dpace.drafter import Drafter
 from dpace.system import ranks
-from dpace.system.ledger import filling, remove_unfinished, write_json, write_text
+from dpace.system.ledger import JsonObject, filling, remove_unfinished, write_json, write_text
 from dpace.system.progress import note
 from dpace.system.provenance import hash_file
 from dpace.training.sharding import take_share
@@ -45,7 +45,7 @@ class TrainingState:
     """That tau."""
     log_history: list[dict[str, float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
-    unlogged: dict[str, Any] = field(default_factory=dict)
+    unlogged: JsonObject = field(default_factory=dict)
     """What `StepLog` has of the steps since the last entry."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
@@ -76,7 +76,7 @@ def checkpoint_folders(checkpoints: Path) -> dict[int, Path]:
     return {int(name): path for name, path in names.items() if name.isdecimal()}
 
 
-def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Any) -> None:
+def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Optimizer) -> None:
     """Write a checkpoint, and remove those that training does not need any more.
 
     All ranks call it, and the first one writes. Sharded tensors of the optimizer are gathered one at a time.
@@ -103,7 +103,7 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
     ranks.barrier()
 
 
-def _file_entry(path: Path) -> dict[str, Any] | None:
+def _file_entry(path: Path) -> JsonObject | None:
     """Return the size and hash of a file, as a manifest has them; None where it is missing."""
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)} if path.is_file() else None
 
@@ -161,7 +161,7 @@ def read_shapes(path: Path) -> Shapes:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
-def are_moments(found: Shapes, optimizer: Any) -> bool:
+def are_moments(found: Shapes, optimizer: Optimizer) -> bool:
     """Return whether these are moments of an optimizer: all of a parameter, or none where it had no gradient yet."""
     expected: Shapes = {}
     parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
@@ -172,7 +172,7 @@ def are_moments(found: Shapes, optimizer: Any) -> bool:
     return bool(found) and found == expected
 
 
-def read_optimizer(folder: Path, optimizer: Any) -> None:
+def read_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Read the moments of an optimizer that `write_checkpoint` wrote.
 
     Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.

@@ -1,8 +1,7 @@
 """Write a trained drafter, rounded, measured and calibrated, with what it was made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +9,17 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
-from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftRows, DraftVocabulary
+from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
 from dpace.measure.heldout import measure_vocabularies
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
 from dpace.system import ranks
 from dpace.system.device import dtype_name
-from dpace.system.ledger import write_json
+from dpace.system.ledger import JsonObject, write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
+from dpace.target.draft_rows import DraftRows
 from dpace.training.checkpoints import STATE, write_state
 from dpace.training.loop import TrainingLoop
 from dpace.training.progress import peak_memory
@@ -34,7 +34,7 @@ SERVED = torch.bfloat16
 
 
 @torch.no_grad()
-def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any]) -> None:
+def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
     """Round a trained drafter to 16 bits, measure it, and write it with what it was made from.
 
     What is measured is what is written. All ranks call this, since the target may need them; the first one writes.

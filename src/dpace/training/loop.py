@@ -9,7 +9,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,23 @@ from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
-from dpace.config import LossConfig, Recipe, TrainConfig
+from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden
-from dpace.drafter.vocabulary import DraftRows
-from dpace.loss import SlotScores, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.drafter.views import Batch, blocks_hidden
+from dpace.loss import SlotScores, Weigh, block_loss, count_items
+from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
 from dpace.system.loading import LIBRARY_ERRORS, refuse_infinite
 from dpace.system.progress import progress_bar
 from dpace.target import Target
+from dpace.target.draft_rows import DraftRows
 from dpace.target.head import TINY
 from dpace.training.checkpoints import (
     MOMENTS,
@@ -62,45 +63,30 @@ def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
     return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """The forward pass of a micro-batch, up to the weighted loss of each block."""
+def score_blocks(drafter: Drafter, scorer: Scorer, batch: Batch, *, model: Any = None) -> tuple[SlotScores, Blocks]:
+    """Draft the blocks of a micro-batch, and compute their losses.
 
-    drafter: Drafter
-    loss: LossConfig
-    weigh: Weigh
-    """Computes the weights."""
-    rows: DraftRows
-    """Rows of the target's LM head, for the tokens that the softmax covers."""
-    needs_target_hidden: bool = False
-    """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
-    autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
-    """In which the drafter's selector computes, as the rest of the drafter does when it is trained."""
+    Args:
+        drafter: is trained.
+        scorer: computes the losses.
+        batch: of `TrainingLoop.read_batch`, on the target's device.
+        model: the drafter's wrapper; by default the drafter itself.
 
-    def score(self, model: Any, batch: dict[str, Any]) -> tuple[SlotScores, Blocks]:
-        """Draft the blocks of a micro-batch, and compute their losses.
-
-        Returns:
-            What the head gives, and the blocks.
-        """
-        found = blocks_hidden(
-            self.drafter, self.rows.target, batch, model=model, with_target_hidden=self.needs_target_hidden
-        )
-        blocks = found.blocks
-        selector = self.drafter.selector
-        out = frozen_head_nll(
-            found.hidden,
-            self.rows.head,
-            self.rows.index(blocks.labels),
-            blocks.is_scored,
-            scored_rows=batch.get("scored_rows"),
-            weigh=self.weigh,
-            token_loss=self.loss.token_loss,
-            target_hidden=found.target_hidden if self.loss.needs_target_probs else None,
-            chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
-            num_candidates=selector.num_candidates,
-        )
-        return selector.add_loss(out, found, self, batch.get("whole_blocks")), blocks
+    Returns:
+        What the LM head and the drafter's selector give, and the blocks.
+    """
+    found = blocks_hidden(
+        drafter, scorer.rows.target, batch, model=model, with_target_hidden=scorer.needs_target_hidden
+    )
+    selector = drafter.selector
+    scores = scorer.score(
+        found.hidden,
+        found.blocks,
+        found.target_hidden,
+        num_candidates=selector.num_candidates,
+        scored_rows=batch.get("scored_rows"),
+    )
+    return selector.add_loss(scores, found, scorer, batch.get("whole_blocks")), found.blocks
 
 
 class TrainingLoop:
@@ -153,7 +139,6 @@ class TrainingLoop:
         self.is_sharded = wants_shards()
         self.model = shard(copy.deepcopy(drafter)) if self.is_sharded else drafter
         self.scorer = Scorer(
-            self.model,
             self.loss,
             lambda slots: weigh(slots._replace(progress=self.progress)),
             DraftRows(target, dataset.seen_tokens if self.loss.vocabulary == "seen" else None),
@@ -186,7 +171,7 @@ class TrainingLoop:
         assert accelerator.device.type == device.type
         return accelerator
 
-    def _make_schedule(self) -> Any:
+    def _make_schedule(self) -> LambdaLR:
         """Make the schedule of the learning rate, from where the training stands."""
         num_steps = self.state.max_steps
         warmup = min(math.ceil(num_steps * self.config.warmup_ratio), num_steps - 1)
@@ -262,7 +247,7 @@ class TrainingLoop:
         if state.best_global_step not in (None, state.global_step):
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
 
-    def batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
+    def batches_of_steps(self) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step, from where the training stands to its end."""
         state = self.state
         batch_size = self.config.batch_size
@@ -274,7 +259,7 @@ class TrainingLoop:
                 starts = range(0, len(numbers), self.micro_size)
                 yield [self.read_batch(numbers[start + of_others :][:batch_size]) for start in starts]
 
-    def read_batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+    def read_batch(self, numbers: Sequence[int]) -> Batch:
         """Read a micro-batch and draw its blocks.
 
         The last step of an epoch may have no conversation left for this rank, which then reads one whose slots do not
@@ -285,7 +270,7 @@ class TrainingLoop:
         num_slots = self.block_sizes[int(self.progress * len(self.block_sizes))]
         if num_slots < whole:
             rows = [redraw(row, self.config.num_anchors * whole // num_slots) for row in rows]
-        batch: dict[str, Any] = collate(rows, num_slots)
+        batch = collate(rows, num_slots)
         batch["is_scored"] &= bool(numbers)
         batch["scored_rows"] = batch["is_scored"].flatten().nonzero()[:, 0]
         batch["whole_blocks"] = batch["is_scored"][..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
@@ -293,7 +278,7 @@ class TrainingLoop:
             batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
         return batch | {"counts": bool(numbers)}
 
-    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
+    def take_step(self, batches: Sequence[Batch]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
 
         The losses of blocks are only added up. What their sum is divided by, the items of the reduction, is counted
@@ -317,7 +302,7 @@ class TrainingLoop:
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]
             with self.reduced_over_ranks(number == len(batches)):
-                out, blocks = self.scorer.score(self.forward, inputs)
+                out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
             num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]

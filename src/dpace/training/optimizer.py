@@ -113,7 +113,7 @@ class MuonAdamW(torch.optim.AdamW):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """Take one step; the gradients of matrices are gone then, so that AdamW leaves them alone."""
         for group in self.param_groups:
             for parameter in group["params"] if group["momentum"] is not None else ():

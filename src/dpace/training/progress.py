@@ -20,6 +20,7 @@ from torch import Tensor
 from dpace.config import Recipe, without_passwords
 from dpace.loss import SlotScores
 from dpace.system import ranks
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import note, shorten
 from dpace.training.checkpoints import TrainingState
 
@@ -61,7 +62,7 @@ class Interrupt:
         if self.asked_at is not None or self.is_asked:
             raise KeyboardInterrupt(self.number)
 
-    def _ask(self, number: int, _frame: Any) -> None:
+    def _ask(self, number: int, _frame: object) -> None:
         """Note that training is to end; end it at once when asked again."""
         now = time.monotonic()
         if self.asked_at is None:
@@ -95,12 +96,12 @@ class StepLog:
         """Add the `STEP_NUMBERS` of an optimizer step."""
         self._steps.append(numbers)
 
-    def unlogged(self, accelerator: Accelerator) -> dict[str, Any]:
+    def unlogged(self, accelerator: Accelerator) -> JsonObject:
         """Return what was added since the last entry, over all ranks; they call this together."""
         total: Any = accelerator.reduce(self._sums, reduction="sum")
         return {"sums": total.tolist(), "steps": self._steps}
 
-    def go_on(self, unlogged: dict[str, Any]) -> None:
+    def go_on(self, unlogged: JsonObject) -> None:
         """Take up what `unlogged` returned when a checkpoint was written."""
         self._steps = [{name: float(step[name]) for name in STEP_NUMBERS} for step in unlogged.get("steps", [])]
         if self._steps and ranks.is_first():
@@ -163,7 +164,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
     settings = without_passwords({"target": recipe.target, **recipe.settings})
     settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
 
-    def attempt(name: str, work: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def attempt(name: str, work: Callable[..., object], *args: object, **options: object) -> None:
         try:
             work(*args, **options)
         except Exception as error:

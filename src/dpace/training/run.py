@@ -10,15 +10,15 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import RENAMED, WALKED, Recipe, SelectorName, is_custom
+from dpace.config import RENAMED, WALKED, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
+from dpace.drafter.spec import SELECTORS
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
 from dpace.loss.objective import load_custom, make_weigh, name_of, source_sha256
@@ -26,11 +26,10 @@ from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Example, Response
 from dpace.system import ranks
 from dpace.system.device import dtype_name
-from dpace.system.ledger import lock_folder, read_object, register_files, write_json
+from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.target.target import HEAD_INPUT
 from dpace.training.checkpoints import STATE, find_newest
 from dpace.training.finish import write_finished
 from dpace.training.loop import TrainingLoop
@@ -69,7 +68,7 @@ FILES = (
 """What `train` writes into a drafter's folder."""
 
 
-def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> dict[str, Any]:
+def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> JsonObject:
     """Return the settings that change what is trained on these ranks, and hashes of what they name by code or weights.
 
     Args:
@@ -102,7 +101,7 @@ def hash_rows(dataset: ResponseDataset) -> str:
     return digest.hexdigest()
 
 
-def read_run(folder: str | Path) -> dict[str, Any] | None:
+def read_run(folder: str | Path) -> JsonObject | None:
     """Read the facts of the run in a folder, settings by their present names; None where the folder has no run.
 
     Raises:
@@ -111,7 +110,8 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RUN_FILE
     if not path.exists():
         return None
-    return {RENAMED.get(name, name): value for name, value in read_object(path, OTHER_RUN).items()}
+    facts: JsonObject = read_object(path, OTHER_RUN)
+    return {RENAMED.get(name, name): value for name, value in facts.items()}
 
 
 class Run:
@@ -172,12 +172,12 @@ def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "provenance.json").exists()
 
 
-def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
+def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> JsonObject:
     """Hash the conversations that are trained on and those that choose the checkpoint."""
     return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
 
 
-def target_facts(target: Target) -> dict[str, Any]:
+def target_facts(target: Target) -> JsonObject:
     """Return what identifies a target and how its text is made."""
     return {
         "thinking": target.thinking,
@@ -215,12 +215,14 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "with --train.feature-files"
         )
     for name, value in recipe.settings.items():
-        readers = WALKED if name == "loss.selector_penalty" else get_args(SelectorName)
-        if ".selector_" in name and selector not in readers and value != Recipe().settings[name]:
+        option = name.partition(".")[2]
+        readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
+        if option.startswith("selector_") and selector not in readers and value != Recipe().settings[name]:
             flag = f"--{name.replace('_', '-')}"
+            other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
-                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; take "
-                f"--drafter.selector {' or '.join(readers)}, or leave {flag} out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; {other}leave {flag} "
+                "out"
             )
     if selector and recipe.loss.needs_target_probs:
         raise ValueError(
@@ -266,13 +268,14 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
         ValueError: see `keep_on_disk`.
     """
     config = recipe.train
-    measured_ids = Drafter.layer_ids(target, recipe.drafter)
-    trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
-    if config.feature_files and dataset.lacks(trained_ids):
-        keep_on_disk(target, dataset, trained_ids, config)
-    for part, layer_ids in ((dataset, trained_ids), (validation, measured_ids)):
-        if part.lacks(layer_ids):
-            part.keep_features(target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
+    layer_ids = Drafter.layer_ids(target, recipe.drafter)
+    is_needed = recipe.needs_target_hidden
+    if config.feature_files and dataset.lacks(layer_ids, with_head_input=is_needed):
+        keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_needed)
+    limit_bytes = config.feature_cache_gib * 2**30
+    for part, with_head_input in ((dataset, is_needed), (validation, False)):
+        if part.lacks(layer_ids, with_head_input=with_head_input):
+            part.keep_features(target, layer_ids, limit_bytes=limit_bytes, with_head_input=with_head_input)
 
 
 def make_datasets(

@@ -13,11 +13,11 @@ def run(args: list[str]) -> None:
     from dpace.drafter import load_drafter
     from dpace.measure.check import check
     from dpace.measure.own_text import check_responses, read_greedy
-    from dpace.prompts.prompts import read_heldout
+    from dpace.prompts.prompts import read_heldout_prompts
     from dpace.report.tables import check_table, console
     from dpace.target.locate import find_drafter
 
-    prompts = read_heldout(config.prompts)
+    prompts = read_heldout_prompts(config.prompts)
     folder = find_drafter(config.drafter)
     responses, meta = read_greedy(config.responses) if config.responses else ([], {})
     answered_in = meta.get("dtype", config.dtypes[0])  # servers do not tell theirs

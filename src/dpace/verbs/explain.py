@@ -10,15 +10,15 @@ def run(args: list[str]) -> None:
     """Run `dpace explain`."""
     config = parse(ExplainConfig, "explain", args)
     from dpace.drafter import load_drafter
-    from dpace.measure.floor import RESULTS_FILE, explain
-    from dpace.prompts.prompts import first_of_each_set, read_heldout
+    from dpace.measure.floor import EXPLAIN_FILE, explain
+    from dpace.prompts.prompts import first_of_each_set, read_heldout_prompts
     from dpace.target.locate import find_drafter
 
-    prompts = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
+    prompts = first_of_each_set(read_heldout_prompts(config.prompts), config.num_prompts)
     folder = find_drafter(config.drafter)
     with lock_folder(config.output):
-        refuse_foreign_files(config.output, RESULTS_FILE)
+        refuse_foreign_files(config.output, EXPLAIN_FILE)
         target = load_target(config)
         results = explain(target, load_drafter(folder, target), prompts, config)
-    show_results(results, f"{config.output}/{RESULTS_FILE}")
+    show_results(results, f"{config.output}/{EXPLAIN_FILE}")
     print("next:", command("report", config.output))

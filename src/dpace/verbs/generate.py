@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
 from dpace.recipes.flags import command, given_options, parse
+from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, print_text
 from dpace.verbs import load_target
 
@@ -111,7 +112,7 @@ def _print_speed(generation: "Generation") -> None:
     print(f"{count(len(generation.token_ids), 'token')}{speed}{tau}", file=sys.stderr)
 
 
-def _stream(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+def _stream(target: "Target", drafter: "Drafter", messages: list[JsonObject], options: dict[str, Any]) -> None:
     """Answer the messages, or without any the lines that the user types until the end of input.
 
     Args:
@@ -131,7 +132,7 @@ def _stream(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]]
                 messages.append({"role": "assistant", "content": answer})
 
 
-def _show_answer(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+def _show_answer(target: "Target", drafter: "Drafter", messages: list[JsonObject], options: dict[str, Any]) -> str:
     """Print an answer while it is written, and on stderr how fast it came; return it."""
     from dpace.decode import Generation, stream
     from dpace.target.chat import encode_chat

@@ -14,7 +14,6 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import FeatureFiles, keep_on_disk
 from dpace.config import TrainConfig
 from dpace.target import Target
-from dpace.target.target import HEAD_INPUT
 from dpace.training.run import check_recipe, make_datasets
 from tests.support.crash import kill, operations_of
 from tests.support.models import make_recipe
@@ -34,10 +33,10 @@ def small_files(monkeypatch):
 def keep(language_target, language_responses, tmp_path):
     """Keep the first texts on disk, and give the dataset."""
 
-    def keep(count=10, layer_ids=LAYERS, **options):
+    def keep(count=10, with_head_input=False, **options):
         dataset = ResponseDataset(language_responses[:count], max_length=64, num_anchors=4, seed=0)
         config = TrainConfig(feature_files=str(tmp_path / "kept"), **options)
-        keep_on_disk(language_target, dataset, layer_ids, config)
+        keep_on_disk(language_target, dataset, LAYERS, config, with_head_input=with_head_input)
         return dataset
 
     return keep
@@ -45,12 +44,12 @@ def keep(language_target, language_responses, tmp_path):
 
 @pytest.fixture
 def no_target(monkeypatch):
-    return lambda: monkeypatch.setattr(Target, "features", lambda *_, **__: pytest.fail("the target was asked"))
+    return lambda: monkeypatch.setattr(Target, "read_features", lambda *_, **__: pytest.fail("the target was asked"))
 
 
-def computed(target, dataset, layer_ids=LAYERS):
-    rows = [target.features(dataset.token_ids(i)[None], layer_ids)[0] for i in range(len(dataset))]
-    return [row.float() for row in rows]
+def computed(target, dataset, **options):
+    texts = [dataset.token_ids(i)[None] for i in range(len(dataset))]
+    return [target.read_features(text, LAYERS, **options).change(lambda values: values[0].float()) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -59,10 +58,10 @@ def computed(target, dataset, layer_ids=LAYERS):
 def test_rows_are_those_of_the_target_and_rounded_ones_are_near_and_smaller(
     dtype, relative, share, keep, language_target, tmp_path
 ):
-    layer_ids = [*LAYERS, HEAD_INPUT]
-    dataset = keep(layer_ids=layer_ids, feature_dtype=dtype)
-    rows = computed(language_target, dataset, layer_ids)
-    for found, expected in zip(dataset.features, rows, strict=True):
+    dataset = keep(with_head_input=True, feature_dtype=dtype)
+    rows = [part for features in computed(language_target, dataset, with_head_input=True) for part in features]
+    kept = [part for features in dataset.features for part in features]
+    for found, expected in zip(kept, rows, strict=True):
         smallest = expected.abs().amax(-1, keepdim=True) * 2**-15  # of float8, in the scale of the token
         assert ((found - expected).abs() <= relative * expected.abs() + smallest).all() and found.dtype == torch.float32
     whole = sum(row.nbytes for row in rows)
@@ -72,7 +71,7 @@ def test_rows_are_those_of_the_target_and_rounded_ones_are_near_and_smaller(
 
 def test_only_new_texts_are_computed(keep, no_target):
     keep(6)
-    with mock.patch.object(Target, "features", autospec=True, side_effect=Target.features) as features:
+    with mock.patch.object(Target, "read_features", autospec=True, side_effect=Target.read_features) as features:
         keep(10)
     assert sum(len(call.args[1]) for call in features.call_args_list) == 4
     no_target()

@@ -10,10 +10,10 @@ from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
 from dpace.drafter.lilicorr import LiLiCorrSizes
 from dpace.drafter.selector import Lattice, LatticeSelector, take_walk
-from dpace.drafter.vocabulary import DraftRows
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
-from dpace.modeling_dflash import LiLiCorr
+from dpace.modeling_dflash import LiLiCorrNetwork
 from dpace.respond.responses import Response
+from dpace.target.draft_rows import DraftRows
 from tests.support.models import make_target, make_with_candidate_selector, make_with_selector
 
 
@@ -22,7 +22,7 @@ def test_the_published_vector():
     sizes = {"candidate_topk": 3, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2.0, "factor_dim": 8}
     sizes |= {"vector_eps": 1e-4, "logit_scale": 8.0}
     nested = {f"lilicorr_{name}": value for name, value in sizes.items()}
-    network = LiLiCorr(SimpleNamespace(hidden_size=32, block_size=4, rms_norm_eps=1e-5, dflash_config=nested))
+    network = LiLiCorrNetwork(SimpleNamespace(hidden_size=32, block_size=4, rms_norm_eps=1e-5, dflash_config=nested))
     network.requires_grad_(False)
     assert network.relative_slot_bias.shape == (2, 7), "that of published files"
     for name, parameter in network.named_parameters():
@@ -51,10 +51,10 @@ def test_the_published_vector():
         (1024, {"selector_width": 1024}, (8, 0, 8)),
     ],
 )
-def test_a_small_target_gets_a_smaller_head(hidden_size, options, expected):
+def test_a_small_target_gets_a_smaller_selector(hidden_size, options, expected):
     sizes = LiLiCorrSizes.chosen(DrafterConfig(selector="lilicorr", **options), hidden_size)
     assert (sizes.candidate_topk, sizes.hidden_size, sizes.num_heads) == expected
-    assert sizes.options(SimpleNamespace(hidden_size=hidden_size)).items() >= options.items()
+    assert sizes.options(hidden_size).items() >= options.items()
 
 
 def test_the_walk_is_a_loop_over_rows():

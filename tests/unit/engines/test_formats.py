@@ -12,7 +12,7 @@ import dpace.engines.speculators
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines.export import import_drafter, read_drafter
-from dpace.engines.gguf import ENGINE, open_target_gguf, pack, write_gguf
+from dpace.engines.gguf import ENGINE, open_target_gguf, to_gguf, write_gguf
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
 from tests.support.models import make_target, make_with_convolutions
@@ -172,11 +172,11 @@ def test_quantized_gguf_files_are_imported_as_plain_numbers(
 
     def quantized(tensor):
         if tensor.dim() != 2 or tensor.shape[1] % 32:
-            return pack(tensor)
+            return to_gguf(tensor)
         to = gguf.GGMLQuantizationType[kind]
         return gguf.quants.quantize(tensor.numpy(), to), to
 
-    monkeypatch.setattr("dpace.engines.gguf.pack", quantized)
+    monkeypatch.setattr("dpace.engines.gguf.to_gguf", quantized)
     drafter = read_drafter(folder)
     write_gguf(tmp_path / "x.gguf", drafter, target_gguf)
     found = import_drafter(tmp_path / "x.gguf", tmp_path / "plain", target=str(language_folder)).state_dict()

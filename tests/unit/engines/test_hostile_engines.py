@@ -5,13 +5,18 @@ import os
 import resource
 import shutil
 import struct
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from dpace.cli import main
-from tests.support.files import change_config, changed_weights
+from dpace.drafter import Drafter
+from dpace.drafter.spec import DrafterSpec, read_tensors
+from dpace.engines import all_engines
+from dpace.engines.engine import Engine
+from tests.support.files import change_config, changed_weights, read_json
 
 ESC = "\x1b[31m"
 
@@ -193,6 +198,57 @@ def test_no_link_is_written_through(folder, tmp_path, capsys):
     (tmp_path / "out" / ".dpace.holder").symlink_to(victim)
     assert main(["import", str(folder), "--output", f"{tmp_path}/out"]) == 0
     assert victim.read_text() == "mine"
+
+
+@dataclass(frozen=True)
+class GatedSpec(DrafterSpec):
+    """What a new part of the layers adds; its author told no engine of it, and gave it no `architecture`."""
+
+    gate_size: int = 0
+
+
+@pytest.mark.parametrize("to", [engine.name for engine in all_engines()])
+def test_what_no_engine_was_told_of_is_refused_by_each(to, folder, target_gguf, tmp_path, capsys, monkeypatch):
+    def spec(drafter: Drafter) -> DrafterSpec:
+        known = DrafterSpec.from_config(drafter.config.to_dict())
+        return GatedSpec(**{field.name: getattr(known, field.name) for field in fields(known)}, gate_size=4)
+
+    gguf = f"--target-gguf {target_gguf}" if to == "gguf" else ""
+    line = f"export {folder} --target t --target-name o/t --to {to} {gguf} --output {tmp_path}/"
+    assert main(f"{line}without".split()) == 0
+    monkeypatch.setattr(Drafter, "spec", property(spec))
+    refused(f"{line}with", capsys, "the drafter has gate_size, which ", "; decode it with dpace")
+    assert not (tmp_path / "with").exists()
+
+
+class Toy(Engine):
+    """An engine with a file of its own."""
+
+    name = "zlab"
+    layout = "toy"
+
+    def write(self, folder, drafter, config, target):
+        drafter.save_pretrained(folder)
+        (folder / "config.json").rename(folder / "toy.json")
+        return folder
+
+    def is_written(self, path):
+        return (path / "toy.json").is_file()
+
+    def read(self, path, num_target_layers):
+        return DrafterSpec.from_config(read_json(path / "toy.json")), read_tensors(path)
+
+
+def test_files_of_an_engine_are_named_and_no_later_export_leaves_them(folder, tmp_path, capsys, monkeypatch):
+    toy = Toy()
+    monkeypatch.setattr("dpace.engines.zlab.ENGINE", toy)
+    line = f"export {folder} --target t --target-name o/t --output {tmp_path}/out --to"
+    refused(f"{line} zlab", capsys, "--to zlab writes toy.json, which is not among its `files`; add a pattern")
+    assert not (tmp_path / "out" / "toy.json").exists()
+    monkeypatch.setattr(toy, "files", ("toy.json", *Engine.files))
+    assert main(f"{line} zlab".split()) == 0 and (tmp_path / "out" / "toy.json").exists()
+    assert main(f"{line} speculators".split()) == 0 and not (tmp_path / "out" / "toy.json").exists()
+    assert "removed from" in capsys.readouterr().err
 
 
 LATE = {

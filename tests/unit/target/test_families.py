@@ -19,7 +19,6 @@ from dpace.decode import custom_generate, generate, generate_batch, generate_pla
 from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
-from dpace.target.target import HEAD_INPUT
 from tests.support.cases import wide
 from tests.support.families import (
     ALWAYS,
@@ -129,9 +128,10 @@ def test_drawn_answers_of_padded_rows_are_those_of_their_seeds():
 
 def test_features_do_not_depend_on_what_is_read_together(target):
     prompts = torch.tensor([[*SHARED, 5, 9], [*SHARED, 12, 7], [*SHARED, 40, 41]])
-    together = target.features(prompts, [0, 2, HEAD_INPUT])
-    for row, prompt in zip(together, prompts, strict=True):
-        torch.testing.assert_close(row, target.features(prompt[None], [0, 2, HEAD_INPUT])[0], rtol=1e-3, atol=1e-3)
+    together = target.read_features(prompts, [0, 2], with_head_input=True)
+    alone = [target.read_features(prompt[None], [0, 2], with_head_input=True) for prompt in prompts]
+    for found, rows in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(rows), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

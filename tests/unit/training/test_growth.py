@@ -38,7 +38,7 @@ def test_short_blocks_do_not_see_each_other():
     target = make_target("qwen3")
     drafter = make_with_convolutions(target)
     token_ids, is_response = torch.randint(VOCAB, (20,)), torch.ones(20, dtype=torch.bool)
-    row = {"token_ids": token_ids, "is_response": is_response, "features": None, "draw": 5}
+    row = {"token_ids": token_ids, "is_response": is_response, "features": None, "head_input": None, "draw": 5}
     cut = collate([redraw(row, 6)], 2)
     together = blocks_hidden(drafter, target, cut)[0]
     for block in range(6):

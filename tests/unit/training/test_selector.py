@@ -7,25 +7,27 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset, collate
-from dpace.config import LossConfig, TrainConfig
+from dpace.config import LossConfig, Recipe, TrainConfig
+from dpace.drafter.spec import SELECTORS
 from dpace.drafter.views import blocks_hidden
-from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import Slots
 from dpace.loss.objective import make_weigh
+from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
-from dpace.training.loop import Scorer
+from dpace.target.draft_rows import DraftRows
+from dpace.training.loop import score_blocks
 from dpace.training.optimizer import TABLE_DECAY, is_factor, make_optimizer
 from dpace.training.run import check_recipe, make_datasets, train
 from tests.support.models import make_recipe, make_with_candidate_selector, make_with_selector
 
 
-def make_scorer(target, make=make_with_selector, **loss):
-    """What computes the losses of a drafter with a selector."""
+def make_scored(target, make=make_with_selector, **loss):
+    """A drafter with a selector, and what computes its losses."""
     drafter = make(target, block_size=5, selector_candidates=8).train()
     config = LossConfig(**loss)
     needs = config.selector_penalty > 0
-    return Scorer(drafter, config, make_weigh(config, 5), DraftRows(target), needs_target_hidden=needs)
+    return drafter, Scorer(config, make_weigh(config, 5), DraftRows(target), needs_target_hidden=needs)
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def batch(language_target, language_responses):
     """Blocks of three conversations, for a target that likes any token: of random last hidden states."""
     dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
     batch = collate([dataset[i] for i in range(3)], 5)
-    features = language_target.features(batch["token_ids"], [1, 3])
-    batch["features"] = torch.cat([features, torch.randn(3, features.shape[1], 48)], dim=-1)
+    batch["features"] = language_target.features(batch["token_ids"], [1, 3])
+    batch["head_input"] = torch.randn(3, batch["token_ids"].shape[1], 48)
     return batch
 
 
@@ -54,7 +56,7 @@ def naive(drafter, target, batch, weigh):
             continue
         top = log_probs[b, n, 1:].topk(drafter.selector.num_candidates)
         labels, anchor = blocks.labels[b, n, 1:].tolist(), int(blocks.anchors[b, n])
-        row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1, : drafter.fc.in_features]))
+        row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1]))
         inputs = target.embed(top.indices), top.values, hidden[b, n, 1:], row
         start, pairs = (scores[0] for scores in drafter.lilicorr(*(x[None] for x in inputs)))
         previous = 0
@@ -73,16 +75,15 @@ def naive(drafter, target, batch, weigh):
 @pytest.mark.parametrize("objective", ["dpace", "vat"])
 def test_the_loss_of_lilicorr_is_that_of_all_logits(objective, language_target, batch):
     """Values and every gradient, drafter and selector; and with the seen tokens alone, up to their softmax."""
-    scorer = make_scorer(language_target, objective=objective, selector_penalty=0.5)
-    drafter = scorer.drafter
-    out, _ = scorer.score(drafter, batch)
+    drafter, scorer = make_scored(language_target, objective=objective, selector_penalty=0.5)
+    out, _ = score_blocks(drafter, scorer, batch)
     out.losses.sum().backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
     drafter.zero_grad()
     losses, weights = naive(drafter, language_target, batch, scorer.weigh)
     losses.sum().backward()
     seen = replace(scorer, rows=DraftRows(language_target, torch.arange(64).flip(0)))
-    ours = [out.losses, out.weights, seen.score(drafter, batch)[0].losses]
+    ours = [out.losses, out.weights, score_blocks(drafter, seen, batch)[0].losses]
     torch.testing.assert_close(ours, [losses, weights, losses], rtol=1e-4, atol=1e-4)
     for name, parameter in drafter.named_parameters():
         assert (found[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm(), name
@@ -90,10 +91,9 @@ def test_the_loss_of_lilicorr_is_that_of_all_logits(objective, language_target, 
 
 def test_the_loss_of_dflash2s_selector_is_that_of_all_logits(language_target, batch):
     """A token that is no candidate takes the last one's place; the rest of the drafter gets no gradient from it."""
-    scorer = make_scorer(language_target, make_with_candidate_selector)
-    drafter = scorer.drafter
+    drafter, scorer = make_scored(language_target, make_with_candidate_selector)
     network = drafter.candidate_selector
-    out, blocks = scorer.score(drafter, batch)
+    out, blocks = score_blocks(drafter, scorer, batch)
     found = out.losses - (out.weights * out.token_losses).sum(-1)
     hidden = blocks_hidden(drafter, language_target, batch).hidden.detach()
     logits = language_target.head.logits(hidden)
@@ -122,22 +122,49 @@ def test_dflash2s_selector_has_no_penalty():
         check_recipe(replace(recipe, loss=LossConfig(selector_penalty=0.5)))
 
 
+def test_options_that_a_selector_does_not_list_are_refused(monkeypatch):
+    """Also where no selector reads one, as where its author forgot to list it."""
+    recipe = make_recipe()
+    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="candidate_selector", selector_width=64))
+    check_recipe(recipe)
+    for name, way in (("candidate_selector", "; take --drafter.selector lilicorr, or leave"), ("lilicorr", "; leave")):
+        monkeypatch.setattr(SELECTORS[name], "reads", ())
+        with pytest.raises(ValueError, match=f"selector-width is 64, and --drafter.selector is candidate_.*{way} --d"):
+            check_recipe(recipe)
+
+
+def test_every_option_of_a_selector_is_read_by_one(language_target):
+    options = {name.partition(".")[2] for name in Recipe().settings if ".selector_" in name}
+    assert options == {option for sizes in SELECTORS.values() for option in sizes.reads}
+    for make in (make_with_selector, make_with_candidate_selector):
+        spec = make(language_target).spec
+        assert spec.selector.options(spec.hidden_size).keys() <= {*spec.selector.reads}
+
+
 def test_a_selector_computes_in_the_precision_of_the_training(language_target, batch):
     """As the rest of the drafter does; what it gives is in fp32."""
-    scorer = make_scorer(language_target)
-    network, seen = scorer.drafter.lilicorr, []
+    drafter, scorer = make_scored(language_target)
+    network, seen = drafter.lilicorr, []
     network.out_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     network.register_forward_hook(lambda module, args, out: seen.extend(scores.dtype for scores in out))
-    replace(scorer, autocast=partial(torch.autocast, "cpu", torch.bfloat16)).score(scorer.drafter, batch)
+    rounded = replace(scorer, autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+    score_blocks(drafter, rounded, batch)
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_features_without_what_the_loss_reads_are_refused(language_target, batch):
+    del batch["head_input"]
+    drafter, scorer = make_scored(language_target)
+    with pytest.raises(ValueError, match="kept without the input of the target's LM head, .* `dpace.make_"):
+        score_blocks(drafter, scorer, batch)
 
 
 def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, batch):
     """So that ranks that exchange gradients all have one."""
-    scorer = make_scorer(language_target, selector_penalty=0.0)
+    drafter, scorer = make_scored(language_target, selector_penalty=0.0)
     batch["is_scored"][..., 4] = False
-    scorer.score(scorer.drafter, batch)[0].losses.sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in scorer.drafter.lilicorr.parameters())
+    score_blocks(drafter, scorer, batch)[0].losses.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.lilicorr.parameters())
 
 
 def test_the_log_says_what_the_selector_could_gain(language_target, language_responses, tmp_path):
@@ -145,7 +172,7 @@ def test_the_log_says_what_the_selector_could_gain(language_target, language_res
     recipe = make_recipe(max_steps=2, eval_steps=2, logging_steps=2)
     recipe = replace(recipe, drafter=replace(recipe.drafter, selector="lilicorr", selector_candidates=4))
     datasets = make_datasets(language_target, language_responses[:8], language_responses[50:54], recipe)
-    assert datasets[0].features[0].shape[1] == 3 * 48, "the penalty needs the target's last hidden states"
+    assert datasets[0].features[0].head_input is not None, "the penalty needs the target's last hidden states"
     drafter = train(language_target, *datasets, recipe, tmp_path)
     entry = read_log(tmp_path)[-1]
     found = heldout_acceptance(drafter, language_target, datasets[1])

@@ -18,9 +18,8 @@ from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
-from dpace.target.target import HEAD_INPUT
 from dpace.training.finish import measure_and_calibrate
-from dpace.training.loop import TrainingLoop, num_steps
+from dpace.training.loop import TrainingLoop, num_steps, score_blocks
 from dpace.training.progress import open_trackers
 from dpace.training.run import keep_features, make_datasets, train
 from tests.support.files import read_json
@@ -167,8 +166,9 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     other = replace(recipe, drafter=replace(recipe.drafter, num_features=1))
     keep_features(language_target, *datasets, other)
     ids = Drafter.layer_ids(language_target, other.drafter)
-    assert [data.kept for data in datasets] == [[*ids, HEAD_INPUT], ids]
-    assert datasets[0].features[0].shape[1] == 2 * 48
+    assert [(data.kept, data.has_head_input) for data in datasets] == [(ids, True), (ids, False)]
+    assert [part.shape[1] for part in datasets[0].features[0]] == [48, 48]
+    assert datasets[1].features[0].head_input is None
     keep_features(language_target, *datasets, replace(recipe, train=replace(recipe.train, feature_cache_gib=0.0)))
     assert [data.features for data in datasets] == [None, None]
 
@@ -192,7 +192,7 @@ def test_each_option_changes_the_weights_of_two_steps(make_loop):
 def test_the_gradient_is_that_of_the_mean_loss(make_loop):
     loop = make_loop(short(batch_size=3, max_grad_norm=0.0))
     (batch,) = next(loop.batches_of_steps())
-    out, blocks = loop.scorer.score(loop.forward, batch | {"text": batch["token_ids"]})
+    out, blocks = score_blocks(loop.model, loop.scorer, batch | {"text": batch["token_ids"]}, model=loop.forward)
     loss = block_loss(out.losses, blocks.is_scored)
     expected = get_total_norm(torch.autograd.grad(loss, list(loop.drafter.parameters())))
     loop.take_step([batch])
