@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from dpace.recipes.validation import explain
+from dpace.system.validation import explain
 
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 MAX_LAYERS = 1000

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from dpace.config import Recipe, without_passwords
 from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings
-from dpace.recipes.validation import UsageError, explain
+from dpace.system.validation import UsageError, explain
 
 Options = TypeVar("Options")
 
