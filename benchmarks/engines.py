@@ -41,7 +41,7 @@ from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.engines import ExportConfig
-from dpace.engines.export import export, import_drafter
+from dpace.publish.export import export, import_drafter
 from dpace.report.tables import Section, console, section_table
 from dpace.target import Target
 

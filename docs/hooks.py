@@ -72,7 +72,7 @@ def generated_pages() -> dict[str, str]:
 def engine_commands() -> str:
     """Write how each engine serves a drafter, as model cards say it."""
     from dpace.drafter.spec import DrafterSpec
-    from dpace.engines.card import engine_sections
+    from dpace.publish.card import engine_sections
 
     spec = DrafterSpec(
         block_size=16,

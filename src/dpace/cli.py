@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if not ranks.is_first():
             time.sleep(SAME_REASON_SECONDS)
         _print_reason(verb, reason)
-        from dpace.recipes.validation import UsageError
+        from dpace.system.validation import UsageError
 
         return 2 if isinstance(error, UsageError) else 1
     return 0

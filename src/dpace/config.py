@@ -2,7 +2,7 @@
 
 The classes are pydantic's: a value of another type, outside its range, or of an unknown option raises a
 `pydantic.ValidationError` (a ValueError) when an instance is made, by a recipe, by flags or in Python.
-`dpace.recipes.validation` turns it into one line. Imports no torch, so that `--help` answers at once.
+`dpace.system.validation` turns it into one line. Imports no torch, so that `--help` answers at once.
 """
 
 import os

@@ -20,7 +20,7 @@ from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.engines import EngineName, ExportConfig
-from dpace.engines.export import export, import_drafter
+from dpace.publish.export import export, import_drafter
 from dpace.target import Target
 from tests.support.files import change_config, read_json
 from tests.support.models import decode_whole, make_with_selector

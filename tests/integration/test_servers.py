@@ -17,11 +17,11 @@ import tenacity
 
 from dpace.config import BenchConfig, RespondConfig
 from dpace.engines import ExportConfig
-from dpace.engines.export import export
 from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
+from dpace.publish.export import export
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat

@@ -29,9 +29,9 @@ from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
 from dpace.engines import ExportConfig
-from dpace.engines.export import export
 from dpace.engines.gguf import gguf_name
 from dpace.fast.speed_up import speed_up
+from dpace.publish.export import export
 from dpace.recipes import RECIPES
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses

@@ -19,8 +19,8 @@ import dpace.engines
 import dpace.weights
 from dpace.config import Objective
 from dpace.engines import EngineName, ExportConfig
-from dpace.engines.card import write_card
 from dpace.loss.objective import source_sha256
+from dpace.publish.card import write_card
 from dpace.recipes.recipe_file import write_recipe
 from dpace.training.run import make_datasets
 from tests.support.files import change_json, read_json, write_prompts

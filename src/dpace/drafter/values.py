@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from dpace.recipes.validation import describe_invalid
 from dpace.system.ledger import JsonObject
+from dpace.system.validation import describe_invalid
 
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 MAX_LAYERS = 1000

@@ -19,12 +19,12 @@ from dpace.config import BenchConfig, ExplainConfig, RespondConfig
 from dpace.measure.results import Estimate, PromptRecord, ResponseRecord, ServedAnswer, Setup, nullable
 from dpace.metrics import estimate, ratio
 from dpace.prompts.prompts import Prompt
-from dpace.recipes.validation import from_json, to_json
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
 from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
 from dpace.system.progress import note
 from dpace.system.provenance import hash_json
+from dpace.system.validation import from_json, to_json
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 

@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from dpace.config import Recipe, without_passwords
 from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings
-from dpace.recipes.validation import UsageError, describe_invalid
 from dpace.system.ledger import JsonObject
+from dpace.system.validation import UsageError, describe_invalid
 
 Options = TypeVar("Options")
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import yaml
 
 from dpace.config import RENAMED, Recipe, without_passwords
-from dpace.recipes.validation import from_json, to_json
 from dpace.system.ledger import JsonObject, read_text, write_text
 from dpace.system.progress import one_line, quoted
+from dpace.system.validation import from_json, to_json
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 

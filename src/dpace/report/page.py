@@ -20,12 +20,12 @@ from dpace.measure.results import (
     read_log,
 )
 from dpace.recipes.flags import command
-from dpace.recipes.validation import to_json
 from dpace.report.plots import DRAWINGS
 from dpace.report.sections import tables_of
 from dpace.report.tables import Section
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
+from dpace.system.validation import to_json
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path) -> None:

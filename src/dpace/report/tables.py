@@ -6,7 +6,7 @@ a line of its own, and words are folded. Numbers are never cut.
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.own_text import Finding
 from dpace.system.progress import one_line
 
 MAX_WIDTH = 10_000
@@ -70,15 +69,6 @@ def _table(section: Section, before_brackets: str) -> Table:
         texts = list(map(plain, row.values()))
         table.add_row(*texts[: section.num_texts], *map(broken, texts[section.num_texts :]))
     return table
-
-
-def check_table(findings: Iterable[Finding], title: str) -> Table:
-    """Make one line for each check: whether it passed, name, cases, detail."""
-    rows = [
-        {"result": "pass" if is_passed else "FAIL", "check": name, "cases": cases, "found": detail}
-        for name, cases, is_passed, detail in findings
-    ]
-    return section_table(Section(title, rows=rows, num_texts=4))
 
 
 def plain(text: str) -> str:

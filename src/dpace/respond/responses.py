@@ -15,11 +15,11 @@ import pydantic
 
 from dpace.config import MAX_TOKENS, STRICT, PromptsConfig, Recipe, RespondConfig
 from dpace.prompts.prompts import Prompt, split_and_explain
-from dpace.recipes.validation import describe_invalid
 from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
+from dpace.system.validation import describe_invalid
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 

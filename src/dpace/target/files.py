@@ -71,6 +71,11 @@ def find_target_files(name: str) -> TargetFiles:
     return TargetFiles(config, base, folder, str(folder) if has_tokenizer else base)
 
 
+def count_layers(target: str) -> int:
+    """Read how many layers a target has; see `find_target_files`."""
+    return find_target_files(target).config.get_text_config(decoder=True).num_hidden_layers
+
+
 def find_adapter(name: str) -> Path | None:
     """Find the folder of an adapter; None where there is none, or a folder that also has whole weights."""
     if find_adapter_config_file(name) is None:

@@ -321,7 +321,7 @@ def train(
         recipe: every setting.
         folder: receives what `FILES` names.
         weigh: a custom objective, recorded by its name and source.
-        init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
+        init: a trained drafter to start from, with the recipe's size, as `training.initial.start_from` gives both.
         run: this run with all its facts, where they are known; computed by default.
 
     Returns:
@@ -364,7 +364,7 @@ def train(
 def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init: Drafter | None) -> Drafter:
     """Make the untrained drafter, or a copy of the one to start from."""
     if (init is None) != (recipe.drafter.init is None):
-        raise ValueError("take both drafter.init and the drafter to start from from dpace.engines.initial.start_from")
+        raise ValueError("take both drafter.init and the drafter to start from from dpace.training.initial.start_from")
     if init is None:
         drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
     else:

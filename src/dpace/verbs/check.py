@@ -14,7 +14,7 @@ def run(args: list[str]) -> None:
     from dpace.measure.check import check
     from dpace.measure.own_text import check_responses, read_greedy
     from dpace.prompts.prompts import read_heldout_prompts
-    from dpace.report.tables import check_table, console
+    from dpace.report.tables import Section, console, section_table
     from dpace.target.locate import find_drafter
 
     prompts = read_heldout_prompts(config.prompts)
@@ -33,7 +33,11 @@ def run(args: list[str]) -> None:
         if responses and dtype == answered_in:
             findings.append(check_responses(target, responses, meta))
         findings += check(target, load_drafter(folder, target), prompts, config)
-        console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
+        rows = [
+            {"result": "pass" if is_passed else "FAIL", "check": name, "cases": cases, "found": detail}
+            for name, cases, is_passed, detail in findings
+        ]
+        console().print(section_table(Section(f"{Path(target.name).name} in {dtype}", rows=rows, num_texts=4)))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:
         of_answers = "; write responses again that are not the target's own" if responses else ""

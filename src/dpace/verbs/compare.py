@@ -13,12 +13,12 @@ OF_BENCH = ("sets", "sets_dir", "drafters", "server", "plain_server")
 def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
-    from dpace.engines.initial import start_from
     from dpace.plan import comparison_lines, expected_lengths, plan_recipe
     from dpace.prompts.prompts import split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
+    from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
 
     config, init = start_from(config, given_options(CompareConfig, "compare", args))

@@ -17,7 +17,7 @@ def run(args: list[str]) -> None:
             f"the target {config.target} is a place on this machine, and with --name the model card is for others; "
             "give its Hub id with --target-name"
         )
-    from dpace.engines.export import check_export, export
+    from dpace.publish.export import check_export, export
     from dpace.target.files import find_adapter
     from dpace.target.locate import find_drafter
 

@@ -7,7 +7,7 @@ from dpace.recipes.flags import command, first_as, parse
 def run(args: list[str]) -> None:
     """Run `dpace import`."""
     config = parse(ImportConfig, "import", first_as("source", args))
-    from dpace.engines.export import import_drafter
+    from dpace.publish.export import import_drafter
     from dpace.target.locate import find_drafter, find_target
 
     source = find_drafter(config.source, "--source")

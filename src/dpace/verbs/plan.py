@@ -31,9 +31,9 @@ class PlanConfig(Recipe):
 def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     asked = parse(PlanConfig, "plan", args)
-    from dpace.engines.initial import start_from
     from dpace.plan import plan_lines
     from dpace.respond.responses import read_meta
+    from dpace.training.initial import start_from
     from dpace.training.run import check_recipe
 
     recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))

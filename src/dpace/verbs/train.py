@@ -13,10 +13,10 @@ from dpace.verbs import load_target, note_untrained
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
-    from dpace.engines.initial import start_from
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
+    from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
     from dpace.training.run import (
         FILES,

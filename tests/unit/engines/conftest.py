@@ -9,7 +9,7 @@ import torch
 
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines import ExportConfig
-from dpace.engines.export import export
+from dpace.publish.export import export
 from dpace.target import Target
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import check_recipe, make_datasets

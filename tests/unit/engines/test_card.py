@@ -14,8 +14,8 @@ from dpace.cli import main
 from dpace.decode.loop import generate_plain
 from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.engines import EngineName, engine_of
-from dpace.engines.card import engine_sections
 from dpace.measure.results import write_results
+from dpace.publish.card import engine_sections
 from dpace.system.ledger import MARKER
 from dpace.system.provenance import fingerprint
 from tests.support.families import make_sharp_target

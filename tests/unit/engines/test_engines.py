@@ -18,8 +18,8 @@ from dpace.decode.loop import generate_plain
 from dpace.drafter import load_drafter
 from dpace.drafter.drafter import make_drafter
 from dpace.drafter.spec import read_folder
-from dpace.engines.export import import_drafter
 from dpace.engines.gguf import write_gguf
+from dpace.publish.export import import_drafter
 from dpace.target import Target
 from tests.support.cases import wide
 from tests.support.files import read_json

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 import dpace.engines.speculators
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, read_folder
-from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import ENGINE, open_target_gguf, to_gguf, write_gguf
+from dpace.engines.read import read_drafter
+from dpace.publish.export import import_drafter
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
 from tests.support.models import make_target, make_with_convolutions

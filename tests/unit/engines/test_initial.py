@@ -9,10 +9,10 @@ import torch
 from dpace.cli import main
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
-from dpace.engines.initial import start_from
 from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
 from dpace.system.provenance import fingerprint
+from dpace.training.initial import start_from
 from dpace.training.run import make_datasets, train
 from tests.support.files import read_json
 from tests.support.models import (
@@ -105,7 +105,7 @@ def test_a_drafter_for_another_target_or_without_its_init_is_refused(
     with pytest.raises(ValueError, match="trained for another target"):
         init.start_for(make_target("qwen3", hidden_size=64))
     datasets = make_datasets(language_target, language_responses[:8], [], recipe)
-    with pytest.raises(ValueError, match="dpace.engines.initial.start_from"):
+    with pytest.raises(ValueError, match="dpace.training.initial.start_from"):
         train(language_target, *datasets, recipe, tmp_path)
 
 

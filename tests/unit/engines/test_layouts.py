@@ -12,7 +12,7 @@ from dpace.decode.generation import make_continuation
 from dpace.decode.loop import Speculation
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
-from dpace.engines.export import read_drafter
+from dpace.engines.read import read_drafter
 from dpace.measure.heldout import heldout_acceptance
 from tests.unit.engines.conftest import LAYOUTS, RECORD, TOKENS, own_tables, small_head, with_tables
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dpace.drafter import Drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
 from dpace.engines import vllm, zlab
-from dpace.engines.export import read_drafter
+from dpace.engines.read import read_drafter
 from tests.support.files import change_config, read_json
 from tests.support.models import make_with_selector
 from tests.unit.engines.conftest import LILICORR

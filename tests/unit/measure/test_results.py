@@ -14,7 +14,7 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import Acceptance
-from dpace.recipes.validation import to_json
+from dpace.system.validation import to_json
 from tests.support.files import changed_json
 from tests.support.rows import make_bench, make_compare, make_compared, make_row, make_served, make_servers
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from dpace.engines.export import read_drafter
+from dpace.engines.read import read_drafter
 from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
 from dpace.servers.transport import Address
 

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from dpace.config import DrafterConfig, Recipe
 from dpace.decode import generate, generate_plain
-from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
 from dpace.plan import plan_recipe
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
-from dpace.target.files import find_adapter
+from dpace.target.files import count_layers, find_adapter
 from tests.support.families import make_sharp_target
 from tests.support.files import change_config, changed_weights
 from tests.support.models import make_drafter, make_target, make_tokenizer

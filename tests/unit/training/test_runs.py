@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpace.engines.export import read_drafter
+from dpace.engines.read import read_drafter
 from dpace.training.checkpoints import _file_entry, is_whole
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import make_datasets, train

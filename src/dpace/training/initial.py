@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from dpace.drafter import Drafter
 from dpace.drafter.spec import SAME_AS_OPTIONS
-from dpace.engines.export import count_layers, read_drafter
+from dpace.engines.read import read_drafter
 from dpace.recipes.recipe_file import AnyRecipe
+from dpace.target.files import count_layers
 from dpace.target.locate import find_drafter, find_target
 
 

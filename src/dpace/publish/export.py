@@ -12,14 +12,15 @@ from dpace.drafter import Drafter
 from dpace.drafter.drafter import make_drafter, scales_of
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import ExportConfig, all_engines, engine_of
-from dpace.engines.card import write_card
 from dpace.engines.engine import Engine
+from dpace.engines.read import read_drafter, writer_of
+from dpace.publish.card import write_card
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, lock_folder, refuse_foreign_files, register_files, remove_files
 from dpace.system.progress import note
 from dpace.system.provenance import fingerprint
 from dpace.target import Target
-from dpace.target.files import find_target_files
+from dpace.target.files import count_layers
 from dpace.training.run import RUN_FILE
 
 CARD = "README.md"
@@ -175,33 +176,3 @@ def _check_written(path: Path, engine: Engine, drafter: Drafter, output: Path) -
     again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
     if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
         raise ValueError(f"{output} does not read back as it was written; do not serve it")
-
-
-def count_layers(target: str) -> int:
-    """Read how many layers a target has; see `find_target_files`."""
-    return find_target_files(target).config.get_text_config(decoder=True).num_hidden_layers
-
-
-def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
-    """Read a folder of any known format, or a file of an engine, with its weights.
-
-    Raises:
-        ValueError: see `Engine.read` and `make_drafter`.
-    """
-    path = Path(path)
-    return make_drafter(*writer_of(path).read(path, num_target_layers))
-
-
-def writer_of(path: Path) -> Engine:
-    """Find the engine in whose layout files are; the published one's where they say nothing else.
-
-    Raises:
-        ValueError: a folder without a config, but with a file that an engine is given alone.
-    """
-    for engine in all_engines():
-        if engine.is_written(path):
-            return engine
-        for file in path.glob("*"):
-            if file.is_file() and engine.is_written(file) and not (path / "config.json").exists():
-                raise ValueError(f"{path} has no config.json, but {file.name}; name this file")
-    return Engine()

@@ -19,12 +19,12 @@ from dpace.drafter.spec import DrafterSpec
 from dpace.engines import EngineName, ExportConfig, all_engines, engine_of
 from dpace.measure.results import BenchResults, Row, read_results
 from dpace.recipes.recipe_file import read_recipe
-from dpace.recipes.validation import to_json
 from dpace.report.sections import speeds, verdict
 from dpace.report.tables import as_code, as_markdown, to_markdown
 from dpace.system.ledger import write_text
 from dpace.system.progress import printable
 from dpace.system.provenance import fingerprint
+from dpace.system.validation import to_json
 from dpace.target import Target
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]

@@ -1,0 +1,33 @@
+"""Read a drafter from the files of any engine: a folder or a file comes in, a drafter with its weights goes out."""
+
+from pathlib import Path
+
+from dpace.drafter import Drafter
+from dpace.drafter.drafter import make_drafter
+from dpace.engines import all_engines
+from dpace.engines.engine import Engine
+
+
+def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
+    """Read a folder of any known format, or a file of an engine, with its weights.
+
+    Raises:
+        ValueError: see `Engine.read` and `make_drafter`.
+    """
+    path = Path(path)
+    return make_drafter(*writer_of(path).read(path, num_target_layers))
+
+
+def writer_of(path: Path) -> Engine:
+    """Find the engine in whose layout files are; the published one's where they say nothing else.
+
+    Raises:
+        ValueError: a folder without a config, but with a file that an engine is given alone.
+    """
+    for engine in all_engines():
+        if engine.is_written(path):
+            return engine
+        for file in path.glob("*"):
+            if file.is_file() and engine.is_written(file) and not (path / "config.json").exists():
+                raise ValueError(f"{path} has no config.json, but {file.name}; name this file")
+    return Engine()
