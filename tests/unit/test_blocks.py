@@ -23,7 +23,6 @@ IS_RESPONSE = [False, False, True, True, True, False, True, False, True, True]
 
 
 def test_published_layer_ids():
-    assert build_target_layer_ids(36, 5) == [1, 9, 17, 25, 33]
     assert build_target_layer_ids(32, 5) == [1, 8, 15, 22, 29]
     assert build_target_layer_ids(30, 1) == [15]
     with pytest.raises(ValueError, match="--drafter.num-features to 3"):
