@@ -98,7 +98,7 @@ class StepLog:
 
     def unlogged(self, accelerator: Accelerator) -> JsonObject:
         """Return what was added since the last entry, over all ranks; they call this together."""
-        total: Any = accelerator.reduce(self._sums, reduction="sum")
+        total = accelerator.reduce(self._sums, reduction="sum")
         return {"sums": total.tolist(), "steps": self._steps}
 
     def go_on(self, unlogged: JsonObject) -> None:
@@ -114,7 +114,7 @@ class StepLog:
         without data loading, the negative log-likelihood of a token, and for each slot its share of the weight and how
         often the drafter is right.
         """
-        total: Any = accelerator.reduce(self._sums, reduction="sum")
+        total = accelerator.reduce(self._sums, reduction="sum")
         weights, matches, nll, slots = total
         entry = {
             "loss": statistics.mean(step["loss"] for step in self._steps),
