@@ -89,7 +89,7 @@ class ServerFeatures:
         server = self.servers[number % len(self.servers)]
         token_ids = text.tolist()
         (reply,) = server.address.events(*server.request(token_ids, 1, 0.0, 0), len(token_ids))
-        params = reply.get("kv_transfer_params")
+        params: Any = reply.get("kv_transfer_params")
         path = params.get("hidden_states_path") if isinstance(params, dict) else None
         if not isinstance(path, str) or not path.endswith(".safetensors"):
             raise ValueError(

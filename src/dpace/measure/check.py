@@ -98,7 +98,7 @@ def check_texts(
     whole = []
 
     def compare(
-        name: str, outs: Mapping[str, Sequence[Generation]], expected: Sequence[Any], temperature: float
+        name: str, outs: Mapping[str, Sequence[Generation]], expected: Sequence[Sequence[int]], temperature: float
     ) -> None:
         """Add the finding about each way of decoding, with the token ids that are expected of each prompt."""
         divergences = []

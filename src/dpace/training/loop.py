@@ -299,7 +299,7 @@ class TrainingLoop:
         self.wrapped.train()
         totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):
-            inputs = send_to_device(batch, self.target.device, non_blocking=True)
+            inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)

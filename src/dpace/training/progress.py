@@ -98,7 +98,7 @@ class StepLog:
 
     def unlogged(self, accelerator: Accelerator) -> JsonObject:
         """Return what was added since the last entry, over all ranks; they call this together."""
-        total = accelerator.reduce(self._sums, reduction="sum")
+        total: Any = accelerator.reduce(self._sums, reduction="sum")
         return {"sums": total.tolist(), "steps": self._steps}
 
     def go_on(self, unlogged: JsonObject) -> None:
