@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -95,7 +95,7 @@ def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-def _refuse_other_number(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
+def _refuse_other_number(layers: tuple[int, ...], options: ValidationInfo) -> tuple[int, ...]:
     """Refuse feature layers that are not as many as `num_features`; pydantic gives the options before this one."""
     count = options.data.get("num_features")
     if count not in (None, len(layers)):

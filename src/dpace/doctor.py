@@ -35,11 +35,11 @@ from dpace.system.loading import read_config
 from dpace.system.progress import count, one_line, track
 from dpace.target import Target
 from dpace.target.chat import encode_chat, tokenizer_hashes
+from dpace.training.checkpoints import WEIGHTS
 
 Made = TypeVar("Made")
 Result = Literal["passes", "warns", "fails", "skipped"]
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 MAX_SHOWN = 300
 """Characters of a value that the table shows."""
 KEEP = "keep it if it was trained so, and serve with dpace, vLLM or llama.cpp: other engines take the target's"

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dpace.blocks import build_blocks, sample_anchors
-from dpace.drafter.views import Batch
+from dpace.drafter.views import Inputs
 from dpace.respond.responses import Example, Response
 from dpace.system.progress import track
 from dpace.target import Target
@@ -140,7 +140,7 @@ class ResponseDataset(torch.utils.data.Dataset):
         """Count the conversations."""
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Inputs:
         """Return one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
         is_response = self.is_response(index)
         seed = (self.seed, self.epoch, self.examples[index].id)
@@ -172,7 +172,7 @@ def compute_features(
     return [of_text(row) for row in range(len(texts))]
 
 
-def redraw(row: Batch, num_anchors: int) -> Batch:
+def redraw(row: Inputs, num_anchors: int) -> Inputs:
     """Draw the anchors of a conversation anew, for blocks of another size.
 
     Each conversation's draw has a seed of its own, so a resumed run draws the same anchors.
@@ -180,7 +180,7 @@ def redraw(row: Batch, num_anchors: int) -> Batch:
     return row | {"anchors": sample_anchors(row["is_response"], num_anchors=num_anchors, seed=("growing", row["draw"]))}
 
 
-def collate(rows: Sequence[Batch], block_size: int) -> Batch:
+def collate(rows: Sequence[Inputs], block_size: int) -> Inputs:
     """Pad conversations on the right and cut their blocks."""
     token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
     blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)

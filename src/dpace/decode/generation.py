@@ -187,7 +187,7 @@ def read_clock(device: torch.device) -> float:
 
 
 def collect(
-    texts: Sequence[Continuation], steps: Iterator[Any], block_size: int, device: torch.device
+    texts: Sequence[Continuation], steps: Iterator[object], block_size: int, device: torch.device
 ) -> list[Generation]:
     """Run all steps of texts, the first of which reads their prompts; the seconds of each are those of all."""
     started = read_clock(device)

@@ -329,7 +329,7 @@ def own_tables(names: Iterable[str]) -> dict[str, bool]:
     return {f"has_own_{name}": f"{name}.weight" in names for name in ("embed_tokens", "lm_head")}
 
 
-def _read_causality(config: JsonObject, nested: JsonObject) -> Any:
+def _read_causality(config: JsonObject, nested: JsonObject) -> object:
     """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
     found = read_either({"causal": config.get("is_causal")}, nested, "causal")
     kinds = str(config.get("layer_types") or "")

@@ -14,7 +14,7 @@ from dpace.modeling_dflash import DFlashDraftModel, Mask
 from dpace.system.device import TILED
 from dpace.target import Target
 
-Batch = dict[str, Any]
+Inputs = dict[str, Any]
 """Tensors of a conversation, or of several with their blocks, by name; None where one is not known."""
 
 
@@ -91,7 +91,7 @@ class BlocksHidden(NamedTuple):
 def blocks_hidden(
     drafter: Any,
     target: Target,
-    inputs: Batch,
+    inputs: Inputs,
     *,
     model: Any = None,
     with_target_hidden: bool = False,

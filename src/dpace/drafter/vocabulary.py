@@ -95,7 +95,7 @@ def read_tokens(path: Path, num_tokens: int) -> JsonObject:
         ValueError: it has no list of one or more token ids from 0 to `num_tokens - 1`.
     """
     values = read_object(path, FIX)
-    token_ids: Any = values.get("token_ids")
+    token_ids = values.get("token_ids")
     is_list = isinstance(token_ids, list) and set(map(type, token_ids)) == {int}
     if not is_list or min(token_ids) < 0 or max(token_ids) >= num_tokens:
         raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {FIX}")

@@ -35,7 +35,7 @@ def load_custom(name: str) -> Weigh:
     before = sys.path[:]
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = pkgutil.resolve_name(name)
+        found = pkgutil.resolve_name(name)
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
             f"--loss.objective {name} cannot be imported, {describe_error(error)}; run dpace in the folder that has "
@@ -70,7 +70,7 @@ def source_sha256(weigh: Weigh) -> str:
     Raises:
         ValueError: the source is not on disk, or a value is neither a number nor a text.
     """
-    function: Any = inspect.unwrap(weigh)
+    function = inspect.unwrap(weigh)
     place: Any = function if function.__module__ == "__main__" else inspect.getmodule(function)
     try:
         source = inspect.getsource(place)

@@ -6,7 +6,7 @@ to measure what decoding does.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,7 +22,7 @@ from dpace.decode.batch import batch_fault, generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.drafter.views import Batch, blocks_hidden, draft_block
+from dpace.drafter.views import Inputs, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.own_text import Finding, find_divergence, generate_transformers, text_finding
@@ -98,7 +98,7 @@ def check_texts(
     whole = []
 
     def compare(
-        name: str, outs: Mapping[str, Sequence[Generation]], expected: Sequence[Any], temperature: float
+        name: str, outs: Mapping[str, Sequence[Generation]], expected: Sequence[Sequence[int]], temperature: float
     ) -> None:
         """Add the finding about each way of decoding, with the token ids that are expected of each prompt."""
         divergences = []
@@ -111,7 +111,7 @@ def check_texts(
         cases = f"{count(len(prompts), 'prompt')} x {', '.join(outs)}"
         findings.append(text_finding(name, cases, len(outs) * len(prompts), divergences))
 
-    ways: dict[str, Any] = {"plain": partial(generate_plain, target)}
+    ways: dict[str, Callable[..., Generation]] = {"plain": partial(generate_plain, target)}
     for size in sorted({2, (drafter.block_size + 2) // 2, drafter.block_size}):
         ways[f"width {size}"] = partial(generate, target, drafter, width=size)
     ways["width auto"] = partial(generate, target, drafter, paces=Paces())
@@ -232,7 +232,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 
 
 @torch.no_grad()
-def change_block(target: Target, drafter: Drafter, row: Batch, generator: torch.Generator) -> list[float]:
+def change_block(target: Target, drafter: Drafter, row: Inputs, generator: torch.Generator) -> list[float]:
     """Compute the hidden states of a response's middle block with another text, and as decoding does.
 
     The future of a block is all text behind its anchor, and the features at the anchor: the target has not read it when

@@ -172,7 +172,7 @@ def _check_written(path: Path, engine: Engine, drafter: Drafter, output: Path) -
     folder = path if path.is_dir() else path.parent
     for file in folder.iterdir():
         if not any(file.match(pattern) for pattern in engine.files):
-            raise ValueError(f"--to {engine.name} writes {file.name}, which is not among its `files`; add a pattern")
+            raise ValueError(f"{file.name} is not among the `files` of {type(engine).__name__}; add a pattern for it")
     again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
     if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
         raise ValueError(f"{output} does not read back as it was written; do not serve it")

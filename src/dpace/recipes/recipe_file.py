@@ -70,7 +70,7 @@ class PlainLoader(yaml.SafeLoader):
         for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse aliases, which can stand for more than memory holds; recipes of foreign drafters are read too."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark

@@ -7,6 +7,7 @@ and then import and start nothing.
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ def end() -> bool:
     return is_first()
 
 
-def _join() -> Any:
+def _join() -> ModuleType:
     """Join the group of ranks, with the backend that accelerate chooses for this machine; return `torch.distributed`.
 
     Accelerate's own collectives are not used: on a machine without GPUs, its state takes several processes for one.

@@ -26,7 +26,7 @@ from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
-from dpace.drafter.views import Batch, blocks_hidden
+from dpace.drafter.views import Inputs, blocks_hidden
 from dpace.loss import SlotScores, Weigh, block_loss, count_items
 from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
@@ -63,7 +63,7 @@ def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
     return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
-def score_blocks(drafter: Drafter, scorer: Scorer, batch: Batch, *, model: Any = None) -> tuple[SlotScores, Blocks]:
+def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any = None) -> tuple[SlotScores, Blocks]:
     """Draft the blocks of a micro-batch, and compute their losses.
 
     Args:
@@ -247,7 +247,7 @@ class TrainingLoop:
         if state.best_global_step not in (None, state.global_step):
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
 
-    def batches_of_steps(self) -> Iterator[list[Batch]]:
+    def batches_of_steps(self) -> Iterator[list[Inputs]]:
         """Yield this rank's micro-batches of each step, from where the training stands to its end."""
         state = self.state
         batch_size = self.config.batch_size
@@ -259,7 +259,7 @@ class TrainingLoop:
                 starts = range(0, len(numbers), self.micro_size)
                 yield [self.read_batch(numbers[start + of_others :][:batch_size]) for start in starts]
 
-    def read_batch(self, numbers: Sequence[int]) -> Batch:
+    def read_batch(self, numbers: Sequence[int]) -> Inputs:
         """Read a micro-batch and draw its blocks.
 
         The last step of an epoch may have no conversation left for this rank, which then reads one whose slots do not
@@ -278,7 +278,7 @@ class TrainingLoop:
             batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
         return batch | {"counts": bool(numbers)}
 
-    def take_step(self, batches: Sequence[Batch]) -> None:
+    def take_step(self, batches: Sequence[Inputs]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
 
         The losses of blocks are only added up. What their sum is divided by, the items of the reduction, is counted
@@ -312,7 +312,7 @@ class TrainingLoop:
         norm = ranks.whole(get_total_norm(gradients))
         totals[2] = self.interrupt.asked_at is not None
 
-        over_ranks: Any = self.accelerator.reduce(totals, reduction="sum")
+        over_ranks = self.accelerator.reduce(totals, reduction="sum")
         # The only time that the host waits for the device.
         loss, num_items, num_asked, norm = torch.stack([*over_ranks, norm]).tolist()
         self.interrupt.is_asked = num_asked > 0

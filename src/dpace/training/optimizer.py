@@ -3,6 +3,7 @@
 Muon needs far fewer steps than AdamW where the budget is small.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class MuonAdamW(torch.optim.AdamW):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; the gradients of matrices are gone then, so that AdamW leaves them alone."""
         for group in self.param_groups:
             for parameter in group["params"] if group["momentum"] is not None else ():

@@ -114,7 +114,7 @@ class StepLog:
         without data loading, the negative log-likelihood of a token, and for each slot its share of the weight and how
         often the drafter is right.
         """
-        total: Any = accelerator.reduce(self._sums, reduction="sum")
+        total = accelerator.reduce(self._sums, reduction="sum")
         weights, matches, nll, slots = total
         entry = {
             "loss": statistics.mean(step["loss"] for step in self._steps),
