@@ -24,11 +24,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
+from dpace.config import DrafterConfig, ExportConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
-from dpace.engines import ExportConfig
 from dpace.engines.gguf import gguf_name
 from dpace.fast.speed_up import speed_up
 from dpace.publish.export import export

@@ -29,7 +29,7 @@ from dpace.metrics import Acceptance
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights, spec_auf_weights
-from tests.conftest import make_drafter, make_target
+from tests.support.models import make_drafter, make_target
 
 
 def row(*values):

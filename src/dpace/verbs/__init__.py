@@ -1,7 +1,8 @@
-"""The verbs of the command line, one file each with its options, and what several of them do.
+"""The verbs of the command line, one file each, and what several of them do.
 
-`run(args)` of such a file reads the arguments, checks what needs no model, loads the models, runs, and prints the
-command that comes next. Heavy imports stand behind the arguments, so that `--help` and refusals come at once.
+Such a file has `ARGUMENTS`, which `dpace.cli` parses, and `run(options, given)`. This checks what needs no model, loads
+the models, runs, and prints the command that comes next. Heavy imports stand inside of it, so that `--help` and
+refusals come at once. The class of the options stands in this file, or in `dpace.config` where rooms below read it.
 """
 
 from collections.abc import Iterable

@@ -1,18 +1,18 @@
 """Train with several objectives and seeds, and compare the drafters."""
 
 from dpace.config import CompareConfig
-from dpace.recipes.flags import given_options, parse
+from dpace.recipes.flags import Arguments, Given
 from dpace.system import ranks
 from dpace.system.progress import note
 from dpace.verbs import generate_command, load_target, note_unread, note_untrained
 
+ARGUMENTS = Arguments(CompareConfig)
 OF_BENCH = ("sets", "sets_dir", "drafters", "server", "plain_server")
 """Options of measuring for `dpace bench` alone."""
 
 
-def run(args: list[str]) -> None:
+def run(config: CompareConfig, given: Given) -> None:
     """Run `dpace compare`."""
-    config = parse(CompareConfig, "compare", args)
     from dpace.plan import comparison_lines, expected_lengths, plan_recipe
     from dpace.prompts.prompts import split_prompts
     from dpace.report.sections import comparison
@@ -21,7 +21,7 @@ def run(args: list[str]) -> None:
     from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
 
-    config, init = start_from(config, given_options(CompareConfig, "compare", args))
+    config, init = start_from(config, given.names)
     if config.train.target_shard != "none":
         raise ValueError(
             f"--train.target-shard is {config.train.target_shard}, and `dpace compare` decodes, which needs the whole "

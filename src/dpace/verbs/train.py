@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.recipes.flags import given_options, next_command, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system import ranks
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import load_target, note_untrained
 
+ARGUMENTS = Arguments(Recipe, groups=("prompts", "drafter", "loss", "train"))
 
-def run(args: list[str]) -> None:
+
+def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace train`."""
-    recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
@@ -28,10 +29,10 @@ def run(args: list[str]) -> None:
         train,
     )
 
-    run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
+    run = Run(*start_from(recipe, given.names))
     check_recipe(run.recipe)
     check_trackers(recipe.train.report_to)
-    answers = Answers(recipe, next_command("respond", "train", args))
+    answers = Answers(recipe, command("respond", *given.words))
     datasets = choose_conversations(*answers.load(), run.recipe)
     run.facts |= data_facts(*datasets)
     folder = Path(recipe.output) / "drafter"
@@ -53,4 +54,4 @@ def run(args: list[str]) -> None:
     note_untrained(drafter.spec.record.get("tau"))
     if ranks.end():
         print(f"drafter in {folder}")
-        print("next:", next_command("bench", "train", args))
+        print("next:", command("bench", *given.words))
