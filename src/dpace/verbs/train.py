@@ -17,12 +17,13 @@ def run(recipe: Recipe, given: Given) -> None:
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
+    from dpace.target.files import find_target_files
+    from dpace.target.locate import find_target
     from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
     from dpace.training.run import (
         FILES,
         Run,
-        check_recipe,
         choose_conversations,
         data_facts,
         target_facts,
@@ -30,7 +31,6 @@ def run(recipe: Recipe, given: Given) -> None:
     )
 
     run = Run(*start_from(recipe, given.names))
-    check_recipe(run.recipe)
     check_trackers(recipe.train.report_to)
     answers = Answers(recipe, command("respond", *given.words))
     datasets = choose_conversations(*answers.load(), run.recipe)
@@ -38,9 +38,11 @@ def run(recipe: Recipe, given: Given) -> None:
     folder = Path(recipe.output) / "drafter"
     refuse_foreign_files(folder, *FILES)
     run.is_in(folder)  # refuses another one
-    plan = plan_recipe(run.recipe, known_lengths(datasets[0]), init=run.init)
+    place = find_target(recipe.target)
+    config = find_target_files(place).config
+    plan = plan_recipe(run.recipe, known_lengths(datasets[0]), init=run.init, config=config)
     note("\n".join(training_lines(plan, [folder])))
-    target = load_target(recipe, shard=recipe.train.target_shard)
+    target = load_target(recipe, place, shard=recipe.train.target_shard)
     of_target = target_facts(target)
     answers.refuse_others(of_target)
     run.facts |= of_target
