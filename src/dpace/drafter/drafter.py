@@ -55,6 +55,15 @@ def facts_of(target: Target) -> JsonObject:
     }
 
 
+def size_fault(spec: DrafterSpec, target: Target) -> str:
+    """Say which size of a drafter shows that it was trained for another target; empty where none does."""
+    facts = facts_of(target)
+    for name in ("hidden_size", "vocab_size", "num_target_layers"):
+        if getattr(spec, name) != facts[name]:
+            return f"{name} is {getattr(spec, name)} and the target {target.name} has {facts[name]}"
+    return ""
+
+
 def scales_of(target: Target) -> dict[str, float | None]:
     """Return what the target does to embeddings and logits, with which a drafter decodes whatever its config says."""
     found = target.embed_scale, target.head.multiplier, target.head.softcap
@@ -324,15 +333,12 @@ class Drafter(DFlashDraftModel):
             ValueError: names the value found, the value expected and what to do.
         """
         spec = self.spec
-        facts = facts_of(target)
-        for name in ("hidden_size", "vocab_size", "num_target_layers"):
-            found = getattr(spec, name)
-            expected = facts[name]
-            if found != expected:
-                raise ValueError(
-                    f"the drafter's {name} is {found} and the target {target.name} has {expected}: "
-                    "the drafter was trained for another target; train one for this target with `dpace train`"
-                )
+        fault = size_fault(spec, target)
+        if fault:
+            raise ValueError(
+                f"the drafter's {fault}: the drafter was trained for another target; "
+                "train one for this target with `dpace train`"
+            )
         if target.cache_ability == "append":
             raise ValueError(
                 f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so "

