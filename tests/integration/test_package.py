@@ -15,10 +15,11 @@ from packaging.version import Version
 import dpace
 from dpace.measure.results import read_results
 from dpace.recipes import RECIPES, TARGETS
+from dpace.target.locate import DRAFTERS
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-DATA = ["py.typed", "studies/train.jsonl", "studies/heldout.jsonl", "report/report.html.jinja"]
+DATA = ["py.typed", "report/report.html.jinja", *(f"studies/{name}.jsonl" for name in ("train", "heldout", "kinds"))]
 
 
 def run(*words: str | Path, **options) -> str:
@@ -45,7 +46,10 @@ def test_the_archives_are_complete(built):
         names = set(wheel.namelist())
     assert {f"dpace/{name}" for name in DATA} <= names
     assert {f"dpace/recipes/{path.name}" for path in RECIPES.values()} <= names
-    assert {f"dpace/{path.relative_to(ROOT / 'src' / 'dpace')}" for path in TARGETS.rglob("*.json")} <= names
+    of_drafters = [path for folder in DRAFTERS.values() for path in folder.iterdir()]
+    for path in (*TARGETS.rglob("*.json"), *of_drafters):
+        assert f"dpace/{path.relative_to(ROOT / 'src' / 'dpace')}" in names
+    assert max(path.stat().st_size for path in of_drafters) <= 20e6
 
 
 def test_the_wheel_works_without_the_repository(built, tmp_path):

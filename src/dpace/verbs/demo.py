@@ -44,7 +44,7 @@ def run(config: DemoConfig, given: Given) -> None:
     target = load_target(recipe)
     kinds = decode_kinds(target, recipe)
     if kinds:
-        title = f"Nothing is trained yet: with {OF_DPACE}, the drafter that comes with dpace"
+        title = f"Nothing is trained yet: {OF_DPACE}, which comes with dpace"
         console().print(section_table(speeds(kinds, title)))
     demo = run_demo(target, recipe, planned.parts)
     tables, remarks = findings(demo)
