@@ -37,10 +37,10 @@ from loops import Way, demo_questions, transformers_way, zlab_drafter, zlab_way
 from transformers import AutoModel
 
 import dpace
+from dpace.config import ExportConfig
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
-from dpace.engines import ExportConfig
 from dpace.publish.export import export, import_drafter
 from dpace.report.tables import Section, console, section_table
 from dpace.target import Target

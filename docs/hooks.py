@@ -117,24 +117,8 @@ def cli_page() -> str:
 
 
 def options_of(verb: str) -> type:
-    """Find the dataclass of a verb's options: what the verb gives to `parse`, which is replaced meanwhile."""
-    module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
-
-    def parse(config_class: type, *_: Any, **__: Any) -> None:
-        raise _Found(config_class)
-
-    real, module.parse = module.parse, parse
-    try:
-        module.run([])
-    except _Found as found:
-        return found.args[0]
-    finally:
-        module.parse = real
-    raise ValueError(f"dpace {verb} does not read its options with dpace.recipes.flags.parse")
-
-
-class _Found(Exception):
-    """Carries the class out of a verb."""
+    """Find the dataclass of a verb's options."""
+    return importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}").ARGUMENTS.options
 
 
 def recipe_page() -> str:

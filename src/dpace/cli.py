@@ -73,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault(name, "1")
     try:
         with _sigterm_as_interrupt():
-            module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
-            module.run(args)
+            from dpace.recipes.flags import parse
+
+            file = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
+            file.run(*parse(file.ARGUMENTS, verb, args))
     except KeyboardInterrupt as error:
         if ranks.is_first():
             goes_on = "; what is on disk is kept: run the same command to continue" if verb in CONTINUING else ""

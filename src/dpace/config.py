@@ -157,6 +157,10 @@ RENAMED = {
 }
 """Options as files of earlier versions name them, and their present names."""
 
+EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "gguf"]
+"""Engines, each a file of `dpace.engines`, in the order of the model card; gguf is llama.cpp's."""
+HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
+
 
 @options
 class DrafterConfig:
@@ -411,39 +415,6 @@ class BenchConfig:
 
 
 @options
-class CheckConfig:
-    """Prove that a drafter does not change the text; the exit code is 1 where it does.
-
-    The baseline (decoding without a drafter) must equal `generate` of transformers. In fp32, texts must equal the
-    baseline token for token: greedy, and sampled with the same seed; for several block sizes, verification lengths,
-    verify rules and batches. Sampled tokens and pairs must have the target's distribution (chi-square). A block
-    must not read tokens or hidden states at or after its anchor's successor: those it predicts. A block in training
-    must equal the block when serving, with the same accepted lengths.
-
-    In bf16, every difference in the text is listed with the target's margin, which tells a tie from a bug.
-    """
-
-    target: Text
-    """Folder or Hub id of the target."""
-    drafter: Text
-    """Folder or Hub id of the drafter."""
-    prompts: Text = "demo"
-    """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
-    num_prompts: Count = 4
-    """Prompts to take from each dataset of the file."""
-    max_new_tokens: Annotated[int, integer(3)] = 64
-    """Longest response in tokens."""
-    dtypes: OneOrMore[Literal["float32", "bfloat16", "float16"]] = ("float32",)
-    """Precisions of the weights to check in."""
-    device_map: DeviceMap = None
-    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    seed: Seed = 0
-    """Seed for sampling."""
-    responses: Text | None = None
-    """File of responses to read again: greedy answers of `dpace respond` must be the target's own, token for token."""
-
-
-@options
 class ExplainConfig:
     """Say where tau is lost: slot by slot, which rejected drafts no block drafter could have avoided.
 
@@ -480,6 +451,51 @@ class ExplainConfig:
     """Seed for sampling."""
     output: Text = "dpace-explain"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
+
+
+@options
+class ExportConfig:
+    """Write a drafter in the format of an engine, with a model card.
+
+    The drafter may stand first: dpace export DRAFTER --target TARGET --to ENGINE --output FOLDER.
+
+    The files are read again and compared: the weights bit for bit, and the layout field by field.
+    """
+
+    drafter: Text
+    """Folder or Hub id of the drafter; given first, or with this flag."""
+    target: Text
+    """Folder or Hub id of the target."""
+    target_name: HubName | None = None
+    """Hub id of the target for what is written, such as the model card, as OWNER/NAME; --target by default.
+    It keeps a folder's path out of that, and is needed with --name where the target is a folder."""
+    to: EngineName
+    """Engine to write for; gguf is for llama.cpp. Most engines read the layout of `dpace train`.
+    A drafter that the engine would read wrongly is refused."""
+    output: Text
+    """Folder that the files are written to."""
+    name: HubName | None = None
+    """Hub id of the drafter for the commands of the model card, as OWNER/NAME; --output by default."""
+    target_gguf: Text | None = None
+    """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
+    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
+    plain: bool = False
+    """Leave out the drafter's selector: DFlash's own layout, which engines without selectors read."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    license: Text = "other"
+    """License of the weights for the model card, by the Hub's short name, such as apache-2.0."""
+
+    @property
+    def served_name(self) -> str:
+        """What engines are to call the drafter."""
+        return self.name or self.output
+
+    @property
+    def served_target(self) -> str:
+        """What engines are to call the target."""
+        return self.target_name or self.target
 
 
 @options

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import Recipe
+from dpace.config import EngineName, Recipe
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
 from dpace.drafter.spec import DrafterSpec, are_servable, own_tables, read_quantized, read_rope, read_tensors
 from dpace.drafter.values import read_group
-from dpace.engines import EngineName, engine_of
+from dpace.engines import engine_of
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
 from dpace.recipes.recipe_file import read_recipe

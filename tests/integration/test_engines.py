@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dpace.config import EngineName, ExportConfig
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
 from dpace.drafter.vocabulary import DraftVocabulary
-from dpace.engines import EngineName, ExportConfig
 from dpace.publish.export import export, import_drafter
 from dpace.target import Target
 from tests.support.files import change_config, read_json

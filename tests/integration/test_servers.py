@@ -15,8 +15,7 @@ import httpx
 import pytest
 import tenacity
 
-from dpace.config import BenchConfig, RespondConfig
-from dpace.engines import ExportConfig
+from dpace.config import BenchConfig, ExportConfig, RespondConfig
 from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance

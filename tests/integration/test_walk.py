@@ -3,12 +3,16 @@
 import re
 import shlex
 import shutil
+from unittest import mock
 
 import pytest
 import yaml
 
 from dpace.cli import main
 from dpace.measure.results import read_results
+from dpace.recipes.recipe_file import read_settings
+from dpace.target.locate import find_target
+from dpace.training.run import check_recipe
 from tests.support.files import write_prompts
 from tests.unit.test_pages import TINY
 
@@ -49,7 +53,18 @@ def test_from_prompts_to_an_exported_drafter(
     assert "answering prompts: " in printed[1]
     train = next_of(printed)
     assert train == "dpace train recipe.yaml"
-    printed = run(train)
+    with monkeypatch.context() as patch:
+        read, checked, found = (
+            mock.Mock(wraps=read_settings),
+            mock.Mock(wraps=check_recipe),
+            mock.Mock(wraps=find_target),
+        )
+        patch.setattr("dpace.recipes.flags.read_settings", read)
+        patch.setattr("dpace.training.run.check_recipe", checked)
+        for module in ("plan", "training.initial", "target.locate"):
+            patch.setattr(f"dpace.{module}.find_target", found)
+        printed = run(train)
+    assert read.call_count == checked.call_count == found.call_count == 1
     assert "training, dpace: 1 of 10" in printed[1]
     for least, is_told in ((1.0, False), (99.0, True)):
         monkeypatch.setattr("dpace.verbs.LEAST_TAU", least)

@@ -24,11 +24,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
+from dpace.config import DrafterConfig, ExportConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
-from dpace.engines import ExportConfig
 from dpace.engines.gguf import gguf_name
 from dpace.fast.speed_up import speed_up
 from dpace.publish.export import export
@@ -275,7 +274,7 @@ def endless_folder(language_folder, tmp_path) -> Path:
 
 
 def write_target_gguf(target: Target, path: Path, architecture: str = "qwen3", **other_facts) -> Path:
-    """A Qwen3 target in f32 with a tokenizer of bare words, or with one that the facts say."""
+    """A Qwen3 or Llama target in f32 with a tokenizer of bare words, or with one that the facts say."""
     config, weights = target.config, target.model.state_dict()
     writer = gguf.GGUFWriter(path, architecture)
     facts = {
@@ -304,8 +303,13 @@ def write_target_gguf(target: Target, path: Path, architecture: str = "qwen3", *
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
     layers = [name.removeprefix("model.") for name in weights if ".layers." in name]
     names |= {f"model.{name}": gguf_name(name) for name in layers}
+    num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for ours, theirs in names.items():
-        writer.add_tensor(theirs, weights[ours].float().numpy())
+        weight = weights[ours].float()
+        kind = ours.split(".")[-2]
+        if architecture == "llama" and kind in num_heads:  # llama.cpp rotates neighbours, not halves
+            weight = weight.unflatten(0, (num_heads[kind], 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(theirs, weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

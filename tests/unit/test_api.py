@@ -17,8 +17,7 @@ import torch
 import dpace
 import dpace.engines
 import dpace.weights
-from dpace.config import Objective
-from dpace.engines import EngineName, ExportConfig
+from dpace.config import EngineName, ExportConfig, Objective
 from dpace.loss.objective import source_sha256
 from dpace.publish.card import write_card
 from dpace.recipes.recipe_file import write_recipe

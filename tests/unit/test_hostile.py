@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from unittest import mock
 
 import pytest
 
@@ -207,7 +208,7 @@ def test_lines(line, refused, tmp_path):
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
-    def broken(_):
+    def broken(*_):
         raise TypeError("a bug")
 
     monkeypatch.setattr("dpace.verbs.respond.run", broken)
@@ -222,7 +223,7 @@ def test_ranks_that_are_no_numbers_are_refused(name, refused, monkeypatch):
 
 
 def test_what_an_output_cannot_show_is_escaped_and_a_closed_one_gets_nothing(monkeypatch, capsys):
-    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: print_text("\xe9\n"))
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda *_: print_text("\xe9\n"))
     written = io.BytesIO()
     with io.TextIOWrapper(written, encoding="ascii") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
@@ -257,7 +258,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("pattern", ERRORS)
 def test_what_a_machine_lacks_is_explained(pattern, monkeypatch, capsys):
-    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: (_ for _ in ()).throw(ERRORS[pattern]))
+    monkeypatch.setattr("dpace.verbs.respond.run", mock.Mock(side_effect=ERRORS[pattern]))
     assert main(["respond"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^dpace respond: {pattern}", line), line

@@ -29,7 +29,7 @@ from dpace.metrics import Acceptance
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights, spec_auf_weights
-from tests.conftest import make_drafter, make_target
+from tests.support.models import make_drafter, make_target
 
 
 def row(*values):
@@ -211,19 +211,11 @@ def test_the_network(kind, expected):
     Its slots see all slots of their block, with windows too. Here a config says so by `is_causal`; without that word
     sliding layers are causal, as in z-lab's code.
     """
-    config = Qwen3Config(
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        layer_types=[f"{kind}_attention"] * 2,
-        use_sliding_window=True,
-        sliding_window=5,
-        is_causal=False,
-        dflash_config={"block_size": 3, "mask_token_id": 0, "target_layer_ids": [0, 1]},
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    reach = {"layer_types": [f"{kind}_attention"] * 2, "use_sliding_window": True, "sliding_window": 5}
+    own = {"block_size": 3, "mask_token_id": 0, "target_layer_ids": [0, 1]}
+    config = Qwen3Config(**sizes, **heads, **reach, **{"is_causal": False, "dflash_config": own})
     network = DFlashDraftModel(config)
     for number, (name, weight) in enumerate(sorted(network.named_parameters())):
         drawn = waves(*weight.shape, start=number)

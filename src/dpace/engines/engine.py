@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpace.config import EngineName, ExportConfig
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, published_name, read_folder
-from dpace.engines import EngineName, ExportConfig, all_engines
+from dpace.engines import all_engines
 from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpace.config import ExportConfig
 from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines import ExportConfig
 from dpace.engines.engine import CONVOLUTIONS, TABLES, Engine, to_layer_ids
 from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import translate_library_errors

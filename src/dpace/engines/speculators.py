@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpace.config import ExportConfig
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, read_folder
 from dpace.drafter.values import read_group
 from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
-from dpace.engines import ExportConfig
 from dpace.engines.engine import to_layer_ids
 from dpace.engines.vllm import Vllm
 from dpace.system.ledger import JsonObject

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset, collate
-from dpace.config import CheckConfig, RespondConfig, VerifyRule, Width
+from dpace.config import RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.batch import batch_fault, generate_batch
 from dpace.decode.generation import Generation
@@ -26,7 +26,7 @@ from dpace.drafter.views import Inputs, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.own_text import Finding, find_divergence, generate_transformers, text_finding
-from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
 from dpace.system.progress import count, track
@@ -40,7 +40,9 @@ RULES: dict[VerifyRule, Width] = {"equality": "auto", "speculative": "full"}
 """Verification lengths with which the distribution of each verify rule is tested."""
 
 
-def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: CheckConfig) -> list[Finding]:
+def check(
+    target: Target, drafter: Drafter, prompts: Sequence[Prompt], *, max_new_tokens: int, seed: int = 0
+) -> list[Finding]:
     """Run all checks that the dtype allows; see `dpace check --help`.
 
     First the baseline is compared with `generate` of transformers. In fp32 the others are the text over ways of
@@ -50,8 +52,9 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
     Args:
         target: the model.
         drafter: trained for it, or not: a bad drafter has to pass too.
-        prompts: the first `num_prompts` of each set are used.
-        config: how much is checked.
+        prompts: of which the first turns are answered.
+        max_new_tokens: longest answer.
+        seed: for sampling.
 
     Returns:
         One finding a check.
@@ -60,12 +63,11 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
         ValueError: a drafter for another target, or an over-long prompt.
     """
     drafter.check_target(target)
-    prompts = first_of_each_set(prompts, config.num_prompts)
-    limits = RespondConfig(max_new_tokens=config.max_new_tokens)
+    limits = RespondConfig(max_new_tokens=max_new_tokens)
     encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
-    findings, whole = check_texts(target, drafter, prompts, encoded, config)
+    findings, whole = check_texts(target, drafter, prompts, encoded, max_new_tokens=max_new_tokens, seed=seed)
     if target.model.dtype == torch.float32:
-        findings += check_distribution(target, drafter, encoded, config)
+        findings += check_distribution(target, drafter, encoded, max_new_tokens=max_new_tokens, seed=seed)
         responses = [
             Response(p.id, p.set, [], ids + out.token_ids, [[len(ids), len(ids) + len(out.token_ids)]])
             for p, ids, out in zip(prompts, encoded, whole, strict=True)
@@ -80,7 +82,9 @@ def check_texts(
     drafter: Drafter,
     prompts: Sequence[Prompt],
     encoded: Sequence[list[int]],
-    config: CheckConfig,
+    *,
+    max_new_tokens: int,
+    seed: int,
 ) -> tuple[list[Finding], list[Generation]]:
     """Compare the text of every way of decoding with the baseline, and that with `generate` of transformers.
 
@@ -89,7 +93,8 @@ def check_texts(
         drafter: drafts.
         prompts: of which the first turns are decoded.
         encoded: their token ids.
-        config: lengths and seed.
+        max_new_tokens: longest answer.
+        seed: of the first prompt; each other has the next one.
 
     Returns:
         The findings, and the greedy generations that verified whole blocks.
@@ -105,7 +110,7 @@ def check_texts(
         for how, (number, prompt) in product(outs, enumerate(prompts)):
             found = outs[how][number].token_ids
             if found != expected[number]:
-                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
+                sampler = Sampler(temperature, seed=seed + number, device=target.device)
                 where = f"{prompt.id}, {how}"
                 divergences.append(find_divergence(target, sampler, where, encoded[number], found, expected[number]))
         cases = f"{count(len(prompts), 'prompt')} x {', '.join(outs)}"
@@ -117,25 +122,25 @@ def check_texts(
     ways["width auto"] = partial(generate, target, drafter, paces=Paces())
     ways["rule speculative"] = partial(generate, target, drafter, width="full", verify_rule="speculative")
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
-        options: Any = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         outs = {}
         for how, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
-            outs[how] = [decode(ids, seed=seed, **options) for seed, ids in enumerate(encoded, start=config.seed)]
-        lengths = [(len(token_ids), len(token_ids) + config.max_new_tokens) for token_ids in encoded]
+            outs[how] = [decode(ids, seed=number, **options) for number, ids in enumerate(encoded, start=seed)]
+        lengths = [(len(token_ids), len(token_ids) + max_new_tokens) for token_ids in encoded]
         if not batch_fault(target, lengths):  # elsewhere there are no batches, which then cannot be wrong
-            outs["batch"] = generate_batch(target, drafter, encoded, seed=config.seed, **options)
+            outs["batch"] = generate_batch(target, drafter, encoded, seed=seed, **options)
         plain = outs.pop("plain")
         if temperature == 0:
             whole = outs[f"width {drafter.block_size}"]
             del ways["rule speculative"]  # above temperature 0 it draws another text
-            own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
+            own = [generate_transformers(target, token_ids, max_new_tokens) for token_ids in encoded]
             compare("plain decoding is generate of transformers", {"plain decoding": plain}, own, temperature)
         compare(name, outs, [out.token_ids for out in plain], temperature)
     return findings, whole
 
 
 def check_distribution(
-    target: Target, drafter: Drafter, encoded: Sequence[list[int]], config: CheckConfig
+    target: Target, drafter: Drafter, encoded: Sequence[list[int]], *, max_new_tokens: int, seed: int
 ) -> list[Finding]:
     """Test sampled tokens and pairs of tokens by chi-square, for each verify rule.
 
@@ -143,13 +148,13 @@ def check_distribution(
     the jump at the token filled evenly). The results are independent and uniform if and only if the text has the
     target's distribution, whatever the prompts are.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     findings = []
     for rule, width in RULES.items():
         options: Any = {"width": width, "verify_rule": rule, "paces": Paces(), "temperature": 1.0}
         of_texts = []
-        for seed, token_ids in enumerate(track(encoded, f"distribution, rule {rule}"), start=config.seed):
-            out = generate(target, drafter, token_ids, max_new_tokens=config.max_new_tokens, seed=seed, **options)
+        for number, token_ids in enumerate(track(encoded, f"distribution, rule {rule}"), start=seed):
+            out = generate(target, drafter, token_ids, max_new_tokens=max_new_tokens, seed=number, **options)
             values = distribution_values(target, token_ids, out.token_ids, generator)
             of_texts.append(values[1:])  # 0 is from the prefill
         singles = torch.cat(of_texts)[:, None]

@@ -13,10 +13,10 @@ from typing import TypeVar
 import jinja2
 import yaml
 
-from dpace.config import Recipe
+from dpace.config import EngineName, ExportConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines import EngineName, ExportConfig, all_engines, engine_of
+from dpace.engines import all_engines, engine_of
 from dpace.measure.results import BenchResults, Row, read_results
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.sections import speeds, verdict

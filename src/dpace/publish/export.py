@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from dpace.config import ExportConfig
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import make_drafter, scales_of
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines import ExportConfig, all_engines, engine_of
+from dpace.engines import all_engines, engine_of
 from dpace.engines.engine import Engine
 from dpace.engines.read import read_drafter, writer_of
 from dpace.publish.card import write_card

@@ -1,7 +1,7 @@
 """Turn a verb's arguments into its options, and options into the commands of other verbs.
 
 What comes in is a recipe, which may stand first, and flags that override it; what goes out is an instance of a class of
-`dpace.config`, the help of a verb, or one line that says what is wrong.
+options and what of it was given, the help of a verb, or one line that says what is wrong.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import is_dataclass, make_dataclass
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
 from pydantic import ValidationError
@@ -24,37 +24,62 @@ from dpace.recipes.recipe_file import read_settings
 from dpace.system.ledger import JsonObject
 from dpace.system.validation import UsageError, describe_invalid
 
-Options = TypeVar("Options")
+
+class Arguments(NamedTuple):
+    """What a verb reads from the command line."""
+
+    options: type
+    """A dataclass of options, some of which may be groups of options."""
+    groups: Sequence[str] | None = None
+    """Groups that the verb reads and that its help lists; by default all of them."""
+    first: str | None = None
+    """Option whose values may stand first, without a flag; for a `Recipe`, its file or name may."""
 
 
-def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Sequence[str] | None = None) -> Options:
+class Given(NamedTuple):
+    """What the user wrote on the command line and in the recipe."""
+
+    words: list[str]
+    """The recipe and the flags by their full names, which all verbs that take a recipe know."""
+    names: set[str]
+    """Options that the recipe or a flag sets, such as `drafter.block_size`."""
+
+
+def parse(reads: Arguments, verb: str, args: list[str]) -> tuple[Any, Given]:
     """Read a verb's options from a recipe, which may stand first, and flags that override it.
 
     The recipe is a YAML file, or the name of one that comes with dpace.
 
     Args:
-        config_class: a dataclass of options, some of which may be groups of options.
+        reads: what the verb reads.
         verb: of dpace.
-        args: of the command line, behind the verb.
-        groups: that the verb reads, and that its help lists; by default all of them.
+        args: of the command line, after the verb.
+
+    Returns:
+        An instance of `Arguments.options`, and what of it was given.
 
     Raises:
         UsageError: an unknown flag, a flag whose value has another type, or an unknown name of a recipe.
         ValueError: a recipe that cannot be read, or a value outside its range.
         SystemExit: after `--help`.
     """
+    config_class = reads.options
     if not {"-h", "--help", "--help-all"}.isdisjoint(args):
         known = _groups(config_class)
-        shown = known if groups is None or "--help-all" in args else groups
+        shown = known if reads.groups is None or "--help-all" in args else reads.groups
         _print_help(config_class, verb, [name for name in known if name not in shown])
-    recipe, _, flags = _read(config_class, _words(config_class, verb, args))
+    if reads.first and args and not args[0].startswith("-"):
+        args = [f"--{reads.first}", *args]
+    words = _words(config_class, verb, args)
+    recipe, settings, flags = _read(config_class, words)
     output = io.StringIO()
     try:
         # without a terminal, tyro draws in ASCII
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return tyro.cli(config_class, prog=f"dpace {verb}", args=flags, default=recipe)
+            options = tyro.cli(config_class, prog=f"dpace {verb}", args=flags, default=recipe)
     except (SystemExit, ValidationError) as end:
         raise _refusal(end, output.getvalue(), config_class, verb) from end
+    return options, Given(words, _names(settings, flags))
 
 
 def _groups(config_class: type) -> dict[str, type]:
@@ -154,21 +179,12 @@ def _one_line(output: str, verb: str) -> str:
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 
-def given_options(config_class: type, verb: str, args: list[str]) -> set[str]:
-    """Return the names of the options that a recipe or a flag sets, such as `drafter.block_size`.
-
-    Its arguments are those of `parse`.
-    """
-    _, settings, flags = _read(config_class, _words(config_class, verb, args))
+def _names(settings: dict[str, Any], flags: list[str]) -> set[str]:
+    """Return the names of the options that a recipe's settings or flags set."""
     given = {_option_of(flag) for flag in flags if flag.startswith("--")}
     for name, value in settings.items():
         given |= {f"{name}.{each}" for each in value} if isinstance(value, dict) else {name}
     return given
-
-
-def first_as(name: str, args: list[str]) -> list[str]:
-    """Let values that stand first be those of a flag."""
-    return [f"--{name}", *args] if args and not args[0].startswith("-") else args
 
 
 def command(verb: str, *values: object, **flags: object) -> str:
@@ -184,11 +200,3 @@ def command(verb: str, *values: object, **flags: object) -> str:
         if value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(without_passwords(words))
-
-
-def next_command(verb: str, before: str, args: list[str]) -> str:
-    """Return the command that runs another verb with the same settings.
-
-    It has the recipe and the flags of the verb before, by their full names, which all verbs that take a recipe know.
-    """
-    return command(verb, *_words(Recipe, before, args))

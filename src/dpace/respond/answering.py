@@ -6,6 +6,7 @@ continued where an earlier call was interrupted.
 
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -79,16 +80,16 @@ def answer_prompts(
         meta = find_meta(target, config)
         by_id = {prompt.id: prompt for prompt in prompts}
         waiting = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
-        servers = ServerAnswers(target, config) if config.server and waiting else None
+        servers = ServerAnswers(target, config, waiting) if config.server and waiting else None
         if servers:
             meta["servers"] = sorted({server.engine for server in servers.servers})
         if waiting:
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
-            mine = [by_id[name] for name in ranks.share(waiting)]
+            mine = [by_id[name] for name in ranks.share(list(waiting))]
             own = path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
             with progress_bar() as bar:
                 show = partial(bar.update, bar.add_task("answering prompts", total=len(mine), info=""))
-                answers = servers.answers(mine) if servers else answer_batches(target, mine, config, show)
+                answers = servers.answers(mine) if servers else answer_batches(target, mine, waiting, config, show)
                 _append_answers(answers, own, show)
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
@@ -98,8 +99,8 @@ def answer_prompts(
 
 def _find_waiting(
     target: Target | ChatTokenizer, by_id: dict[str, Prompt], path: Path, config: RespondConfig, meta: JsonObject
-) -> list[str]:
-    """Check what is there, and return the ids of the prompts that wait for an answer.
+) -> dict[str, array]:
+    """Check what is there, and return the tokens of the first turn of each prompt that waits for an answer, by its id.
 
     Those that begin alike are neighbours, and the short ones come first otherwise.
     """
@@ -115,7 +116,7 @@ def _find_waiting(
             "again"
         )
     names = list(texts)
-    return [names[number] for number in find_shared(list(texts.values()))[0]]
+    return {names[number]: texts[names[number]] for number in find_shared(list(texts.values()))[0]}
 
 
 def _complete(prompts: Sequence[Prompt], path: Path, meta: JsonObject, left_out: dict[str, int]) -> None:

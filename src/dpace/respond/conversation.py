@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from dpace.config import RespondConfig
@@ -17,10 +17,24 @@ Tokens = TypeVar("Tokens")
 
 
 class Conversation:
-    """A prompt and the answers to its first turns."""
+    """A prompt and the answers to its first turns.
 
-    def __init__(self, target: Target | ChatTokenizer, prompt: Prompt, config: RespondConfig):
+    Args:
+        target: the model, or its tokenizer.
+        prompt: what is answered.
+        config: how.
+        first_turn: its token ids, where they are known, as `check` gives them.
+    """
+
+    def __init__(
+        self,
+        target: Target | ChatTokenizer,
+        prompt: Prompt,
+        config: RespondConfig,
+        first_turn: Sequence[int] | None = None,
+    ):
         self.target = target
+        self.first_turn = first_turn
         self.prompt = prompt
         self.config = config
         self.messages: list[JsonObject] = []
@@ -69,7 +83,10 @@ class Conversation:
         Raises:
             ValueError: read again through the template, the text has grown past the target's context.
         """
-        token_ids = self._encode(encode_chat, [*self.messages, *self.prompt.turns[self.num_answers]])
+        if self.first_turn is not None and self.num_answers == 0:
+            token_ids = list(self.first_turn)
+        else:
+            token_ids = self._encode(encode_chat, [*self.messages, *self.prompt.turns[self.num_answers]])
         self._check_length(token_ids, 1)
         return token_ids
 

@@ -7,7 +7,7 @@ prompt whose answer is not known to be what the target would have kept is left o
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import tenacity
 
@@ -78,14 +78,16 @@ class ServerAnswers:
     Args:
         target: its tokenizer and its chat template make the prompts; the servers get and give token ids.
         config: addresses, requests at once, length, temperature, seed.
+        first_turns: token ids of each prompt's first turn, by its id.
 
     Raises:
         ValueError: an address that is none, a server that does not answer or is of no known kind.
     """
 
-    def __init__(self, target: Target | ChatTokenizer, config: RespondConfig):
+    def __init__(self, target: Target | ChatTokenizer, config: RespondConfig, first_turns: Mapping[str, Sequence[int]]):
         self.target = target
         self.config = config
+        self.first_turns = first_turns
         self.servers = [connect(url, len(target.tokenizer)) for url in config.server]
         self.left_out: Counter[str] = Counter()
         """Prompts without an answer, by the reason."""
@@ -154,7 +156,7 @@ class ServerAnswers:
             reraise=True,
         )
         stops = list(self.target.stop_token_ids)
-        conversation = Conversation(self.target, prompt, config)
+        conversation = Conversation(self.target, prompt, config, self.first_turns[prompt.id])
         while not conversation.is_answered:
             token_ids = conversation.ask()
             way = (config.max_new_tokens, config.temperature, conversation.seed)
@@ -165,7 +167,7 @@ class ServerAnswers:
     def _judge(self, server: Server, prompt: Prompt, error: Unavailable) -> Exception | None:
         """Tell a prompt that fails from a server that does, by a prompt of one token; None where others take it."""
         try:
-            server.answer(Conversation(self.target, prompt, self.config).ask()[:1], 1, 0.0, 0, stream=False)
+            server.answer(list(self.first_turns[prompt.id][:1]), 1, 0.0, 0, stream=False)
         except ValueError:
             self._given_up.add(server)
             if len(self._given_up) < len(self.servers):

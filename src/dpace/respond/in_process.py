@@ -1,6 +1,6 @@
 """Let the target answer prompts in this process, a batch at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,20 @@ from dpace.target.chat import ChatTokenizer
 
 
 def answer_batches(
-    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig, show: Callable[..., object]
+    target: Target | ChatTokenizer,
+    prompts: Sequence[Prompt],
+    first_turns: Mapping[str, Sequence[int]],
+    config: RespondConfig,
+    show: Callable[..., object],
 ) -> Iterator[list[Response]]:
     """Answer prompts in batches, turn by turn, or take the answers that they come with; yield each batch.
 
-    `show` gets, after each token, an `info` that says where the batch stands.
+    Args:
+        target: the model; its tokenizer is enough for answers that are given.
+        prompts: what is answered.
+        first_turns: token ids of each prompt's first turn, by its id.
+        config: length, temperature, batch size, seed.
+        show: gets, after each token, an `info` that says where the batch stands.
     """
     if config.source == "own":
         for prompt in prompts:
@@ -35,7 +44,10 @@ def answer_batches(
         return
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
     for start in range(0, len(prompts), config.batch_size):
-        batch = [Conversation(target, prompt, config) for prompt in prompts[start : start + config.batch_size]]
+        batch = [
+            Conversation(target, prompt, config, first_turns[prompt.id])
+            for prompt in prompts[start : start + config.batch_size]
+        ]
         while active := [conversation for conversation in batch if not conversation.is_answered]:
             encoded = [conversation.ask() for conversation in active]
             seeds = [conversation.seed for conversation in active]

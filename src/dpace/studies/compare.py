@@ -38,7 +38,6 @@ from dpace.system.progress import note
 from dpace.target import Target
 from dpace.training.run import (
     Run,
-    check_recipe,
     choose_conversations,
     data_facts,
     hash_rows,
@@ -147,7 +146,7 @@ def make_runs(config: CompareConfig, init: Drafter | None) -> dict[Path, Run]:
 
     Raises:
         ValueError: an unknown objective, one that is named in two ways, a custom one that cannot be found or gives
-            wrong weights; or see `check_recipe`.
+            wrong weights; or see `Run`.
     """
     named = replace(config.loss, token_loss="nll", confidence="token")
     if config.loss != named:
@@ -160,7 +159,6 @@ def make_runs(config: CompareConfig, init: Drafter | None) -> dict[Path, Run]:
         loss = with_objective(config.loss, name)
         if loss in losses.values():
             raise ValueError(f"the objective {name} is there under another name too; name it once")
-        check_recipe(replace(config, loss=loss))
         losses[name] = loss
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {

@@ -118,7 +118,8 @@ class Run:
     """A training: its recipe, the drafter that it starts from, and the facts that decide what comes out of it.
 
     `facts` is what `run.json` holds. Those of the settings are there at once; `data_facts` and `target_facts` are added
-    when they are known, so that a folder with another run is refused before a model is loaded.
+    when they are known, so that a folder with another run is refused before a model is loaded. `weigh` computes the
+    weights of its objective.
 
     Args:
         recipe: every setting, as `start_from` gives it where there is a drafter to start from.
@@ -126,12 +127,13 @@ class Run:
         weigh: the function of a custom objective, where it is at hand; otherwise it is imported by its name.
 
     Raises:
-        ValueError: see `settings_of`.
+        ValueError: see `check_recipe` and `settings_of`.
     """
 
     def __init__(self, recipe: Recipe, init: Drafter | None = None, weigh: Weigh | None = None):
         self.recipe = recipe
         self.init = init
+        self.weigh = check_recipe(recipe, weigh)
         self.facts = settings_of(recipe, weigh, init)
 
     def is_in(self, folder: str | Path) -> bool:
@@ -337,7 +339,6 @@ def train(
     """
     if weigh is not None:
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
-    checked = check_recipe(recipe, weigh)
     folder = Path(folder)
     if run is None:
         run = Run(recipe, init, weigh)
@@ -349,7 +350,7 @@ def train(
         drafter = _make_drafter(target, dataset, recipe, init)
         keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
-            drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
+            drafter, target, dataset, validation, recipe, weigh=run.weigh, checkpoints=folder / "checkpoints"
         )
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)

@@ -1,7 +1,8 @@
-"""The verbs of the command line, one file each with its options, and what several of them do.
+"""The verbs of the command line, one file each, and what several of them do.
 
-`run(args)` of such a file reads the arguments, checks what needs no model, loads the models, runs, and prints the
-command that comes next. Heavy imports stand behind the arguments, so that `--help` and refusals come at once.
+Such a file has `ARGUMENTS`, which `dpace.cli` parses, and `run(options, given)`. This checks what needs no model, loads
+the models, runs, and prints the command that comes next. Heavy imports stand inside of it, so that `--help` and
+refusals come at once. The class of the options stands in this file, or in `dpace.config` where rooms below read it.
 """
 
 from collections.abc import Iterable
@@ -24,10 +25,15 @@ PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
 
 
-def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":
-    """Find and load the target that the options of a verb name; `shard` is how it is spread over several ranks.
+def load_target(config: Any, place: str | None = None, *, shard: TargetShard = "none") -> "Target":
+    """Find and load the target that the options of a verb name.
 
     Where a verb lacks an option of `TARGET_OPTIONS`, that of a recipe counts.
+
+    Args:
+        config: options of a verb.
+        place: where the target is, as `find_target` says; it is looked for, and the Hub asked, by default.
+        shard: how it is spread over several ranks.
 
     Raises:
         ValueError: see `dpace.target.locate.find_target`.
@@ -39,7 +45,7 @@ def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":
 
     recipe = Recipe(**{name: value for name, value in vars(config).items() if name in TARGET_OPTIONS})
     return Target.load(
-        find_target(recipe.target),
+        place or find_target(recipe.target),
         dtype=getattr(torch, recipe.dtype, None),  # None for auto
         device=recipe.device,
         device_map=recipe.device_map,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpace.config import Recipe
-from dpace.recipes.flags import command, given_options, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files
 from dpace.system.progress import note
@@ -15,14 +15,14 @@ from dpace.verbs import generate_command, load_chat, load_target, note_unread, s
 if TYPE_CHECKING:
     from dpace.prompts.prompts import Prompt
 
+ARGUMENTS = Arguments(Recipe, groups=("prompts", "bench"))
 IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 """Options that running servers do not take."""
 
 
-def run(args: list[str]) -> None:
+def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace bench`."""
-    recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
-    if "bench.max_new_tokens" not in given_options(Recipe, "bench", args):
+    if "bench.max_new_tokens" not in given.names:
         recipe = replace(recipe, bench=replace(recipe.bench, max_new_tokens=recipe.respond.max_new_tokens))
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets

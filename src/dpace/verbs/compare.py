@@ -1,27 +1,29 @@
 """Train with several objectives and seeds, and compare the drafters."""
 
 from dpace.config import CompareConfig
-from dpace.recipes.flags import given_options, parse
+from dpace.recipes.flags import Arguments, Given
 from dpace.system import ranks
 from dpace.system.progress import note
 from dpace.verbs import generate_command, load_target, note_unread, note_untrained
 
+ARGUMENTS = Arguments(CompareConfig)
 OF_BENCH = ("sets", "sets_dir", "drafters", "server", "plain_server")
 """Options of measuring for `dpace bench` alone."""
 
 
-def run(args: list[str]) -> None:
+def run(config: CompareConfig, given: Given) -> None:
     """Run `dpace compare`."""
-    config = parse(CompareConfig, "compare", args)
     from dpace.plan import comparison_lines, expected_lengths, plan_recipe
     from dpace.prompts.prompts import split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
+    from dpace.target.files import find_target_files
+    from dpace.target.locate import find_target
     from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
 
-    config, init = start_from(config, given_options(CompareConfig, "compare", args))
+    config, init = start_from(config, given.names)
     if config.train.target_shard != "none":
         raise ValueError(
             f"--train.target-shard is {config.train.target_shard}, and `dpace compare` decodes, which needs the whole "
@@ -31,9 +33,11 @@ def run(args: list[str]) -> None:
     check_trackers(config.train.report_to)
     note_unread(config.bench, OF_BENCH, "`dpace compare` measures its own drafters on its held-out prompts")
     parts = split_prompts(config.prompts)
-    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init)
+    place = find_target(config.target)
+    of_target = find_target_files(place).config
+    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init, config=of_target)
     note("\n".join(comparison_lines(plan, parts, drafters)))
-    results = compare(load_target(config), config, parts=parts, init=init)
+    results = compare(load_target(config, place), config, parts=parts, init=init)
     if not ranks.end():
         return
     console().print(section_table(comparison(results)))

@@ -3,18 +3,17 @@
 from pathlib import Path
 
 from dpace.config import DemoConfig
-from dpace.recipes.flags import command, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import generate_command, load_target
 
+ARGUMENTS = Arguments(DemoConfig)
 PAGE = "report.html"
 
 
-def run(args: list[str]) -> None:
+def run(config: DemoConfig, given: Given) -> None:
     """Run `dpace demo`."""
-    config = parse(DemoConfig, "demo", args)
-
     from dpace.plan import comparison_lines
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table

@@ -1,15 +1,42 @@
 """Say what would go wrong when an engine serves a drafter."""
 
-from dpace.config import DeviceMap, Text, options
-from dpace.engines import EngineName, engine_of
-from dpace.recipes.flags import command, first_as, parse
+from dpace.config import DeviceMap, EngineName, Text, options
+from dpace.engines import engine_of
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system.progress import count
 from dpace.verbs import load_target
 
 
-def run(args: list[str]) -> None:
+@options
+class DoctorConfig:
+    """Say what would go wrong when an engine serves a drafter.
+
+    The drafter may stand first: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
+
+    It reads the files strictly, compares the config with the published layout, decodes three prompts, and measures tau
+    as the config says and as other values would have it. docs/serve.md explains some of the checks.
+    """
+
+    drafter: Text
+    """Folder or Hub id of the drafter; given first, or with this flag."""
+    target: Text
+    """Folder or Hub id of the target."""
+    engine: EngineName | None = None
+    """Engine that will serve the drafter, gguf for llama.cpp.
+    What it does not read fails; its start command is printed, set to draft whole blocks."""
+    responses: Text | None = None
+    """responses.jsonl to measure tau on; by default, the one in the drafter's folder or in the two above it."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    thinking: bool = False
+    """Turn thinking on, for chat templates that offer it; set it as it will be when serving."""
+
+
+ARGUMENTS = Arguments(DoctorConfig, first="drafter")
+
+
+def run(config: DoctorConfig, given: Given) -> None:
     """Run `dpace doctor`."""
-    config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.doctor import RUN, diagnose
     from dpace.drafter.spec import read_folder
     from dpace.report.tables import Section, console, section_table
@@ -41,28 +68,3 @@ def run(args: list[str]) -> None:
         served = engine_of(config.engine).command(spec, config.drafter, config.target)
         print("serve with:", served, sep="\n")
     print("next:", command("check", target=config.target, drafter=config.drafter))
-
-
-@options
-class DoctorConfig:
-    """Say what would go wrong when an engine serves a drafter.
-
-    The drafter may stand first: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
-
-    It reads the files strictly, compares the config with the published layout, decodes three prompts, and measures tau
-    as the config says and as other values would have it. docs/serve.md explains some of the checks.
-    """
-
-    drafter: Text
-    """Folder or Hub id of the drafter; given first, or with this flag."""
-    target: Text
-    """Folder or Hub id of the target."""
-    engine: EngineName | None = None
-    """Engine that will serve the drafter, gguf for llama.cpp.
-    What it does not read fails; its start command is printed, set to draft whole blocks."""
-    responses: Text | None = None
-    """responses.jsonl to measure tau on; by default, the one in the drafter's folder or in the two above it."""
-    device_map: DeviceMap = None
-    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    thinking: bool = False
-    """Turn thinking on, for chat templates that offer it; set it as it will be when serving."""

@@ -1,14 +1,15 @@
 """Say where the tau of a drafter is lost."""
 
 from dpace.config import ExplainConfig
-from dpace.recipes.flags import command, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system.ledger import lock_folder, refuse_foreign_files
 from dpace.verbs import load_target, show_results
 
+ARGUMENTS = Arguments(ExplainConfig)
 
-def run(args: list[str]) -> None:
+
+def run(config: ExplainConfig, given: Given) -> None:
     """Run `dpace explain`."""
-    config = parse(ExplainConfig, "explain", args)
     from dpace.drafter import load_drafter
     from dpace.measure.floor import EXPLAIN_FILE, explain
     from dpace.prompts.prompts import first_of_each_set, read_heldout_prompts

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from dpace.config import Recipe
-from dpace.engines import ExportConfig
-from dpace.recipes.flags import first_as, parse
+from dpace.config import ExportConfig, Recipe
+from dpace.recipes.flags import Arguments, Given
 from dpace.system.progress import note
 from dpace.verbs import load_target
 
+ARGUMENTS = Arguments(ExportConfig, first="drafter")
 
-def run(args: list[str]) -> None:
+
+def run(config: ExportConfig, given: Given) -> None:
     """Run `dpace export`."""
-    config = parse(ExportConfig, "export", first_as("drafter", args))
     if config.name and not config.target_name and Path(config.target).exists():
         raise ValueError(
             f"the target {config.target} is a place on this machine, and with --name the model card is for others; "

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
-from dpace.recipes.flags import command, given_options, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, print_text
 from dpace.verbs import load_target
@@ -52,22 +52,23 @@ class GenerateConfig(SamplingConfig):
     It cannot be combined with --stream, --verify-rule speculative or another --width."""
 
 
-def run(args: list[str]) -> None:
+ARGUMENTS = Arguments(GenerateConfig)
+
+
+def run(config: GenerateConfig, given: Given) -> None:
     """Run `dpace generate`."""
-    config = parse(GenerateConfig, "generate", args)
-    given = given_options(GenerateConfig, "generate", args)
-    if config.drafter is None and given & {"stream", "compile", "recall_mib", "width", "verify_rule"}:
+    if config.drafter is None and given.names & {"stream", "compile", "recall_mib", "width", "verify_rule"}:
         raise ValueError(
             "--stream, --compile, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its "
             "folder with --drafter"
         )
-    is_other_width = "width" in given and config.width != "full"
+    is_other_width = "width" in given.names and config.width != "full"
     if config.compile and (config.stream or config.verify_rule != "equality" or is_other_width):
         raise ValueError(
             "--compile cannot be combined with --stream, --verify-rule speculative or a --width other than full; leave "
             "one of them out"
         )
-    if "recall_mib" in given and (config.compile or config.width not in ("auto", "copies")):
+    if "recall_mib" in given.names and (config.compile or config.width not in ("auto", "copies")):
         raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")

@@ -1,21 +1,7 @@
 """Read a drafter that another project trained, and write it for dpace."""
 
 from dpace.config import Text, options
-from dpace.recipes.flags import command, first_as, parse
-
-
-def run(args: list[str]) -> None:
-    """Run `dpace import`."""
-    config = parse(ImportConfig, "import", first_as("source", args))
-    from dpace.publish.export import import_drafter
-    from dpace.target.locate import find_drafter, find_target
-
-    source = find_drafter(config.source, "--source")
-    drafter = import_drafter(source, config.output, target=config.target and find_target(config.target))
-    layers = ", ".join(map(str, drafter.target_layer_ids))
-    print(f"blocks of {drafter.num_slots}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
-    print(f"written: {config.output}")
-    print("next:", command("check", target=config.target or "TARGET", drafter=config.output))
+from dpace.recipes.flags import Arguments, Given, command
 
 
 @options
@@ -31,3 +17,19 @@ class ImportConfig:
     """Folder that the drafter is written to."""
     target: Text | None = None
     """Folder or Hub id of the target; needed for GGUF files and folders of speculators."""
+
+
+ARGUMENTS = Arguments(ImportConfig, first="source")
+
+
+def run(config: ImportConfig, given: Given) -> None:
+    """Run `dpace import`."""
+    from dpace.publish.export import import_drafter
+    from dpace.target.locate import find_drafter, find_target
+
+    source = find_drafter(config.source, "--source")
+    drafter = import_drafter(source, config.output, target=config.target and find_target(config.target))
+    layers = ", ".join(map(str, drafter.target_layer_ids))
+    print(f"blocks of {drafter.num_slots}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
+    print(f"written: {config.output}")
+    print("next:", command("check", target=config.target or "TARGET", drafter=config.output))

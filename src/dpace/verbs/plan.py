@@ -5,9 +5,10 @@ from typing import Annotated
 from pydantic import ByteSize, Field, TypeAdapter
 
 from dpace.config import Count, Positive, Recipe, options
-from dpace.recipes.flags import given_options, next_command, parse
+from dpace.recipes.flags import Arguments, Given, command
 
 OWN = ("--memory", "--ranks", "--minutes")
+"""Flags of this verb alone, which the next command does not get."""
 Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description="a size such as 24GiB or 80GB")]
 
 
@@ -28,19 +29,21 @@ class PlanConfig(Recipe):
     """Minutes that training may take on this machine: the plan says how many steps end in them."""
 
 
-def run(args: list[str]) -> None:
+ARGUMENTS = Arguments(PlanConfig)
+
+
+def run(asked: PlanConfig, given: Given) -> None:
     """Run `dpace plan`."""
-    asked = parse(PlanConfig, "plan", args)
     from dpace.plan import plan_lines
     from dpace.respond.responses import read_meta
     from dpace.training.initial import start_from
     from dpace.training.run import check_recipe
 
-    recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
+    recipe, init = start_from(asked, given.names)
     check_recipe(recipe)
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
     print(*plan_lines(recipe, memory, init, asked.ranks, asked.minutes), sep="\n")
-    pairs = zip(["", *args], args, strict=False)  # of the options, those of this verb only
-    shared = [arg for before, arg in pairs if before not in OWN and not arg.startswith(OWN)]
+    pairs = zip(["", *given.words], given.words, strict=False)
+    shared = [word for before, word in pairs if before not in OWN and not word.startswith(OWN)]
     meta = read_meta(recipe.responses_path)
-    print("next:", next_command("train" if meta.get("complete") else "respond", "plan", shared))
+    print("next:", command("train" if meta.get("complete") else "respond", *shared))

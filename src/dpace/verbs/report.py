@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpace.config import OneOrMore, Text, options
-from dpace.recipes.flags import first_as, parse
+from dpace.recipes.flags import Arguments, Given
 
 
 @options
@@ -19,9 +19,11 @@ class ReportConfig:
     """HTML file to write; report.html in the first folder by default."""
 
 
-def run(args: list[str]) -> None:
+ARGUMENTS = Arguments(ReportConfig, first="folders")
+
+
+def run(config: ReportConfig, given: Given) -> None:
     """Run `dpace report`."""
-    config = parse(ReportConfig, "report", first_as("folders", args))
     from dpace.report.page import write_report
 
     page = config.output or Path(config.folders[0]) / "report.html"

@@ -1,16 +1,17 @@
 """Let the target answer the prompts."""
 
 from dpace.config import Recipe
-from dpace.recipes.flags import next_command, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import count, note, print_text
 from dpace.verbs import load_chat, load_target
 
+ARGUMENTS = Arguments(Recipe, groups=("prompts", "respond"))
 
-def run(args: list[str]) -> None:
+
+def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace respond`."""
-    recipe = parse(Recipe, "respond", args, groups=("prompts", "respond"))
     from dpace.plan import answer_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
@@ -41,4 +42,4 @@ def run(args: list[str]) -> None:
     for reason, number in left_out.items():
         note(f"{count(number, 'prompt')} without an answer: {reason}")
     print_text(f"{count(len(prompts) - sum(left_out.values()), 'response')} in {path}")
-    print_text(f"next: {next_command('train', 'respond', args)}")
+    print_text(f"next: {command('train', *given.words)}")

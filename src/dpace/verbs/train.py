@@ -3,43 +3,46 @@
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.recipes.flags import given_options, next_command, parse
+from dpace.recipes.flags import Arguments, Given, command
 from dpace.system import ranks
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import load_target, note_untrained
 
+ARGUMENTS = Arguments(Recipe, groups=("prompts", "drafter", "loss", "train"))
 
-def run(args: list[str]) -> None:
+
+def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace train`."""
-    recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.respond.responses import Answers
+    from dpace.target.files import find_target_files
+    from dpace.target.locate import find_target
     from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
     from dpace.training.run import (
         FILES,
         Run,
-        check_recipe,
         choose_conversations,
         data_facts,
         target_facts,
         train,
     )
 
-    run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
-    check_recipe(run.recipe)
+    run = Run(*start_from(recipe, given.names))
     check_trackers(recipe.train.report_to)
-    answers = Answers(recipe, next_command("respond", "train", args))
+    answers = Answers(recipe, command("respond", *given.words))
     datasets = choose_conversations(*answers.load(), run.recipe)
     run.facts |= data_facts(*datasets)
     folder = Path(recipe.output) / "drafter"
     refuse_foreign_files(folder, *FILES)
     run.is_in(folder)  # refuses another one
-    plan = plan_recipe(run.recipe, known_lengths(datasets[0]), init=run.init)
+    place = find_target(recipe.target)
+    config = find_target_files(place).config
+    plan = plan_recipe(run.recipe, known_lengths(datasets[0]), init=run.init, config=config)
     note("\n".join(training_lines(plan, [folder])))
-    target = load_target(recipe, shard=recipe.train.target_shard)
+    target = load_target(recipe, place, shard=recipe.train.target_shard)
     of_target = target_facts(target)
     answers.refuse_others(of_target)
     run.facts |= of_target
@@ -53,4 +56,4 @@ def run(args: list[str]) -> None:
     note_untrained(drafter.spec.record.get("tau"))
     if ranks.end():
         print(f"drafter in {folder}")
-        print("next:", next_command("bench", "train", args))
+        print("next:", command("bench", *given.words))

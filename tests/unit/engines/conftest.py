@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpace.config import ExportConfig
 from dpace.drafter import Drafter, load_drafter
-from dpace.engines import ExportConfig
 from dpace.publish.export import export
 from dpace.target import Target
 from dpace.training.loop import TrainingLoop

@@ -11,9 +11,10 @@ import transformers
 import yaml
 
 from dpace.cli import main
+from dpace.config import EngineName
 from dpace.decode.loop import generate_plain
 from dpace.drafter.spec import DrafterSpec, read_folder
-from dpace.engines import EngineName, engine_of
+from dpace.engines import engine_of
 from dpace.measure.results import write_results
 from dpace.publish.card import engine_sections
 from dpace.system.ledger import MARKER

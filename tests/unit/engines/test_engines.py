@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from llamacpp import run_llamacpp
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 import dpace.modeling_dflash
 from dpace.decode.batch import Decoder, generate_batch
@@ -21,9 +21,18 @@ from dpace.drafter.spec import read_folder
 from dpace.engines.gguf import write_gguf
 from dpace.publish.export import import_drafter
 from dpace.target import Target
+from dpace.training.run import make_datasets, train
 from tests.support.cases import wide
 from tests.support.files import read_json
-from tests.support.models import EOS
+from tests.support.models import (
+    EOS,
+    FAMILIES,
+    PAD,
+    make_recipe,
+    make_tokenizer,
+    train_on_language,
+    write_target_gguf,
+)
 from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps, quiet
 
 
@@ -127,6 +136,23 @@ def test_llamacpp_verifies_as_often_as_we_do(
     theirs = llamacpp_steps(target_gguf, path, prompts, from_anchor=kind == "anchored")
     num_near_ties = len(prompts) * (kind != "random")  # they may fall the other way
     assert distance(theirs, ours) <= num_near_ties
+
+
+@pytest.mark.wide
+def test_llamacpp_drafts_for_a_llama_target(language_responses, questions, tmp_path):
+    """The demo's target is one too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["smollm2"]())
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    train_on_language(model, make_tokenizer())
+    target = Target(model)
+    recipe = make_recipe(max_steps=60)
+    drafter = train(target, *make_datasets(target, language_responses, [], recipe), recipe, tmp_path / "drafter").eval()
+    file = write_target_gguf(target, tmp_path / "target.gguf", "llama", rope_dimension_count=target.config.head_dim)
+    write_gguf(tmp_path / "drafter.gguf", drafter, file)
+    ours = our_steps(target, drafter, questions)
+    assert sum(steps for _, steps in ours) < 0.8 * sum(len(text) for text, _ in ours)
+    assert distance(llamacpp_steps(file, tmp_path / "drafter.gguf", questions), ours) <= len(questions)  # near ties
 
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, questions, tmp_path):

@@ -10,7 +10,7 @@ from dpace.cli import main
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.measure.results import read_log
-from dpace.recipes.flags import given_options
+from dpace.recipes.flags import Arguments, parse
 from dpace.system.provenance import fingerprint
 from dpace.training.initial import start_from
 from dpace.training.run import make_datasets, train
@@ -94,8 +94,8 @@ def test_a_recipe_is_causal_where_all_layers_are(start, language_target, tmp_pat
 def test_recipes_and_flags_name_what_they_set(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("drafter:\n  block_size: 16\nthinking: true\n")
-    given = given_options(Recipe, "train", [str(path), "--max-steps=3", "--drafter.num-layers", "2"])
-    assert given == {"drafter.block_size", "thinking", "train.max_steps", "drafter.num_layers"}
+    _, given = parse(Arguments(Recipe), "train", [str(path), "--max-steps=3", "--drafter.num-layers", "2"])
+    assert given.names == {"drafter.block_size", "thinking", "train.max_steps", "drafter.num_layers"}
 
 
 def test_a_drafter_for_another_target_or_without_its_init_is_refused(

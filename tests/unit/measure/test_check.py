@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
-from dpace.config import CheckConfig, RespondConfig
+from dpace.config import RespondConfig
 from dpace.decode import generate_batch
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.measure.check import check, check_distribution, uniformity
@@ -31,8 +31,6 @@ from tests.support.models import (
     make_with_selector,
 )
 
-CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=1, max_new_tokens=12)
-
 
 @pytest.fixture
 def prompts(language_prompts) -> list[Prompt]:
@@ -45,20 +43,20 @@ def failed(findings) -> list[str]:
 
 def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts):
     """The untrained one with a draft vocabulary."""
-    findings = check(language_target, language_drafter, prompts, CONFIG)
+    findings = check(language_target, language_drafter, prompts[:1], max_new_tokens=12)
     assert not failed(findings) and len(findings) == 8
     assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in (1, 6, 5)]
     untrained = make_drafter(language_target)
     untrained.vocabulary = DraftVocabulary(range(30))
-    assert not failed(check(language_target, untrained, prompts, CONFIG))
+    assert not failed(check(language_target, untrained, prompts[:1], max_new_tokens=12))
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("make", [make_with_selector, make_with_candidate_selector])
 def test_a_drafter_with_a_head_passes(make, language_target, prompts):
     """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
-    config = replace(CONFIG, num_prompts=3, max_new_tokens=20)
-    assert not failed(check(language_target, make(language_target, block_size=5), prompts, config))
+    drafter = make(language_target, block_size=5)
+    assert not failed(check(language_target, drafter, prompts[:3], max_new_tokens=20))
 
 
 def test_the_share_of_greedy_tokens(language_target, language_responses):
@@ -101,7 +99,7 @@ def test_a_fault_is_found(name, language_target, language_drafter, prompts, monk
     """The baseline is wrong as where `respond` once took over the target's penalties."""
     change, expected, where = FAULTS[name]
     monkeypatch.setattr(name, change(operator.attrgetter(name.removeprefix("dpace."))(dpace)))
-    findings = check(language_target, language_drafter, prompts, CONFIG)
+    findings = check(language_target, language_drafter, prompts[:1], max_new_tokens=12)
     assert expected in failed(findings)
     assert where in next(finding.detail for finding in findings if finding.name == expected)
 
@@ -111,16 +109,15 @@ def test_another_distribution_is_found(language_target, language_drafter, prompt
         return len(draft), int(target_probs[len(draft)].argmax())
 
     monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
-    config = replace(CONFIG, num_prompts=12, max_new_tokens=24)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
-    found = check_distribution(language_target, language_drafter, encoded, config)
+    found = check_distribution(language_target, language_drafter, encoded, max_new_tokens=24, seed=0)
     assert failed(found) == ["distribution, rule speculative"]
 
 
 def test_only_the_text_is_checked_in_bf16(prompts, language_target):
     target = Target(make_target("smollm2").model.to(torch.bfloat16), language_target.tokenizer)
     drafter = make_drafter(target).to(torch.bfloat16)
-    findings = check(target, drafter, prompts, CONFIG)
+    findings = check(target, drafter, prompts[:1], max_new_tokens=12)
     names = ["plain decoding is generate of transformers", "text at temperature 0", "text at temperature 1, same seed"]
     assert [finding.name for finding in findings] == names
     assert not failed(findings), findings

@@ -9,16 +9,19 @@ import dpace
 from dpace.cli import main
 from dpace.config import Recipe
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import command, given_options, next_command, parse
+from dpace.recipes.flags import Arguments, command, parse
 from dpace.recipes.recipe_file import read_recipe, write_recipe
+
+OF_RECIPES = Arguments(Recipe)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_parse_and_are_found_by_name(name, capsys):
     recipe = read_recipe(RECIPES[name])
     assert recipe != Recipe()
-    assert parse(Recipe, "train", [name]) == recipe
-    assert next_command("bench", "train", [name, "--seed", "7"]) == f"dpace bench {name} --train.seed 7"
+    assert parse(OF_RECIPES, "train", [name])[0] == recipe
+    _, given = parse(OF_RECIPES, "train", [name, "--seed", "7"])
+    assert given.words == [name, "--train.seed", "7"]
     assert main(["--help"]) == 0 and name in capsys.readouterr().out
 
 
@@ -26,23 +29,23 @@ def test_names_of_earlier_versions_are_read(tmp_path):
     """In recipes that they wrote; a recipe that has both names is refused."""
     path = tmp_path / "r.yaml"
     path.write_text("drafter:\n  head: lilicorr\n  head_candidates: 4\n  head_width: 16\nloss: {head_penalty: 0}\n")
-    recipe = parse(Recipe, "train", [str(path)])
+    recipe, given = parse(OF_RECIPES, "train", [str(path)])
     drafter = recipe.drafter
     assert (drafter.selector, drafter.selector_candidates, drafter.selector_width) == ("lilicorr", 4, 16)
     assert recipe.loss.selector_penalty == 0
-    assert given_options(Recipe, "train", [str(path)]) >= {"drafter.selector", "loss.selector_penalty"}
+    assert given.names >= {"drafter.selector", "loss.selector_penalty"}
     path.write_text("drafter:\n  head: lilicorr\n  selector: candidate_selector\n")
     with pytest.raises(ValueError, match="there is no key 'drafter.head'"):
-        parse(Recipe, "train", [str(path)])
+        parse(OF_RECIPES, "train", [str(path)])
 
 
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")
     args = [str(path), "--bench.server=https://bob:secret@b:2/x@y", "--bench.plain-server", " HTTP://eve:secret@c:3"]
-    recipe = parse(Recipe, "train", args)
+    recipe, given = parse(OF_RECIPES, "train", args)
     assert recipe.respond.server == ("http://ann:secret@a:1",)
-    shown = next_command("train", "bench", args)
+    shown = command("train", *given.words)
     write_recipe(recipe, tmp_path / "written.yaml")
     shown += (tmp_path / "written.yaml").read_text()
     assert "secret" not in shown
@@ -60,10 +63,10 @@ def test_exit_codes_of_usage(capsys):
 
 
 def test_a_tilde_is_a_folder_and_a_tag_no_text(tmp_path):
-    assert parse(Recipe, "train", ["--output=~/x"]).output == str(Path.home() / "x")
+    assert parse(OF_RECIPES, "train", ["--output=~/x"])[0].output == str(Path.home() / "x")
     (tmp_path / "r.yaml").write_text("target: !!timestamp 2020-01-01")
     with pytest.raises(ValueError, match="the recipe .*/r.yaml: .*; change it"):
-        parse(Recipe, "train", [str(tmp_path / "r.yaml")])
+        parse(OF_RECIPES, "train", [str(tmp_path / "r.yaml")])
 
 
 def test_commands_are_quoted_for_a_shell():
@@ -82,12 +85,12 @@ def test_the_next_verb_is_told_the_same_settings(tmp_path):
         ("train", [str(path), "--seed", "1", "--output", "other"]),
     )
     for verb, args in runs:
-        recipe = parse(Recipe, verb, args)
-        _, following, *rest = shlex.split(next_command("train", verb, args))
-        assert following == "train" and parse(Recipe, following, rest) == recipe
+        recipe, given = parse(OF_RECIPES, verb, args)
+        _, following, *rest = shlex.split(command("train", *given.words))
+        assert following == "train" and parse(OF_RECIPES, following, rest)[0] == recipe
     args = ["--output", "a b", "--max-steps=9", "--no-torch-compile"]
     expected = "dpace bench --output 'a b' --train.max-steps=9 --train.no-torch-compile"
-    assert next_command("bench", "train", args) == expected
+    assert command("bench", *parse(OF_RECIPES, "train", args)[1].words) == expected
 
 
 def test_help_and_refusals_import_no_torch():
