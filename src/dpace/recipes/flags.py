@@ -179,7 +179,7 @@ def _one_line(output: str, verb: str) -> str:
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 
-def _names(settings: dict[str, Any], flags: list[str]) -> set[str]:
+def _names(settings: JsonObject, flags: list[str]) -> set[str]:
     """Return the names of the options that a recipe's settings or flags set."""
     given = {_option_of(flag) for flag in flags if flag.startswith("--")}
     for name, value in settings.items():
