@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, ModuleType
 
 import dpace
 from dpace.recipes import RECIPES, VERBS
@@ -29,11 +29,22 @@ USAGE = "\n".join(
         textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
         "To report, doctor, export and import, give a folder there.",
         "`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;",
-        "`dpace --version` prints the version.",
+        "`dpace --version` prints the version;",
+        '`eval "$(dpace --completion bash)"` lets bash complete verbs and options.',
         "",
     ]
 )
 
+COMPLETION = """_dpace() {
+  local word=${COMP_WORDS[COMP_CWORD]} words=
+  case $COMP_CWORD:${COMP_WORDS[1]}:$word in
+    1:*) words='VERBS' ;;
+CASES
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _dpace dpace"""
+"""Script for bash that completes verbs and, after a hyphen, their flags; other words are completed as files."""
 CONTINUING = ("demo", "respond", "train", "compare", "bench", "explain")
 """Verbs that go on where they were interrupted."""
 SAME_REASON_SECONDS = 15.0
@@ -56,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
+    if argv == ["--completion", "bash"]:
+        print(_completion())
+        return 0
     if verb not in VERBS:
         if argv:
             meant = difflib.get_close_matches(verb, VERBS, n=1)
@@ -75,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         with _sigterm_as_interrupt():
             from dpace.recipes.flags import parse
 
-            file = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
+            file = _file_of(verb)
             file.run(*parse(file.ARGUMENTS, verb, args))
     except KeyboardInterrupt as error:
         if ranks.is_first():
@@ -97,6 +111,19 @@ def main(argv: list[str] | None = None) -> int:
 
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _file_of(verb: str) -> ModuleType:
+    """Import the file of a verb."""
+    return importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
+
+
+def _completion() -> str:
+    """Write the script for bash."""
+    from dpace.recipes.flags import flags_of
+
+    cases = [f"    *:{verb}:-*) words='{flags_of(_file_of(verb).ARGUMENTS.options, verb)}' ;;" for verb in VERBS]
+    return COMPLETION.replace("VERBS", " ".join(VERBS)).replace("CASES", "\n".join(cases))
 
 
 def _open_output() -> None:

@@ -126,7 +126,7 @@ def test_first_uses_at_once_make_it_once(monkeypatch, capfd):
     with ThreadPoolExecutor(3) as threads:
         folders = set(threads.map(locate.find_target, 3 * [locate.TARGET_ID]))
     assert len(made) == len(folders) == 1
-    assert {path.suffix for path in locate.cache_folder().iterdir()} == {"", ".gguf", ".lock"}
+    assert {path.suffix for path in locate.cache_folder().iterdir()} - {".lock"} == {"", ".gguf"}
     assert not {"Loading weights", "Writing model shards"} & set(re.split("[:\n]", capfd.readouterr().err))
 
 
@@ -145,4 +145,4 @@ def test_a_download_that_fails_is_refused_in_one_line(name, value, reason, monke
     assert main(["plan", "demo-cpu"]) == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert reason in line
-    assert [path.suffix for path in locate.cache_folder().iterdir()] == [".lock"]
+    assert {path.suffix for path in locate.cache_folder().iterdir()} <= {".lock"}

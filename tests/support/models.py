@@ -160,10 +160,11 @@ def random_target(family) -> Target:
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
-    """Each test has its own random numbers. Steps of width `auto` are timed once, and `dpace doctor` decodes little."""
+    """Each test has its own random numbers. What is timed is timed for short, and `dpace doctor` decodes little."""
     torch.manual_seed(0)
     monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 4)
     monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
+    monkeypatch.setattr("dpace.plan.TIMING_SECONDS", 0.02)
 
 
 @pytest.fixture

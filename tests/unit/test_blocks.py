@@ -79,12 +79,12 @@ def test_dense_and_flex_are_one_rule(example):
 @settings(deadline=None, max_examples=10)
 @given(
     st.integers(2, 200),
-    st.integers(3, 700),
+    st.integers(3, 400),
     st.lists(st.integers(0, 30), min_size=1, max_size=3),
     st.sampled_from([Reach(), Reach(201), Reach(301, is_causal=True)]),
     st.randoms(),
 )
-@hypothesis.example(16, 700, [30], Reach(201), random.Random(0))
+@hypothesis.example(16, 400, [30], Reach(201), random.Random(0))
 def test_tiles_are_those_of_the_dense_mask(block_size, num_context, counts, reach, draws):
     """Any anchors, block size and text: every tile with a visible pair is there, and whole tiles are whole."""
     places = range(num_context - 1)

@@ -1,4 +1,4 @@
-"""The rooms that decode, with types and shapes checked in every call; all other tests leave them unchecked."""
+"""Rooms with tensors, with types and shapes checked in every call; all other tests leave them unchecked."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("room", ["decode", "drafter", "fast", "target"])
-def test_types_and_shapes_of_decoding(room):
+@pytest.mark.parametrize("room", ["batches", "decode", "drafter", "fast", "measure", "target", "training"])
+def test_types_and_shapes(room):
     """But for compiled steps, in which checks cannot be traced, and requests that the types refuse."""
     folder = Path(__file__).parent / room
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(folder), "--jaxtyping-packages=dpace,beartype.beartype"]

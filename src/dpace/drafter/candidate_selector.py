@@ -6,7 +6,6 @@ Here are its sizes and config keys, its scores and its loss. Its network is `Can
 Source: DFlash2, z-lab/dflash; the loss is ours.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpace.config import DrafterConfig
-from dpace.drafter.selector import LatticeSelector, SelectorSizes
+from dpace.drafter.selector import BlockCandidates, LatticeSelector, SelectorSizes
 from dpace.drafter.values import StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.loss import SlotScores, candidate_logits
 from dpace.loss.scorer import Scorer
 from dpace.system.ledger import JsonObject
-from dpace.target.draft_rows import DraftRows
 
 
 class CandidateSelector(LatticeSelector):
@@ -28,19 +26,12 @@ class CandidateSelector(LatticeSelector):
 
     name = "candidate_selector"
 
-    def score(
-        self,
-        rows: DraftRows,
-        candidates: Int[Tensor, "block draft choice"],
-        log_probs: Float[Tensor, "block draft choice"],
-        hidden: Float[Tensor, "block draft hidden"],
-        last_ids: Int[Tensor, " block"],
-        before: Callable[[], Float[Tensor, "block hidden"]],
-    ) -> Float[Tensor, "block draft choice choice"]:
+    def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
         """See `LatticeSelector`."""
-        first = last_ids[:, None, None].expand(-1, 1, self.num_candidates)
-        previous = torch.cat([first, candidates[:, :-1]], dim=1)
-        return self.network(self.network.queries(previous, hidden), candidates) + log_probs[..., None, :]
+        tokens = candidates.tokens
+        first = candidates.last_ids[:, None, None].expand(-1, 1, self.num_candidates)
+        queries = self.network.queries(torch.cat([first, tokens[:, :-1]], dim=1), candidates.hidden)
+        return self.network(queries, tokens) + candidates.log_probs[..., None, :]
 
     def add_loss(
         self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None

@@ -6,7 +6,6 @@ Here are its sizes, tensors and config keys, its scores and its loss. Its networ
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.config import DrafterConfig
-from dpace.drafter.selector import Lattice, LatticeSelector, SelectorSizes, rows_after
+from dpace.drafter.selector import BlockCandidates, Lattice, LatticeSelector, SelectorSizes, rows_after
 from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.loss import SlotScores, candidate_logits
 from dpace.loss.scorer import Scorer
 from dpace.system.ledger import JsonObject
-from dpace.target.draft_rows import DraftRows
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
@@ -39,17 +37,10 @@ class LiLiCorrSelector(LatticeSelector):
 
     name = "lilicorr"
 
-    def score(
-        self,
-        rows: DraftRows,
-        candidates: Int[Tensor, "block draft choice"],
-        log_probs: Float[Tensor, "block draft choice"],
-        hidden: Float[Tensor, "block draft hidden"],
-        last_ids: Int[Tensor, " block"],
-        before: Callable[[], Float[Tensor, "block hidden"]],
-    ) -> Float[Tensor, "block draft choice choice"]:
+    def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
         """See `LatticeSelector`."""
-        start, pairs = self.network(rows.target.embed(candidates), log_probs, hidden, before())
+        embeds = candidates.rows.target.embed(candidates.tokens)
+        start, pairs = self.network(embeds, candidates.log_probs, candidates.hidden, candidates.before())
         return torch.cat([start[:, None, None].expand(-1, 1, start.shape[1], -1), pairs], dim=1)
 
     def add_loss(
@@ -77,7 +68,8 @@ class LiLiCorrSelector(LatticeSelector):
         last_ids = blocks.labels.flatten(0, 1)[whole, 0]
         with scorer.autocast():
             before = found.before.flatten(0, 1)[whole]
-            lattice = self.make_lattice(rows, index, log_probs, hidden, last_ids, lambda: before)
+            candidates = BlockCandidates(rows, rows.tokens(index), log_probs, hidden, last_ids, lambda: before)
+            lattice = self.make_lattice(candidates)
         walk = walk_losses(lattice, labels, target_logits, scorer.loss.selector_penalty)
         losses = scores.losses.flatten().index_add(0, whole, walk)
         return scores._replace(losses=losses.view_as(scores.losses))

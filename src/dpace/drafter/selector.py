@@ -184,6 +184,23 @@ def draw_draft(
     return torch.tensor(drawn, device=logits.device), torch.cat(rows)
 
 
+class BlockCandidates(NamedTuple):
+    """The candidates of blocks, and what a selector scores them by."""
+
+    rows: DraftRows
+    """Of the tokens that may be drafted."""
+    tokens: Int[Tensor, "block draft choice"]
+    """The best of these at each slot."""
+    log_probs: Float[Tensor, "block draft choice"]
+    """Theirs in the drafter's softmax, at temperature 1, in fp32."""
+    hidden: Float[Tensor, "block draft hidden"]
+    """Final hidden states of the slots."""
+    last_ids: Int[Tensor, " block"]
+    """The tokens at the anchors."""
+    before: Callable[[], Float[Tensor, "block hidden"]]
+    """Returns what the drafter's attention reads of the token before each anchor."""
+
+
 class Lattice(NamedTuple):
     """A selector's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft."""
 
@@ -208,41 +225,14 @@ class LatticeSelector(Selector):
         """Its network in the drafter."""
         return getattr(self.drafter, self.name)
 
-    def score(
-        self,
-        rows: DraftRows,
-        candidates: Int[Tensor, "block draft choice"],
-        log_probs: Float[Tensor, "block draft choice"],
-        hidden: Float[Tensor, "block draft hidden"],
-        last_ids: Int[Tensor, " block"],
-        before: Callable[[], Float[Tensor, "block hidden"]],
-    ) -> Float[Tensor, "block draft choice choice"]:
-        """Compute `Lattice.scores` of its candidates; the other arguments are those of `make_lattice`."""
+    def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
+        """Compute `Lattice.scores`."""
         raise NotImplementedError
 
-    def make_lattice(
-        self,
-        rows: DraftRows,
-        index: Int[Tensor, "block draft choice"],
-        log_probs: Float[Tensor, "block draft choice"],
-        hidden: Float[Tensor, "block draft hidden"],
-        last_ids: Int[Tensor, " block"],
-        before: Callable[[], Float[Tensor, "block hidden"]],
-    ) -> Lattice:
-        """Score the candidates of blocks.
-
-        Args:
-            rows: of the tokens that may be drafted.
-            index: the best of these rows at each slot.
-            log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
-            hidden: final hidden states of the slots.
-            last_ids: see `Selector.propose`, as the next one.
-            before: returns what the drafter's attention reads of the token before each anchor.
-        """
-        candidates = rows.tokens(index)
-        scores = self.score(rows, candidates, log_probs, hidden, last_ids, before)
-        log_odds = log_probs.detach().exp().sum(-1).logit(eps=1e-6)
-        return Lattice(candidates, scores, log_odds)
+    def make_lattice(self, candidates: BlockCandidates) -> Lattice:
+        """Score the candidates of blocks."""
+        log_odds = candidates.log_probs.detach().exp().sum(-1).logit(eps=1e-6)
+        return Lattice(candidates.tokens, self.score(candidates), log_odds)
 
     def propose(
         self,
@@ -257,7 +247,8 @@ class LatticeSelector(Selector):
         logits = rows.logits(states.flatten(0, 1)).float()
         top, index = topk(logits, self.num_candidates)
         log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
-        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, last_ids, before)
+        candidates = rows.tokens(index.view(log_probs.shape))
+        lattice = self.make_lattice(BlockCandidates(rows, candidates, log_probs, states, last_ids, before))
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 

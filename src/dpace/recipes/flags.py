@@ -129,6 +129,18 @@ def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
     ]
 
 
+def flags_of(config_class: type, verb: str) -> str:
+    """Return in one line the flags that `--help-all` lists, and those that are short for ones of the verb's group."""
+    groups = _groups(config_class)
+    names = set(get_type_hints(config_class)) - groups.keys()
+    for group, options in groups.items():
+        inner = get_type_hints(options)
+        names |= {f"{group}.{name}" for name in inner}
+        if group == verb:
+            names |= inner.keys()
+    return " ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
+
+
 def _read(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
@@ -179,7 +191,7 @@ def _one_line(output: str, verb: str) -> str:
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 
-def _names(settings: dict[str, Any], flags: list[str]) -> set[str]:
+def _names(settings: JsonObject, flags: list[str]) -> set[str]:
     """Return the names of the options that a recipe's settings or flags set."""
     given = {_option_of(flag) for flag in flags if flag.startswith("--")}
     for name, value in settings.items():

@@ -120,9 +120,8 @@ def graphs(monkeypatch, unchecked_types):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize(
-    "way", wide([(0.0, "plain"), (1.0, "plain"), (0.0, "lilicorr"), (0.0, "windows")], (0.0, "plain"))
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("way", [(0.0, "plain"), (1.0, "plain"), (0.0, "lilicorr"), (0.0, "windows")])
 def test_compiled_steps_of_fixed_shapes(way, graphs, monkeypatch, language_target, language_drafter, questions):
     """Rows that are done wait for the others; a step waits for the device once."""
     temperature, kind = way

@@ -1,3 +1,4 @@
+import re
 import shlex
 import subprocess
 import sys
@@ -102,3 +103,21 @@ for args in {lines}:
         dpace.cli.main(args)
 assert not {{"torch", "transformers"}} & sys.modules.keys()"""
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_bash_completes_verbs_and_all_flags_of_a_verb(capsys):
+    """Also those of the verb's own group without it; other words are left to the completion of files."""
+
+    def complete(*words: str) -> list[str]:
+        ask = f"{script}\nCOMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}\n_dpace\necho ${{COMPREPLY[@]}}"
+        return subprocess.run(["bash", "-c", ask], check=True, capture_output=True, text=True).stdout.split()
+
+    assert main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert complete("dpace", "ex") == ["explain", "export"] and complete("dpace", "train", "r") == []
+    assert complete("dpace", "train", "r.yaml", "--se") == ["--seed"]
+    for verb in ("train", "import"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help-all"])
+        listed = re.findall(r"^\W*(--\w[\w.-]+)", capsys.readouterr().out, flags=re.M)
+        assert {*listed} - {"--help", "--train.NAME"} <= {*complete("dpace", verb, "--")}, verb
