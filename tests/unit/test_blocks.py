@@ -76,7 +76,7 @@ def test_dense_and_flex_are_one_rule(example):
     torch.testing.assert_close(found, expected)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(
     st.integers(2, 200),
     st.integers(3, 400),

@@ -25,6 +25,7 @@ from dpace.system.provenance import hash_file
 from dpace.target import Target
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import choose_conversations
+from tests.support.cases import wide
 from tests.support.files import make_prompts, write_rows
 from tests.support.memory import peak_bytes
 from tests.support.models import make_tokenizer
@@ -73,7 +74,7 @@ def make_loop(name: str, folder) -> tuple[TrainingPlan, TrainingLoop]:
     return plan, TrainingLoop(made, target, *datasets, recipe, weigh=weigh, checkpoints=folder)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", wide(SHAPES, SOFT))
 def test_memory_and_operations_of_a_step_are_near_the_measured_ones(name, tmp_path):
     plan, loop = make_loop(name, tmp_path)
     batches = next(loop.batches_of_steps())

@@ -76,7 +76,7 @@ def test_no_more_is_drawn_than_is_verified(make, language_target):
 @pytest.mark.parametrize(
     ("rule", "options", "drafted"),
     [
-        ("equality", {"temperature": 7.0, "top_p": 0.8}, None),
+        pytest.param("equality", {"temperature": 7.0, "top_p": 0.8}, None, marks=pytest.mark.wide),
         ("speculative", {"no_repeat_ngram_size": 2, "temperature": 6.5}, None),
         pytest.param("equality", {}, [1, 3], marks=pytest.mark.wide),
         pytest.param("speculative", {"top_p": 0.9}, [1, 3], marks=pytest.mark.wide),

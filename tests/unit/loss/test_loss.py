@@ -72,6 +72,7 @@ def test_soft_losses_equal_the_plain_reference(token_loss):
     compare(data, 9000, weigh=weigh, token_loss=token_loss, target_hidden=torch.randn(data[0].shape))
 
 
+@pytest.mark.wide
 def test_the_compiled_tile_equals_the_plain_reference(monkeypatch, unchecked_types):
     """What runs on a GPU: a graph for all numbers of rows and columns, one without gradient, a recompile of each."""
     counter = CompileCounterWithBackend("aot_eager")
