@@ -1,9 +1,9 @@
 """Write the prompts of `smollm2-135m`, the drafter that comes with dpace.
 
     python benchmarks/box_prompts.py DATA FOLDER
-    cp src/dpace/target/drafters/smollm2-135m/recipe.yaml box.yaml
-    dpace respond box.yaml
-    dpace train box.yaml
+    cp src/dpace/target/drafters/smollm2-135m/recipe.yaml recipe.yaml
+    dpace respond recipe.yaml
+    dpace train recipe.yaml
 
 DATA has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train`; prompts like those of `mbpp` and
 `humaneval` in it are left out. FOLDER gets `prompts.jsonl`: word problems, mathematics, tasks of programming and the
@@ -135,8 +135,9 @@ def main(data, folder):
     rows = []
     for part in range(NUM_PARTS):
         for kind, share in SHARES.items():
-            for number in range(part * share, (part + 1) * share):
-                rows.append({"id": f"{kind}/train/{number}", "set": kind, "messages": kinds[kind][number]})
+            start = part * share
+            for number, messages in enumerate(kinds[kind][start : start + share], start):
+                rows.append({"id": f"{kind}/train/{number}", "set": kind, "messages": messages})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

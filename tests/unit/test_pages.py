@@ -17,7 +17,8 @@ from dpace.recipes import VERBS
 from tests.support.files import write_prompts
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CARDS = sorted((ROOT / "src" / "dpace" / "target" / "drafters").rglob("README.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *CARDS]
 PARSED_ONLY = "<!-- parsed only"
 """Stands before a block that needs the network, a server, a GPU or hours."""
 TINY = {

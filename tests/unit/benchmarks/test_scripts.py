@@ -88,6 +88,18 @@ def test_a_script_says_what_it_needs(command, run, monkeypatch):
         run(command)
 
 
+def test_box_prompts_are_of_all_kinds_and_none_is_measured(run, tmp_path):
+    task = "Write a python function to compute the cube of a number."
+    run("box_prompts.py {data} {out}")  # which makes the folders
+    rows = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
+    assert {row["set"] for row in rows} == {"problems", "mathematics", "code", "notes"}
+    cubes = [row for row in rows if "compute the cube of a number" in row["messages"][0]["content"]]
+    assert len(rows) == len({row["id"] for row in rows}) and len(cubes) == 1
+    write_rows(tmp_path / "data" / "mbpp.jsonl", [{"turns": [task]}])
+    run("box_prompts.py {data} {out}")
+    assert "compute the cube of a number" not in (tmp_path / "out" / "prompts.jsonl").read_text()
+
+
 def test_make_prompts(run, tmp_path):
     run("make_prompts.py {out} tuning")
     rows = (tmp_path / "out" / "tuning.jsonl").read_text().splitlines()
