@@ -102,6 +102,7 @@ def test_shares_of_drafter_and_target_give_the_same(num_ranks, on_one_rank, lang
         assert_same(on_one_rank / name, tmp_path / "of the target" / name)
 
 
+@pytest.mark.wide
 def test_accumulation_gives_the_same_steps(on_one_rank, language_target, responses, tmp_path):
     """Micro-batches of one conversation, some without an anchor; and reductions differ."""
     ranks.train_all(language_target, responses, RECIPE, tmp_path, 1)

@@ -1,0 +1,46 @@
+"""The drafters that come with dpace: found by name, whole, and as their cards say."""
+
+import re
+
+import pytest
+
+from dpace.cli import main
+from dpace.decode import generate, generate_plain
+from dpace.drafter import Drafter, load_drafter
+from dpace.prompts.prompts import demo_path, read_prompts
+from dpace.studies.demo import KINDS
+from dpace.system.provenance import hash_file
+from dpace.target import Target
+from dpace.target.chat import encode_chat
+from dpace.target.locate import DRAFTERS, TARGET_ID, find_target
+
+by_name = pytest.mark.parametrize("name", DRAFTERS)
+
+
+@by_name
+def test_it_is_found_by_name_and_refuses_another_target(name, language_folder, capsys):
+    assert Drafter.from_pretrained(name).num_parameters() < 10e6
+    ask = ["generate", "--target", str(language_folder), "--prompt", "w1 w51", "--drafter"]
+    assert main([*ask, name]) == 1
+    assert "the drafter's hidden_size is 576 and the target" in capsys.readouterr().err
+    assert main([*ask, "smollm"]) == 1
+    assert f"or a drafter of dpace: {name}" in capsys.readouterr().err
+
+
+@by_name
+def test_its_card_has_the_hash_of_its_weights(name):
+    folder = DRAFTERS[name]
+    (found,) = re.findall(r"model\.safetensors, sha256 \| `(\w+)`", (folder / "README.md").read_text())
+    assert found == hash_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@by_name
+def test_it_keeps_the_text_of_its_target(name):
+    target = Target.load(find_target(TARGET_ID))
+    drafter = load_drafter(DRAFTERS[name], target)
+    for prompt in read_prompts(demo_path(KINDS))[::5]:
+        token_ids = encode_chat(target, prompt.turns[0])
+        drafted = generate(target, drafter, token_ids, max_new_tokens=48, width="full")
+        assert drafted.token_ids == generate_plain(target, token_ids, max_new_tokens=48).token_ids
+        assert drafted.acceptance.tau > 1.3
