@@ -33,8 +33,9 @@ KINDS = "kinds"
 OF_DPACE = "smollm2-135m"
 """That drafter."""
 NUM_KINDS = 4
+OF_EACH_KIND = 2
 KINDS_TOKENS = 64
-"""Tokens of an answer to these prompts."""
+"""Prompts that are decoded, and tokens of an answer: the table is there within a minute."""
 QUICK = {
     "prompts": {"limit": 36},
     "train": {"max_steps": 26, "eval_steps": 26},
@@ -151,7 +152,7 @@ def expected_seconds(plan: TrainingPlan, bench: BenchConfig, parts: PromptParts)
     num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
     scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
     num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
-    num_decoded += NUM_KINDS * len(bench.widths) * (bench.num_prompts or 0) * KINDS_TOKENS
+    num_decoded += NUM_KINDS * len(bench.widths) * OF_EACH_KIND * KINDS_TOKENS
     decoding = num_decoded * (of_layers + of_head)
     of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
     of_training = len(OBJECTIVES) * plan.num_steps * plan.flops()[1]
@@ -187,7 +188,7 @@ def decode_kinds(target: Target, recipe: CompareConfig) -> BenchResults | None:
         return None
     prompts = read_prompts(demo_path(KINDS))
     output = Path(recipe.output) / KINDS
-    config = replace(recipe.bench, max_new_tokens=KINDS_TOKENS)
+    config = replace(recipe.bench, num_prompts=OF_EACH_KIND, max_new_tokens=KINDS_TOKENS)
     with lock_folder(output):
         return bench(target, {OF_DPACE: load_drafter(folder, target)}, prompts, config, output)
 
