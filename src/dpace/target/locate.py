@@ -98,8 +98,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
         return str(DRAFTERS[name])
     if path.parent.exists() or not re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII):
         raise ValueError(
-            f"{option} {name} is missing, or no file of a drafter; name a folder, a Hub id that exists, or a drafter of "
-            f"dpace: {', '.join(sorted(DRAFTERS))}"
+            f"{option} {name} is missing, or no file of a drafter; name a folder, a Hub id that exists, or "
+            f"a drafter of dpace: {', '.join(sorted(DRAFTERS))}"
         )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
