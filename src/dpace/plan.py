@@ -62,6 +62,10 @@ MOST_BATCH = 64
 """Largest batch that is tried."""
 TIMING_SECONDS = 1.0
 """How long a product is timed."""
+FEW_ROWS = 64
+"""Rows of a product whose speed stands for what is no large product: as many as prompts that are answered together."""
+BESIDE_PRODUCTS = 0.3
+"""What a training step on a CPU does beside its products, as a share of these, at that speed."""
 GPU_FLOPS = 3e14
 """Operations in a second by a GPU that is not at hand: a third of an H100's products in bf16."""
 
@@ -231,13 +235,21 @@ class TrainingPlan:
     def seconds(self) -> Number:
         """Estimate the seconds of a whole training, without those in which tau is measured."""
         train = self.recipe.train
-        reading, training = self.flops()
+        reading, _ = self.flops()
         num_read = self.num_steps
         if self.feature_place != "computed in every step":
             num_read = self.lengths.shape[1] / (self.batch_size * train.gradient_accumulation_steps)
         reader = measure_flops(self.device, self.target.model.dtype)
-        trainer = measure_flops(self.device, products_dtype(train, self.device))
-        return num_read * reading / reader + self.num_steps * training / trainer
+        return num_read * reading / reader + self.seconds_of_steps
+
+    @property
+    def seconds_of_steps(self) -> Number:
+        """Estimate the seconds of all steps, without those in which the target reads."""
+        operations = self.num_steps * self.flops()[1]
+        seconds = operations / measure_flops(self.device, products_dtype(self.recipe.train, self.device))
+        if self.device.type == "cpu":
+            seconds += BESIDE_PRODUCTS * operations / measure_flops(self.device, self.target.model.dtype, FEW_ROWS)
+        return seconds
 
     def steps_in(self, seconds: float) -> int:
         """Return how many steps end in so many seconds, by the estimate; at least one."""

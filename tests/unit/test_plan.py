@@ -17,7 +17,16 @@ from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan import UNCOUNTED_SHARE, TrainingPlan, known_lengths, measure_flops, plan_recipe, size, training_lines
+from dpace.plan import (
+    BESIDE_PRODUCTS,
+    UNCOUNTED_SHARE,
+    TrainingPlan,
+    known_lengths,
+    measure_flops,
+    plan_recipe,
+    size,
+    training_lines,
+)
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, known_settings
@@ -123,7 +132,8 @@ def test_the_time_of_a_training_is_that_of_its_steps_and_of_hidden_states(tmp_pa
     for cache_gib, num_read in ((4.0, 4), (0.0, 5)):
         train = replace(plan.recipe.train, max_steps=5, feature_cache_gib=cache_gib)
         planned = replace(plan, recipe=replace(plan.recipe, train=train))
-        assert planned.seconds == pytest.approx((5 * training + num_read * reading) / FLOPS)
+        in_steps = 5 * (1 + BESIDE_PRODUCTS) * training
+        assert planned.seconds == pytest.approx((in_steps + num_read * reading) / FLOPS)
 
 
 def test_features_that_are_small_on_disk_are_whole_in_a_step(tmp_path):

@@ -11,7 +11,7 @@ from dpace.drafter.drafter import size_fault
 from dpace.drafter.spec import read_folder
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
-from dpace.plan import TrainingPlan, expected_lengths, measure_flops, plan_recipe
+from dpace.plan import FEW_ROWS, TrainingPlan, expected_lengths, measure_flops, plan_recipe
 from dpace.prompts.prompts import PromptParts, demo_path, first_of_each_set, read_prompts, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
@@ -22,7 +22,6 @@ from dpace.system.ledger import lock_folder
 from dpace.system.progress import count
 from dpace.target import Target
 from dpace.target.locate import DRAFTERS
-from dpace.training.optimizer import products_dtype
 from dpace.training.run import read_run
 
 OBJECTIVES = ("dpace", "dflash")
@@ -50,16 +49,12 @@ MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""
 MOST_SECONDS = 600.0
 """Longest time that the whole demo may take where nobody asks for it."""
-FEW_ROWS = 64
-"""Rows of a product by whose speed the target's parts of the demo are estimated: prompts that are answered together."""
 READING = 1.5
 ANSWERING = 1.3
 SCORING = 2.5
 DECODING = 0.033
 """Speeds of these parts, over the speed of such a product: between those that CPUs with AVX2 and with AMX had.
 They are high since what prompts share is read once, and a walk through an answer reaches only some slots."""
-BESIDE_PRODUCTS = 0.3
-"""What a training step does beside its products, as a share of these, at that speed."""
 START_SECONDS = 35.0
 """Seconds in which libraries and the target are loaded, checkpoints measured, and pages written."""
 
@@ -155,10 +150,8 @@ def expected_seconds(plan: TrainingPlan, bench: BenchConfig, parts: PromptParts)
     num_decoded += NUM_KINDS * len(bench.widths) * OF_EACH_KIND * KINDS_TOKENS
     decoding = num_decoded * (of_layers + of_head)
     of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
-    of_training = len(OBJECTIVES) * plan.num_steps * plan.flops()[1]
     speed = measure_flops(plan.device, target.model.dtype, FEW_ROWS)
-    training_speed = measure_flops(plan.device, products_dtype(recipe.train, plan.device))
-    return START_SECONDS + (of_target + BESIDE_PRODUCTS * of_training) / speed + of_training / training_speed
+    return START_SECONDS + of_target / speed + len(OBJECTIVES) * plan.seconds_of_steps
 
 
 def duration(planned: PlannedDemo) -> str:
