@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -95,8 +95,8 @@ def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-def _refuse_other_number(layers: tuple[int, ...], options: ValidationInfo) -> tuple[int, ...]:
-    """Refuse feature layers that are not as many as `num_features`; pydantic gives the options before this one."""
+def _refuse_other_number(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
+    """Refuse feature layers that are not as many as `num_features`; pydantic gives its `ValidationInfo`."""
     count = options.data.get("num_features")
     if count not in (None, len(layers)):
         raise ValueError(f"is {layers}, but num_features is {count}; leave one of the two out")
