@@ -337,7 +337,7 @@ class LayerOutputs:
                 self.found = None
 
     def _make_hook(self, layer_id: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Any, ...]) -> None:
             if self.found is not None:
                 self.found[layer_id] = output[0] if isinstance(output, tuple) else output
                 if layer_id == self.last:
