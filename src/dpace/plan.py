@@ -403,7 +403,7 @@ def plan_lines(
     ]
     if minutes:
         steps = plan.steps_in(60 * minutes)
-        lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {-(-steps // 4)}")
+        lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {max(1, steps // 4)}")
     if plan.ranks > 1:
         of_others = 1 - 1 / plan.ranks
         trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments  # with both gradients; a copy stays whole

@@ -188,11 +188,11 @@ class BlockCandidates(NamedTuple):
     """The candidates of blocks, and what a selector scores them by."""
 
     rows: DraftRows
-    """Of the tokens that may be drafted."""
+    """The LM head's rows of the tokens that may be drafted."""
     tokens: Int[Tensor, "block draft choice"]
     """The best of these at each slot."""
     log_probs: Float[Tensor, "block draft choice"]
-    """Theirs in the drafter's softmax, at temperature 1, in fp32."""
+    """Log-probabilities of these tokens in the drafter's softmax, at temperature 1, in fp32."""
     hidden: Float[Tensor, "block draft hidden"]
     """Final hidden states of the slots."""
     last_ids: Int[Tensor, " block"]

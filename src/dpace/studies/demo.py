@@ -28,13 +28,15 @@ OBJECTIVES = ("dpace", "dflash")
 DECODED = ("decode", "decode-sampled")
 """Folders of the results of decoding, at temperature 0 and 1."""
 KINDS = "kinds"
-"""Folder of the results with the drafter that comes with dpace, and name of its prompts: four kinds of text."""
+"""Name of the prompts for the drafter that comes with dpace, and of the folder with its results."""
 OF_DPACE = "smollm2-135m"
-"""That drafter."""
+"""Name of the drafter that comes with dpace."""
 NUM_KINDS = 4
+"""Kinds of text that these prompts are of."""
 OF_EACH_KIND = 2
+"""Prompts of each kind that are decoded: the table is there within a minute."""
 KINDS_TOKENS = 64
-"""Prompts that are decoded, and tokens of an answer: the table is there within a minute."""
+"""Longest answer to them."""
 QUICK = {
     "prompts": {"limit": 36},
     "train": {"max_steps": 26, "eval_steps": 26},

@@ -29,7 +29,7 @@ class GenerateConfig(SamplingConfig):
     """Text to answer, or FILE.jsonl#ID for the first turn of a file's prompt (demo#ID: the demo's).
     --stream without it is a chat."""
     drafter: Text | None = None
-    """Folder or Hub id of the drafter; the target decodes alone without it."""
+    """Folder or Hub id of the drafter, or smollm2-135m, which comes with dpace. Without it the target decodes alone."""
     stream: bool = False
     """Show the text while it is written; needs a drafter."""
     thinking: bool = False
