@@ -149,14 +149,6 @@ SelectorName = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
 WALKED = ("lilicorr",)
 """Those that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
-RENAMED = {
-    "drafter.head": "drafter.selector",
-    "drafter.head_candidates": "drafter.selector_candidates",
-    "drafter.head_width": "drafter.selector_width",
-    "loss.head_penalty": "loss.selector_penalty",
-}
-"""Options as files of earlier versions name them, and their present names."""
-
 EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "gguf"]
 """Engines, each a file of `dpace.engines`, in the order of the model card; gguf is llama.cpp's."""
 HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]

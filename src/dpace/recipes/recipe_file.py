@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dpace.config import RENAMED, Recipe, without_passwords
+from dpace.config import Recipe, without_passwords
 from dpace.system.ledger import JsonObject, read_text, write_text
 from dpace.system.progress import one_line, quoted
 from dpace.system.validation import from_json, to_json
@@ -37,21 +37,10 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
         raise ValueError(f"cannot read the recipe {path}: {one_line(error)}; name a YAML file of options") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} holds {quoted(values)}; expected lines such as `name: value`")
-    _rename(values)
     try:
         return from_json(config_class, values), values
     except (ValueError, TypeError) as error:
         raise ValueError(f"the recipe {path}: {error}; change it, or leave the line out for the default") from error
-
-
-def _rename(values: JsonObject) -> None:
-    """Give the options of an earlier version their present names; one that has both is refused later, as unknown."""
-    for earlier, present in RENAMED.items():
-        group, _, earlier_name = earlier.partition(".")
-        name = present.removeprefix(f"{group}.")
-        settings = values.get(group)
-        if isinstance(settings, dict) and earlier_name in settings and name not in settings:
-            settings[name] = settings.pop(earlier_name)
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import RENAMED, WALKED, Recipe, is_custom
+from dpace.config import WALKED, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.spec import SELECTORS
@@ -102,16 +102,13 @@ def hash_rows(dataset: ResponseDataset) -> str:
 
 
 def read_run(folder: str | Path) -> JsonObject | None:
-    """Read the facts of the run in a folder, settings by their present names; None where the folder has no run.
+    """Read the facts of the run in a folder; None where the folder has no run.
 
     Raises:
         ValueError: the file cannot be read as that.
     """
     path = Path(folder) / RUN_FILE
-    if not path.exists():
-        return None
-    facts: JsonObject = read_object(path, OTHER_RUN)
-    return {RENAMED.get(name, name): value for name, value in facts.items()}
+    return read_object(path, OTHER_RUN) if path.exists() else None
 
 
 class Run:

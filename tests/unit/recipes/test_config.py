@@ -26,20 +26,6 @@ def test_recipes_parse_and_are_found_by_name(name, capsys):
     assert main(["--help"]) == 0 and name in capsys.readouterr().out
 
 
-def test_names_of_earlier_versions_are_read(tmp_path):
-    """In recipes that they wrote; a recipe that has both names is refused."""
-    path = tmp_path / "r.yaml"
-    path.write_text("drafter:\n  head: lilicorr\n  head_candidates: 4\n  head_width: 16\nloss: {head_penalty: 0}\n")
-    recipe, given = parse(OF_RECIPES, "train", [str(path)])
-    drafter = recipe.drafter
-    assert (drafter.selector, drafter.selector_candidates, drafter.selector_width) == ("lilicorr", 4, 16)
-    assert recipe.loss.selector_penalty == 0
-    assert given.names >= {"drafter.selector", "loss.selector_penalty"}
-    path.write_text("drafter:\n  head: lilicorr\n  selector: candidate_selector\n")
-    with pytest.raises(ValueError, match="there is no key 'drafter.head'"):
-        parse(OF_RECIPES, "train", [str(path)])
-
-
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")

@@ -97,17 +97,10 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
 
 
 def test_settings_that_change_no_result_may_change(unfinished, run, finished):
-    """And how a step is split; newer options count as their defaults, and earlier names as the present ones."""
+    """And how a step is split; newer options count as their defaults."""
     shutil.rmtree(unfinished / "checkpoints" / "checkpoint-4")
     with changed_json(unfinished / "run.json") as facts:
         assert facts["conversations_per_step"] == 4 and facts.pop("train.grow_blocks") is False
-        facts["drafter.head"] = "lilicorr"
-        facts["loss.head_penalty"] = facts.pop("loss.selector_penalty")
-        assert facts.pop("drafter.selector") is None
-    with pytest.raises(ValueError, match='drafter.selector "lilicorr", not null'):
-        run(unfinished)
-    with changed_json(unfinished / "run.json") as facts:
-        facts["drafter.head"] = None
     with pytest.raises(ValueError, match="conversations_per_step 4, not 2; keep the product of --train.batch-size"):
         run(unfinished, batch_size=2)
     others = {"logging_steps": 3, "save_steps": 1, "feature_cache_gib": 0.0, "gradient_checkpointing": True}
