@@ -13,10 +13,14 @@ writes tables and a figure of all that is there. It takes hours and may be kille
 `--scale 0.01` is a miniature that shows that everything works, and no more; give it an `--output` of its own.
 `--products bfloat16` trains with products in bf16, as on a GPU: about 1.8 times as many steps a second on a CPU with
 units for them, such as AMX.
+
+`--prompts FILE` trains on other prompts, such as the 6,005 of `box_prompts.py`, where data do not run out. All studies
+measure on the same prompts.
 """
 
 import copy
 import json
+import math
 import random
 import shutil
 import sys
@@ -95,6 +99,8 @@ class Plan:
     recipe: Recipe
     data: Path | None
     scale: float
+    prompts: Path | None = None
+    num_evals: int = 1
 
     @property
     def output(self) -> Path:
@@ -104,7 +110,10 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What all drafters of a study share."""
-        return {"scale": self.scale, "products": self.recipe.train.products}
+        shared = {"scale": self.scale, "products": self.recipe.train.products}
+        if self.prompts is not None:
+            shared |= {"prompts": self.prompts.name, "max-new-tokens": self.recipe.respond.max_new_tokens}
+        return shared
 
     def scaled(self, number: int, least: int = 1) -> int:
         """Scale a number of prompts or steps."""
@@ -117,7 +126,7 @@ class Plan:
     def recipe_of(self, cell: Cell) -> Recipe:
         """Make the recipe of a cell."""
         objective, changes = CANDIDATES[cell.objective]
-        steps = {"max_steps": cell.steps, "eval_steps": cell.steps, "seed": cell.seed}
+        steps = {"max_steps": cell.steps, "eval_steps": math.ceil(cell.steps / self.num_evals), "seed": cell.seed}
         recipe = replace(
             self.recipe,
             drafter=replace(self.recipe.drafter, block_size=cell.block),
@@ -131,7 +140,17 @@ class Plan:
         return recipe
 
 
-def make_plan(output: Path | None, data: Path | None, scale: float, products: Any, target: str | None = None) -> Plan:
+def make_plan(
+    output: Path | None,
+    data: Path | None,
+    scale: float,
+    products: Any,
+    *,
+    target: str | None = None,
+    prompts: Path | None = None,
+    max_new_tokens: int | None = None,
+    num_evals: int = 1,
+) -> Plan:
     """Read the recipe, and let its prompts be those of the study."""
     recipe = read_recipe(RECIPES["study-cpu"])
     output = output or Path(recipe.output)
@@ -141,18 +160,21 @@ def make_plan(output: Path | None, data: Path | None, scale: float, products: An
         target=target or recipe.target,
         output=str(output),
         prompts=replace(recipe.prompts, **paths, num_validation=NUM_VALIDATION),
+        respond=replace(recipe.respond, max_new_tokens=max_new_tokens or recipe.respond.max_new_tokens),
         train=replace(recipe.train, products=products),
     )
-    return Plan(recipe, data, scale)
+    return Plan(recipe, data, scale, prompts, num_evals)
 
 
 def write_prompts(plan: Plan) -> None:
     """Choose the prompts of every kind, and write them."""
     rows: dict[str, list[dict]] = {"train": [], "heldout": []}
-    for kind, (train, heldout, *counts) in KINDS.items():
-        sizes = [plan.scaled(count, least) for count, least in zip(counts, (8, 3), strict=True)]
-        for part, file, count in zip(rows, (train, heldout), sizes, strict=True):
-            rows[part] += rows_of(plan, kind, part, file, count)
+    for kind, (train_file, heldout_file, num_train, num_heldout) in KINDS.items():
+        if plan.prompts is None:
+            rows["train"] += rows_of(plan, kind, "train", train_file, plan.scaled(num_train, 8))
+        rows["heldout"] += rows_of(plan, kind, "heldout", heldout_file, plan.scaled(num_heldout, 3))
+    if plan.prompts is not None:
+        rows["train"] += map(json.loads, plan.prompts.read_text(encoding="utf-8").splitlines())
     if plan.data is not None and (plan.data / f"{APART}.jsonl").exists():
         rows["heldout"] += rows_of(plan, APART, "heldout", APART, plan.scaled(40, 3))
     for part, name in (("train", "prompts.jsonl"), ("heldout", "heldout.jsonl")):
@@ -187,11 +209,13 @@ def refuse_other_study(plan: Plan) -> None:
     path = plan.output / "study.json"
     found = json.loads(path.read_text()) if path.exists() else plan.settings
     for name, value in plan.settings.items():
-        if found[name] != value:
-            sys.exit(f"{plan.output} holds a study with --{name} {found[name]}, not {value}; name another --output")
+        if found.get(name) != value:
+            sys.exit(f"{plan.output} holds a study with --{name} {found.get(name)}, not {value}; name another --output")
 
 
-def make_sets(plan: Plan, target: Target) -> tuple[tuple[ResponseDataset, ResponseDataset], ResponseDataset]:
+def make_sets(
+    plan: Plan, target: Target, *, with_head_input: bool
+) -> tuple[tuple[ResponseDataset, ResponseDataset], ResponseDataset]:
     """Let the target answer, and make the datasets to train, to validate and to measure on, with hidden states."""
     recipe = plan.recipe
     if plan.data is not None or not (plan.output / "prompts.jsonl").exists():
@@ -206,8 +230,8 @@ def make_sets(plan: Plan, target: Target) -> tuple[tuple[ResponseDataset, Respon
     layer_ids = Drafter.layer_ids(target, recipe.drafter)
     config = replace(recipe.train, feature_files=str(plan.output / "features"), feature_files_gib=LIMIT_GIB)
     for dataset in (*datasets, test_set):
-        is_trained_on = dataset is datasets[0]  # by some with soft labels
-        keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_trained_on)
+        is_trained_on = dataset is datasets[0]
+        keep_on_disk(target, dataset, layer_ids, config, with_head_input=with_head_input and is_trained_on)
     return datasets, test_set
 
 
@@ -215,7 +239,8 @@ def run_cells(plan: Plan, cells: Sequence[Cell]) -> None:
     """Train and measure the cells, one after the other."""
     target = load_target(plan.recipe)
     write_json(plan.output / "study.json", plan.settings)
-    (train, validation), test_set = make_sets(plan, target)
+    has_soft_labels = any(plan.recipe_of(cell).needs_target_hidden for cell in cells)
+    (train, validation), test_set = make_sets(plan, target, with_head_input=has_soft_labels)
     for number, cell in enumerate(cells, start=1):
         print(f"cell {number} of {len(cells)}")
         folder, recipe = plan.folder(cell), plan.recipe_of(cell)
@@ -236,6 +261,9 @@ def main(
     scale: float = 1.0,
     products: Literal["float32", "bfloat16"] = "float32",
     target: str | None = None,
+    prompts: Path | None = None,
+    max_new_tokens: int | None = None,
+    num_evals: int = 1,
     dry_run: bool = False,
 ) -> None:
     """Train what is missing, and write the report.
@@ -250,11 +278,23 @@ def main(
         scale: of the numbers of prompts and steps.
         products: dtype of products while training.
         target: another target than the recipe's.
+        prompts: JSONL file of prompts to train on, in place of those of `--data`.
+        max_new_tokens: longest answer, by default the recipe's 96 tokens.
+        num_evals: how often tau on validation prompts is written to a drafter's log. `dpace train` keeps the best.
         dry_run: say how much there is to do, and stop.
     """
     if unknown := [name for name in objectives if name not in CANDIDATES]:
         sys.exit(f"there is no objective {', '.join(unknown)}; choose from {', '.join(CANDIDATES)}")
-    plan = make_plan(output, data, scale, products, target)
+    plan = make_plan(
+        output,
+        data,
+        scale,
+        products,
+        target=target,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        num_evals=num_evals,
+    )
     names = dict.fromkeys([*ALWAYS, *objectives])
     budgets = [plan.scaled(number) for number in steps]
     cells = [Cell(name, block, n, seed) for seed in seeds for block in blocks for n in budgets for name in names]

@@ -21,6 +21,8 @@ OVERHEAD = "overhead.py 1 {target}"
 PAPER = "paper.py {out} --small --data-dir {data} --num-prompts 12 --tiny --target {target}"
 STUDY = "study.py --data {data} --output {out} --target {target} --blocks 8 --steps 400 1600 --seeds 0 --scale 0.0025"
 STUDY += " --objectives spec-auf"
+OWN_PROMPTS = "study.py --data {data} --prompts {data}/prompts.jsonl --output {out} --target {target} --blocks 8"
+OWN_PROMPTS += " --steps 200 --seeds 0 --max-new-tokens 8 --num-evals 2 --scale 0.01 --objectives growing-blocks"
 OF_A_STEP = " ".join(rf"{name} [\d.]+ ms [\d.]+ GFLOP \d+% of that.*" for name in ("drafter", "loss", "whole step"))
 WAYS = "plain, dpace, auto, drafts alone, random drafter, auto"
 PRINTED = {
@@ -35,6 +37,7 @@ PRINTED = {
     OVERHEAD: [r"(tokens dpace [\d.]+ ms x [\d.]+ \[.*){2}", f"({OF_A_STEP}){{2}}"],
     PAPER: [r"dpace 3 1 .* 2\.96, 4\.19, \+8\.5%"],
     STUDY: ["6 drafters to train", "written: .*study.md"],
+    OWN_PROMPTS: ["3 drafters to train", "written: .*study.md"],
 }
 """What each prints; white space counts as one space."""
 REFUSED = {
@@ -52,6 +55,7 @@ def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatc
         write_rows(data / f"{name}.jsonl", [{"turns": [f"w{i} w50"]} for i in range(3)])
     for name in ("gsm8k", "math", "mbpp"):
         write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])
+    write_rows(data / "prompts.jsonl", [{"id": f"code/{i}", "prompt": f"w{i} w52"} for i in range(40)])
     names = {"target": endless_folder, "drafter": random_drafter_folder, "gguf": target_gguf, "data": data}
     monkeypatch.setenv("COLUMNS", "160")
 
