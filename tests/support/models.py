@@ -23,12 +23,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dpace.config import DrafterConfig, ExportConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
-from dpace.engines.gguf import gguf_name
 from dpace.fast.speed_up import speed_up
 from dpace.publish.export import export
 from dpace.recipes import RECIPES
@@ -39,6 +39,7 @@ from dpace.target import Target
 from tests.support.files import make_prompts
 
 VOCAB = 64
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 PAD, EOS, MASK = 0, 1, 3
 
 _SHAPE = {
@@ -274,9 +275,33 @@ def endless_folder(language_folder, tmp_path) -> Path:
     return folder
 
 
-def write_target_gguf(target: Target, path: Path, architecture: str = "qwen3", **other_facts) -> Path:
-    """A Qwen3 or Llama target in f32 with a tokenizer of bare words, or with one that the facts say."""
-    config, weights = target.config, target.model.state_dict()
+BYTE_TOKENS = [*bytes_to_unicode().values(), "ab", "<eos>", "<unk>", "<spare>"]
+BYTE_TOKENIZER = {
+    "tokenizer_model": "gpt2",
+    "token_list": BYTE_TOKENS,
+    "token_types": [1] * 257 + [3] * 3,
+    "token_merges": ["a b"],
+    "eos_token_id": 257,
+    "bos_token_id": 257,
+    "unk_token_id": 258,
+}
+"""Facts of a GGUF file whose tokens are bytes."""
+
+
+def write_target_gguf(
+    target: Target,
+    path: Path,
+    architecture: str = "qwen3",
+    *,
+    quantized_kind: str | None = None,
+    other_tensors: dict[str, torch.Tensor] | None = None,
+    **other_facts,
+) -> Path:
+    """A Qwen2, Qwen3 or Llama target with a tokenizer of bare words, or with one that the facts say.
+
+    Its weights are in f32, but those of modules of `quantized_kind`, such as "down_proj", are in 8 bits.
+    """
+    config = target.config
     writer = gguf.GGUFWriter(path, architecture)
     facts = {
         "block_count": config.num_hidden_layers,
@@ -285,8 +310,8 @@ def write_target_gguf(target: Target, path: Path, architecture: str = "qwen3", *
         "feed_forward_length": config.intermediate_size,
         "head_count": config.num_attention_heads,
         "head_count_kv": config.num_key_value_heads,
-        "key_length": config.head_dim,
-        "value_length": config.head_dim,
+        "key_length": target.layers[0].self_attn.head_dim,
+        "value_length": target.layers[0].self_attn.head_dim,
         "layer_norm_rms_eps": config.rms_norm_eps,
         "rope_freq_base": config.rope_parameters["rope_theta"],
         "tokenizer_model": "llama",
@@ -300,17 +325,22 @@ def write_target_gguf(target: Target, path: Path, architecture: str = "qwen3", *
     }
     for name, value in facts.items():
         getattr(writer, f"add_{name}")(value)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
-    layers = [name.removeprefix("model.") for name in weights if ".layers." in name]
-    names |= {f"model.{name}": gguf_name(name) for name in layers}
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    tensor_names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for ours, theirs in names.items():
-        weight = weights[ours].float()
-        kind = ours.split(".")[-2]
+    for name, parameter in target.model.named_parameters():
+        module, _, suffix = name.rpartition(".")
+        weight = parameter.detach().float()
+        kind = module.rpartition(".")[2]
         if architecture == "llama" and kind in num_heads:  # llama.cpp rotates neighbours, not halves
             weight = weight.unflatten(0, (num_heads[kind], 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(theirs, weight.numpy())
+        theirs = f"{tensor_names.get_name(module)}.{suffix}"
+        if kind == quantized_kind:
+            writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), Q8_0), raw_dtype=Q8_0)
+        else:
+            writer.add_tensor(theirs, weight.numpy())
+    for name, tensor in (other_tensors or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

