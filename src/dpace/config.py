@@ -416,7 +416,7 @@ class ExplainConfig:
     """
 
     target: Text
-    """Folder or Hub id of the target."""
+    """Folder, Hub id or GGUF file of the target."""
     drafter: Text
     """Folder or Hub id of the drafter."""
     prompts: Text = "demo"
@@ -457,7 +457,7 @@ class ExportConfig:
     drafter: Text
     """Folder or Hub id of the drafter; given first, or with this flag."""
     target: Text
-    """Folder or Hub id of the target."""
+    """Folder, Hub id or GGUF file of the target."""
     target_name: HubName | None = None
     """Hub id of the target for what is written, such as the model card, as OWNER/NAME; --target by default.
     It keeps a folder's path out of that, and is needed with --name where the target is a folder."""
@@ -469,7 +469,7 @@ class ExportConfig:
     name: HubName | None = None
     """Hub id of the drafter for the commands of the model card, as OWNER/NAME; --output by default."""
     target_gguf: Text | None = None
-    """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
+    """GGUF file of the target, in any precision, whose tokenizer is copied; --target by default, if it is one."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     plain: bool = False
@@ -489,6 +489,11 @@ class ExportConfig:
         """What engines are to call the target."""
         return self.target_name or self.target
 
+    @property
+    def served_gguf(self) -> str | None:
+        """The GGUF file of the target, if one is named."""
+        return self.target_gguf or (self.target if self.target.endswith(".gguf") else None)
+
 
 @options
 class Recipe:
@@ -499,7 +504,7 @@ class Recipe:
     """
 
     target: Text = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """Folder or Hub id of the target: the model that is made faster and whose text stays the same."""
+    """Folder, Hub id or GGUF file of the target: the model that is made faster and whose text stays the same."""
     output: Text = "dpace-out"
     """Folder that everything is written to."""
     thinking: bool = False
@@ -572,7 +577,7 @@ class DemoConfig:
     prompts: Text | None = None
     """JSONL file of your own prompts; the demo's prompts by default."""
     target: Text | None = None
-    """Folder or Hub id of the target; SmolLM2-135M-Instruct by default."""
+    """Folder, Hub id or GGUF file of the target; SmolLM2-135M-Instruct by default."""
     output: Text | None = None
     """Folder that everything is written to; dpace-demo, or dpace-demo-quick for the quick one, by default.
     The same command continues an interrupted run in it."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from dpace.cli import main
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json, write_prompts, write_rows
+from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, make_target, write_target_gguf
 from tests.unit.respond.test_respond import Stub
 from tests.unit.target.test_target_files import write_adapter, write_fp8
 
@@ -205,6 +206,7 @@ THINKING = "{recipe} --output {out}/t --thinking"
 LIMIT = "{recipe} --output {out}/l --prompts.limit 12 --prompts.num-validation 2"
 LILICORR = "--drafter.selector lilicorr --drafter.selector-candidates 4"
 ADAPTER = "{recipe} --target {adapter} --output {out}/new"
+SERVED = "{recipe} --target {served} --output {out}/new"
 QUANTIZED = "{recipe} --target {quantized} --output {out}/new"
 CHECK = "--drafter {out}/new/drafter --prompts {prompts} --num-prompts 1 --max-new-tokens 6"
 PAIRS |= {
@@ -327,6 +329,17 @@ PAIRS |= {
         "export {out}/new/drafter --target {quantized} --to vllm --output {out}/vllm",
         "vllm/README.md",
     ),
+    "a GGUF file as target, every verb": Pair(
+        f"plan {SERVED}; respond {SERVED}; data {SERVED}; train {SERVED}; bench {SERVED}; "
+        f"compare {SERVED}-compared --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
+        f"check --target {{served}} {CHECK}; doctor {{out}}/new/drafter --target {{served}} --engine gguf; "
+        "generate --target {served} --drafter {out}/new/drafter --prompt w1 --max-new-tokens 4; "
+        "explain --drafter {out}/new/drafter --target {served} --prompts {prompts} --num-prompts 1 --max-new-tokens 8; "
+        "export {out}/new/drafter --target {served} --to gguf --output {out}/gguf; "
+        "import {out}/gguf/dflash-served-bfloat16.gguf --target {served} --output {out}/ours",
+        "gguf/README.md",
+        printed="llama-server -m served.gguf -md .*dflash-served-bfloat16.gguf --spec-type draft-dflash",
+    ),
     "an adapter, every verb": Pair(
         f"plan {ADAPTER}; respond {ADAPTER}; data {ADAPTER}; train {ADAPTER}; bench {ADAPTER}; "
         "respond {recipe} --target {adapter} --output {out}/served --respond.server {server}; "
@@ -392,6 +405,9 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
         "drafter": drafter,
         "other": shutil.copytree(drafter, folder / "other" / "drafter"),
         "gguf": target_gguf,
+        "served": write_target_gguf(
+            make_target("qwen3", vocab_size=len(BYTE_TOKENS)), folder / "served.gguf", **BYTE_TOKENIZER
+        ),
         "file": f"dflash-{language_folder.name}-bfloat16.gguf",
         "quantized": write_fp8(language_folder, folder / "quantized"),
         "adapter": write_adapter(shutil.copytree(language_folder, folder / "base"), width=48),
@@ -400,8 +416,9 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
 
 
 @pytest.fixture
-def out(files, tmp_path) -> Path:
-    """A copy of the answers and of what they gave, which the test changes."""
+def out(files, tmp_path, monkeypatch) -> Path:
+    """A copy of the answers and of what they gave, which the test changes; dpace's cache is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shutil.copytree(files["out"], tmp_path / "out")
 
 
@@ -417,6 +434,7 @@ COVER = (
     "turns, messages, every verb",
     "own answers, data, train",
     "from a GGUF file",
+    "a GGUF file as target, every verb",
     "check, kept answers",
     "several widths, verify rules and drafters, report",
     "stream, speculative sampling",

@@ -125,12 +125,12 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
     def check(self, config: ExportConfig, spec: DrafterSpec) -> None:
         """See `Engine`; a GGUF file of another target, or of one that no drafter can read, is refused too."""
         super().check(config, spec)
-        if config.target_gguf is None:
+        if config.served_gguf is None:
             raise ValueError(
                 "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
-                "--target-gguf"
+                "--target or --target-gguf"
             )
-        target = open_target_gguf(config.target_gguf, spec)
+        target = open_target_gguf(config.served_gguf, spec)
         if fault := self.target_fault(target.fields["general.architecture"].contents()):
             raise ValueError(fault)
 
@@ -175,8 +175,9 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """See `Engine`."""
-        path = folder / f"dflash-{Path(config.served_target).resolve().name}-{config.dtype}.gguf"
-        write_gguf(path, drafter, str(config.target_gguf))
+        name = Path(config.served_target).resolve().name.removesuffix(".gguf")
+        path = folder / f"dflash-{name}-{config.dtype}.gguf"
+        write_gguf(path, drafter, str(config.served_gguf))
         return path
 
     def is_written(self, path: Path) -> bool:

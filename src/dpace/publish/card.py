@@ -74,7 +74,7 @@ def write_card(
     whole = [row for row in results.rows if row.width == "full" and row.tokens_per_second] if results else []
     num_drafts = max(1, min(map(paying_drafts, whole), default=spec.num_draft_tokens))  # one number for all sets
     shorter = replace(spec, block_size=spec.block_size - spec.num_draft_tokens + num_drafts)
-    served_target = Path(config.target_gguf).name if config.target_gguf else config.served_target
+    served_target = Path(config.served_gguf).name if config.served_gguf else config.served_target
     sections = engine_sections(engine.layout, shorter, served, served_target)
     template = jinja2.Template(
         Path(__file__).with_name("card.md.jinja").read_text(), trim_blocks=True, keep_trailing_newline=True
@@ -85,7 +85,7 @@ def write_card(
         config=config,
         engine=engine,
         spec=spec,
-        is_local=Path(config.served_target).is_dir(),
+        is_local=Path(config.served_target).exists(),
         tags=[*TAGS, *sections],
         results=results,
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),

@@ -21,7 +21,7 @@ class ChatTokenizer:
     """A tokenizer with its chat template, for a target whose weights are elsewhere, as on a server."""
 
     name: str
-    """Folder or Hub id of the target."""
+    """Folder, Hub id or GGUF file of the target."""
     tokenizer: Any
     thinking: bool = False
     stop_token_ids: Sequence[int] = ()

@@ -22,7 +22,7 @@ class CheckConfig:
     """
 
     target: Text
-    """Folder or Hub id of the target."""
+    """Folder, Hub id or GGUF file of the target."""
     drafter: Text
     """Folder or Hub id of the drafter."""
     prompts: Text = "demo"

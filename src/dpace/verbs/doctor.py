@@ -20,7 +20,7 @@ class DoctorConfig:
     drafter: Text
     """Folder or Hub id of the drafter; given first, or with this flag."""
     target: Text
-    """Folder or Hub id of the target."""
+    """Folder, Hub id or GGUF file of the target."""
     engine: EngineName | None = None
     """Engine that will serve the drafter, gguf for llama.cpp.
     What it does not read fails; its start command is printed, set to draft whole blocks."""

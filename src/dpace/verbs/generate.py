@@ -24,7 +24,7 @@ class GenerateConfig(SamplingConfig):
     """Answer one prompt, or chat, with or without a drafter."""
 
     target: Text
-    """Folder or Hub id of the target."""
+    """Folder, Hub id or GGUF file of the target."""
     prompt: Text | None = None
     """Text to answer, or FILE.jsonl#ID for the first turn of a file's prompt (demo#ID: the demo's).
     --stream without it is a chat."""
