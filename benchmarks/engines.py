@@ -32,6 +32,7 @@ import torch
 import transformers
 import tyro
 from engines_child import measured
+from gguf_target import write_file_as
 from llamacpp import has_llamacpp, run_llamacpp
 from loops import Way, demo_questions, transformers_way, zlab_drafter, zlab_way
 from transformers import AutoModel
@@ -187,29 +188,6 @@ def fastest(answers: Sequence[dict[str, Any]]) -> Run | None:
     return Run(answers[-1]["texts"], seconds, answers[-1]["steps"])
 
 
-def write_f16(source: str, path: Path) -> None:
-    """Write a target's GGUF file again with matrices in f16 and vectors in f32.
-
-    Quantized matrices round a block and a single token differently, so that any drafter changes the text; f16 and f32
-    do not.
-    """
-    import gguf  # here, since the process that answers needs none of this
-    import numpy as np
-
-    from dpace.engines.gguf import copy_field, open_gguf, write_file
-
-    reader, values = open_gguf(source)
-    writer = gguf.GGUFWriter(path, values["general.architecture"])
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            copy_field(writer, field)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
-    write_file(writer)
-
-
 def shown(row: Row, ours: Run | None, stops: Sequence[int]) -> dict[str, str]:
     """Write a row; texts are compared without stop tokens, because engines differ in whether a text includes them."""
     engine, version, plain, run = row
@@ -249,7 +227,7 @@ def export_all(
         folders["draft vocabulary"] = write("small", source, "speculators")
     if gguf:
         folders["f16"] = folder / "f16.gguf"
-        write_f16(gguf, folders["f16"])
+        write_file_as("F16", gguf, folders["f16"])
         for name in precisions:
             folders[name] = write(name, whole, "gguf", dtype=name)
     return folders

@@ -147,6 +147,8 @@ def _refuse_unreadable(path: Path) -> int:
     for fault, is_found in faults.items():
         if is_found:
             raise ValueError(f"{path} {fault}")
+    if "tokenizer.chat_template" not in values:
+        note(f"{path.name} has no chat template: messages are encoded as they are, one on each line")
     split = values.get("tokenizer.ggml.pre", "default")
     if values.get("tokenizer.ggml.model") == "gpt2" and split not in (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS):
         note(f"{path.name} splits text as {quoted(split)}, which transformers does not have: it splits as GPT-2 does")

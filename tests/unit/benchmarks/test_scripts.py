@@ -7,14 +7,17 @@ import sys
 
 import pytest
 
+from dpace.engines.gguf import open_gguf
 from tests.support.cases import wide
 from tests.support.files import write_rows
+from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, make_target, write_target_gguf
 from tests.support.scripts import run_script
 
 DECODE = "decode.py {target} {drafter} --rounds 1 --prompts 1 --tokens 4"
 DECODE += " --ways 'dpace, width' 'random drafter' T=1 transformers 'drafts alone'"
 ENGINES = "engines.py {target} {drafter} --gguf {gguf} --rounds 1 --prompts 1 --tokens 6 --precisions float16"
 LOSS = "loss.py --shape 8192 64 32 --rounds 1"
+GGUF = "gguf_target.py {served} --data {data} --sets gsm8k --num-prompts 3 --max-new-tokens 6"
 SERVER = "respond.py --seconds 0.001 --concurrencies 1 2"
 BEGINNINGS = "respond.py --beginnings --target {target} --prompts 6 --tokens 4 --batch-size 4"
 OVERHEAD = "overhead.py 1 {target}"
@@ -31,6 +34,7 @@ PRINTED = {
         *(f" {way}[ ,]" for way in ("dpace, width 2", "T=1: dpace, auto", "transformers, DFlash")),
     ],
     ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],
+    GGUF: ["llama.cpp that dpace chooses too: .* dpace: ./3 texts equal .* llama.cpp, 4 at a time: ./3 texts equal"],
     LOSS: [" 8192 64 32 frozen-head ", "frozen-head over checkpointed: time"],
     SERVER: [r" 1 [\d.]+ 1\.00 2 [\d.]+ [\d.]+$"],
     BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
@@ -57,6 +61,9 @@ def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatc
         write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])
     write_rows(data / "prompts.jsonl", [{"id": f"code/{i}", "prompt": f"w{i} w52"} for i in range(40)])
     names = {"target": endless_folder, "drafter": random_drafter_folder, "gguf": target_gguf, "data": data}
+    names["served"] = tmp_path / "served.gguf"
+    write_target_gguf(make_target("qwen3", vocab_size=len(BYTE_TOKENS)), names["served"], **BYTE_TOKENIZER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(command: str) -> str:
@@ -102,6 +109,12 @@ def test_box_prompts_are_of_all_kinds_and_none_is_measured(run, tmp_path):
     write_rows(tmp_path / "data" / "mbpp.jsonl", [{"turns": [task]}])
     run("box_prompts.py {data} {out}")
     assert "compute the cube of a number" not in (tmp_path / "out" / "prompts.jsonl").read_text()
+
+
+def test_a_target_in_another_kind_of_matrices(run, tmp_path):
+    run("gguf_target.py {served} --write-as Q8_0 {out}.gguf")
+    tensors = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(tmp_path / "out.gguf")[0].tensors}
+    assert tensors["blk.0.ffn_down.weight"] == "Q8_0" and tensors["output_norm.weight"] == "F32"
 
 
 def test_make_prompts(run, tmp_path):

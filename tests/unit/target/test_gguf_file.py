@@ -67,7 +67,8 @@ def test_the_target_is_the_file(name, tmp_path, cache, capsys):
     text = torch.arange(10, 50)[None]
     assert torch.equal(target.model(text).logits, expected.model(text).logits)
     assert target.stop_token_ids == [257] and target.model.dtype == torch.float32
-    assert "first use of served.gguf" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "first use of served.gguf" in printed and "served.gguf has no chat template" in printed
     assert find_target(str(path.rename(tmp_path / "served-2.gguf").rename(path))) == folder
     assert [entry.name for entry in cache.iterdir() if entry.is_dir()] == [folder.rpartition("/")[2]]
     assert "first use" not in capsys.readouterr().err
