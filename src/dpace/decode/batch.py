@@ -90,7 +90,7 @@ class Batch:
         kept_caches: of `make_caches` for the longest text: steps are compiled, and graphs refer to them.
 
     Raises:
-        ValueError: a drafter for another target; or see `batch_fault`.
+        ValueError: a drafter for another target, or what `batch_fault` finds.
     """
 
     def __init__(
@@ -217,8 +217,8 @@ class Decoder:
     Args:
         target: the model whose text is kept.
         drafter: trained for this target; None decodes plainly.
-        width: see `generate`; compiled steps verify whole blocks.
-        compile: see `generate_batch`.
+        width: verification length of single prompts, as in `generate`; compiled steps verify whole blocks.
+        compile: compile the steps, as in `generate_batch`, and keep what was compiled.
         max_length: with `compile`, tokens of the longest prompt and response. Longer ones compile the steps again; by
             default that happens whenever a text is longer than all before.
         recall_mib: MiB of memory of answers, which single prompts with width `auto` copy from and are added to; 0 keeps
@@ -293,8 +293,8 @@ def generate_batch(
 
     Each step drafts a block for every row and verifies the whole blocks (`width="full"`, `verify_rule="equality"` of
     `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text
-    and accepted lengths are those of `generate`, above temperature 0 with the row's own seed; with a draft vocabulary,
-    tokens of other prompts may be drafted too. In low precision, rounding depends on the size of the batch.
+    and accepted lengths are as `generate` gives them, above temperature 0 with the row's own seed. With a draft
+    vocabulary, tokens of other prompts may be drafted too. In low precision, rounding depends on the size of the batch.
 
     Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits
     of one block a row.
@@ -305,10 +305,10 @@ def generate_batch(
         prompts: decoded all at once; memory limits their number.
         compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call
             takes a minute or more. For further calls take a `Decoder`, which keeps the caches that graphs refer to.
-        options: see `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
+        options: `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
 
     Returns:
-        One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
+        One `Generation` a prompt, in order. Each has the seconds of the whole batch: do not add them up.
 
     Raises:
         ValueError: as `generate`; also a layer without full attention, an attention implementation that accepts no 4-D

@@ -18,7 +18,7 @@ RECALLED_MATCHES = (6, 2)
 CONTEXT_TOKENS = 16
 """Largest number of tokens that are compared, the first of which may stand before an answer."""
 NUM_KINDS = MAX_MATCH + CONTEXT_TOKENS.bit_length()
-"""Number of kinds of matches, with that of none."""
+"""Number of kinds of matches, with the kind for no match."""
 INDEX_BYTES_PER_TOKEN = 4 + 2 * 4 * len(RECALLED_MATCHES)
 """Memory of a token of the answers: its id, and two places in the table for each length."""
 _HASH_FACTORS = np.random.default_rng(0).integers(2**62, size=CONTEXT_TOKENS) * 2 + 1

@@ -59,11 +59,11 @@ def generate(
             the draft and accepts by speculative sampling. Both are the same at temperature 0.
         paces: measurements, experience and answers of earlier calls with width `auto`; without it each call measures
             the machine again.
-        options: see `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up
-            to rounding.
+        options: `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up to
+            rounding.
 
     Returns:
-        See `Generation`.
+        The response with its verifications and times.
 
     Raises:
         ValueError: an empty or over-long prompt, an option outside its range, or a drafter for another target.

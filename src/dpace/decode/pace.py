@@ -42,7 +42,7 @@ COST_RATE = 0.1
 MAX_COST_ERROR = 0.3
 """Largest error of a step's logarithm that counts, so that a disturbed step counts little more than others."""
 FORGETTING = 0.0003
-"""Share by which a step brings all costs, over that of a plain step, back to what was measured at first."""
+"""Share by which a step brings all costs, relative to a plain step, back to what was measured at first."""
 LEAST_POWER = 0.25
 """Least power of confidences: a drafter that is too modest is trusted as if each one stood for four, at most."""
 PRIOR_GAIN = 1.2
@@ -119,7 +119,7 @@ class Plan(NamedTuple):
     copy: Copy = Copy()
     """The copy that promises most."""
     width: int = 1
-    """Number of tokens to verify: the last of the text, then those of `copy` or, once it is made, of the draft."""
+    """Number of tokens to verify: the last of the text, then tokens of `copy` or, once it is made, of the draft."""
     copies: Sequence[Copy] = ()
     """All copies that were found."""
     num_unread: int = 0
@@ -171,8 +171,8 @@ class Pace:
     It aims at the most tokens per second. The width maximizes
     `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])`, with `c` the drafter's
     calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
-    Each is taken to the power of what they promised over what was accepted so far: those of a drafter that is too sure
-    become smaller, and those of one that is too modest become larger. Costs follow the seconds of real steps: an
+    Each is taken to the power of what confidences promised over what was accepted so far: a drafter that is too sure
+    gets smaller ones, and a drafter that is too modest gets larger ones. Costs follow the seconds of real steps: an
     error corrects a step's own cost most, and others by how near their widths are.
 
     Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
@@ -317,13 +317,13 @@ class Pace:
         The costs of other widths are corrected too, the more the nearer they are. A step without a draft corrects the
         cost of drafts half as much, and a draft the costs of such steps.
         """
-        own = 0 if plan.is_drafted else plan.width  # place in `drift`
-        error = min(max(math.log(ratio) - self.drift[own], -MAX_COST_ERROR), MAX_COST_ERROR)
+        place = 0 if plan.is_drafted else plan.width  # in `drift`
+        error = min(max(math.log(ratio) - self.drift[place], -MAX_COST_ERROR), MAX_COST_ERROR)
         widths = np.arange(len(self.drift))
         is_other_kind = (widths == 0) != plan.is_drafted
         widths[0] = plan.width  # the cost of drafts has no width, and is as near as can be
         rates = COST_RATE / 2 * np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / (1 + is_other_kind)
-        rates[own] = COST_RATE
+        rates[place] = COST_RATE
         # Forgetting pulls all costs back to the first measurement, so that none stays wrong for lack of steps.
         self.drift += rates * error - FORGETTING * (self.drift - self.drift[1])
         self._apply_drift()
@@ -337,8 +337,8 @@ class Paces:
     every text stays the target's, and what is learned in the same moment may be lost.
 
     Args:
-        recall_mib: MiB of memory of the answers given with each drafter, see `Recall`; it starts from those that the
-            drafter was trained on, and 0 keeps none.
+        recall_mib: MiB of memory of the answers given with each drafter, see `Recall`; it starts from the answers
+            that the drafter was trained on, and 0 keeps none.
     """
 
     def __init__(self, recall_mib: float = 0.0):

@@ -19,10 +19,10 @@ from dpace.blocks import FULL, Reach
 
 NUM_CONTEXT = 12
 """Tokens that `probe_cache` reads first."""
-NUM_KEPT = 2
-"""Tokens that it then accepts of a draft."""
+NUM_ACCEPTED = 2
+"""Tokens that `probe_cache` then accepts of a draft."""
 NUM_REJECTED = 2
-"""Tokens that it rejects after them."""
+"""Tokens that `probe_cache` rejects after them."""
 UNSEEN = -(2**40)
 """Position of what a column holds that no slot may see: farther away than any reach."""
 
@@ -304,21 +304,21 @@ def probe_cache(target: Any) -> CacheAbility:
     if is_full_attention(TextCache(target.config, 1)):
         return "crop"
     # The last tokens are read where the rejected ones stood.
-    sizes = (NUM_CONTEXT, NUM_KEPT, NUM_REJECTED, NUM_REJECTED)
+    sizes = (NUM_CONTEXT, NUM_ACCEPTED, NUM_REJECTED, NUM_REJECTED)
     num_tokens = sum(sizes)
     tokens = torch.randint(len(target.head.weight), (1, num_tokens), generator=torch.Generator().manual_seed(0))
-    context, kept, rejected, last = tokens.to(target.device).split(sizes, dim=1)
-    expected = target.hidden(torch.cat([context, kept, last], dim=1))[0, -NUM_REJECTED:]
+    context, accepted, rejected, last = tokens.to(target.device).split(sizes, dim=1)
+    expected = target.hidden(torch.cat([context, accepted, last], dim=1))[0, -NUM_REJECTED:]
     cache = TextCache(target.config, num_tokens)
     cache.activate_past_recording()
     try:
         target.hidden(context, cache)
         cache.crop(0)  # exactly once after each pass, as when decoding
         states = cache.recurrent_states()
-        target.hidden(torch.cat([kept, rejected], dim=1), cache)
+        target.hidden(torch.cat([accepted, rejected], dim=1), cache)
         if states:
-            cache.rewind(states, NUM_KEPT + NUM_REJECTED)
-            target.hidden(kept, cache)
+            cache.rewind(states, NUM_ACCEPTED + NUM_REJECTED)
+            target.hidden(accepted, cache)
         cache.crop(0 if states else -NUM_REJECTED)
         hidden = target.hidden(last, cache)[0]
     except torch.OutOfMemoryError:

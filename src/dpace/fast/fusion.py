@@ -119,8 +119,7 @@ class Rotation:
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.half = sin.shape[-1] // 2
-        # (batch, 1, seq, dim). Where transformers negates the second half of a head, the sines of that half are negated,
-        # so that rolling the head is enough.
+        # (batch, 1, seq, dim). transformers negates half of each head; negating the sines instead, a roll is enough.
         first, second = sin.unsqueeze(1).chunk(2, -1)
         self.sin = torch.cat([-first, second], dim=-1)
         self.cos = cos.unsqueeze(1)
@@ -217,7 +216,7 @@ class FusedLayer(FastModule):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute the layer's output, equal to that of its own class."""
+        """Compute the layer's output, equal to what its own class computes."""
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
         attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
@@ -275,7 +274,7 @@ def run_layers(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Run all layers of a decoder in one loop for a decoding step.
 
-    Results are those of the decoder's own code: bitwise on a CPU, and up to rounding elsewhere.
+    Results equal what the decoder's own code gives: bitwise on a CPU, and up to rounding elsewhere.
 
     Args:
         decoder: of a target.
@@ -339,7 +338,7 @@ class LayerOutputs:
     def record(
         self, layers: nn.ModuleList, layer_ids: Sequence[int], *, is_last: bool = False
     ) -> Iterator[dict[int, Tensor]]:
-        """Yield the outputs of layers by id; those of a pass inside the `with` block.
+        """Yield the outputs of layers by id, which a pass inside the `with` block fills in.
 
         With `is_last` the pass and the block end after the highest of these layers.
         """

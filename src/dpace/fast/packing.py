@@ -1,8 +1,8 @@
 """Faster linear layers on a CPU: products with copies of their weights in a faster layout.
 
-`pack` takes a weight and returns its product, which equals that of `nn.Linear` up to rounding in half the time or less.
-`pack_linears` lets the linear layers of a model use such products, and `refresh_copies` drops what was made of weights
-that have changed since; decoding calls it once a request.
+`pack` takes a weight and returns its product. Up to rounding it equals the product of `nn.Linear`, in half the time or
+less. `pack_linears` lets the linear layers of a model use such products, and `refresh_copies` drops what was made of
+weights that have changed since; decoding calls it once a request.
 """
 
 import math
@@ -33,7 +33,7 @@ def pack_linears(module: nn.Module) -> bool:
     num_bytes = sum(layer.weight.nbytes for layer in layers)
     if not layers or 2 * num_bytes > psutil.virtual_memory().available:
         return False
-    # One number of each weight is packed for a try: it has the device and the dtype of all.
+    # One number of each weight is packed for a try, since a weight's device and dtype decide.
     if any(pack(layer.weight[:1, :1]) is None for layer in layers):
         return False
     for layer in layers:
@@ -81,7 +81,7 @@ class FastForm:
 
 
 class FastModule(nn.Module):
-    """A module that computes with a fast form of its weights, and with its own code where it has none."""
+    """A module that computes with a fast form of its weights, and with its own code while there is none."""
 
     fast: Any = None
 
@@ -173,7 +173,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
 
 
 def has_fast_bf16() -> bool:
-    """Find out whether products in bf16 are fast on this CPU: it has instructions for them, and oneDNN takes them.
+    """Find out whether products in bf16 are fast on this CPU: the CPU has instructions for them, and oneDNN takes them.
 
     oneDNN emulates bf16 on CPUs without such instructions, and refuses it where `ONEDNN_MAX_CPU_ISA` hides too much of
     the CPU.
