@@ -203,15 +203,10 @@ class Speculation:
         accepted, token_ids = self.accept(block[0, 1:], logits, draft_probs)
         step = text.take(accepted, token_ids, width=width, is_copied=not plan.is_drafted)
         # Of the tokens that were read, as many stay as were emitted: the last emitted token is read in the next step.
-        num_read = len(step.token_ids)
-        num_rejected = width - num_read
-        self.unread.append(features[:, :num_read])
-        if recurrent_states and num_rejected and not text.is_done:
-            # No crop takes tokens out of a recurrent state: it is put back, and the accepted tokens are read again.
-            self.cache.rewind(recurrent_states, width)
-            self.target.hidden(block[:, :num_read], self.cache)
-            num_rejected = 0
-        self.cache.crop(-num_rejected)
+        num_kept = len(step.token_ids)
+        self.unread.append(features[:, :num_kept])
+        if not text.is_done:
+            self.cache.take_back(self.target, block, num_kept, recurrent_states)
         if self.pace is not None:
             seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
             self.pace.learn(plan, step.token_ids, step.accepted, seconds=seconds, lookups=self.lookup.read())

@@ -171,9 +171,9 @@ class Pace:
     It aims at the most tokens per second. The width maximizes
     `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])`, with `c` the drafter's
     calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
-    Each is taken to the power of what confidences promised over what was accepted so far: a drafter that is too sure
-    gets smaller ones, and a drafter that is too modest gets larger ones. Costs follow the seconds of real steps: an
-    error corrects a step's own cost most, and others by how near their widths are.
+    To calibrate them, each is taken to the power of what confidences promised over what was accepted so far. They
+    become smaller where a drafter is too sure, and larger where it is too modest. Costs follow the seconds of real
+    steps: an error corrects a step's own cost most, and others by how near their widths are.
 
     Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
     means have, for each kind of match before a step, how often a first and a further copied token are right, and what

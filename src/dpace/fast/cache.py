@@ -75,11 +75,26 @@ class TextCache(DynamicCache):
                 states += [(state, state.clone()) for state in layer.recurrent_states.values() if state is not None]
         return states
 
-    def rewind(self, states: list[tuple[Tensor, Tensor]], num_tokens: int) -> None:
-        """Take back all `num_tokens` tokens that were read since the states were copied."""
-        self.crop(-num_tokens)
-        for state, copied in states:
-            state.copy_(copied)
+    def take_back(
+        self, target: Any, block: Int[Tensor, "1 width"], num_kept: int, states: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Take back what the target has just read of a block, but for its first tokens.
+
+        Args:
+            target: a `dpace.target.Target`.
+            block: what it has read since the states were copied.
+            num_kept: number of first tokens that stay.
+            states: what `recurrent_states` returned.
+        """
+        num_rejected = block.shape[1] - num_kept
+        if states and num_rejected:
+            # No crop takes tokens out of a recurrent state: it is put back, and the kept tokens are read again.
+            self.crop(-block.shape[1])
+            for state, copied in states:
+                state.copy_(copied)
+            target.hidden(block[:, :num_kept], self)
+            num_rejected = 0
+        self.crop(-num_rejected)  # also where none is: once after each pass
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -313,13 +328,11 @@ def probe_cache(target: Any) -> CacheAbility:
     cache.activate_past_recording()
     try:
         target.hidden(context, cache)
-        cache.crop(0)  # exactly once after each pass, as when decoding
+        cache.crop(0)  # once after each pass, as when decoding
         states = cache.recurrent_states()
-        target.hidden(torch.cat([accepted, rejected], dim=1), cache)
-        if states:
-            cache.rewind(states, NUM_ACCEPTED + NUM_REJECTED)
-            target.hidden(accepted, cache)
-        cache.crop(0 if states else -NUM_REJECTED)
+        block = torch.cat([accepted, rejected], dim=1)
+        target.hidden(block, cache)
+        cache.take_back(target, block, NUM_ACCEPTED, states)
         hidden = target.hidden(last, cache)[0]
     except torch.OutOfMemoryError:
         raise

@@ -24,16 +24,6 @@ from dpace.modeling_dflash import DFlashLayer, Mask, Rope
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""Linear layers of such a layer."""
 RECORDERS = (__name__, "transformers.utils.output_capturing")
 """Files whose hooks stay on layers, and record outputs in passes of the decoder's own code only."""
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -63,8 +53,11 @@ def fuse_layers(model: PreTrainedModel) -> bool:
 
 
 def _linears(layer: Any) -> list[Any]:
-    """Return the linear layers that `LINEARS` names."""
-    return [layer.get_submodule(name) for name in LINEARS]
+    """Return the linear layers: for query, key, value, output, gate, up and down."""
+    attention = layer.self_attn
+    mlp = layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def _can_be_fused(layer: Any) -> bool:
@@ -129,12 +122,6 @@ class Rotation:
         return heads.roll(self.half, -1).mul_(self.sin).add_(heads * self.cos)
 
 
-def inverse_rms(rows: Tensor, epsilon: Tensor, width: Tensor) -> Tensor:
-    """Compute what an RMSNorm multiplies rows with, in half as many operations as torch's, with the same bits."""
-    # 1 / sqrt(epsilon + sum of squares / width)
-    return torch.addcdiv(epsilon, (rows * rows).sum(-1, keepdim=True), width).rsqrt_()
-
-
 class FusedProducts(FastForm):
     """The fast form of a decoder layer: its combined products and what is needed around them."""
 
@@ -190,7 +177,10 @@ class FusedProducts(FastForm):
         if rows.device.type != "cpu":
             return torch.rms_norm(rows, weight.shape, weight, self.epsilon)
         if rows.dtype == torch.float32:
-            return (rows * inverse_rms(rows, self.epsilon_tensor, self.width_tensor)).mul_(weight)
+            # 1 / sqrt(epsilon + sum of squares / width): half as many operations as torch's, and the same bits
+            squares = (rows * rows).sum(-1, keepdim=True)
+            inverse_rms = torch.addcdiv(self.epsilon_tensor, squares, self.width_tensor).rsqrt_()
+            return (rows * inverse_rms).mul_(weight)
         return weight * torch.rms_norm(rows, weight.shape, None, self.epsilon)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -299,6 +289,7 @@ def run_layers(
     if not all(isinstance(layer, FusedLayer) and layer.fast and not _has_hooks(layer) for layer in layers):
         return None
     embedding = decoder.embed_tokens.weight
+    # One layer answers for all: they were fused together and have one dtype.
     if not layers[0].is_usable(embedding, layers[0].fast.dtype):
         return None
     hidden = nn.functional.embedding(token_ids, embedding)
@@ -309,11 +300,11 @@ def run_layers(
         mask = make_causal_mask(hidden, num_before + num_new)
     rotation = Rotation(*decoder.rotary_emb(hidden, position_ids))
     outputs = {}
-    for number, (layer, layer_cache) in enumerate(zip(layers, cache.layers, strict=True)):
+    for layer_id, (layer, layer_cache) in enumerate(zip(layers, cache.layers, strict=True)):
         hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
-        if number in layer_ids:
-            outputs[number] = hidden
-    return decoder.norm(hidden), [outputs[number] for number in layer_ids]
+        if layer_id in layer_ids:
+            outputs[layer_id] = hidden
+    return decoder.norm(hidden), [outputs[layer_id] for layer_id in layer_ids]
 
 
 class _StopForward(Exception):
