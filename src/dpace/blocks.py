@@ -31,6 +31,7 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
     """
     if num_features == 1:
         return [num_target_layers // 2]
+    # From layer 1 to layer `num_target_layers - 3`.
     span = num_target_layers - 4
     ids = [round(1 + i * span / (num_features - 1)) for i in range(num_features)]
     if sorted(set(ids)) != ids:
@@ -77,6 +78,7 @@ def sample_anchors(
         Ascending positions, without repetition; empty if there is none.
     """
     is_response = torch.as_tensor(is_response)
+    # The last position is never an anchor: no token follows it.
     positions = (is_response[:-1] & is_response[1:]).nonzero().flatten().tolist()
     if num_anchors is not None and num_anchors < len(positions):
         positions = sorted(random.Random(repr(seed)).sample(positions, num_anchors))
@@ -129,21 +131,25 @@ def build_blocks(
         anchors: positions, one tensor a row; tensors may be empty and of different lengths.
         block_size: number of slots, the anchor included; at least 2.
     """
+    num_tokens = token_ids.shape[1]
     padded = nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
     if not padded.shape[1]:  # no row has an anchor: one padding block each, because later steps need a block
         padded = nn.functional.pad(padded, (0, 1), value=-1)
     is_block = padded >= 0
-    positions = padded.clamp_min(0)[..., None] + torch.arange(block_size, device=token_ids.device)
-    is_inside = positions < token_ids.shape[1]
-    flat = positions.clamp_max(token_ids.shape[1] - 1).flatten(1)
-    labels = token_ids.gather(1, flat).view(positions.shape).where(is_inside, 0)
-    is_scored = is_response.gather(1, flat).view(positions.shape) & is_inside & is_block[..., None]
-    is_scored[..., 0] = False
-    return Blocks(padded.clamp_min(0), labels, is_scored, is_block)
+    starts = padded.clamp_min(0)
+    # (batch, block, slot)
+    positions = starts[..., None] + torch.arange(block_size, device=token_ids.device)
+    is_inside = positions < num_tokens
+    # `gather` takes places inside the text only; what it finds for slots past the end is not used.
+    places = positions.clamp_max(num_tokens - 1).flatten(1)
+    labels = token_ids.gather(1, places).view(positions.shape).where(is_inside, 0)
+    is_scored = is_response.gather(1, places).view(positions.shape) & is_inside & is_block[..., None]
+    is_scored[..., 0] = False  # the anchor is known, not predicted
+    return Blocks(starts, labels, is_scored, is_block)
 
 
 class Reach(NamedTuple):
-    """How far a layer lets a slot see; see `dpace.modeling_dflash.DFlashAttention`."""
+    """How far a layer lets a slot see: the rule that `dpace.modeling_dflash.DFlashAttention` follows."""
 
     window: int = 2**31 - 1
     """A slot sees positions that differ from its own by less than this, which is more than a block has slots.
@@ -153,10 +159,11 @@ class Reach(NamedTuple):
 
     @property
     def sees(self) -> Callable[[Tensor], Tensor]:
-        """Whether a slot sees what is so many positions before it; below 0, behind it.
+        """Whether a slot sees what is so many positions before it; negative distances are after it.
 
         A lambda, because flex_attention cannot look into a function that checks types.
         """
+        # Both bounds are excluded: a causal slot sees itself, at distance 0, and nothing after it.
         nearest = -1 if self.is_causal else -self.window
         return lambda distance: (distance < self.window) & (distance > nearest)
 
@@ -183,11 +190,14 @@ def visibility(
     block_size = blocks.block_size
     sees = reach.sees
     # A lambda, because flex_attention counts the function's arguments, which a type-checking wrapper hides.
+    # Query `q` is slot `q % block_size` of block `q // block_size`. Key `num_context + q` is that slot's own.
     return lambda batch, head, query, key: torch.where(
         key < num_context,
+        # A token of the text: before the anchor, and within reach of the slot's position in the text.
         (key < anchors[batch, query // block_size])
         & is_block[batch, query // block_size]
         & sees(anchors[batch, query // block_size] + query % block_size - key),
+        # A slot: of the same block, in which positions are as far apart as numbers.
         ((key - num_context) // block_size == query // block_size) & sees(query - key + num_context),
     )
 
@@ -200,6 +210,7 @@ def dense_mask(blocks: Blocks, num_context: int, reach: Reach = FULL) -> Bool[Te
     batch = len(blocks.anchors)
     num_queries = blocks.labels[0].numel()
     device = blocks.anchors.device
+    # Index tensors that broadcast to (batch, 1, query, key); the rule does not read the head.
     return visibility(blocks, num_context, reach)(
         torch.arange(batch, device=device)[:, None, None, None],
         None,
@@ -219,12 +230,14 @@ def flex_mask(blocks: Blocks, num_context: int, reach: Reach = FULL):
 
     num_queries = blocks.labels[0].numel()
     is_seen, is_whole = visible_tiles(blocks, num_context, reach)
-    parts = []
-    for tiles in (is_seen & ~is_whole, is_whole):
-        parts.append(tiles.sum(-1, dtype=torch.int32)[:, None])
-        parts.append(tiles.int().argsort(dim=-1, descending=True, stable=True).int()[:, None])
+    tile_lists = []
+    # First the tiles in which the rule is asked for each key, then those that are computed without asking.
+    for is_listed in (is_seen & ~is_whole, is_whole):
+        # For each row of tiles, the number of those that are listed, and all numbers, the listed ones first.
+        tile_lists.append(is_listed.sum(-1, dtype=torch.int32)[:, None])
+        tile_lists.append(is_listed.int().argsort(dim=-1, descending=True, stable=True).int()[:, None])
     return BlockMask.from_kv_blocks(
-        *parts,
+        *tile_lists,
         BLOCK_SIZE=MASK_TILE,
         mask_mod=visibility(blocks, num_context, reach),
         seq_lengths=(num_queries, num_context + num_queries),
@@ -234,25 +247,30 @@ def flex_mask(blocks: Blocks, num_context: int, reach: Reach = FULL):
 def visible_tiles(
     blocks: Blocks, num_context: int, reach: Reach = FULL
 ) -> tuple[Bool[Tensor, "batch query_tile key_tile"], Bool[Tensor, "batch query_tile key_tile"]]:
-    """Find the tiles of `visibility` that are seen in part, and those known to be seen whole.
+    """Find the tiles of `visibility` that are seen in part or whole, and those known to be seen whole.
 
-    Whole tiles are among the first, too. Each query sees the context before its block's anchor, from where its window
-    begins, and the keys of its block.
+    Each query sees the context before its block's anchor, from where its window begins, and the keys of its block.
     """
     device = blocks.anchors.device
     size = blocks.block_size
     num_queries = blocks.labels[0].numel()
+    # (query_tile, 1) and (query_tile, query): the last tile may have fewer queries, and repeats its last one.
     starts = torch.arange(0, num_queries, MASK_TILE, device=device)[:, None]
     queries = (starts + torch.arange(MASK_TILE, device=device)).clamp_max(num_queries - 1)
-    ends = blocks.anchors.where(blocks.is_block, 0)[:, queries // size, None]
-    begins = ends + (queries % size)[..., None] - reach.window
+    # (batch, query_tile, query, 1): a query sees the tokens of the text between these two, both excluded.
+    anchors = blocks.anchors.where(blocks.is_block, 0)[:, queries // size, None]
+    begins = anchors + (queries % size)[..., None] - reach.window
+    # (key_tile): first key of each tile, and the first key after it.
     keys = torch.arange(0, num_context + num_queries, MASK_TILE, device=device)
     stops = keys + MASK_TILE
-    is_before = ((keys < ends) & (stops > begins + 1)).any(2)
-    is_whole = (stops <= ends.amin(2)) & (keys > begins.amax(2)) & (starts + MASK_TILE <= num_queries)
-    first = queries[:, :1]
-    last = queries[:, -1:]
+    sees_text = ((keys < anchors) & (stops > begins + 1)).any(2)
+    # Every query of a full tile sees it, even the one with the earliest anchor and the one whose window begins last.
+    is_whole = (stops <= anchors.amin(2)) & (keys > begins.amax(2)) & (starts + MASK_TILE <= num_queries)
+    first_query = queries[:, :1]
+    last_query = queries[:, -1:]
     if not reach.is_causal:
-        last = last // size * size + size - 1
-    sees_own = (keys <= num_context + last) & (stops > num_context + first // size * size)
-    return is_before | sees_own, is_whole
+        # A slot sees its block to the end, which may lie in the next tile.
+        last_query = last_query // size * size + size - 1
+    first_slot = num_context + first_query // size * size
+    sees_slots = (keys <= num_context + last_query) & (stops > first_slot)
+    return sees_text | sees_slots, is_whole

@@ -1,7 +1,7 @@
 """Turn accepted lengths, tokens and seconds into tau, rates and speedups with their intervals.
 
-Training, decoding and servers are measured by the same functions. Every interval is that of `estimate`: over prompts,
-and over training seeds where there are several.
+Training, decoding and servers are measured by the same functions. `estimate` makes every interval: over prompts, and
+over training seeds where there are several.
 """
 
 import math
@@ -64,10 +64,11 @@ class Acceptance:
         )
 
     @classmethod
-    def pooled(cls, parts: Sequence["Acceptance"]) -> "Acceptance":
+    def pooled(cls, runs: Sequence["Acceptance"]) -> "Acceptance":
         """Add up verifications of the same prompts, row by row: several turns, or several seeds."""
-        rows = np.sum([part.rows for part in parts], 0)
-        return cls(rows, parts[0].block_size, np.sum([part.without_bonus for part in parts], 0))
+        rows = np.sum([run.rows for run in runs], axis=0)
+        without_bonus = np.sum([run.without_bonus for run in runs], axis=0)
+        return cls(rows, runs[0].block_size, without_bonus)
 
     @property
     def rows(self) -> np.ndarray:
@@ -87,17 +88,21 @@ class Acceptance:
     @property
     def emitted_tokens(self) -> np.ndarray:
         """Accepted draft tokens and bonus tokens, one number a prompt."""
+        # An accepted length of `k` emits `k + 1` tokens.
         return self.rows @ (np.arange(self.block_size) + 1) - self.without_bonus
 
     @property
     def tau(self) -> float:
         """Mean acceptance length: emitted tokens per verification, pooled; 1 to `block_size`, nan without any."""
         num_verifications = self.rows.sum()
-        return float(self.emitted_tokens.sum() / num_verifications) if num_verifications else math.nan
+        if not num_verifications:
+            return math.nan
+        return float(self.emitted_tokens.sum() / num_verifications)
 
     @property
     def reach_rate(self) -> np.ndarray:
         """Share of verifications that accepted all slots 1..k, for k = 1 .. block_size - 1 (unconditional)."""
+        # Verifications that accepted `k` draft tokens or more: a running sum from the longest.
         reached = self.counts[::-1].cumsum()[::-1]
         return reached[1:] / max(1, reached[0])
 
@@ -117,6 +122,7 @@ def student_t(degrees: int) -> float:
     """
     if degrees <= len(STUDENT_T):
         return STUDENT_T[degrees - 1]
+    # The first terms of a series in 1 / degrees around the normal distribution's quantile.
     z = NORMAL
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
@@ -124,9 +130,9 @@ def student_t(degrees: int) -> float:
 def widening(num_prompts: int) -> float:
     """Return by how much the interval of a bootstrap is too narrow, for two prompts or more.
 
-    A bootstrap takes the spread of few prompts for that of all, and its quantiles for the normal distribution's: of 6
-    prompts, its intervals of 95 % hold 85 % of the time. With this factor they hold 93 to 96 %, a test counts; less
-    where a few prompts are of another kind, which few samples miss (docs/measure.md).
+    A bootstrap takes the spread of few prompts for the spread of all, and its quantiles for the normal distribution's.
+    With 6 prompts, its intervals of 95 % hold 85 % of the time. With this factor they hold 93 to 96 %, which a test
+    counts; they hold less often where a few prompts are of another kind, which few samples miss (docs/measure.md).
 
     Source: Hesterberg, What Teachers Should Know About the Bootstrap (2015), section 5.3.
     """
@@ -160,41 +166,50 @@ def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tu
     Source: Student, The probable error of a mean (1908).
     """
     num_seeds = len(sides[0])
+    # (2, side, seed, prompt), with 2 for tops and bottoms
     totals = np.moveaxis(np.array(sides, float).reshape(len(sides), num_seeds, -1, 2), -1, 0)
     num_prompts = totals.shape[-1]
     value = float(statistic(ratio(totals.sum((-2, -1)))))
     if np.isnan(value) or num_prompts < MIN_PROMPTS:
         return value, math.nan, math.nan
     drawn = np.random.default_rng(0).integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
-    ends = np.nanquantile(statistic(ratio(totals.sum(-2)[..., drawn].sum(-1))), [0.025, 0.975])
-    distances = widening(num_prompts) * (ends - value)
+    # (2, side, resample): seeds are pooled, and each resample adds up its own prompts.
+    resampled = totals.sum(-2)[..., drawn].sum(-1)
+    quantiles = np.nanquantile(statistic(ratio(resampled)), [0.025, 0.975])
+    # Below the value and above it, the first one negative.
+    distances = widening(num_prompts) * (quantiles - value)
     if num_seeds > 1:
-        by_seed = statistic(ratio(totals.sum(-1)))
-        of_seeds = student_t(num_seeds - 1) * by_seed.std(ddof=1) / num_seeds**0.5
-        distances = np.hypot(distances, of_seeds) * [-1, 1]
+        # (side, seed) goes in, one number a seed comes out.
+        seed_values = statistic(ratio(totals.sum(-1)))
+        seed_distance = student_t(num_seeds - 1) * seed_values.std(ddof=1) / num_seeds**0.5
+        distances = np.hypot(distances, seed_distance) * [-1, 1]  # `hypot` loses the sign
     low, high = (value + distances).tolist()
     return value, low, high
 
 
-def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[float, float, float]:
+def tau_gain(runs: Sequence[Acceptance], other_runs: Sequence[Acceptance]) -> tuple[float, float, float]:
     """Compute how much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:
-        ours: one for each training seed, each with one row a prompt.
-        theirs: of the same seeds and prompts, in the same order.
+        runs: one for each training seed, each with one row a prompt.
+        other_runs: of the same seeds and prompts, in the same order.
 
     Returns:
         The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification. The ends
         are nan for fewer than `MIN_PROMPTS`.
     """
-    return tau_estimate([ours, theirs], lambda taus: taus[0] / taus[1] - 1)
+    return tau_estimate([runs, other_runs], lambda taus: taus[0] / taus[1] - 1)
 
 
 def tau_estimate(sides: Sequence[Sequence[Acceptance]], statistic: Statistic = FIRST) -> tuple[float, float, float]:
-    """Compute a number from the taus of several sides, by default the first one's tau; see `estimate`.
+    """Compute a number from the taus of several sides, by default the first one's tau, with its interval of `estimate`.
 
     Args:
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
         statistic: of the taus, "side ...".
     """
-    return estimate([[np.stack([a.emitted_tokens, a.rows.sum(-1)], 1) for a in side] for side in sides], statistic)
+    side_totals = []
+    for side in sides:
+        # (seed, prompt, 2): the top of tau is emitted tokens, and its bottom verifications.
+        side_totals.append([np.stack([run.emitted_tokens, run.rows.sum(-1)], axis=1) for run in side])
+    return estimate(side_totals, statistic)

@@ -18,12 +18,14 @@ IsMatch = Bool[Tensor, "batch block slot"]
 Weights = Float[Tensor, "batch block slot"]
 
 _TINY = torch.finfo(torch.float32).tiny
+"""Keeps a division by 0 from happening, in blocks without a scored slot."""
 
 
 def smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
     """Compute `(1 - alpha) q + alpha` in fp32, and 1 at slots that are not scored."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
+    # 1 is neutral in a product, so slots that are not scored change no other slot's weight.
     return torch.where(is_scored, (1 - alpha) * token_probs.float() + alpha, 1.0)
 
 
@@ -51,6 +53,7 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
     Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
     """
     products = dpace_confidence_only_weights(token_probs, is_scored, alpha)
+    # A sum from each slot to the end of its block is a running sum from the end.
     return products.flip(-1).cumsum(-1).flip(-1) * is_scored
 
 
@@ -58,7 +61,8 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
 def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by the probability that the block is accepted up to it.
 
-    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments, returns and errors as there.
+    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments, returns and errors as in
+    `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), ablation "cumulative confidence only".
     """
@@ -76,13 +80,14 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
     Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
     """
     factors = smoothed(token_probs, is_scored, alpha)
-    value = torch.zeros_like(factors[..., 0])
-    values = []
+    continuation = torch.zeros_like(factors[..., 0])
+    weights = []
     for slot in reversed(range(factors.shape[-1])):
-        value = is_scored[..., slot] + value
-        values.append(value)
-        value = value * factors[..., slot]
-    return torch.stack(values[::-1], dim=-1) * is_scored
+        weight = is_scored[..., slot] + continuation
+        weights.append(weight)
+        # What the slot before may count on: this slot's weight, as far as this slot is accepted.
+        continuation = weight * factors[..., slot]
+    return torch.stack(weights[::-1], dim=-1) * is_scored
 
 
 @torch.no_grad()
@@ -96,14 +101,17 @@ def bv_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5)
 
     Source: BV (arXiv 2609.34832), with greedy verification; the relation to D-PACE is ours.
     """
-    total = dpace_confidence_only_weights(token_probs, is_scored, alpha).sum(-1, keepdim=True)
-    return dpace_weights(token_probs, is_scored, alpha) / total.clamp_min(_TINY)
+    expected_length = dpace_confidence_only_weights(token_probs, is_scored, alpha).sum(-1, keepdim=True)
+    return dpace_weights(token_probs, is_scored, alpha) / expected_length.clamp_min(_TINY)
 
 
-def _behind_rejection(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block slot"]:
-    """Count scored slots from the first one whose greedy draft is wrong; below 0 before it."""
+def _slots_after_rejection(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block slot"]:
+    """Count the scored slots from the first rejection to each slot: 0 at the rejection itself, below 0 before it."""
+    # Slots that are not scored, such as the anchor, count as accepted: they reject no slot after them.
     is_accepted = (is_match | ~is_scored).int().cumprod(-1)
-    return is_scored.cumsum(-1) - 1 - (is_accepted * is_scored).sum(-1, keepdim=True)
+    num_accepted = (is_accepted * is_scored).sum(-1, keepdim=True)
+    # The rejection is the scored slot of number `num_accepted`, counted from 0.
+    return is_scored.cumsum(-1) - 1 - num_accepted
 
 
 @torch.no_grad()
@@ -124,14 +132,14 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification, without its
     labels and its head.
     """
-    return torch.exp(-_behind_rejection(is_match, is_scored).clamp_min(0) / gamma) * is_scored
+    return torch.exp(-_slots_after_rejection(is_match, is_scored).clamp_min(0) / gamma) * is_scored
 
 
 @torch.no_grad()
 def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
     """Weigh the slots up to and including the first rejection by 1, and the later ones by 0.
 
-    Decoding never uses slots behind the first wrong draft. With the reduction `weights` this is the published mean over
+    Decoding never uses slots after the first wrong draft. With the reduction `weights` this is the published mean over
     the support.
 
     Args:
@@ -143,10 +151,10 @@ def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
 
     Source: Spec-AUF (arXiv 2607.01893), cross-entropy up to the first mismatch.
     """
-    return (is_scored & (_behind_rejection(is_match, is_scored) <= 0)).float()
+    return (is_scored & (_slots_after_rejection(is_match, is_scored) <= 0)).float()
 
 
-def _slots(is_scored: IsScored) -> Float[Tensor, " slot"]:
+def _slot_numbers(is_scored: IsScored) -> Float[Tensor, " slot"]:
     """Return the slot numbers 0, 1, ... as fp32."""
     return torch.arange(is_scored.shape[-1], device=is_scored.device, dtype=torch.float32)
 
@@ -164,17 +172,20 @@ def dflash_weights(is_scored: IsScored, gamma: float = 7.0) -> Weights:
 
     Source: DFlash (arXiv 2602.06036), equation 4.
     """
-    return torch.exp(-(_slots(is_scored) - 1) / gamma) * is_scored
+    return torch.exp(-(_slot_numbers(is_scored) - 1) / gamma) * is_scored
 
 
 def dflash_gamma(block_size: int) -> float:
     """Return the decay length for a block size.
 
-    That is 7, 5 and 4 for blocks of 16, 10 and 8; for other sizes it lies on the line through the values of 8 and 16.
+    The length is 7, 5 and 4 for blocks of 16, 10 and 8; for other sizes it lies on the line through the values of 8
+    and 16.
 
     Source: DFlash (arXiv 2602.06036), appendix A.1; the other values are ours.
     """
-    return {16: 7.0, 10: 5.0, 8: 4.0}.get(block_size, 1.0 + 0.375 * block_size)
+    if block_size == 10:
+        return 5.0  # the paper's value, which is not on the line
+    return 1.0 + 0.375 * block_size
 
 
 @torch.no_grad()
@@ -196,4 +207,4 @@ def medusa_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
 
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
-    return base ** _slots(is_scored) * is_scored
+    return base ** _slot_numbers(is_scored) * is_scored

@@ -18,11 +18,14 @@ RECALLED_MATCHES = (6, 2)
 CONTEXT_TOKENS = 16
 """Largest number of tokens that are compared, the first of which may stand before an answer."""
 NUM_KINDS = MAX_MATCH + CONTEXT_TOKENS.bit_length()
-"""Number of kinds of matches, with that of none."""
+"""Number of kinds of matches, with the kind for no match."""
 INDEX_BYTES_PER_TOKEN = 4 + 2 * 4 * len(RECALLED_MATCHES)
 """Memory of a token of the answers: its id, and two places in the table for each length."""
-_FACTORS = np.random.default_rng(0).integers(2**62, size=CONTEXT_TOKENS) * 2 + 1
+_HASH_FACTORS = np.random.default_rng(0).integers(2**62, size=CONTEXT_TOKENS) * 2 + 1
+"""Random odd numbers, one for each token of a context."""
+_HASH_COLUMNS = np.array(RECALLED_MATCHES) - 1
 _PADDING = [0] * CONTEXT_TOKENS
+"""Stands before a text, so that its first tokens have a whole context too."""
 
 
 class Copy(NamedTuple):
@@ -47,7 +50,7 @@ class PromptLookup:
 
     def __init__(self, text: list[int]):
         self.text = text
-        self._after: dict[tuple[int, ...], int] = {}
+        self._places_after: dict[tuple[int, ...], int] = {}
         self._num_read = 0
         self.read()
 
@@ -60,10 +63,11 @@ class PromptLookup:
         text = self.text
         outcomes = []
         for end in range(self._num_read, len(text)):
+            # Found before the tokens that end here are indexed, which would match themselves.
             match, start = self._find(end)
             outcomes.append((match, match > 0 and text[start] == text[end]))
             for length in range(1, min(MAX_MATCH, end) + 1):
-                self._after[tuple(text[end - length : end])] = end
+                self._places_after[tuple(text[end - length : end])] = end
         self._num_read = len(text)
         return outcomes
 
@@ -74,7 +78,7 @@ class PromptLookup:
             Its length, and the position after its earlier occurrence; 0 and `end` where the last token is new.
         """
         for length in range(min(MAX_MATCH, end), 0, -1):
-            if start := self._after.get(tuple(self.text[end - length : end])):
+            if start := self._places_after.get(tuple(self.text[end - length : end])):
                 return length, start
         return 0, end
 
@@ -84,15 +88,17 @@ class PromptLookup:
         The copy may reach into the proposal itself, as in a text that repeats. Call `read` before.
         """
         length, start = self._find(len(self.text))
-        return Copy(length, list(islice(cycle(self.text[start : start + count]), count)))
+        # Where the text ends before `count` tokens, the copy goes on with its own first tokens.
+        followers = cycle(self.text[start : start + count])
+        return Copy(length, list(islice(followers, count)))
 
 
 class Recall:
     """A bounded memory of answers that finds what followed the last tokens in any of them.
 
-    The tokens stand in a ring, where new ones take the place of the oldest. A table has, by a hash of as many last
-    tokens as `RECALLED_MATCHES` says, the place of their latest occurrence, and the tokens there are compared. Nothing
-    is deleted and nothing is searched: time O(1) a look-up.
+    The tokens stand in a ring, where new ones take the place of the oldest. A table has the place of the latest
+    occurrence of the last tokens, by a hash of them, for each number of tokens in `RECALLED_MATCHES`. The tokens at
+    that place are compared. Nothing is deleted and nothing is searched: time O(1) a look-up.
 
     Threads may share one. Where two answers end in the same moment, parts of one may be lost, and what is proposed may
     be of both.
@@ -106,30 +112,39 @@ class Recall:
         capacity = max(2 * CONTEXT_TOKENS, int(mib * 2**20) // INDEX_BYTES_PER_TOKEN)
         self.tokens = np.zeros(capacity, dtype=np.int32)
         self._end = 0
-        self._contexts = np.zeros(2 * len(RECALLED_MATCHES) * capacity, dtype=np.int32)  # where each begins
+        # Where the latest context with a hash begins; half empty, so that few hashes share a place.
+        self._context_starts = np.zeros(2 * len(RECALLED_MATCHES) * capacity, dtype=np.int32)
 
     def add(self, text: list[int], start: int = 0) -> None:
         """Remember an answer: the tokens of a text from `start` on, and `CONTEXT_TOKENS` before them."""
+        # Token `start` of the padded text is `CONTEXT_TOKENS` before token `start` of the text.
         new = np.array((_PADDING + text)[start:][-len(self.tokens) :])
-        begin = self._end if self._end + len(new) <= len(self.tokens) else 0
-        self._end = begin + len(new)
-        self.tokens[begin : begin + len(new)] = new
+        begin = self._end
+        if begin + len(new) > len(self.tokens):
+            begin = 0
+        self._end = end = begin + len(new)
+        self.tokens[begin:end] = new
+        # (context, CONTEXT_TOKENS), without the last context, after which nothing stands
         contexts = np.lib.stride_tricks.sliding_window_view(new, CONTEXT_TOKENS)[:-1]
         # Of equal keys the last counts.
-        self._contexts[self._keys(contexts)] = begin + np.arange(len(contexts))[:, None]
+        self._context_starts[self._keys(contexts)] = begin + np.arange(len(contexts))[:, None]
 
     def _keys(self, contexts: Int[np.ndarray, "context token"]) -> Int[np.ndarray, "context length"]:
         """Hash the ends of contexts, for each length that is looked up."""
-        hashes = np.cumsum(contexts[:, ::-1] * _FACTORS, axis=1)  # overflow is meant
-        return (hashes[:, [length - 1 for length in RECALLED_MATCHES]] >> 20) % len(self._contexts)
+        # Sums from the last token on, so that column `length - 1` is a hash of the last `length` tokens. The products
+        # overflow, and that is meant.
+        hashes = np.cumsum(contexts[:, ::-1] * _HASH_FACTORS, axis=1)
+        # High bits depend on all tokens, the lowest ones hardly.
+        return (hashes[:, _HASH_COLUMNS] >> 20) % len(self._context_starts)
 
     def propose(self, text: list[int], count: int) -> Copy:
         """Propose the `count` tokens that followed the longest match; nothing where the last two tokens are new."""
         context = np.array((_PADDING + text[-CONTEXT_TOKENS:])[-CONTEXT_TOKENS:])
-        for start in self._contexts[self._keys(context[None])[0]].tolist():
+        for start in self._context_starts[self._keys(context[None])[0]].tolist():
             end = start + CONTEXT_TOKENS
             is_other = self.tokens[start:end] != context
-            match = int(np.append(is_other[::-1], True).argmax())  # equal tokens before the end
+            # Number of equal tokens before the end: the first other one from there, or all where none is.
+            match = int(np.append(is_other[::-1], True).argmax())
             if match >= min(RECALLED_MATCHES):
                 return Copy(MAX_MATCH - 1 + match.bit_length(), self.tokens[end : end + count].tolist())
         return Copy()

@@ -51,16 +51,22 @@ class Sampler:
     ):
         self.temperature = temperature
         self.processors: Any = processors or LogitsProcessorList()
-        filters = [
-            (TemperatureLogitsWarper, max(float(temperature), LEAST_TEMPERATURE), temperature != 1),
-            (TopKLogitsWarper, top_k, top_k > 0),
-            (TopPLogitsWarper, top_p, top_p < 1),
-            (MinPLogitsWarper, min_p, min_p > 0),
-        ]
-        self.filters: Any = LogitsProcessorList(make(value) for make, value, is_on in filters if temperature and is_on)
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        self._noise: list[Tensor] = []
-        self._first = 0
+        self.filters: Any = LogitsProcessorList()
+        if temperature:
+            # In the order of `model.generate`: each filter sees the scores that the one before has left.
+            if temperature != 1:
+                self.filters.append(TemperatureLogitsWarper(max(float(temperature), LEAST_TEMPERATURE)))
+            if top_k > 0:
+                self.filters.append(TopKLogitsWarper(top_k))
+            if top_p < 1:
+                self.filters.append(TopPLogitsWarper(top_p))
+            if min_p > 0:
+                self.filters.append(MinPLogitsWarper(min_p))
+        self.generator = None
+        if seed is not None:
+            self.generator = torch.Generator(device).manual_seed(seed)
+        self._noise_rows: list[Tensor] = []
+        self._noise_position = 0
 
     def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
         """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`.
@@ -69,14 +75,15 @@ class Sampler:
         """
         if self.processors:
             rows = []
-            for end, row in enumerate(logits.float(), start=len(prefix) - len(logits) + 1):
-                ids = torch.tensor([prefix[:end]], device=logits.device)
+            # The last row follows the whole prefix, and each row before it one token less.
+            for num_tokens, row in enumerate(logits.float(), start=len(prefix) - len(logits) + 1):
+                ids = torch.tensor([prefix[:num_tokens]], device=logits.device)
                 rows.append(self.processors(ids, row[None]))
             logits = torch.cat(rows)
         return self.filters(None, logits.float())
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
-        """Compute the distribution of each row; at temperature 0, it has its most likely token alone."""
+        """Compute the distribution of each row; at temperature 0 all probability is on the most likely token."""
         if self.temperature == 0:
             return torch.nn.functional.one_hot(argmax(scores), scores.shape[-1]).float()
         return torch.softmax(scores, dim=-1)
@@ -90,22 +97,23 @@ class Sampler:
         """
         if self.temperature == 0:
             return argmax(scores)
-        chances = self.probs(scores)
-        for row, noise in zip(chances, self.noise(position, chances), strict=True):
+        probs = self.probs(scores)
+        for row, noise in zip(probs, self.noise(position, probs), strict=True):
             row.div_(noise)  # in place, because allocating several megabytes is slow
-        return argmax(chances)
+        return argmax(probs)
 
     def noise(self, position: int, rows: Float[Tensor, "slot vocab"]) -> list[Float[Tensor, " vocab"]]:
         """Return the random numbers of the response's tokens from `position` on, one row for each of `rows`.
 
         They are drawn a row at a time, so that they do not depend on the number of rows.
         """
-        self._noise = self._noise[position - self._first :]
-        self._first = position
-        while len(self._noise) < len(rows):
+        # Rows of rejected slots are kept: the next call asks for their positions again.
+        self._noise_rows = self._noise_rows[position - self._noise_position :]
+        self._noise_position = position
+        while len(self._noise_rows) < len(rows):
             row = torch.empty(rows.shape[1], device=rows.device)
-            self._noise.append(row.exponential_(generator=self.generator))
-        return self._noise[: len(rows)]
+            self._noise_rows.append(row.exponential_(generator=self.generator))
+        return self._noise_rows[: len(rows)]
 
 
 def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> int:
@@ -146,11 +154,14 @@ def verify_sampled(
     device = target_probs.device
     slots = torch.arange(len(draft_tokens), device=device)
     tokens = torch.tensor(draft_tokens, device=device, dtype=torch.long)
-    chances = target_probs[slots, tokens] / draft_probs[slots, tokens]
+    acceptance_probs = target_probs[slots, tokens] / draft_probs[slots, tokens]
     drawn = torch.rand(len(tokens), generator=sampler.generator, device=device)
-    accepted = int((drawn < chances).cumprod(0).sum())
+    # The product is 1 up to the first rejected token, and 0 from there on.
+    accepted = int((drawn < acceptance_probs).cumprod(0).sum())
+    # The row after the accepted tokens: it is for the rejected token, or for the one after the whole draft.
     next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
-        rest = (next_probs - draft_probs[accepted]).clamp_min(0)
-        next_probs = torch.where(rest.any(), rest, next_probs)  # equal ones, and a draw that rounding rejected
+        excess = (next_probs - draft_probs[accepted]).clamp_min(0)
+        # Nothing is left where both distributions are equal, and rounding alone rejected the token.
+        next_probs = torch.where(excess.any(), excess, next_probs)
     return accepted, int(torch.multinomial(next_probs, 1, generator=sampler.generator))

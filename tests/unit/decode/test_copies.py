@@ -97,7 +97,7 @@ def test_a_full_memory_forgets_the_oldest_and_stays_as_large():
     recalled = [recall.propose(answer[:40], 4).token_ids == answer[40:44] for answer in answers]
     kept = capacity // 100
     assert not any(recalled[: -kept - 1]) and sum(recalled[-kept // 2 :]) > 0.7 * (kept // 2)
-    assert 0.099 * 2**20 < recall.tokens.nbytes + recall._contexts.nbytes <= 0.1 * 2**20
+    assert 0.099 * 2**20 < recall.tokens.nbytes + recall._context_starts.nbytes <= 0.1 * 2**20
     recall.add(list(range(1, 3 * capacity)))  # longer than the memory
     assert recall.propose([3 * capacity - 4, 3 * capacity - 3], 1).token_ids == [3 * capacity - 2]
 
