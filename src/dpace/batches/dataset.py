@@ -28,7 +28,7 @@ Compute = Callable[[Sequence[Tensor]], Sequence[Features]]
 """Computes the features of each of several texts."""
 
 
-class ResponseDataset(torch.utils.data.Dataset):
+class ResponseDataset:
     """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
 
     Memory: 4 bytes a token, and the features where they are kept (tokens x feature x bytes of the target's dtype).

@@ -203,11 +203,11 @@ def keep_on_disk(
     if missing_names:  # others may write there while nothing is missing here
         with lock_folder(folder):
             # A text that several conversations have is computed once.
-            missing = {name: number for number, name in enumerate(names) if name in missing_names}.values()
+            numbers = list({name: number for number, name in enumerate(names) if name in missing_names}.values())
             token_bytes = bytes_of_token(target, len(layer_ids), dtype, with_head_input=with_head_input)
-            size = token_bytes * int(dataset.lengths[[*missing]].sum())
+            size = token_bytes * int(dataset.lengths[numbers].sum())
             ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, folder))
-            batches = dataset.batches_that_begin_alike(missing)
+            batches = dataset.batches_that_begin_alike(numbers)
             if servers:
                 compute = ServerFeatures(servers, target, layer_ids)
                 compute.check(dataset.token_ids(batches[0][0]))

@@ -105,10 +105,12 @@ def reach_of(config: DrafterConfig) -> JsonObject:
             f"full_layers is {list(full_layers)}; name some, not all, of the layers 0 .. {layers[-1]}, together with "
             "sliding_window"
         )
-    layer_types = ()
+    layer_types = []
     if has_window:
-        layer_types = tuple("full_attention" if layer in full_layers else "sliding_attention" for layer in layers)
-    return {"layer_types": layer_types, "is_causal": config.causal}
+        layer_types = ["sliding_attention"] * len(layers)
+        for layer in full_layers:
+            layer_types[layer] = "full_attention"
+    return {"layer_types": tuple(layer_types), "is_causal": config.causal}
 
 
 def choose_mask_token(target: Target) -> int:
@@ -390,7 +392,10 @@ def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str
     """Convert floating-point tensors, and leave the others as they are; without a dtype, leave all."""
     if dtype is None:
         return tensors
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    converted = {}
+    for name, tensor in tensors.items():
+        converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return converted
 
 
 def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "the drafter") -> Drafter:

@@ -153,7 +153,7 @@ def blocks_hidden(
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)
     batch_rows = torch.arange(batch, device=token_ids.device)[:, None, None]
     target_hidden = None
-    if with_target_hidden:
+    if with_target_hidden and head_input is not None:
         target_hidden = head_input[batch_rows, before]
     before_anchors = drafted.context[batch_rows[..., 0], before[..., 0]]
     return BlocksHidden(hidden, blocks, before_anchors, target_hidden, inputs.get("whole_blocks"))

@@ -80,6 +80,9 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
     )
     blocks = drafted.blocks
     config = scorer.loss
+    # The target's may be there for a selector's loss alone; with it, token losses take a slower path.
+    target_hidden = drafted.target_hidden if config.needs_target_probs else None
+    chunk_bytes = None if config.chunk_mib is None else config.chunk_mib * 2**20
     scores = frozen_head_nll(
         drafted.hidden,
         scorer.rows.head,
@@ -87,10 +90,9 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
         blocks.is_scored,
         weigh=scorer.weigh,
         token_loss=config.token_loss,
-        # It may be here for a selector's loss alone; with it, token losses take a slower path.
-        target_hidden=drafted.target_hidden if config.needs_target_probs else None,
+        target_hidden=target_hidden,
         scored_rows=batch.get("scored_rows"),
-        chunk_bytes=None if config.chunk_mib is None else config.chunk_mib * 2**20,
+        chunk_bytes=chunk_bytes,
         num_candidates=drafter.selector.num_candidates,
     )
     return drafter.selector.add_loss(scores, drafted, scorer), blocks
@@ -145,11 +147,12 @@ class TrainingLoop:
             drafter.activation_checkpointing_enable()
         self.is_sharded = wants_shards()
         self.model = shard(copy.deepcopy(drafter)) if self.is_sharded else drafter
+        drafted_tokens = dataset.seen_tokens if self.loss.vocabulary == "seen" else None
         self.scorer = Scorer(
             self.loss,
             # The loss, which makes the slots, does not know how far the training is.
             lambda slots: weigh(slots._replace(progress=self.progress)),
-            DraftRows(target, dataset.seen_tokens if self.loss.vocabulary == "seen" else None),
+            DraftRows(target, drafted_tokens),
             needs_target_hidden=recipe.needs_target_hidden,
             autocast=self.autocast,
         )
@@ -169,12 +172,13 @@ class TrainingLoop:
     def _make_accelerator(self) -> Accelerator:
         """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
         device = self.target.device
+        is_bf16 = default_dtype(device) == torch.bfloat16
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the device of a training before this one
         # Accelerate would not shard on a CPU, and would have all in bf16 on a GPU.
         with patch_environment(accelerate_use_fsdp=False):
             accelerator = Accelerator(
                 cpu=device.type == "cpu",
-                mixed_precision="bf16" if default_dtype(device) == torch.bfloat16 else "no",
+                mixed_precision="bf16" if is_bf16 else "no",
                 dynamo_backend="inductor" if self.config.torch_compile else None,
             )
         assert accelerator.device.type == device.type
@@ -393,7 +397,7 @@ class TrainingLoop:
         acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
         names = ("eval_tau", "eval_tau_top", "eval_tau_oracle")
         # Only a selector has bounds.
-        taus = dict(zip(names, (acceptance.tau, *acceptance.bounds), strict=False))
+        taus: dict[str, float] = dict(zip(names, (acceptance.tau, *acceptance.bounds), strict=False))
         track(state.add_to_log(taus))
         is_best = state.best_metric is None or acceptance.tau > state.best_metric
         if is_best:
