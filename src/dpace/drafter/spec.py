@@ -233,6 +233,7 @@ class DrafterSpec:
         refuse_variants(config)
         if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
             raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
+        # The last three are defaults: the config's own values may stand in either place, and are read below.
         values = {"rms_norm_eps": 1e-6, **config, "block_size": 16, "target_layer_ids": (), "draft_vocab_size": 0}
         for name in LAYER_SIZES:
             values[name] = nested.get(name)
@@ -242,7 +243,7 @@ class DrafterSpec:
                 values[name] = value
         if values.get("sample_from_anchor") is None:
             values["sample_from_anchor"] = values.get(FROM_ANCHOR)
-        # A head with fewer rows is told by their number, and a head with all rows by `has_own_lm_head`.
+        # An own head with fewer rows is known by their number, and one with all rows by `has_own_lm_head`.
         if config.get("draft_vocab_size") not in (None, config.get("vocab_size")):
             values["draft_vocab_size"] = config["draft_vocab_size"]
             values["has_own_lm_head"] = False

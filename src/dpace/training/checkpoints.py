@@ -103,7 +103,7 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
             files = {path.name: _file_entry(path) for path in sorted(aside.iterdir())}
             write_json(aside / MANIFEST, {"step": state.global_step, "files": files})
         remove_others(folder)
-    ranks.barrier()  # after which the checkpoint is there for all
+    ranks.barrier()
 
 
 def _file_entry(path: Path) -> JsonObject | None:

@@ -175,7 +175,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
     def attempt(name: str, work: Callable[..., object], *args: object, **options: object) -> None:
         try:
             work(*args, **options)
-        except Exception as error:  # others' code may raise anything
+        except Exception as error:
             note(f"the tracker {name} failed ({shorten(error, 300)}); the training goes on without it")
             trackers.pop(name, None)
 
