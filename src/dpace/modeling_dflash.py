@@ -59,15 +59,19 @@ class DFlashAttention(Qwen3Attention):
     def forward(self, hidden: Tensor, context: Tensor, rope: Rope, mask: Mask, cache: Cache | None) -> Tensor:
         """Compute the attention's output.
 
-        Shapes are those of `DFlashDraftModel.forward`; `context` are the features after `fc` and their norm.
+        Shapes are as in `DFlashDraftModel.forward`; `context` are the features after `fc` and their norm.
         """
+        # Rows of the text's new tokens come first, and of the slots last: "batch new hidden".
         keys_from = torch.cat([context, hidden], dim=1)
         heads = (-1, self.head_dim)
+        # All three are "batch head row dim".
         q = self.q_norm(self.q_proj(hidden).unflatten(-1, heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(keys_from).unflatten(-1, heads)).transpose(1, 2)
         v = self.v_proj(keys_from).unflatten(-1, heads).transpose(1, 2)
-        cos, sin = (x[:, None] for x in rope)
+        cos = rope[0][:, None]  # for all heads
+        sin = rope[1][:, None]
         k = k * cos + rotate_half(k) * sin
+        # Queries are the slots alone, whose positions are the last ones.
         cos = cos[..., -q.shape[2] :, :]
         sin = sin[..., -q.shape[2] :, :]
         q = q * cos + rotate_half(q) * sin
@@ -86,7 +90,7 @@ class DFlashAttention(Qwen3Attention):
     def limit(self, mask: Mask, num_slots: int, keys: Tensor) -> Mask:
         """Add window and causality to the mask of one block, whose slots are the last keys.
 
-        A mask that differs by slot has them already. The rule is that of `dpace.blocks.Reach`, for positions that
+        A mask that differs by slot has them already. The rule is the one of `dpace.blocks.Reach`, for positions that
         follow one another; this file cannot import it.
 
         Args:
@@ -98,9 +102,13 @@ class DFlashAttention(Qwen3Attention):
         if not is_shared or (self.window == NO_WINDOW and not self.is_causal):
             return mask
         places = torch.arange(keys.shape[2], device=keys.device)
-        distance = places[-num_slots:, None] - places
-        is_seen = (distance < self.window) & (distance > (-1 if self.is_causal else -self.window))
-        return is_seen[None, None] if mask is None else is_seen & mask[..., -keys.shape[2] :]
+        distance = places[-num_slots:, None] - places  # "slot key", below 0 where the key is a later slot
+        nearest = -1 if self.is_causal else -self.window
+        is_seen = (distance < self.window) & (distance > nearest)
+        if mask is None:
+            return is_seen[None, None]
+        # The mask is of the whole text, of which the cache of a sliding layer keeps the last tokens only.
+        return is_seen & mask[..., -keys.shape[2] :]
 
 
 class DFlashConvolution(nn.Module):
@@ -126,24 +134,29 @@ class DFlashConvolution(nn.Module):
         """Let the slot itself be all that counts."""
         taps, width = self.base_kernel.shape[1:]
         init.zeros_(self.kernel_projection.weight)
-        init.copy_(self.base_kernel, torch.eye(taps)[:1, :, None].expand(2, taps, width))
+        only_itself = torch.eye(taps)[:1, :, None]  # 1 at tap 0, which is the slot, and 0 at those before
+        init.copy_(self.base_kernel, only_itself.expand(2, taps, width))
 
     def forward(self, rows: Tensor, part: Part, block_size: int | None = None) -> Tensor:
         """Compute `part` of the convolved rows, and convolve its output; all are "batch query hidden".
 
         The query is one block or its beginning, or several whole blocks of `block_size` slots.
         """
+        # A query shorter than a block is the beginning of one.
         num_slots = min(block_size or self.block_size, rows.shape[1])
         taps = self.base_kernel.shape[1]
+        # "batch query side tap group 1": one number for all channels of a group.
         added = self.kernel_projection(rows).unflatten(-1, (2, taps, -1, 1))
-        return self._convolve(part(self._convolve(rows, added, 0, num_slots)), added, 1, num_slots)
+        out = part(self._convolve(rows, added, 0, num_slots))
+        return self._convolve(out, added, 1, num_slots)
 
     def _convolve(self, rows: Tensor, added: Tensor, side: int, num_slots: int) -> Tensor:
-        x = rows.unflatten(-1, (-1, self.group))
-        base = self.base_kernel[side].unflatten(-1, (-1, self.group))
+        x = rows.unflatten(-1, (-1, self.group))  # "batch query group channel"
+        base = self.base_kernel[side].unflatten(-1, (-1, self.group))  # "tap group channel"
         out = torch.addcmul(base[0] * x, added[:, :, side, 0], x)
+        blocks = x.unflatten(1, (-1, num_slots))
         for tap in range(1, base.shape[0]):
-            blocks = x.unflatten(1, (-1, num_slots))
+            # Zeros before each block move its slots by `tap`, so that no slot reads one of another block.
             before = nn.functional.pad(blocks, (0, 0, 0, 0, tap, 0))[:, :, :num_slots].flatten(1, 2)
             out = torch.addcmul(out + base[tap] * before, added[:, :, side, tap], before)
         return out.flatten(-2)
@@ -182,11 +195,12 @@ class CandidateSelectorNetwork(nn.Module):
 
     @staticmethod
     def is_in(nested: Mapping[str, object]) -> bool:
-        """Return whether a `dflash_config` has one; that of `NeutralSelector` has rank 1."""
+        """Return whether a `dflash_config` has one; a `NeutralSelector` has rank 1 there."""
         return nested.get("selector_rank") not in (None, 1)
 
     def initialize(self):
         """Let it change nothing, with a gradient for the table of successors."""
+        # Only one factor may be 0: the gradient of each is a product with the others.
         init.normal_(self.predecessor_codebook)
         init.zeros_(self.successor_codebook)
         init.normal_(self.hidden_projection.weight, std=self.hidden_projection.in_features**-0.5)
@@ -247,14 +261,15 @@ class DFlashLayer(GradientCheckpointingLayer):
         parts = (self.attention_conv, norms[0], attend), (self.mlp_conv, norms[1], feed_forward)
         for convolution, norm, part in parts:
             rows = norm(hidden)
-            hidden = hidden + (part(rows) if convolution is None else convolution(rows, part, block_size))
+            out = part(rows) if convolution is None else convolution(rows, part, block_size)
+            hidden = hidden + out
         return hidden
 
 
 class LiLiCorrAttention(nn.MultiheadAttention):
     """Attention of all candidates of a block to one another, with learned biases by the distance of their slots.
 
-    Weights, their names and their initial values are those of torch's own attention.
+    Weights, their names and their initial values are as in torch's own attention.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -264,10 +279,10 @@ class LiLiCorrAttention(nn.MultiheadAttention):
     def forward(self, rows: Tensor, bias: Tensor) -> Tensor:
         """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
         rows = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)
-        heads = rows.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out_proj(
-            nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias).transpose(1, 2).flatten(2)
-        )
+        # "block entry 3 head dim" to three of "block head entry dim": queries, keys and values.
+        q, k, v = rows.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class LiLiCorrMLP(nn.Module):
@@ -303,7 +318,7 @@ class LiLiCorrNetwork(nn.Module):
     """A selector that scores how well each candidate of a slot follows each candidate of the slot before.
 
     All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
-    the pair that it ends, and a pair's score is their product. Names of the parts are those that engines read.
+    the pair that it ends, and a pair's score is their product. Engines read the parts by these names.
     Slots and ranks count nothing at first. The factors' weights must not be 0: they would stay so.
 
     Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
@@ -323,14 +338,18 @@ class LiLiCorrNetwork(nn.Module):
         self.token_proj = nn.Identity() if width == outer else nn.Linear(outer, width)
         self.pass_hidden_proj = nn.Linear(outer, width)
         self.context_proj = nn.Linear(outer, width)
+        # 5 facts of a candidate, which `forward` lists.
         self.feature_norm = nn.LayerNorm(5, eps=1e-5)
         self.feature_mlp = LiLiCorrMLP(5, width, width)
         self.slot_embedding = nn.Parameter(torch.zeros(1, 1, block_size - 1, 1, width))
         self.rank_embedding = nn.Parameter(torch.zeros(1, 1, 1, self.num_candidates, width))
+        # One for each distance of two slots, from -(block_size - 1) to block_size - 1.
         self.relative_slot_bias = nn.Parameter(torch.zeros(num_heads, 2 * block_size - 1))
         self.same_slot_bias = nn.Parameter(torch.zeros(num_heads))
-        layer = (width, int(sizes["mlp_ratio"] * width), num_heads, config.rms_norm_eps)
-        self.layers = nn.ModuleList(LiLiCorrLayer(*layer) for _ in range(sizes["num_layers"]))
+        inner = int(sizes["mlp_ratio"] * width)
+        self.layers = nn.ModuleList(
+            LiLiCorrLayer(width, inner, num_heads, config.rms_norm_eps) for _ in range(sizes["num_layers"])
+        )
         self.output_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
         self.anchor_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
         self.factor_input_proj = nn.Linear(3 * width, width)
@@ -353,29 +372,33 @@ class LiLiCorrNetwork(nn.Module):
             anchor: "block hidden", the row that attention reads of the token before the anchor.
 
         Returns:
-            Scores in fp32: "block candidate", after the anchor; and "block pair before after", where pair 0 is that of
-            the first two slots.
+            Scores in fp32: "block candidate", after the anchor; and "block pair before after", where pair 0 is the one
+            of the first two slots.
         """
         dtype = self.factor_input_proj.weight.dtype
-        num_slots, k = log_probs.shape[1:]
-        ranks = torch.arange(k, device=log_probs.device).expand_as(log_probs)
-        behind = log_probs - log_probs.amax(-1, keepdim=True)
-        parts = [log_probs, log_probs.exp(), behind, ranks / max(1, k - 1), (ranks == 0).float()]
-        rows = self.feature_mlp(self.feature_norm(torch.stack(parts, dim=-1).to(dtype)))
+        num_slots, num_candidates = log_probs.shape[1:]
+        ranks = torch.arange(num_candidates, device=log_probs.device).expand_as(log_probs)
+        below_best = log_probs - log_probs.amax(-1, keepdim=True)
+        # From 0 for the best to 1 for the last; a single candidate has rank 0.
+        relative_ranks = ranks / max(1, num_candidates - 1)
+        facts = [log_probs, log_probs.exp(), below_best, relative_ranks, (ranks == 0).float()]
+        # "block slot candidate width", until slots and candidates become the entries of a block.
+        rows = self.feature_mlp(self.feature_norm(torch.stack(facts, dim=-1).to(dtype)))
         rows = rows + self.token_proj(embeds.to(dtype))
         rows = rows + self.pass_hidden_proj(hidden.to(dtype))[:, :, None]
         rows = (rows + self.slot_embedding[0, :, :num_slots] + self.rank_embedding[0]).flatten(1, 2)
-        bias = self.bias(num_slots, k)[None]
+        bias = self.bias(num_slots, num_candidates)[None]
         for layer in self.layers:
             rows = layer(rows, bias)
-        context = self.anchor_norm(self.context_proj(anchor.to(dtype)))
+        context = self.anchor_norm(self.context_proj(anchor.to(dtype)))  # "block width"
         rows = self.output_norm(rows)
-        both = [rows, context[:, None].expand_as(rows), rows * context[:, None]]
-        rows = nn.functional.silu(self.factor_input_proj(torch.cat(both, dim=-1)))
-        rows = rows.unflatten(1, (num_slots, k))
-        before = self._unit(self.out_head(rows[:, :-1]))
+        factor_input = [rows, context[:, None].expand_as(rows), rows * context[:, None]]
+        rows = nn.functional.silu(self.factor_input_proj(torch.cat(factor_input, dim=-1)))
+        rows = rows.unflatten(1, (num_slots, num_candidates))
+        before = self._unit(self.out_head(rows[:, :-1]))  # the last slot begins no pair
         after = self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
+        # Autocast would round scores to bf16: in steps of 1/32 near 8.
         with torch.autocast(rows.device.type, enabled=False):
             start = (after[:, 0] @ first[..., None])[..., 0]
             return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
@@ -384,8 +407,10 @@ class LiLiCorrNetwork(nn.Module):
         """Compute what attention adds to the scores of the first slots' candidates, "head entry entry"."""
         slots = torch.arange(num_slots, device=self.same_slot_bias.device)
         distance = slots[:, None] - slots
+        # Distance 0 is the middle of the table.
         bias = self.relative_slot_bias[:, distance + self.block_size - 1]
         bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
+        # From slots to entries: the candidates of a slot follow one another.
         return bias.repeat_interleave(num_candidates, 1).repeat_interleave(num_candidates, 2)
 
     def _unit(self, vectors: Tensor) -> Tensor:
@@ -419,8 +444,13 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
         "rope_interleaved",
     )
     nested = config.get("dflash_config") or {}
-    found = {name: config.get(name) for name in keys} | {f"dflash_config.{name}": nested.get(name) for name in keys}
-    unknown = {name: value for name, value in found.items() if value is True or value not in (None, False, 1.0)}
+    unknown = {}
+    for prefix, group in (("", config), ("dflash_config.", nested)):
+        for key in keys:
+            value = group.get(key)
+            # A scale of 1.0 changes nothing, but True, which equals it, turns something on.
+            if value is True or value not in (None, False, 1.0):
+                unknown[prefix + key] = value
     for name, expected in (("hidden_act", "silu"), ("is_neox_style", True)):
         if config.get(name) not in (None, expected):
             unknown[name] = config[name]
@@ -452,6 +482,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
         nested = published(config)
+        # Published configs may have them in `dflash_config` only.
         for key in ("block_size", "mask_token_id", "target_layer_ids"):
             if key in nested:
                 setattr(config, key, nested[key])
@@ -461,19 +492,20 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.embed_tokens: nn.Embedding | None = None
+        self.lm_head: nn.Linear | None = None
+        if getattr(config, "has_own_embed_tokens", False):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         num_drafted = getattr(config, "draft_vocab_size", 0)
-        num_tokens = config.vocab_size
-        is_own = num_drafted or getattr(config, "has_own_lm_head", False)
-        is_own_embedding = getattr(config, "has_own_embed_tokens", False)
-        self.embed_tokens = nn.Embedding(num_tokens, config.hidden_size) if is_own_embedding else None
-        self.lm_head = nn.Linear(config.hidden_size, num_drafted or num_tokens, bias=False) if is_own else None
+        if num_drafted or getattr(config, "has_own_lm_head", False):
+            self.lm_head = nn.Linear(config.hidden_size, num_drafted or config.vocab_size, bias=False)
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
-        enabled = [name for name, network in SELECTOR_NETWORKS.items() if network.is_in(nested)]
+        has_selector = any(network.is_in(nested) for network in SELECTOR_NETWORKS.values())
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a selector
             for name, network in SELECTOR_NETWORKS.items():
-                setattr(self, name, network(config) if name in enabled else None)
-        if nested.get("conv_kernel_size") and not enabled:
+                setattr(self, name, network(config) if network.is_in(nested) else None)
+        if nested.get("conv_kernel_size") and not has_selector:
             self.candidate_selector = NeutralSelector(config)
         self.post_init()
 
@@ -483,8 +515,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         Raises:
             ValueError: they are not 0.
         """
-        selector = self.candidate_selector
-        if isinstance(selector, NeutralSelector) and any(bool(part.any()) for part in selector.buffers()):
+        if not isinstance(self.candidate_selector, NeutralSelector):
+            return
+        if any(bool(weight.any()) for weight in self.candidate_selector.buffers()):
             raise ValueError(
                 "this DFlash2 drafter has a trained candidate selector of rank 1, which dpace does not run; serve it "
                 "with the project that trained it"
@@ -516,7 +549,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or one of these
                 for each of the config's `layer_types`, by name; None where one block is drafted, whose slots see all
                 that the layer lets them see. A 2-D padding mask is also accepted.
-            cache: receives keys and values of the context and the slots; the caller removes those of the slots.
+            cache: receives keys and values of the context and the slots; the caller removes the slots' own.
             block_size: slots of each block, where several are drafted; by default the config's.
             past_key_values: another name of `cache`, which transformers before 5.24 gives.
 
@@ -524,15 +557,19 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             `last_hidden_state`, "batch query hidden": the LM head's input. And one of `hidden_states`, "batch context
             hidden": the rows that attention reads of the context.
         """
-        cache = past_key_values if cache is None else cache
+        if cache is None:
+            cache = past_key_values
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None].bool()
+            attention_mask = attention_mask[:, None, None].bool()  # "batch 1 1 key", the same for all heads and slots
         context = self.hidden_norm(self.fc(context_hidden_states.to(self.dtype)))
         hidden = noise_embeds.to(self.dtype)
         rope = self.rotary_emb(hidden, position_ids)
         layers: Any = self.layers
         for layer in layers:
-            mask = attention_mask[layer.self_attn.kind] if isinstance(attention_mask, Mapping) else attention_mask
+            mask = attention_mask
+            if isinstance(attention_mask, Mapping):
+                mask = attention_mask[layer.self_attn.kind]
+            # By position, as transformers' gradient checkpointing needs it.
             hidden = layer(hidden, context, rope, mask, cache, block_size)
         return BaseModelOutput(last_hidden_state=self.norm(hidden), hidden_states=(context,))
 
@@ -554,4 +591,4 @@ def _small_tiles(device: torch.device, head_dim: int) -> Any:
         return None
     if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > SMALL_SHARED_MEMORY:
         return None
-    return {"bwd_num_stages": 2, **{f"bwd_BLOCK_{side}": 32 for side in ("M1", "N1", "M2", "N2")}}
+    return {"bwd_num_stages": 2, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32}

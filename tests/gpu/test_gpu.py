@@ -16,13 +16,14 @@ from dpace.decode.generation import read_clock
 from dpace.drafter import load_drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.fast.speed_up import speed_up
-from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
+from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
 from dpace.system.device import TILED
 from dpace.target import Target
 from dpace.target.head import LmHead
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import choose_conversations, keep_features
+from tests.support.losses import frozen_head_nll_reference
 from tests.support.models import FAMILIES, LANGUAGE_RECIPE, make_drafter
 
 pytestmark = [

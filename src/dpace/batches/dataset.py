@@ -28,7 +28,7 @@ Compute = Callable[[Sequence[Tensor]], Sequence[Features]]
 """Computes the features of each of several texts."""
 
 
-class ResponseDataset(torch.utils.data.Dataset):
+class ResponseDataset:
     """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
 
     Memory: 4 bytes a token, and the features where they are kept (tokens x feature x bytes of the target's dtype).
@@ -40,13 +40,16 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.num_anchors = num_anchors
         self.seed = seed
         self.features: Sequence[Features] | None = None
-        self.kept: list[int] = []
+        self.kept_layer_ids: list[int] = []
         """Layers whose outputs are in the features."""
         self.has_head_input = False
         """Whether the LM head's input is in them."""
-        examples = (entry if isinstance(entry, Example) else Example.of(entry) for entry in responses)
-        self.examples = [example for example in examples if example.num_anchors(max_length)]
-        """Those that have an anchor."""
+        self.examples: list[Example] = []
+        """The conversations that have an anchor."""
+        for response in responses:
+            example = response if isinstance(response, Example) else Example.of(response)
+            if example.num_anchors(max_length):
+                self.examples.append(example)
 
     def with_seed(self, seed: int) -> "ResponseDataset":
         """Return the same conversations and features with other anchors."""
@@ -68,8 +71,10 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
         """The different tokens of all conversations, ascending."""
-        parts = [self.token_ids(index).unique() for index in range(len(self))]
-        return torch.cat([torch.zeros(0, dtype=torch.long), *parts]).unique()
+        # Of each conversation first, since all tokens at once take more memory.
+        token_ids = [self.token_ids(index).unique() for index in range(len(self))]
+        # There may be no conversation.
+        return torch.cat([torch.zeros(0, dtype=torch.long), *token_ids]).unique()
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
         """Return the tokens of a conversation."""
@@ -77,15 +82,16 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def is_response(self, index: int) -> Bool[Tensor, " seq"]:
         """Return which tokens of a conversation the target wrote."""
-        flags = torch.zeros(min(len(self.examples[index].token_ids), self.max_length), dtype=torch.bool)
-        for start, end in self.examples[index].spans:
-            flags[start:end] = True
+        example = self.examples[index]
+        flags = torch.zeros(min(len(example.token_ids), self.max_length), dtype=torch.bool)
+        for start, end in example.spans:
+            flags[start:end] = True  # a span past the end is cut
         return flags
 
     def lacks(self, layer_ids: Sequence[int], *, with_head_input: bool = False) -> bool:
-        """Whether no features of these layers are kept, or only without the LM head's input."""
+        """Return whether no features of these layers are kept, or only without the LM head's input."""
         lacks_input = with_head_input and not self.has_head_input
-        return self.features is None or self.kept != [*layer_ids] or lacks_input
+        return self.features is None or self.kept_layer_ids != [*layer_ids] or lacks_input
 
     def keep_features(
         self, target: Target, layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
@@ -93,31 +99,33 @@ class ResponseDataset(torch.utils.data.Dataset):
         """Compute the features of every conversation once, where they fit in memory; see `Target.read_features`."""
         width = (len(layer_ids) + with_head_input) * target.hidden_size
         size = int(self.lengths.sum()) * width * target.head.weight.element_size()
-        self.features = None
+        self.features = None  # frees features of other layers before these are computed
         if size > limit_bytes:
             return
         compute = partial(compute_features, target, layer_ids, with_head_input=with_head_input)
         rows = self.compute_rows(compute, self.batches_that_begin_alike(range(len(self))), "reading hidden states")
-        kept = {number: row.change(torch.clone) for number, row in rows}  # of a padded batch
-        self.use_features([kept[i] for i in range(len(self))], layer_ids, with_head_input)
+        # Copied, because a view would keep the padding of its batch.
+        features = {number: row.change(torch.clone) for number, row in rows}
+        self.use_features([features[number] for number in range(len(self))], layer_ids, with_head_input)
 
     def use_features(self, features: Sequence[Features], layer_ids: Sequence[int], has_head_input: bool) -> None:
         """Take the features of every conversation from elsewhere."""
         self.features = features
-        self.kept = [*layer_ids]
+        self.kept_layer_ids = [*layer_ids]
         self.has_head_input = has_head_input
 
     def batches_that_begin_alike(self, numbers: Iterable[int]) -> list[list[int]]:
         """Put conversations into batches that begin alike or are about equally long, to compute features together."""
-        chosen = list(numbers)
-        texts = [self.examples[number].token_ids[: self.max_length] for number in chosen]
-        order = [chosen[place] for place in find_shared(texts)[0]]
+        numbers = list(numbers)
+        texts = [self.examples[number].token_ids[: self.max_length] for number in numbers]
+        places, _ = find_shared(texts)
+        order = [numbers[place] for place in places]
         return [order[start : start + FEATURE_BATCH] for start in range(0, len(order), FEATURE_BATCH)]
 
     def compute_rows(
         self, compute: Compute, batches: Sequence[Sequence[int]], title: str
     ) -> Iterator[tuple[int, Features]]:
-        """Compute features batch by batch, and yield those of each conversation with its number."""
+        """Compute features batch by batch, and yield each conversation's number and features."""
         for batch in track(batches, title, size=len):
             yield from zip(batch, compute([self.token_ids(number) for number in batch]), strict=True)
 
@@ -133,7 +141,8 @@ class ResponseDataset(torch.utils.data.Dataset):
         if is_grouped and step_size > 1:
             order = grouped_order(self.lengths, step_size, seed=(seed, self.epoch))
         else:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + self.epoch)).numpy()
+            generator = torch.Generator().manual_seed(seed + self.epoch)
+            order = torch.randperm(len(self), generator=generator).numpy()
         return [order[start : start + step_size].tolist() for start in range(0, len(order), step_size)]
 
     def __len__(self):
@@ -151,6 +160,7 @@ class ResponseDataset(torch.utils.data.Dataset):
             "anchors": sample_anchors(is_response, num_anchors=self.num_anchors, seed=seed),
             "features": layers,
             "head_input": head_input,
+            # Not by `hash`, which differs from process to process.
             "draw": int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:7]),
         }
 
@@ -164,12 +174,12 @@ def compute_features(
     target: Target, layer_ids: Sequence[int], texts: Sequence[Tensor], *, with_head_input: bool = False
 ) -> list[Features]:
     """Compute the features of each of several texts, on the CPU; see `Target.read_features`."""
-    found = target.read_features(pad(texts), layer_ids, with_head_input=with_head_input).change(Tensor.cpu)
-
-    def of_text(row: int) -> Features:
-        return found.change(lambda values: values[row, : len(texts[row])])
-
-    return [of_text(row) for row in range(len(texts))]
+    padded = target.read_features(pad(texts), layer_ids, with_head_input=with_head_input).change(Tensor.cpu)
+    features = []
+    for row, text in enumerate(texts):
+        head_input = None if padded.head_input is None else padded.head_input[row, : len(text)]
+        features.append(Features(padded.layers[row, : len(text)], head_input))
+    return features
 
 
 def redraw(row: Inputs, num_anchors: int) -> Inputs:
@@ -182,7 +192,8 @@ def redraw(row: Inputs, num_anchors: int) -> Inputs:
 
 def collate(rows: Sequence[Inputs], block_size: int) -> Inputs:
     """Pad conversations on the right and cut their blocks."""
-    token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
+    token_ids = pad([row["token_ids"] for row in rows])
+    is_response = pad([row["is_response"] for row in rows])
     blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)
     batch = {"token_ids": token_ids, "is_response": is_response, "features": None, **vars(blocks)}
     for name in ("features", "head_input"):
@@ -198,7 +209,7 @@ SPREAD = 0.03
 
 
 def grouped_order(lengths: np.ndarray, step_size: int, *, seed: tuple[int, int]) -> np.ndarray:
-    """Order conversations so that those of a step are about equally long, and steps at random.
+    """Order conversations so that a step has conversations of about equal length, and steps at random.
 
     Conversations are shuffled, sorted by length within windows of `WINDOW_STEPS` steps, and cut into steps, which are
     shuffled. Conversations that fill no step come last.
@@ -212,9 +223,11 @@ def grouped_order(lengths: np.ndarray, step_size: int, *, seed: tuple[int, int])
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     keys = lengths * generator.uniform(1 - SPREAD, 1 + SPREAD, len(lengths))
-    window = np.arange(len(lengths)) // (WINDOW_STEPS * step_size)
-    order = shuffled[np.lexsort((keys[shuffled], window))]
+    windows = np.arange(len(lengths)) // (WINDOW_STEPS * step_size)
+    # By window, and within one by length: the last key of `lexsort` counts first.
+    order = shuffled[np.lexsort((keys[shuffled], windows))]
     num_steps = len(order) // step_size
+    # Drawn at random: the last ones would always be long.
     left_over = np.sort(generator.choice(len(order), len(order) - num_steps * step_size, replace=False))
     steps = np.delete(order, left_over).reshape(num_steps, step_size)
     return np.concatenate([steps[generator.permutation(num_steps)].ravel(), order[left_over]])

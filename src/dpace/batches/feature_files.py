@@ -64,7 +64,7 @@ class ServerFeatures:
         """Return the hidden states of each of several texts.
 
         Raises:
-            ValueError: what a server sends, or writes, is not that.
+            ValueError: a server sends, or writes, something else.
         """
         with ThreadPoolExecutor(FEATURE_BATCH) as pool:
             return list(pool.map(self._ask, range(len(texts)), texts))
@@ -75,19 +75,23 @@ class ServerFeatures:
         Raises:
             ValueError: they are of another model or of other layers.
         """
-        pairs = [*self([text]), *compute_features(self.target, self.layer_ids, [text])]
-        found, expected = (pair.layers.float().unflatten(-1, (len(self.layer_ids), -1)) for pair in pairs)
-        apart = (found - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
-        if not (apart <= MOST_APART).all():
+        shape = (len(text), len(self.layer_ids), -1)
+        served = self([text])[0].layers.float().view(shape)
+        expected = compute_features(self.target, self.layer_ids, [text])[0].layers.float().view(shape)
+        # One error for each layer.
+        errors = (served - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
+        if not (errors <= MOST_APART).all():  # NaN is refused too
+            percents = ", ".join(f"{error:.0%}" for error in errors.tolist())
             raise ValueError(
                 f"{self.servers[0].url} gives other hidden states than --target (layers {self.layer_ids} are "
-                f"{', '.join(f'{error:.0%}' for error in apart.tolist())} apart); serve that model with {self.options}"
+                f"{percents} apart); serve that model with {self.options}"
             )
 
     def _ask(self, number: int, text: Tensor) -> Features:
         """Let one of the servers compute the hidden states of a text, and refuse what are not these."""
         server = self.servers[number % len(self.servers)]
         token_ids = text.tolist()
+        # One new token, greedily: vLLM keeps the hidden states of the prompt, and has to generate something.
         (reply,) = server.address.events(*server.request(token_ids, 1, 0.0, 0), len(token_ids))
         params: Any = reply.get("kv_transfer_params")
         path = params.get("hidden_states_path") if isinstance(params, dict) else None
@@ -102,7 +106,7 @@ class ServerFeatures:
             raise ValueError(f"{path} of {server.url} cannot be read ({error}); see its log") from error
         if sample is None:
             raise ValueError(f"{path} of {server.url} is not seen here; let both share that folder")
-        hidden = sample["hidden_states"]
+        hidden = sample["hidden_states"]  # (token, layer, hidden)
         expected = (len(token_ids), len(self.layer_ids), self.target.hidden_size)
         if hidden.shape != expected or sample["token_ids"].tolist() != token_ids or not hidden.isfinite().all():
             raise ValueError(
@@ -120,7 +124,7 @@ LARGEST_FLOAT8 = 448.0
 """Largest number of `torch.float8_e4m3fn`."""
 SCALE = ".scale"
 HEAD_INPUT = ".head_input"
-"""What a row's name is followed by where it is the LM head's input; with nothing behind it is that of the layers."""
+"""What follows a row's name where it is the LM head's input; the features of the layers have the name alone."""
 
 
 class FeatureFiles(Sequence[Features]):
@@ -143,6 +147,7 @@ class FeatureFiles(Sequence[Features]):
                 f"{folder} lacks the hidden states of {len(missing)} of {len(self.names)} texts; let all ranks see the "
                 "same folder, and run the same command again"
             )
+        # Each file is opened once and stays so, for as long as this object lives.
         self.open = cache(lambda path: safe_open(path, framework="pt").__enter__())
 
     def __len__(self) -> int:
@@ -152,15 +157,18 @@ class FeatureFiles(Sequence[Features]):
     def __getitem__(self, index: Any) -> Any:
         """Read the features of a text."""
         name = self.names[index]
-        return Features(self._read(name, name), self._read(name, name + HEAD_INPUT) if self.with_head_input else None)
+        head_input = None
+        if self.with_head_input:
+            head_input = self._read(name + HEAD_INPUT)
+        return Features(self._read(name), head_input)
 
-    def _read(self, name: str, part: str) -> Tensor:
-        """Read a part of a row."""
-        file = self.open(self.rows[name])
-        row = file.get_tensor(part)
-        if row.dtype == torch.float8_e4m3fn:
-            row = row.float() * file.get_tensor(part + SCALE)[:, None]
-        return row.to(self.dtype)
+    def _read(self, tensor_name: str) -> Tensor:
+        """Read a tensor."""
+        file = self.open(self.rows[tensor_name])
+        values = file.get_tensor(tensor_name)
+        if values.dtype == torch.float8_e4m3fn:
+            values = values.float() * file.get_tensor(tensor_name + SCALE)[:, None]  # a scale for each token
+        return values.to(self.dtype)
 
 
 def keep_on_disk(
@@ -171,9 +179,7 @@ def keep_on_disk(
     *,
     with_head_input: bool = False,
 ) -> None:
-    """Let a dataset read its features from disk, and first compute those that are not there.
-
-    They are those of `Target.read_features`.
+    """Let a dataset read the features of `Target.read_features` from disk, and first compute what is missing there.
 
     Several targets and choices of layers may share a folder. Each rank computes its share. A killed process loses at
     most one file of 256 MiB a rank.
@@ -184,36 +190,42 @@ def keep_on_disk(
     assert config.feature_files, "a recipe without a folder keeps nothing on disk"
     dtype = config.feature_dtype
     servers = config.feature_servers
-    made_by = "vllm" if servers else "dpace"
+    # The hash of all that the features depend on names their folder; its form is kept, or files are not found again.
     of_target = [target.sha256, str(target.model.dtype)]
+    made_by = "vllm" if servers else "dpace"
     facts = [of_target, list(layer_ids), HEAD_INPUT if with_head_input else False, dtype, made_by]
-    rows = Path(config.feature_files) / hash_json(facts)[:16]
-    texts = (dataset.token_ids(i).numpy().tobytes() for i in range(len(dataset)))
-    names = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
-    missing = ranks.from_first(lambda: set(names) - _index_rows(rows).keys())
-    if missing:  # others may write there while nothing is missing here
-        with lock_folder(rows):
-            lengths = dataset.lengths.tolist()
-            wanted = {name: i for i, name in enumerate(names) if name in missing}
-            row_bytes = bytes_of_token(target, len(layer_ids), dtype, with_head_input=with_head_input)
-            size = row_bytes * sum(lengths[i] for i in wanted.values())
-            ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, rows))
-            batches = dataset.batches_that_begin_alike(wanted.values())
+    folder = Path(config.feature_files) / hash_json(facts)[:16]
+    names = []
+    for number in range(len(dataset)):
+        text = dataset.token_ids(number).numpy().tobytes()
+        names.append(hashlib.sha256(text).hexdigest()[:32])
+    missing_names = ranks.from_first(lambda: set(names) - _index_rows(folder).keys())
+    if missing_names:  # others may write there while nothing is missing here
+        with lock_folder(folder):
+            # A text that several conversations have is computed once.
+            numbers = list({name: number for number, name in enumerate(names) if name in missing_names}.values())
+            token_bytes = bytes_of_token(target, len(layer_ids), dtype, with_head_input=with_head_input)
+            size = token_bytes * int(dataset.lengths[numbers].sum())
+            ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, folder))
+            batches = dataset.batches_that_begin_alike(numbers)
             if servers:
                 compute = ServerFeatures(servers, target, layer_ids)
                 compute.check(dataset.token_ids(batches[0][0]))
             else:
                 compute = partial(compute_features, target, layer_ids, with_head_input=with_head_input)
-            _fill(dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states"), rows, names, dtype)
-            for _ in range(0 if servers else ranks.num_short(batches)):
-                target.join_features(layer_ids, with_head_input=with_head_input)
+            computed = dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states")
+            _write_all(computed, folder, names, dtype)
+            if not servers:
+                # A target that is spread over the ranks needs all of them for each batch.
+                for _ in range(ranks.num_short(batches)):
+                    target.join_features(layer_ids, with_head_input=with_head_input)
             ranks.barrier()
-    features = FeatureFiles(rows, names, target.head.weight.dtype, with_head_input)
+    features = FeatureFiles(folder, names, target.head.weight.dtype, with_head_input)
     dataset.use_features(features, layer_ids, with_head_input)
 
 
 def _index_rows(folder: Path) -> dict[str, Path]:
-    """Find the file of each row."""
+    """Find the file of each tensor."""
     rows: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -228,9 +240,11 @@ def _index_rows(folder: Path) -> dict[str, Path]:
 
 def bytes_of_token(target: Target, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
     """Return the bytes of a token's features on disk."""
-    size = {"target": target.head.weight.element_size(), "bfloat16": 2, "float8": 1}[dtype]
-    scales = 4 * (1 + with_head_input) if dtype == "float8" else 0
-    return (num_layers + with_head_input) * target.hidden_size * size + scales
+    num_values = (num_layers + with_head_input) * target.hidden_size
+    if dtype == "float8":
+        num_scales = 1 + with_head_input
+        return num_values + 4 * num_scales
+    return num_values * (2 if dtype == "bfloat16" else target.head.weight.element_size())
 
 
 def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
@@ -243,30 +257,33 @@ def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
         )
 
 
-def _fill(computed: Iterable[tuple[int, Features]], folder: Path, names: Sequence[str], dtype: str) -> None:
+def _write_all(computed: Iterable[tuple[int, Features]], folder: Path, names: Sequence[str], dtype: str) -> None:
     """Write rows as they are computed, a file at a time."""
     waiting: dict[str, Tensor] = {}
-    for number, row in computed:
-        waiting |= _rounded(names[number], row.layers, dtype)
-        if row.head_input is not None:
-            waiting |= _rounded(names[number] + HEAD_INPUT, row.head_input, dtype)
-        if sum(each.nbytes for each in waiting.values()) >= SHARD_BYTES:
-            _write_rows(folder, waiting)
+    for number, features in computed:
+        waiting |= _rounded(names[number], features.layers, dtype)
+        if features.head_input is not None:
+            waiting |= _rounded(names[number] + HEAD_INPUT, features.head_input, dtype)
+        if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
+            _write_file(folder, waiting)
             waiting = {}
     if waiting:
-        _write_rows(folder, waiting)
+        _write_file(folder, waiting)
 
 
-def _rounded(name: str, row: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Return what is written of a row, in a precision of `--train.feature-dtype`."""
-    if dtype != "float8":
-        return {name: row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()}
-    scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
-    return {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
+def _rounded(name: str, values: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return what is written of "token feature", in a precision of `--train.feature-dtype`."""
+    if dtype == "float8":
+        # A scale for each token lets its largest value be the largest of float8; `tiny` keeps it above 0.
+        scale = (values.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
+        return {name: (values.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
+    if dtype == "bfloat16":
+        values = values.to(torch.bfloat16)
+    return {name: values.clone()}  # a view would keep its padded batch
 
 
-def _write_rows(folder: Path, rows: dict[str, Tensor]) -> None:
-    """Write rows as one file, named after the first."""
-    name = f"{next(iter(rows))}.safetensors"
+def _write_file(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as one file, named after the first."""
+    name = f"{next(iter(tensors))}.safetensors"
     with filling(folder, last=name) as aside:
-        save_file(rows, aside / name)
+        save_file(tensors, aside / name)

@@ -66,24 +66,29 @@ def size_fault(spec: DrafterSpec, target: Target) -> str:
 
 def scales_of(target: Target) -> dict[str, float | None]:
     """Return what the target does to embeddings and logits, with which a drafter decodes whatever its config says."""
-    found = target.embed_scale, target.head.multiplier, target.head.softcap
-    return {name: value and as_float32(value) for name, value in zip(SCALES, found, strict=True)}
+    values = target.embed_scale, target.head.multiplier, target.head.softcap
+    scales: dict[str, float | None] = dict(zip(SCALES, values, strict=True))
+    for name, value in scales.items():
+        if value is not None:
+            scales[name] = as_float32(value)
+    return scales
 
 
 def sizes_of(config: Any) -> JsonObject:
     """Return the values of a spec that are as in a target's config, or the usual ones where it lacks them."""
     width = config.hidden_size
     num_heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
-    usual = {
+    sizes = {
         "intermediate_size": 4 * width,
         "num_key_value_heads": num_heads,
         "head_dim": width // num_heads,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
     }
-    special = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
-    own = {name: getattr(config, name, None) or value for name, value in usual.items()}
-    return own | {"num_attention_heads": num_heads, "special_token_ids": special}
+    for name, usual in sizes.items():
+        sizes[name] = getattr(config, name, None) or usual  # some families have it as None
+    special_token_ids = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
+    return sizes | {"num_attention_heads": num_heads, "special_token_ids": special_token_ids}
 
 
 def reach_of(config: DrafterConfig) -> JsonObject:
@@ -93,15 +98,19 @@ def reach_of(config: DrafterConfig) -> JsonObject:
         ValueError: `full_layers` that are no layers, all layers, or set without a window.
     """
     layers = range(config.num_layers)
-    window = config.sliding_window
-    windowed = set(layers) - set(config.full_layers)
-    if config.full_layers and (window is None or not windowed or max(config.full_layers) not in layers):
+    full_layers = config.full_layers
+    has_window = config.sliding_window is not None
+    if full_layers and (not has_window or len(full_layers) >= len(layers) or max(full_layers) not in layers):
         raise ValueError(
-            f"full_layers is {list(config.full_layers)}; name some, not all, of the layers 0 .. {layers[-1]}, together "
-            "with sliding_window"
+            f"full_layers is {list(full_layers)}; name some, not all, of the layers 0 .. {layers[-1]}, together with "
+            "sliding_window"
         )
-    kinds = tuple("sliding_attention" if layer in windowed else "full_attention" for layer in layers)
-    return {"layer_types": kinds if window else (), "is_causal": config.causal}
+    layer_types = []
+    if has_window:
+        layer_types = ["sliding_attention"] * len(layers)
+        for layer in full_layers:
+            layer_types[layer] = "full_attention"
+    return {"layer_types": tuple(layer_types), "is_causal": config.causal}
 
 
 def choose_mask_token(target: Target) -> int:
@@ -116,18 +125,18 @@ def choose_mask_token(target: Target) -> int:
         return num_rows - 1
     if len(tokenizer) < num_rows:
         return len(tokenizer)
-    free = [token_id for token_id in sorted(tokenizer.added_tokens_decoder) if not _use_of(token_id, target)]
-    if not free:
+    free_ids = [token_id for token_id in sorted(tokenizer.added_tokens_decoder) if not _use_of(token_id, target)]
+    if not free_ids:
         raise ValueError(
             f"no token of {target.name} is free to be the mask token: all {num_rows} rows of the embedding are in use; "
             "set a reserved one with --drafter.mask-token-id"
         )
-
-    def is_reserved(token_id: int) -> bool:
-        name = tokenizer.added_tokens_decoder[token_id].content.lower()
-        return any(word in name for word in ("mask", "reserved", "unused"))
-
-    return max(free, key=is_reserved)
+    # One whose name says that it is for such a use; otherwise any.
+    for token_id in free_ids:
+        text = tokenizer.added_tokens_decoder[token_id].content.lower()
+        if any(word in text for word in ("mask", "reserved", "unused")):
+            return token_id
+    return free_ids[0]
 
 
 def check_mask_token(token_id: int, target: Target) -> None:
@@ -155,7 +164,9 @@ def _use_of(token_id: int, target: Target) -> str:
     added = tokenizer.added_tokens_decoder.get(token_id)
     if added is None or not added.special:
         return f"is ordinary text ({tokenizer.convert_ids_to_tokens(token_id)!r})"
-    return "is used by the chat template" if added.content in str(tokenizer.chat_template) else ""
+    if added.content in str(tokenizer.chat_template):
+        return "is used by the chat template"
+    return ""
 
 
 class Drafter(DFlashDraftModel):
@@ -165,7 +176,7 @@ class Drafter(DFlashDraftModel):
     """
 
     d2t: Tensor
-    """Offset from each row of an own head to its token, where that has rows for some tokens only."""
+    """Offset from each row of an own head to its token, where the head has rows for some tokens only."""
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
     answers: list[int] = []
@@ -209,8 +220,8 @@ class Drafter(DFlashDraftModel):
     @property
     def reaches(self) -> dict[str, Reach]:
         """How far the layers of each kind see."""
-        parts: Any = [layer.self_attn for layer in self.layers]
-        return {part.kind: Reach(part.window, part.is_causal) for part in parts}
+        attentions: Any = [layer.self_attn for layer in self.layers]
+        return {attention.kind: Reach(attention.window, attention.is_causal) for attention in attentions}
 
     @property
     def num_context(self) -> int:
@@ -229,8 +240,8 @@ class Drafter(DFlashDraftModel):
     ) -> Float[Tensor, " draft"]:
         """Estimate how likely each slot's token is accepted, given that the tokens before it are.
 
-        That is the calibrated probability of its most likely token; of a candidate, of the best one after those before,
-        times that of all candidates.
+        The estimate is the calibrated probability of the slot's most likely token. With a selector it is the
+        probability of the best candidate after the tokens before, times the probability of all candidates.
 
         Args:
             scores: see `dpace.drafter.selector.Draft`.
@@ -238,7 +249,9 @@ class Drafter(DFlashDraftModel):
         """
         scores = scores.float()
         temperature = temperature or self.confidence_temperature
-        odds = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # in place is fast
+        # Relative to the most likely choice: no overflow. In place is fast.
+        odds = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()
+        # The last choice of a selector stands for all other tokens, and may be the most likely one.
         best = 1.0 if self.selector.num_candidates == 1 else odds[..., :-1].amax(-1)
         return best / odds.sum(-1)
 
@@ -248,23 +261,25 @@ class Drafter(DFlashDraftModel):
 
         Args:
             target: the model to draft for.
-            seed: seed of the initial weights; those of the network are the same with and without a selector.
-            options: those of `dpace.config.DrafterConfig`, with its defaults; `init` is not read.
+            seed: seed of the initial weights; the layers have the same ones with and without a selector.
+            options: fields of `dpace.config.DrafterConfig`, with its defaults; `init` is not read.
 
         Raises:
             ValueError: an option outside its range, or a layer id or mask token that cannot work with this target.
         """
         config = DrafterConfig(**options)
-        own = {name: getattr(config, name) for name in SAME_AS_OPTIONS} | reach_of(config)
-        own["target_layer_ids"] = tuple(cls.layer_ids(target, config))
+        values = {name: getattr(config, name) for name in SAME_AS_OPTIONS} | reach_of(config)
+        values["target_layer_ids"] = tuple(cls.layer_ids(target, config))
         if config.mask_token_id is None:
-            own["mask_token_id"] = choose_mask_token(target)
+            values["mask_token_id"] = choose_mask_token(target)
         if config.conv_kernel_size:
-            own["conv_group_size"] = math.gcd(CONV_GROUP_SIZE, target.hidden_size)
+            # Groups have equally many channels, so their size divides the width.
+            values["conv_group_size"] = math.gcd(CONV_GROUP_SIZE, target.hidden_size)
         if config.selector:
-            own["selector"] = SELECTORS[config.selector].chosen(config, target.hidden_size)
-        spec = DrafterSpec(**facts_of(target), **sizes_of(target.config), **own)
+            values["selector"] = SELECTORS[config.selector].chosen(config, target.hidden_size)
+        spec = DrafterSpec(**facts_of(target), **sizes_of(target.config), **values)
         spec.check()
+        # The caller's random numbers go on as if none were drawn here.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             drafter: Any = cls(spec.config())
@@ -304,10 +319,11 @@ class Drafter(DFlashDraftModel):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             drafter: Any = Drafter(spec.config())
-        fresh = drafter.state_dict()
-        for name, value in self.named_parameters():
-            if name not in TARGET_TABLES:  # rows of tokens may be more or fewer
-                fresh[name][: len(value)].copy_(value.detach()[: len(fresh[name])])
+        new_weights = drafter.state_dict()
+        for name, trained in self.named_parameters():
+            if name not in TARGET_TABLES:
+                # The target may have more tokens than before, or fewer: the rows that both have are copied.
+                new_weights[name][: len(trained)].copy_(trained.detach()[: len(new_weights[name])])
         drafter.check_target(target)
         return drafter.to(target.device)
 
@@ -321,10 +337,9 @@ class Drafter(DFlashDraftModel):
     @staticmethod
     def layer_ids(target: Target, config: DrafterConfig) -> list[int]:
         """Return the layers whose outputs are the features."""
-        return list(
-            config.target_layer_ids
-            or build_target_layer_ids(target.num_layers, config.num_features or config.num_layers)
-        )
+        if config.target_layer_ids:
+            return list(config.target_layer_ids)
+        return build_target_layer_ids(target.num_layers, config.num_features or config.num_layers)
 
     def check_target(self, target: Target) -> None:
         """Refuse a target that this drafter cannot draft for.
@@ -351,16 +366,14 @@ class Drafter(DFlashDraftModel):
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         """Read a drafter's folder, or a repository of the Hub: every tensor, in its shape and finite.
 
-        Nothing that its config names is run or downloaded. Weights are in `dtype`, by default that of the files.
+        Nothing that its config names is run or downloaded. Weights are in `dtype`, by default as in the files.
 
         Raises:
             ValueError: a config that no drafter has, or weights that are damaged or do not fit it; names the value or
                 the tensors.
         """
         spec, tensors = read_folder(find_drafter(str(folder)))
-        if dtype:
-            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        return make_drafter(spec, tensors, f"the drafter {folder}")
+        return make_drafter(spec, _in_dtype(tensors, dtype), f"the drafter {folder}")
 
     def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
@@ -368,15 +381,21 @@ class Drafter(DFlashDraftModel):
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
         """
         with filling(save_directory) as aside, quiet_library():
-            tensors = {
-                name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-                for name, tensor in self.state_dict().items()
-            }
-            super().save_pretrained(aside, state_dict=tensors, **kwargs)
+            super().save_pretrained(aside, state_dict=_in_dtype(self.state_dict(), dtype), **kwargs)
             path = aside / "config.json"
             config = self.spec.published(json.loads(path.read_text()) | {"dtype": dtype_name(dtype or self.dtype)})
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             shutil.copy(dpace.modeling_dflash.__file__, aside)
+
+
+def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Convert floating-point tensors, and leave the others as they are; without a dtype, leave all."""
+    if dtype is None:
+        return tensors
+    converted = {}
+    for name, tensor in tensors.items():
+        converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return converted
 
 
 def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "the drafter") -> Drafter:
@@ -393,12 +412,17 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
     shapes = spec.shapes
     unused = TARGET_TABLES - shapes.keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    others = [(name, x.shape, shapes[name]) for name, x in tensors.items() if x.shape != shapes.get(name, x.shape)]
-    found = {"missing_keys": shapes.keys() - tensors.keys(), "mismatched_keys": others}
-    refuse_mismatch(what, found, FIX, unknown=tensors.keys() - shapes.keys())
+    mismatched = []
+    for name, tensor in tensors.items():
+        expected = shapes.get(name, tensor.shape)
+        if tensor.shape != expected:
+            mismatched.append((name, tensor.shape, expected))
+    info = {"missing_keys": shapes.keys() - tensors.keys(), "mismatched_keys": mismatched}
+    refuse_mismatch(what, info, FIX, unknown=tensors.keys() - shapes.keys())
     if "d2t" in tensors:
-        drafted_tokens(tensors["d2t"], spec.vocab_size)
+        drafted_tokens(tensors["d2t"], spec.vocab_size)  # refuses damaged offsets
         tensors["d2t"] = tensors["d2t"].long()
+    # On the device `meta` no memory is taken for weights, which the files' weights replace at once.
     with translate_library_errors(what, FIX), torch.device("meta"):
         drafter = Drafter(spec.config())
         drafter.load_state_dict(tensors, assign=True)
@@ -409,9 +433,9 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
 
 
 def find_shared_tables(tensors: Mapping[str, Tensor], target: Target) -> dict[str, bool]:
-    """Return of each table among a drafter's tensors whether it is the target's, up to rounding in bf16.
+    """Say of each table among a drafter's tensors whether it is the target's, up to rounding in bf16.
 
-    They are `embed_tokens`, and `lm_head` with a row for each token or each one that `d2t` names.
+    Tables are `embed_tokens`, and `lm_head` with a row for each token or each one that `d2t` names.
 
     Raises:
         ValueError: see `drafted_tokens`.
@@ -420,12 +444,12 @@ def find_shared_tables(tensors: Mapping[str, Tensor], target: Target) -> dict[st
     if "d2t" in tensors:
         token_ids = drafted_tokens(tensors["d2t"], len(target.head.weight))
         tables["lm_head"] = target.head.weight[token_ids.to(target.device)]
-    found = {}
+    are_shared = {}
     for name, table in tables.items():
-        own = tensors.get(f"{name}.weight")
-        if own is not None:
-            found[name] = own.shape == table.shape and torch.allclose(own, table.to(own), rtol=1e-2)
-    return found
+        weight = tensors.get(f"{name}.weight")
+        if weight is not None:
+            are_shared[name] = weight.shape == table.shape and torch.allclose(weight, table.to(weight), rtol=1e-2)
+    return are_shared
 
 
 def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:
@@ -448,10 +472,11 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     drafter.to(target.device)
     drafter.share_tables(target)
     num_tokens = len(target.head.weight)
-    vocabulary = load_vocabulary(folder, num_tokens)
+    vocabulary = load_vocabulary(folder, num_tokens)  # also where it is not used: a damaged file is refused
     if drafter.lm_head is not None:
-        has_few_rows = drafter.spec.draft_vocab_size > 0
-        token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if has_few_rows else range(num_tokens)
+        token_ids = range(num_tokens)
+        if drafter.spec.draft_vocab_size > 0:
+            token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist()
         drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
     elif vocabulary is not None and not all_tokens and vocabulary.pays(target):
         drafter.vocabulary = vocabulary

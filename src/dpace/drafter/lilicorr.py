@@ -38,40 +38,45 @@ class LiLiCorrSelector(LatticeSelector):
     name = "lilicorr"
 
     def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
-        """See `LatticeSelector`."""
+        """Take the network's scores; in the first slot all candidates have the score after the anchor."""
         embeds = candidates.rows.target.embed(candidates.tokens)
         start, pairs = self.network(embeds, candidates.log_probs, candidates.hidden, candidates.before())
-        return torch.cat([start[:, None, None].expand(-1, 1, start.shape[1], -1), pairs], dim=1)
+        # "block candidate" to "block 1 before after", where the candidates before the first slot do not matter.
+        first_slot = start[:, None, None].expand(-1, 1, start.shape[1], -1)
+        return torch.cat([first_slot, pairs], dim=1)
 
-    def add_loss(
-        self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None
-    ) -> SlotScores:
+    def add_loss(self, scores: SlotScores, drafted: BlocksHidden, scorer: Scorer) -> SlotScores:
         """Add the loss of the walk, in blocks all of whose slots are scored."""
         rows = scorer.rows
-        blocks = found.blocks
-        if (whole := whole_blocks) is None:
-            whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
-        if not len(whole):  # a gradient of 0, since ranks wait for each other's
+        blocks = drafted.blocks
+        whole_blocks = drafted.whole_blocks
+        if whole_blocks is None:
+            whole_blocks = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
+        if not len(whole_blocks):  # a gradient of 0, since ranks wait for each other's
             nothing = sum(parameter.sum() * 0 for parameter in self.network.parameters())
             return scores._replace(losses=scores.losses + nothing)
 
-        def pick(values: Tensor) -> Tensor:
-            return values.flatten(0, 1)[whole][:, 1:]
+        def pick_drafts(values: Tensor) -> Tensor:
+            # "batch block slot ..." to "whole draft ...", without the anchors.
+            return values.flatten(0, 1)[whole_blocks][:, 1:]
 
-        hidden = pick(found.hidden)
-        labels = pick(blocks.labels)
-        index = pick(scores.candidates)
-        logits = candidate_logits(hidden, rows.head, torch.cat([index, rows.index(labels)[..., None]], dim=-1))
-        log_probs = logits[..., :-1] - logits[..., -1:] - pick(scores.token_losses)[..., None]
-        theirs = found.target_hidden
-        target_logits = None if theirs is None else candidate_logits(pick(theirs), rows.head, index)
-        last_ids = blocks.labels.flatten(0, 1)[whole, 0]
+        hidden = pick_drafts(drafted.hidden)
+        labels = pick_drafts(blocks.labels)
+        index = pick_drafts(scores.candidates)
+        with_label = torch.cat([index, rows.index(labels)[..., None]], dim=-1)
+        logits = candidate_logits(hidden, rows.head, with_label)
+        # The loss of the label is -log q[label], so log q[c] = logit[c] - logit[label] - loss: no sum over all tokens.
+        log_probs = logits[..., :-1] - logits[..., -1:] - pick_drafts(scores.token_losses)[..., None]
+        target_logits = None
+        if drafted.target_hidden is not None:
+            target_logits = candidate_logits(pick_drafts(drafted.target_hidden), rows.head, index)
+        last_ids = blocks.labels.flatten(0, 1)[whole_blocks, 0]
         with scorer.autocast():
-            before = found.before.flatten(0, 1)[whole]
+            before = drafted.before.flatten(0, 1)[whole_blocks]
             candidates = BlockCandidates(rows, rows.tokens(index), log_probs, hidden, last_ids, lambda: before)
             lattice = self.make_lattice(candidates)
         walk = walk_losses(lattice, labels, target_logits, scorer.loss.selector_penalty)
-        losses = scores.losses.flatten().index_add(0, whole, walk)
+        losses = scores.losses.flatten().index_add(0, whole_blocks, walk)
         return scores._replace(losses=losses.view_as(scores.losses))
 
 
@@ -97,11 +102,10 @@ def walk_losses(
     Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
     """
     is_true = lattice.candidates == labels[..., None]
-    is_counted = is_true.any(-1).int().cumprod(-1)
+    is_counted = is_true.any(-1).int().cumprod(-1)  # 0 from the first slot whose token is no candidate
     index = is_true.int().argmax(-1)
     log_probs = rows_after(lattice, index).log_softmax(-1)
-    own = log_probs.gather(-1, index[..., None])[..., 0]
-    losses = -CE_WEIGHT * own
+    losses = -CE_WEIGHT * log_probs.gather(-1, index[..., None])[..., 0]
     if target_logits is not None:
         worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)
         losses = losses + penalty * (log_probs.exp() * worse).sum(-1)
@@ -138,11 +142,19 @@ class LiLiCorrSizes(SelectorSizes):
         Published ones are a quarter as wide as the drafter (1024 at 4096). There it is 3 % of a step. Next to a small
         target on a CPU it would be far more, so below 1024 a sixth is taken, 96 at 576, and 4 candidates.
         """
-        is_small = hidden_size < 1024
-        width = config.selector_width or (max(8, hidden_size // 48 * 8) if is_small else hidden_size // 4)
-        num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
+        num_candidates = 8
+        width = hidden_size // 4
+        if hidden_size < 1024:
+            num_candidates = 4
+            width = max(8, hidden_size // 48 * 8)  # a sixth, as a multiple of 8
+        width = config.selector_width or width
+        # As many heads as have 24 numbers each, 8 at most.
+        num_heads = 1
+        for count in (2, 4, 8):
+            if width % count == 0 and width >= 24 * count:
+                num_heads = count
         return cls(
-            candidate_topk=config.selector_candidates or (4 if is_small else 8),
+            candidate_topk=config.selector_candidates or num_candidates,
             hidden_size=0 if width == hidden_size else width,
             num_heads=num_heads,
             factor_dim=width,
@@ -153,23 +165,28 @@ class LiLiCorrSizes(SelectorSizes):
         )
 
     def width(self, hidden_size: int) -> int:
-        """Return its width beside a drafter of this one."""
+        """Return the selector's width beside a drafter whose width is `hidden_size`."""
         return self.hidden_size or hidden_size
 
     def options(self, hidden_size: int) -> JsonObject:
-        """See `SelectorSizes`; no option has the other sizes."""
+        """Return the options that ask for these sizes; the others follow from these two or are constants."""
         return {"selector_candidates": self.candidate_topk, "selector_width": self.width(hidden_size)}
 
     def check(self, hidden_size: int) -> None:
-        """See `SelectorSizes`."""
-        if self.width(hidden_size) % self.num_heads:
+        """Refuse heads that do not divide the width.
+
+        Raises:
+            ValueError: names both.
+        """
+        width = self.width(hidden_size)
+        if width % self.num_heads:
             raise ValueError(
                 f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the selector's width, which is "
-                f"{self.width(hidden_size)}; {COPY_AGAIN}"
+                f"{width}; {COPY_AGAIN}"
             )
 
     def config_keys(self) -> JsonObject:
-        """See `SelectorSizes`; engines choose the network by the first two."""
+        """Return what the selector adds to `dflash_config`; engines choose the network by the first two."""
         return {"projector_type": self.name, "lilicorr_enabled": True, **super().config_keys()}
 
 

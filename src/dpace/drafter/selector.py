@@ -2,7 +2,7 @@
 
 Here are each slot's own best token, and a walk through scores of each candidate after each one of the slot before. A
 selector with a network of its own is a file with a subclass of `LatticeSelector` and one of `SelectorSizes`. Training,
-measuring and decoding call the methods of the first, and files and options those of the second, and know no more of it.
+measuring and decoding call the methods of the first; files and options call the methods of the second.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ SCORED_ROWS = 128
 
 
 class Draft(NamedTuple):
-    """What a drafter proposes behind each text."""
+    """What a drafter proposes after each text."""
 
     tokens: Int[Tensor, "batch draft"]
     """The best token of each slot."""
@@ -69,17 +69,13 @@ class Selector:
     def __init__(self, drafter: DFlashDraftModel):
         self.drafter = drafter
 
-    def add_loss(
-        self, scores: SlotScores, found: BlocksHidden, scorer: Scorer, whole_blocks: Int[Tensor, " whole"] | None
-    ) -> SlotScores:
+    def add_loss(self, scores: SlotScores, drafted: BlocksHidden, scorer: Scorer) -> SlotScores:
         """Add the loss that the selector itself is trained with; this one has nothing to train.
 
         Args:
             scores: of the blocks, without it.
-            found: what the forward pass gave.
+            drafted: what the forward pass gave.
             scorer: of the training.
-            whole_blocks: numbers of the blocks all of whose slots are scored, where they are known; the host waits for
-                the device otherwise.
         """
         return scores
 
@@ -100,6 +96,7 @@ class Selector:
             before: returns what the drafter's attention reads of the token before each anchor.
             width: number of slots that may be verified, the anchor included.
         """
+        # (batch * draft, choice), since `argmax` is fast on rows; slot 0 drafts nothing.
         logits = rows.logits(hidden[:, 1:width].flatten(0, 1))
         tokens = rows.tokens(argmax(logits.float())).unflatten(0, (len(hidden), -1))
         return Draft(tokens, logits.unflatten(0, tokens.shape))
@@ -127,7 +124,7 @@ class Selector:
         """Return the distributions that `draw` draws from, where the slots before have these tokens.
 
         Args:
-            draft: what was proposed behind one text.
+            draft: what was proposed after one text.
             tokens: several drafts of the same length.
             rows: of the tokens that may be drafted.
             sampler: the target's, without processors.
@@ -135,30 +132,32 @@ class Selector:
         probs = sampler.probs(sampler.scores(rows.spread(draft.scores[0]), ()))
         return probs.expand(len(tokens), -1, -1)
 
-    def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
+    def match(self, drafted: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
         """Find the slots of a text's blocks that greedy verification accepts: those before its first wrong draft.
 
         Blocks that are right so far go on with twice as many slots, so little more than tau rows of a block are read.
 
         Returns:
-            States of the slots, "1 block slot state", of which `scores` makes those of a draft; and the accepted slots,
-            as they are drafted, and behind that in the other ways of `Acceptance.bounds`.
+            States of the slots, "1 block slot state", which `scores` turns into scores of a draft; and the accepted
+            slots, first as they are drafted, then in the other ways of `Acceptance.bounds`.
         """
-        labels = found.blocks.labels
-        is_scored = found.blocks.is_scored
+        labels = drafted.blocks.labels
+        is_scored = drafted.blocks.is_scored
         is_match = torch.zeros_like(is_scored)
-        is_right = torch.ones_like(is_scored[..., 0])
+        is_right = torch.ones_like(is_scored[..., 0])  # blocks without a wrong draft so far
         start = 1
-        while start < found.blocks.block_size and is_right.any():
-            at = slice(start, 2 * start)
-            is_tried = is_right[..., None] & is_scored[..., at]
-            parts = found.hidden[..., at, :][is_tried].split(SCORED_ROWS)
-            tokens = torch.cat([rows.tokens(argmax(rows.logits(part).float())) for part in parts])
-            is_match[..., at][is_tried] = tokens == labels[..., at][is_tried]
-            is_right = is_match[..., at].all(-1)
+        while start < drafted.blocks.block_size and is_right.any():
+            tried = slice(start, 2 * start)
+            is_tried = is_right[..., None] & is_scored[..., tried]
+            tokens = []
+            for states in drafted.hidden[..., tried, :][is_tried].split(SCORED_ROWS):
+                tokens.append(rows.tokens(argmax(rows.logits(states).float())))
+            is_match[..., tried][is_tried] = torch.cat(tokens) == labels[..., tried][is_tried]
+            is_right = is_match[..., tried].all(-1)
             start *= 2
         is_accepted = is_match[..., 1:].int().cumprod(-1).bool()
-        return found.hidden, nn.functional.pad(is_accepted, (1, 0))
+        # The anchor is no draft.
+        return drafted.hidden, nn.functional.pad(is_accepted, (1, 0))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Turn states of `match` into scores of a `Draft`."""
@@ -172,16 +171,17 @@ def draw_draft(
 
     Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
     """
+    # Filters look at each slot alone, so all slots are drawn at once.
     if not sampler.processors:
         probs = sampler.probs(sampler.scores(logits, text))
         return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
     drawn = []
-    rows = []
-    for slot in logits:
-        probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
+    slot_probs = []
+    for slot_logits in logits:
+        probs = sampler.probs(sampler.scores(slot_logits[None], [*text, *drawn]))
         drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
-        rows.append(probs)
-    return torch.tensor(drawn, device=logits.device), torch.cat(rows)
+        slot_probs.append(probs)
+    return torch.tensor(drawn, device=logits.device), torch.cat(slot_probs)
 
 
 class BlockCandidates(NamedTuple):
@@ -214,7 +214,7 @@ class Lattice(NamedTuple):
 
 
 class LatticeSelector(Selector):
-    """Walks through the lattice of a block's candidates; shapes and arguments are those of `Selector`."""
+    """Walks through the lattice of a block's candidates; shapes and arguments are as in `Selector`."""
 
     def __init__(self, drafter: DFlashDraftModel):
         super().__init__(drafter)
@@ -231,6 +231,7 @@ class LatticeSelector(Selector):
 
     def make_lattice(self, candidates: BlockCandidates) -> Lattice:
         """Score the candidates of blocks."""
+        # Without `eps` the odds would be infinite where rounding gives all probability to the candidates.
         log_odds = candidates.log_probs.detach().exp().sum(-1).logit(eps=1e-6)
         return Lattice(candidates.tokens, self.score(candidates), log_odds)
 
@@ -244,12 +245,13 @@ class LatticeSelector(Selector):
     ) -> Draft:
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
         states = hidden[:, 1:]
-        logits = rows.logits(states.flatten(0, 1)).float()
+        logits = rows.logits(states.flatten(0, 1)).float()  # (batch * draft, choice)
         top, index = topk(logits, self.num_candidates)
         log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
         candidates = rows.tokens(index.view(log_probs.shape))
         lattice = self.make_lattice(BlockCandidates(rows, candidates, log_probs, states, last_ids, before))
         tokens, scores = take_walk(lattice)
+        # Later slots are cut off only now: their candidates count in the scores of the earlier ones.
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 
     def draw(
@@ -262,39 +264,46 @@ class LatticeSelector(Selector):
         drawn from.
         """
         lattice = draft.lattice
-        index = 0
-        chosen = []
+        index = 0  # in the first slot all rows are alike
+        drawn = []
         for scores in lattice.scores[0, :num_drawn]:
             probs = (scores[index] / sampler.temperature).softmax(-1)
             index = torch.multinomial(probs, 1, generator=sampler.generator)[0]
-            chosen.append(index)
-        tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(chosen)[:, None])[:, 0]
+            drawn.append(index)
+        tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(drawn)[:, None])[:, 0]
         return tokens, self.chances(draft, tokens[None], rows, sampler)[0]
 
     def chances(
         self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
     ) -> Float[Tensor, "path draft vocab"]:
         """Score the candidates after each token before; after one that is no candidate, as after the first."""
+        # The paths share one lattice.
         lattice = Lattice(*(values.expand(len(tokens), *values.shape[1:]) for values in draft.lattice))
-        candidates = lattice.candidates[:, : tokens.shape[1]]
+        candidates = lattice.candidates[:, : tokens.shape[1]]  # (path, draft, choice)
         index = (candidates == tokens[..., None]).int().argmax(-1)
         probs = (rows_after(lattice, index) / sampler.temperature).softmax(-1)
         return probs.new_zeros(*tokens.shape, len(rows.target.head.weight)).scatter_(2, candidates, probs)
 
-    def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
+    def match(self, drafted: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
-        labels = found.blocks.labels[0, :, 1:]
-        num_slots = labels.shape[1]
-        inputs = found.hidden[0], found.blocks.labels[0, :, 0], found.before[0]
-        parts = [states.split(max(1, SCORED_ROWS // num_slots)) for states in inputs]
-        drafts = [
-            self.propose(rows, hidden, last_ids, lambda before=before: before, num_slots + 1)
-            for hidden, last_ids, before in zip(*parts, strict=True)
-        ]
-        tokens, scores, lattices = zip(*drafts, strict=True)
-        is_true = torch.cat([lattice.candidates for lattice in lattices]) == labels[..., None]
+        # The batch is one text, whose blocks are the rows of all that follows.
+        blocks = drafted.blocks
+        labels = blocks.labels[0, :, 1:]
+        num_drafts = labels.shape[1]
+        num_blocks = max(1, SCORED_ROWS // num_drafts)
+        tokens = []
+        scores = []
+        candidates = []
+        inputs = drafted.hidden[0], blocks.labels[0, :, 0], drafted.before[0]
+        for hidden, last_ids, before in zip(*[values.split(num_blocks) for values in inputs], strict=True):
+            draft = self.propose(rows, hidden, last_ids, lambda before=before: before, num_drafts + 1)
+            tokens.append(draft.tokens)
+            scores.append(draft.scores)
+            candidates.append(draft.lattice.candidates)
+        is_true = torch.cat(candidates) == labels[..., None]
         is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
-        is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
+        is_accepted = (is_right & blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
+        # Nothing for the anchor, which is no draft.
         return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
@@ -303,18 +312,20 @@ class LatticeSelector(Selector):
 
 
 def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice_or_rest"]]:
-    """Take the best candidate of each slot after that of the slot before; on ties the drafter's better one.
+    """Take the best candidate of each slot after the candidate taken before; on ties the drafter's better one.
 
     Returns:
         The tokens; and the scores that each was the best of, with a last one for all tokens that are no candidates: in
         the softmax it has the share that the drafter gives them.
     """
+    # The best candidate after each one before: (batch, draft, choice). Following it takes one gather a slot.
     best = lattice.scores.argmax(-1)
     taken = [best[:, 0, :1]]
-    for of_slot in best[:, 1:].unbind(1):
-        taken.append(of_slot.gather(1, taken[-1]))
+    for best_of_slot in best[:, 1:].unbind(1):
+        taken.append(best_of_slot.gather(1, taken[-1]))
     index = torch.cat(taken, dim=1)
     scores = rows_after(lattice, index)
+    # A score `rest` with sum(exp(scores)) / exp(rest) = odds, the odds that the token is a candidate.
     rest = scores.logsumexp(-1) - lattice.log_odds
     tokens = lattice.candidates.gather(-1, index[..., None])[..., 0]
     return tokens, torch.cat([scores, rest[..., None]], dim=-1)
@@ -323,6 +334,7 @@ def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tenso
 def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:
     """Return the scores of the first slots' candidates, each after the candidate `index` of the slot before."""
     scores = lattice.scores[:, : index.shape[1]]
+    # Each slot takes the choice of the slot before; the first one any, here 0, since its rows are alike.
     before = nn.functional.pad(index[:, :-1], (1, 0))[..., None, None]
     return scores.gather(2, before.expand(-1, -1, 1, scores.shape[-1]))[:, :, 0]
 
@@ -331,7 +343,7 @@ def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Ten
 class SelectorSizes:
     """Sizes of a selector's network, as a config and the options of training have them.
 
-    A subclass has a field for each; published config keys are their names behind `prefix`.
+    A subclass has a field for each; published config keys are their names after `prefix`.
     """
 
     name: ClassVar[str]
@@ -346,7 +358,7 @@ class SelectorSizes:
     reads: ClassVar[tuple[str, ...]] = ()
     """Options that it reads of those whose names begin with `selector_`; others are refused with it."""
     older_names: ClassVar[dict[str, str]] = {}
-    """Names of parts of its network that files may have, and those that are written."""
+    """Names that parts of its network may have in files, and the names that are written."""
 
     @classmethod
     def chosen(cls, config: DrafterConfig, hidden_size: int) -> "SelectorSizes":

@@ -73,7 +73,7 @@ def as_float32(value: float) -> float:
 
     Engines keep these numbers in fp32.
     """
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value)))  # numpy prints the shortest one
 
 
 Float32 = Annotated[Scale, AfterValidator(as_float32)]
@@ -122,7 +122,7 @@ class DrafterSpec:
     conv_group_size: Index = 0
     """Channels that share what a convolution adds to its taps; 0 without convolutions."""
     sample_from_anchor: Flag = False
-    """Whether each slot predicts the token behind its own position, as in DeepSpec: `block_size` slots give as many
+    """Whether each slot predicts the token after its own position, as in DeepSpec: `block_size` slots give as many
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
     selector: InstanceOf[SelectorSizes] | None = None
     """Sizes of a selector with a network of its own; None without one."""
@@ -185,7 +185,7 @@ class DrafterSpec:
             ValueError: sizes that no network has.
         """
         config = self.config()
-        with translate_library_errors(WHAT, COPY_AGAIN), torch.device("meta"):
+        with translate_library_errors(WHAT, COPY_AGAIN), torch.device("meta"):  # takes no memory
             network = DFlashDraftModel(config)
         return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
@@ -196,12 +196,13 @@ class DrafterSpec:
         Raises:
             ValueError: a value that no drafter has, or none where one is needed; names it.
         """
-        numbers = read_values(Numbers, values["rope_parameters"] | read_group(values, "dpace"))
+        rope = values["rope_parameters"]
+        numbers = read_values(Numbers, rope | read_group(values, "dpace"))
         objects = {
-            "rope_parameters": values["rope_parameters"] | {"rope_theta": numbers.rope_theta},
+            "rope_parameters": rope | {"rope_theta": numbers.rope_theta},
             "special_token_ids": {name: values[name] for name in SPECIAL_TOKENS if name in values},
         }
-        spec = read_values(cls, {**values, **objects})
+        spec = read_values(cls, values | objects)
         if spec.selector:
             spec.selector.check(spec.hidden_size)
             for key in ("sample_from_anchor", "draft_vocab_size"):
@@ -210,11 +211,12 @@ class DrafterSpec:
                         f"{key} is {value}, which dpace does not run with a selector; serve this drafter with the "
                         "project that trained it"
                     )
+        # One spelling for layers without a window: files say it in several ways.
         if "sliding_attention" not in spec.layer_types:
             spec = replace(spec, layer_types=(), sliding_window=None)
         elif spec.sliding_window is None:
             raise ValueError(f"the drafter's config has sliding layers and no sliding_window; {COPY_AGAIN}")
-        spec.config()
+        spec.config()  # refuses what transformers refuses
         return spec
 
     @classmethod
@@ -231,24 +233,24 @@ class DrafterSpec:
         refuse_variants(config)
         if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
             raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
-        either = {name: read_either(config, nested, name) for name in EITHER}
-        is_small = config.get("draft_vocab_size") not in (None, config.get("vocab_size"))
-        spec = cls.from_values(
-            {
-                "rms_norm_eps": 1e-6,
-                **config,
-                **{name: nested.get(name) for name in LAYER_SIZES},
-                "draft_vocab_size": config["draft_vocab_size"] if is_small else 0,
-                "has_own_lm_head": not is_small and config.get("has_own_lm_head"),
-                "selector": read_sizes(config, nested),
-                "block_size": 16,
-                "target_layer_ids": (),
-                "sample_from_anchor": either[FROM_ANCHOR],
-                **{name: value for name, value in either.items() if value is not None},
-                "rope_parameters": read_rope(config),
-                "is_causal": _read_causality(config, nested),
-            }
-        )
+        # The last three are defaults: the config's own values may stand in either place, and are read below.
+        values = {"rms_norm_eps": 1e-6, **config, "block_size": 16, "target_layer_ids": (), "draft_vocab_size": 0}
+        for name in LAYER_SIZES:
+            values[name] = nested.get(name)
+        for name in EITHER:
+            value = read_either(config, nested, name)
+            if value is not None:
+                values[name] = value
+        if values.get("sample_from_anchor") is None:
+            values["sample_from_anchor"] = values.get(FROM_ANCHOR)
+        # An own head with fewer rows is known by their number, and one with all rows by `has_own_lm_head`.
+        if config.get("draft_vocab_size") not in (None, config.get("vocab_size")):
+            values["draft_vocab_size"] = config["draft_vocab_size"]
+            values["has_own_lm_head"] = False
+        values["selector"] = read_sizes(config, nested)
+        values["rope_parameters"] = read_rope(config)
+        values["is_causal"] = _read_causality(config, nested)
+        spec = cls.from_values(values)
         if spec.target_layer_ids:
             return spec
         return replace(spec, target_layer_ids=tuple(build_target_layer_ids(spec.num_target_layers, spec.num_layers)))
@@ -263,20 +265,21 @@ class DrafterSpec:
         values = adapter(DrafterSpec).dump_python(
             self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
         )
-        nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor", *SCALES)
-        dflash = {name: values[name] for name in nested if name in values} | self.network_keys
-        attention = {
-            "layer_types": list(self.layer_types) or ["full_attention"] * self.num_layers,
-            "use_sliding_window": self.sliding_window is not None,
-            "is_causal": None if self.is_causal == "sliding" else self.is_causal,
-        }
+        # Some engines read these in `dflash_config`, and others at the top level, where they stay too.
+        repeated = ("mask_token_id", "target_layer_ids", "sample_from_anchor", *SCALES)
+        nested = {name: values[name] for name in repeated if name in values}
+        values["layer_types"] = list(self.layer_types) or ["full_attention"] * self.num_layers
+        values["use_sliding_window"] = self.sliding_window is not None
+        # Engines let sliding layers alone be causal where nothing is said.
+        values["is_causal"] = None if self.is_causal == "sliding" else self.is_causal
         with translate_library_errors(WHAT, COPY_AGAIN), torch.device("cpu"):  # also on paper
             config = Qwen3Config(
                 **self.special_token_ids,
-                **values | attention,
+                **values,
                 tie_word_embeddings=False,
-                dflash_config=dflash,  # pyright: ignore[reportCallIssue]
+                dflash_config=nested | self.network_keys,  # pyright: ignore[reportCallIssue]
             )
+            # The last position finds a rotation that overflows, or whose numbers do not fit a head.
             cosines, _ = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([[self.max_position_embeddings]]))
             if cosines.shape[-1] != self.head_dim or not cosines.isfinite().all():
                 raise ValueError(
@@ -331,12 +334,12 @@ def own_tables(names: Iterable[str]) -> dict[str, bool]:
 
 def _read_causality(config: JsonObject, nested: JsonObject) -> object:
     """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
-    found = read_either({"causal": config.get("is_causal")}, nested, "causal")
+    is_causal = read_either({"causal": config.get("is_causal")}, nested, "causal")
     kinds = str(config.get("layer_types") or "")
     if not kinds and config.get("use_sliding_window"):
         raise ValueError(f"the drafter's config has use_sliding_window and no layer_types; {COPY_AGAIN}")
-    if found is not None or "sliding_attention" not in kinds:
-        return found
+    if is_causal is not None or "sliding_attention" not in kinds:
+        return is_causal
     return "sliding" if "full_attention" in kinds else True
 
 
@@ -353,7 +356,7 @@ def read_rope(config: JsonObject) -> JsonObject:
         )
     if rope.get("rope_type", "default") == "default":  # where no other value counts
         rope = {"rope_type": "default"}
-    return {**rope, "rope_theta": theta}
+    return rope | {"rope_theta": theta}
 
 
 def read_sizes(config: JsonObject, nested: JsonObject) -> SelectorSizes | None:
@@ -373,6 +376,7 @@ def read_sizes(config: JsonObject, nested: JsonObject) -> SelectorSizes | None:
 
 def published_name(name: str) -> str:
     """Return the name that this project writes for a tensor, which older files may call otherwise."""
+    # Only a selector's network may have older names; its tensors begin with the selector's name.
     sizes = SELECTORS.get(name.partition(".")[0], SelectorSizes)
     for older, newer in sizes.older_names.items():
         name = name.replace(f".{older}.", f".{newer}.")
@@ -439,9 +443,11 @@ def read_quantized(folder: Path, spec: DrafterSpec, quantized: JsonObject) -> di
         ValueError: a method or tensors that transformers does not know, or a package that is missing.
     """
     config = spec.config()
-    is_fp8 = quantized.get("quant_method") == "fp8"  # whose layers stay as they are on a GPU that has units for them
-    config.quantization_config = quantized | ({"dequantize": True} if is_fp8 else {})
-    what = f"the drafter {folder}, which is quantized ({quantized.get('quant_method')!r:.50})"
+    method = quantized.get("quant_method")
+    if method == "fp8":  # whose layers would stay as they are on a GPU that has units for them
+        quantized = quantized | {"dequantize": True}
+    config.quantization_config = quantized
+    what = f"the drafter {folder}, which is quantized ({method!r:.50})"
     with translate_library_errors(what, "install what is missing, or take a drafter that is not quantized"):
         loaded: Any = DFlashDraftModel.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True

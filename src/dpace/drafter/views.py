@@ -1,4 +1,4 @@
-"""The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
+"""The drafter's forward pass over all blocks of a text (training) or the block after it (decoding)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,17 +45,18 @@ def draft_block(
     Args:
         drafter: a `Drafter`, or its wrapper in training.
         target: its target.
-        blocks: tokens of the slots, the anchor's and then mask tokens; several blocks of a text follow one another.
+        blocks: tokens of the slots, the anchor's and then mask tokens; the blocks of a text follow one another.
         features: features of the tokens before the anchor that are not in the cache yet.
-        position_ids: absolute positions of these tokens, then of the slots; by default the features are those of a
-            whole text.
+        position_ids: absolute positions of these tokens, then of the slots; by default the features are of a whole
+            text.
         attention_mask: as in `DFlashDraftModel.forward`; by default every slot sees everything.
-        cache: receives keys and values of the features and the slots; the caller removes those of the slots.
+        cache: receives keys and values of the features and the slots; the caller removes the slots' own.
         block_size: slots of each of several blocks; by default the drafter's.
     """
     if position_ids is None:
         position_ids = torch.arange(features.shape[1] + blocks.shape[1], device=blocks.device)[None]
     embeds = target.embed(blocks)
+    # A wrapper in training is another class; what is trained always has the target's embedding.
     if isinstance(drafter, DFlashDraftModel) and drafter.embed_tokens is not None:
         embeds = drafter.embed_tokens(blocks) * target.embed_scale
     out = drafter(
@@ -72,7 +73,8 @@ def draft_block(
 def to_predicted(
     hidden: Float[Tensor, "*block slot hidden"], first_slot: int
 ) -> Float[Tensor, "*block position hidden"]:
-    """Move hidden states to the positions whose tokens they predict; those of slot 0 come to be at `1 - first_slot`."""
+    """Move hidden states to the positions whose tokens they predict; slot 0 comes to be at `1 - first_slot`."""
+    # A row of zeros takes the anchor's place, whose token is known.
     return hidden if first_slot else nn.functional.pad(hidden, (0, 0, 1, 0))
 
 
@@ -83,9 +85,12 @@ class BlocksHidden(NamedTuple):
     """Final hidden states."""
     blocks: Blocks
     before: Float[Tensor, "batch block hidden"]
-    """What the attention reads of the token before each anchor; of the first token where there is none."""
+    """What the attention reads of the token before each anchor; of the first token where an anchor is the first."""
     target_hidden: Float[Tensor, "batch block slot hidden"] | None
     """Input of the target's head where it predicts each slot; None where it was not asked for."""
+    whole_blocks: Int[Tensor, " whole"] | None
+    """Numbers of the blocks all of whose slots are scored; None where the batch does not say, as the host would have to
+    wait for the device."""
 
 
 def blocks_hidden(
@@ -101,8 +106,8 @@ def blocks_hidden(
     Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask, where `flex_attention` has no
     kernel (`dpace.system.device.TILED`).
 
-    Where a drafter's blocks begin at the anchor (`first_slot` 0), the network reads one slot less than a block has, and
-    the hidden states are moved to the slots whose tokens they predict.
+    Where the first slot predicts already (`first_slot` 0), the network reads one slot less than a block has, and the
+    hidden states are moved to the slots whose tokens they predict.
 
     Args:
         drafter: a `Drafter`.
@@ -128,23 +133,27 @@ def blocks_hidden(
             "reads; keep them by `dpace.make_datasets` with the recipe of the training"
         )
     batch, num_context = token_ids.shape
-    make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
-    read = blocks
+    read_blocks = blocks
     if not drafter.first_slot:
-        read = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
-    context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
-    masks = {kind: make_mask(read, num_context, reach) for kind, reach in drafter.reaches.items()}
+        read_blocks = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
+    context_positions = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
+    make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
+    masks = {kind: make_mask(read_blocks, num_context, reach) for kind, reach in drafter.reaches.items()}
     drafted = draft_block(
         drafter if model is None else model,
         target,
-        read.input_ids(drafter.mask_token_id).flatten(1, 2),
+        read_blocks.input_ids(drafter.mask_token_id).flatten(1, 2),  # (batch, block * slot)
         features,
-        position_ids=torch.cat([context_ids, read.position_ids.flatten(1)], dim=1),
+        position_ids=torch.cat([context_positions, read_blocks.position_ids.flatten(1)], dim=1),
         attention_mask=masks,
-        block_size=read.block_size,
+        block_size=read_blocks.block_size,
     )
-    hidden = to_predicted(drafted.hidden.unflatten(1, read.labels.shape[1:]), drafter.first_slot)
+    hidden = to_predicted(drafted.hidden.unflatten(1, read_blocks.labels.shape[1:]), drafter.first_slot)
+    # The token before a slot is where the target predicts it: (batch, block, slot).
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)
-    rows = torch.arange(batch, device=token_ids.device)[:, None, None]
-    target_hidden = head_input[rows, before] if head_input is not None and with_target_hidden else None
-    return BlocksHidden(hidden, blocks, drafted.context[rows[..., 0], before[..., 0]], target_hidden)
+    batch_rows = torch.arange(batch, device=token_ids.device)[:, None, None]
+    target_hidden = None
+    if with_target_hidden and head_input is not None:
+        target_hidden = head_input[batch_rows, before]
+    before_anchors = drafted.context[batch_rows[..., 0], before[..., 0]]
+    return BlocksHidden(hidden, blocks, before_anchors, target_hidden, inputs.get("whole_blocks"))

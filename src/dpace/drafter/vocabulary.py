@@ -1,8 +1,8 @@
 """The draft vocabulary: the tokens that a drafter proposes on a CPU, a part of the target's.
 
-A draft passes through the target's head, which on a CPU takes as long as reading its rows. Only the rows of the tokens
-of the training texts, and of the prompt, are read for it. The target verifies with all of its tokens, so the text is
-the same; a token outside is never drafted.
+A draft passes through the target's head, which on a CPU takes as long as reading its rows. For a draft only the rows of
+some tokens are read: tokens of the training texts and of the prompt. The target verifies with all of its tokens, so the
+text is the same; a token outside is never drafted.
 
 The tokens stand in `draft_vocabulary.json` beside the weights: engines that do not know it load the drafter unchanged.
 
@@ -44,8 +44,9 @@ class DraftVocabulary:
     """
 
     def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0, head: nn.Linear | None = None):
-        given = torch.tensor([*token_ids])
-        self.token_ids = given.unique() if head is None else given
+        self.token_ids = torch.tensor([*token_ids])
+        if head is None:
+            self.token_ids = self.token_ids.unique()  # of an own head the order of the rows counts
         self.confidence_temperature = confidence_temperature
         self.head = head
         self._fast: Any = None
@@ -56,8 +57,8 @@ class DraftVocabulary:
             return self.head
         head = target.model.get_output_embeddings()
         if self._fast is None or self._fast.state != weights_state(head.parameters()):
-            part = target.head.weight.detach()[self.token_ids.to(target.device)].contiguous()
-            self._fast = FastForm(head, pack(part) or (lambda rows: rows @ part.T))
+            weight = target.head.weight.detach()[self.token_ids.to(target.device)].contiguous()
+            self._fast = FastForm(head, pack(weight) or (lambda rows: rows @ weight.T))
         return self._fast.product
 
     def pays(self, target: Target) -> bool:
@@ -73,7 +74,7 @@ class DraftVocabulary:
 
 
 def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | None:
-    """Read the draft vocabulary of a drafter's folder; None where it has none.
+    """Read the draft vocabulary of a drafter's folder; None where the folder has none.
 
     Raises:
         ValueError: the file does not have token ids from 0 to `num_tokens - 1` and a temperature above 0.
@@ -96,6 +97,7 @@ def read_tokens(path: Path, num_tokens: int) -> JsonObject:
     """
     values = read_object(path, FIX)
     token_ids = values.get("token_ids")
+    # The types are compared, since True would pass for 1; an empty list has none.
     is_list = isinstance(token_ids, list) and set(map(type, token_ids)) == {int}
     if not is_list or min(token_ids) < 0 or max(token_ids) >= num_tokens:
         raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {FIX}")
@@ -124,15 +126,18 @@ class PackedRows(DraftRows):
     def __init__(self, target: Target, vocabulary: DraftVocabulary | None, prompt: Iterable[int] = ()):
         super().__init__(target)
         if vocabulary is not None:
-            others = set(prompt).difference(vocabulary.token_ids.tolist()) if vocabulary.head is None else ()
-            more = torch.tensor(sorted(others), dtype=torch.long)
-            self.token_ids = torch.cat([vocabulary.token_ids, more]).to(target.device)
+            more_tokens = set()
+            if vocabulary.head is None:  # an own head has no other rows
+                more_tokens = set(prompt).difference(vocabulary.token_ids.tolist())
+            more_ids = torch.tensor(sorted(more_tokens), dtype=torch.long)
+            self.token_ids = torch.cat([vocabulary.token_ids, more_ids]).to(target.device)
             self._product = vocabulary.product(target)
-            self._more = target.head.weight[more.to(target.device)]
+            self._more_rows = target.head.weight[more_ids.to(target.device)]
 
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
         """Compute the logits with packed copies of the rows."""
         if self.token_ids is None:
             return super().logits(hidden)
-        rows = hidden.to(self._more.dtype)
-        return self.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))
+        rows = hidden.to(self._more_rows.dtype)
+        # The prompt's rows are few, and change with each prompt: not worth packing.
+        return self.head.finish(torch.cat([self._product(rows), rows @ self._more_rows.T], dim=-1))

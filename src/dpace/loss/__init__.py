@@ -8,5 +8,4 @@ from dpace.loss.loss import (
     candidate_logits,
     count_items,
     frozen_head_nll,
-    frozen_head_nll_reference,
 )

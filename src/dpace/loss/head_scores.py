@@ -47,24 +47,31 @@ def _hard_scores(
     """
     weight = head.weight
     operands = rows.to(weight.dtype)
-    none = torch.zeros(labels.shape, device=rows.device)
+    zeros = torch.zeros(labels.shape, device=rows.device)
     grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
     top_tokens = torch.zeros_like(labels).repeat(1, num_candidates)
-    sums = _Sums(torch.full_like(top_tokens, -torch.inf, dtype=grad.dtype), none, none.clone(), top_tokens, grad)
+    # Below any logit, so that the first tile takes all places.
+    top_logits = torch.full_like(top_tokens, -torch.inf, dtype=grad.dtype)
+    # A tile adds to sums in place, so no two of them may share memory.
+    sums = _Sums(top_logits, zeros, zeros.clone(), top_tokens, grad)
     for start in range(0, len(weight), num_columns):
-        part = head._replace(weight=weight[start : start + num_columns])
+        tile = head._replace(weight=weight[start : start + num_columns])
         # A size of 1 would be a graph of its own, and torch runs eagerly where a function has more than eight.
-        is_compiled = rows.device.type in TILED and min(len(rows), len(part.weight)) > 1
+        is_compiled = rows.device.type in TILED and min(len(rows), len(tile.weight)) > 1
         add_tile = _compiled_add_tile() if is_compiled else _add_tile
-        sums = add_tile(sums, part, operands, labels - start, torch.full_like(labels, start), needs_grad)
+        # The start is a tensor, because a number 0 would be a graph of its own too.
+        sums = add_tile(sums, tile, operands, labels - start, torch.full_like(labels, start), needs_grad)
     peak = sums.top_logits[:, :1]
+    # The label joins here: the tiles left it out.
     total = sums.others + (sums.label_logits - peak).exp()
     nll = peak + total.log() - sums.label_logits
     grad = None
     if needs_grad:
+        # The label's row has the factor q - 1. It is minus the probability of all others, whose sum loses no digits.
         other_prob = sums.others / total
         slope = head.slope(sums.label_logits)
-        other_prob = other_prob if slope is None else other_prob * slope
+        if slope is not None:
+            other_prob = other_prob * slope
         grad = sums.grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
     return _Scores(nll, nll, None, sums.top_tokens, grad)
 
@@ -83,36 +90,42 @@ class _Sums(NamedTuple):
     """Sum of exp(logit - highest) times the head's row, "rows hidden"; one 0 where no gradient is needed."""
 
 
-def _add_tile(sums: _Sums, part: LmHead, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
+def _add_tile(sums: _Sums, tile: LmHead, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
     """Add the tokens of a part of the head; `column` is the label's, which may lie in another part."""
-    logits = part.logits(operands).float()
-    before = sums.top_logits[:, :1]
+    logits = tile.logits(operands).float()  # (rows, columns)
+    peak_before = sums.top_logits[:, :1]
     num_candidates = sums.top_logits.shape[1]
     if num_candidates == 1:
         index = argmax(logits)[:, None]
         highest = logits.gather(-1, index)
-        top_tokens = torch.where(highest > before, index + start, sums.top_tokens)
-        top_logits = torch.maximum(before, highest)
+        # Strictly greater: on ties the token of the earlier tile stays, as argmax over a whole row would choose.
+        top_tokens = torch.where(highest > peak_before, index + start, sums.top_tokens)
+        top_logits = torch.maximum(peak_before, highest)
     else:
         highest, index = topk(logits, min(num_candidates, logits.shape[1]))
+        # Stable, with the tokens of earlier tiles first: on ties these stay.
         both, order = torch.cat([sums.top_logits, highest], dim=1).sort(stable=True, dim=-1, descending=True)
         top_logits = both[:, :num_candidates]
         order = order[:, :num_candidates]
         top_tokens = torch.cat([sums.top_tokens, index + start], dim=1).gather(1, order)
     peak = top_logits[:, :1]
-    rescale = (before - peak).exp_()
-    inside = column.clamp(0, len(part.weight) - 1)
+    # Earlier sums are relative to the peak before.
+    rescale = (peak_before - peak).exp_()
+    # Of a label in another tile some column is read, and then not used: all rows take the same steps.
+    inside = column.clamp(0, len(tile.weight) - 1)
     is_here = column == inside
     column_logits = logits.gather(-1, inside)
     label_logits = torch.where(is_here, column_logits, sums.label_logits)
-    slope = part.slope(logits) if needs_grad else None
+    # Before the logits are overwritten, which the slope is computed from.
+    slope = tile.slope(logits) if needs_grad else None
     logits.scatter_(-1, inside, column_logits.masked_fill(is_here, -torch.inf))
     exps = logits.sub_(peak).exp_()
     others = sums.others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
     grad = sums.grad
     if needs_grad:
-        exps = exps if slope is None else exps.mul_(slope)
-        grad = grad.mul_(rescale).add_(exps.to(part.weight.dtype) @ part.weight)
+        if slope is not None:
+            exps = exps.mul_(slope)
+        grad = grad.mul_(rescale).add_(exps.to(tile.weight.dtype) @ tile.weight)
     return _Sums(top_logits, label_logits, others, top_tokens, grad)
 
 
@@ -122,30 +135,14 @@ def _compiled_add_tile():
     return torch.compile(_add_tile, dynamic=True)
 
 
-def soft_losses(log_probs: Tensor, log_target: Tensor, token_loss: TokenLoss) -> Tensor:
-    """Compute the token loss against the target's distribution, "rows vocab" of both, in plain PyTorch.
-
-    With `q` the drafter's and `p` the target's distribution, it is
-
-    - `kl`: `sum of p log(p / q)`, soft labels;
-    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
-      2602.23881).
-    """
-    if token_loss == "kl":
-        return (log_target.exp() * (log_target - log_probs)).sum(-1)
-    assert token_loss == "lk"
-    return -torch.minimum(log_probs.exp(), log_target.exp()).sum(-1).log()
-
-
 def _soft_scores(
     rows: Tensor, target_rows: Tensor, head: LmHead, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
 ) -> _Scores:
-    """Compute `soft_losses`, or the cross-entropy, with gradient, and the overlap of both distributions.
+    """Compute the token loss with gradient, and the overlap of the drafter's and the target's distribution.
 
     This needs whole rows of both.
     """
-    logits = head.logits(rows).float()
-    slope = head.slope(logits) if needs_grad else None
+    logits = head.logits(rows).float()  # (rows, vocab), as all that follow
     log_probs = logits.log_softmax(-1)
     log_target = head.logits(target_rows).float().log_softmax(-1)
     probs = log_probs.exp()
@@ -153,22 +150,27 @@ def _soft_scores(
     overlap = torch.minimum(probs, target_probs).sum(-1, keepdim=True)
     nll = -log_probs.gather(-1, labels)
     top_tokens = argmax(logits)[:, None]
+    # The gradients are with respect to the logits. They overwrite `probs`, which nobody reads after that.
     if token_loss == "nll":
         losses = nll
         grad = probs.scatter_add_(-1, labels, -torch.ones_like(nll))
     elif token_loss == "kl":
         losses = (target_probs * log_target.sub_(log_probs)).sum(-1, keepdim=True)
         grad = probs.sub_(target_probs)
-    elif token_loss == "lk":  # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0
+    elif token_loss == "lk":
         losses = -overlap.clamp_min(TINY).log()
+        # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0.
         falls_short = (probs < target_probs).float()
-        share = (probs * falls_short).sum(-1, keepdim=True)
-        grad = probs.mul_(share - falls_short).div_(overlap.clamp_min(TINY))
+        # Through the softmax's Jacobian, q_i (delta_ij - q_j), the mean of it is taken off.
+        mean = (probs * falls_short).sum(-1, keepdim=True)
+        grad = probs.mul_(mean - falls_short).div_(overlap.clamp_min(TINY))
     else:
         assert_never(token_loss)
     rows_grad = None
     if needs_grad:
-        grad = grad if slope is None else grad.mul_(slope)
+        slope = head.slope(logits)
+        if slope is not None:
+            grad = grad.mul_(slope)
         rows_grad = (grad.to(head.weight.dtype) @ head.weight) * head.multiplier
     return _Scores(losses, nll, overlap, top_tokens, rows_grad)
 
@@ -197,36 +199,45 @@ class TokenLosses(torch.autograd.Function):
         Arguments as in `dpace.loss.frozen_head_nll`.
         """
         needs_grad = ctx.needs_input_grad[0]
+        # What stays where a slot is not scored: no loss, an overlap of 1, and no token.
         losses = torch.zeros(is_scored.shape, device=hidden.device)
         nll = torch.zeros_like(losses)
         overlap = None if target_hidden is None else torch.ones_like(losses)
         top_tokens = torch.full((*labels.shape, num_candidates), -1, device=labels.device)
-        found = (losses, nll, overlap, top_tokens)
         grad = torch.zeros_like(hidden) if needs_grad else None
-        num_logits = chunk_bytes // 4
-        num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(head.weight)
-        for chosen in scored_rows.split(max(1, num_rows)):
-            rows = hidden.flatten(0, 2)[chosen]
-            row_labels = labels.flatten()[chosen, None]
+        outputs = (losses, nll, overlap, top_tokens)
+        num_logits = chunk_bytes // 4  # of fp32
+        num_rows = math.isqrt(num_logits)  # square tiles reread rows and head the least
+        if target_hidden is not None:
+            num_rows = num_logits // SOFT_COPIES // len(head.weight)
+        for chunk in scored_rows.split(max(1, num_rows)):
+            # Indices into (batch * block * slot).
+            rows = hidden.flatten(0, 2)[chunk]
+            row_labels = labels.flatten()[chunk, None]
             if target_hidden is None:
+                # A last chunk of few rows takes more columns instead.
                 num_columns = max(1, num_logits // max(1, len(rows)))
                 scores = _hard_scores(rows, head, row_labels, num_columns, needs_grad, num_candidates)
             else:
-                target_rows = target_hidden.flatten(0, 2)[chosen]
+                target_rows = target_hidden.flatten(0, 2)[chunk]
                 scores = _soft_scores(rows, target_rows, head, row_labels, token_loss, needs_grad)
-            for values, whole in zip(scores, (*found, grad), strict=True):
+            # In the order of the fields of `_Scores`.
+            for values, whole in zip(scores, (*outputs, grad), strict=True):
                 if values is not None and whole is not None:
-                    whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
+                    whole.view(is_scored.numel(), -1)[chunk] = values.to(whole.dtype)
             del scores  # frees memory before the next chunk is computed
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(*(whole for whole in found[1:] if whole is not None))
-        return found
+        # Only the losses carry a gradient.
+        ctx.mark_non_differentiable(*[statistic for statistic in outputs[1:] if statistic is not None])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         """Scale the kept gradient by the gradient of each slot's loss."""
         (grad,) = ctx.saved_tensors
-        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
+        # `out` keeps the dtype of the hidden states, where the product of bf16 and fp32 would be fp32.
+        hidden_grad = torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad))
+        return hidden_grad, *[None] * 8  # nothing for the other arguments of `forward`
 
 
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, is_soft: bool) -> int:
@@ -239,5 +250,8 @@ def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, 
         is_cpu: whether a CPU computes.
         is_soft: whether the loss compares with the target's distribution.
     """
-    wanted = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
-    return max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight)) if is_soft else wanted
+    chunk_bytes = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
+    if is_soft:
+        bytes_of_row = 4 * SOFT_COPIES * len(weight)  # fp32
+        chunk_bytes = max(chunk_bytes, MIN_SOFT_ROWS * bytes_of_row)
+    return chunk_bytes

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.config import Reduction, TokenLoss
-from dpace.loss.head_scores import TokenLosses, default_chunk_bytes, soft_losses
+from dpace.loss.head_scores import TokenLosses, default_chunk_bytes
 from dpace.target.head import TINY, LmHead
 from dpace.weights import uniform_weights
 
@@ -76,7 +76,9 @@ def frozen_head_nll(
     chunk_bytes: int | None = None,
     num_candidates: int = 1,
 ) -> SlotScores:
-    """Compute the weighted loss of each block; equals `frozen_head_nll_reference`.
+    """Compute the weighted loss of each block.
+
+    It equals `frozen_head_nll_reference` of `tests/support/losses.py`, which has all logits at once.
 
     The head is frozen, so the gradient of a row's cross-entropy with respect to its hidden state is
     `(softmax - onehot) @ W`. It is computed together with the loss, tile by tile of rows and vocabulary: logits,
@@ -85,8 +87,12 @@ def frozen_head_nll(
     `target_hidden`, a third product computes the target's logits, and tiles are whole rows. Statistics are fp32 for
     operands of any dtype.
 
-    The token loss of a slot is `nll`, `-log q[label]` with `q` the drafter's distribution, as in the paper; or one of
-    `dpace.loss.head_scores.soft_losses`, against the target's distribution.
+    With `q` the drafter's distribution and `p` the target's, the token loss of a slot is
+
+    - `nll`: `-log q[label]`, as in the paper;
+    - `kl`: `sum of p log(p / q)`, soft labels;
+    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
+      2602.23881).
 
     Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
 
@@ -117,24 +123,14 @@ def frozen_head_nll(
         chunk_bytes = default_chunk_bytes(
             head.weight, is_cpu=head.weight.device.type == "cpu", is_soft=target_hidden is not None
         )
-    rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
-    scores = TokenLosses.apply(
-        hidden, head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates
+    if scored_rows is None:
+        scored_rows = is_scored.flatten().nonzero()[:, 0]
+    # By position, since autograd functions take no keywords.
+    losses, nll, overlap, candidates = TokenLosses.apply(
+        hidden, head, labels, is_scored, scored_rows, token_loss, target_hidden, chunk_bytes, num_candidates
     )
-    return _weighted(labels, is_scored, weigh, *scores)
-
-
-def _weighted(
-    labels: Tensor,
-    is_scored: Tensor,
-    weigh: Weigh,
-    losses: Tensor,
-    nll: Tensor,
-    overlap: Tensor | None,
-    candidates: Tensor,
-) -> SlotScores:
-    """Weigh the slots' token losses."""
     is_match = (candidates[..., 0] == labels) & is_scored
+    # Detached: weights depend on the drafter's probabilities, but are constants of the loss.
     weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
     return SlotScores((weights * losses).sum(-1), nll, weights, is_match, losses, candidates)
 
@@ -146,37 +142,8 @@ def candidate_logits(
 
     Memory: the head's rows of all these tokens.
     """
-    rows = head.weight[candidates].float()
+    rows = head.weight[candidates].float()  # (..., candidate, hidden)
     return head.finish((rows @ hidden.float()[..., None])[..., 0])
-
-
-def frozen_head_nll_reference(
-    hidden: Float[Tensor, "batch block slot hidden"],
-    head: LmHead,
-    labels: Int[Tensor, "batch block slot"],
-    is_scored: Bool[Tensor, "batch block slot"],
-    *,
-    weigh: Weigh = _uniform,
-    token_loss: TokenLoss = "nll",
-    target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
-    num_candidates: int = 1,
-) -> SlotScores:
-    """Compute `frozen_head_nll` in plain PyTorch: all logits at once, gradient by autograd.
-
-    For tests and for readers.
-    """
-    logits = head.logits(hidden).float()
-    log_probs = logits.log_softmax(-1)
-    nll = -log_probs.gather(-1, labels.where(is_scored, 0)[..., None])[..., 0].where(is_scored, 0.0)
-    losses = nll
-    overlap = None
-    if target_hidden is not None:
-        log_target = head.logits(target_hidden).float().log_softmax(-1)
-        overlap = torch.minimum(log_probs.exp(), log_target.exp()).sum(-1).detach().where(is_scored, 1.0)
-        if token_loss != "nll":
-            losses = soft_losses(log_probs, log_target, token_loss).where(is_scored, 0.0)
-    candidates = logits.topk(num_candidates).indices.where(is_scored[..., None], -1)
-    return _weighted(labels, is_scored, weigh, losses, nll.detach(), overlap, candidates)
 
 
 def count_items(
@@ -241,6 +208,11 @@ def block_loss(
     if num_items is None:
         num_items = count_items(is_scored, reduction)
     if reduction == "anchors":
-        losses = losses / is_scored.any(-1).sum(-1, keepdim=True).clamp_min(1)
-    is_tensor = isinstance(num_items, Tensor)  # a number would be copied to the device, and the host would wait
-    return losses.sum() / (num_items.float().clamp_min(TINY) if is_tensor else max(num_items, TINY))
+        # (batch, 1): blocks of each sequence that have a scored slot.
+        num_blocks = is_scored.any(-1).sum(-1, keepdim=True)
+        losses = losses / num_blocks.clamp_min(1)
+    # TINY keeps a batch without items at 0 instead of NaN.
+    if isinstance(num_items, Tensor):
+        return losses.sum() / num_items.float().clamp_min(TINY)
+    # A number stays one: as a tensor it would be copied to the device, and the host would wait.
+    return losses.sum() / max(num_items, TINY)

@@ -1,4 +1,4 @@
-"""The weights of an objective: dpace's own by name, or those of a custom function.
+"""The weights of an objective: one of dpace's by name, or a custom function.
 
 A custom objective is a function of the user's, named `package.module:function`. It takes `dpace.loss.Slots` and returns
 weights, "batch block slot", finite and not negative. It is found by its name, told from others by its source, and tried
@@ -32,19 +32,19 @@ def load_custom(name: str) -> Weigh:
     Raises:
         ValueError: it cannot be imported, or is no function.
     """
-    before = sys.path[:]
-    sys.path.insert(0, str(Path.cwd()))
+    path_before = sys.path[:]
+    sys.path.insert(0, str(Path.cwd()))  # which the command `dpace`, unlike `python -m`, does not look in
     try:
-        found = pkgutil.resolve_name(name)
+        weigh = pkgutil.resolve_name(name)
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
             f"--loss.objective {name} cannot be imported, {describe_error(error)}; run dpace in the folder that has "
             "its module, or add that folder to PYTHONPATH, and repair the module where it fails"
         ) from error
     finally:
-        sys.path[:] = before
-    name_of(found)
-    return found
+        sys.path[:] = path_before
+    name_of(weigh)  # refuses what is no function
+    return weigh
 
 
 def name_of(weigh: object) -> str:
@@ -62,20 +62,22 @@ def name_of(weigh: object) -> str:
 
 
 def source_sha256(weigh: Weigh) -> str:
-    """Hash what a function computes with: its source, its default values and those that it took along.
+    """Hash what a function computes with: its source, its default values, and what it takes from outside.
 
-    The source is that of its whole module, since it may call others there; in a script or a notebook, that of the
-    function alone.
+    The source of its whole module is hashed, since it may call others there; in a script or a notebook, the source of
+    the function alone.
 
     Raises:
         ValueError: the source is not on disk, or a value is neither a number nor a text.
     """
     function = inspect.unwrap(weigh)
-    place: Any = function if function.__module__ == "__main__" else inspect.getmodule(function)
+    has_source: Any = inspect.getmodule(function)
+    if function.__module__ == "__main__":
+        has_source = function
     try:
-        source = inspect.getsource(place)
-        values = inspect.getclosurevars(function).nonlocals
-        return hash_json([source, values, function.__defaults__, function.__kwdefaults__])
+        source = inspect.getsource(has_source)
+        captured = inspect.getclosurevars(function).nonlocals
+        return hash_json([source, captured, function.__defaults__, function.__kwdefaults__])
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"the objective {name_of(function)} cannot be recorded, {describe_error(error)}; write it into a file, and "
@@ -101,10 +103,13 @@ def checked(weigh: Weigh, name: str) -> Weigh:
                 f"the objective {name} fails on a batch of shape {tuple(shape)}, {describe_error(error)}; it gets "
                 "dpace.Slots, whose blocks have fewer slots with --train.grow-blocks"
             ) from error
+        given = type(weights).__name__
+        if isinstance(weights, Tensor):
+            given = f"the shape {tuple(weights.shape)}"
         if not isinstance(weights, Tensor) or weights.shape != shape:
-            found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-            raise ValueError(f"the objective {name} gives {found}, expected a tensor {tuple(shape)}; correct it")
+            raise ValueError(f"the objective {name} gives {given}, expected a tensor {tuple(shape)}; correct it")
         weights = weights.detach().float().where(slots.is_scored, 0.0)
+        # NaN and no error: to raise one here, the host would wait for the device in every step.
         return weights.where(weights.isfinite() & (weights >= 0), torch.nan)
 
     return weigh_checked
@@ -116,13 +121,14 @@ def try_out(weigh: Weigh, config: LossConfig, block_size: int) -> None:
     Raises:
         ValueError: a weight is negative or not finite; or see `checked`.
     """
-    probs = torch.rand(2, 3, block_size, generator=torch.Generator().manual_seed(0))
+    probs = torch.rand(2, 3, block_size, generator=torch.Generator().manual_seed(0))  # (batch, block, slot)
     is_scored = probs < 0.7
-    is_scored[..., 0] = False
+    is_scored[..., 0] = False  # anchors never are
     is_scored[1, 2] = False  # a padding block
     probs = probs.where(is_scored, 1.0)
     overlap = probs if config.needs_target_probs else None
-    if weigh(Slots(is_scored, probs, is_scored & (probs > 0.4), overlap)).isnan().any():
+    slots = Slots(is_scored, probs, is_scored & (probs > 0.4), overlap)
+    if weigh(slots).isnan().any():
         raise ValueError(f"the objective {config.objective} gives weights that are negative or not finite; correct it")
 
 
@@ -140,22 +146,28 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     Raises:
         ValueError: unknown name; the message lists the known ones. Or a confidence for an objective without one.
     """
-    objective, *parts = name.split("+")
-    changes = {"token_loss": "nll", "confidence": "token"}
-    for part in parts:
-        changes |= {"confidence": "overlap"} if part == "overlap" else {"token_loss": part}
-    known = get_args(Objective)
-    if not (objective in known or is_custom(objective)) or changes["token_loss"] not in get_args(TokenLoss):
+    objective, *additions = name.split("+")
+    token_loss = "nll"
+    confidence = "token"
+    for addition in additions:
+        if addition == "overlap":
+            confidence = "overlap"
+        else:
+            token_loss = addition
+    objectives = get_args(Objective)
+    token_losses = get_args(TokenLoss)
+    is_known = objective in objectives or is_custom(objective)
+    if not is_known or token_loss not in token_losses:
         raise ValueError(
-            f"there is no objective {name!r}; choose one of {', '.join(known)}, or a custom one as "
-            f"package.module:function, and add +{' or +'.join(get_args(TokenLoss)[1:])} for that token loss, and "
+            f"there is no objective {name!r}; choose one of {', '.join(objectives)}, or a custom one as "
+            f"package.module:function, and add +{' or +'.join(token_losses[1:])} for that token loss, and "
             "+overlap for that confidence"
         )
-    if "overlap" in parts and objective in known and "token_probs" not in function_of(objective)[1]:
+    if confidence == "overlap" and objective in objectives and "token_probs" not in function_of(objective)[1]:
         raise ValueError(
             f"the objective {objective} has no confidence, so {name} trains as without +overlap; take it out"
         )
-    return replace(loss, objective=objective, **changes)
+    return replace(loss, objective=objective, token_loss=token_loss, confidence=confidence)
 
 
 def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, *, is_growing: bool = False) -> Weigh:
@@ -180,17 +192,16 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
         for size in sizes:
             try_out(weigh, config, size)
         return weigh
-    function, needed = function_of(name)
+    function, argument_names = function_of(name)
     alpha_end = config.alpha if config.alpha_end is None else config.alpha_end
 
     def weigh_slots(slots: Slots) -> Tensor:
-        known = {
-            **vars(config),
-            **slots._asdict(),
-            "token_probs": slots.token_probs if config.confidence == "token" else slots.overlap,
-            "alpha": config.alpha + (alpha_end - config.alpha) * slots.progress,
-            "gamma": config.gamma or dpace.weights.dflash_gamma(block_size),
-        }
-        return function(**{name: known[name] for name in needed})
+        # All that a function of `dpace.weights` may ask for by name: options, and facts of the slots.
+        values = vars(config) | slots._asdict()
+        if config.confidence == "overlap":
+            values["token_probs"] = slots.overlap
+        values["alpha"] = config.alpha + (alpha_end - config.alpha) * slots.progress
+        values["gamma"] = config.gamma or dpace.weights.dflash_gamma(block_size)
+        return function(**{argument: values[argument] for argument in argument_names})
 
     return weigh_slots

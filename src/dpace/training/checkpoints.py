@@ -72,23 +72,26 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 def checkpoint_folders(checkpoints: Path) -> dict[int, Path]:
     """Find the folders that have the name of a step's checkpoint, by their steps."""
-    names = {path.name.removeprefix("checkpoint-"): path for path in checkpoints.glob("checkpoint-*")}
-    return {int(name): path for name, path in names.items() if name.isdecimal()}
+    folders = {}
+    for path in checkpoints.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal():  # others are not ours
+            folders[int(step)] = path
+    return folders
 
 
 def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Optimizer) -> None:
-    """Write a checkpoint, and remove those that training does not need any more.
+    """Write a checkpoint, and remove all that training does not need any more.
 
     All ranks call it, and the first one writes. Sharded tensors of the optimizer are gathered one at a time.
 
     Raises:
         OSError: no room on the disk; what was written so far is removed.
     """
-    values = optimizer.state_dict()
     moments: dict[str, Tensor] = {}
-    for number, entry in values["state"].items():
-        for name, value in entry.items():
-            whole = ranks.whole(value.detach())
+    for number, moments_of_parameter in optimizer.state_dict()["state"].items():
+        for name, value in moments_of_parameter.items():
+            whole = ranks.whole(value.detach())  # on all ranks, since each has a share
             if ranks.is_first():
                 moments[f"{number}.{name}"] = whole.cpu().contiguous()
     if ranks.is_first():
@@ -129,7 +132,7 @@ def best_of(folder: Path) -> Path | None:
 def find_newest(checkpoints: Path, fits: Callable[[Path], bool]) -> Path | None:
     """Find the newest checkpoint that is whole, its best one included, and remove all but these two.
 
-    Call it inside `lock_folder`. The steps of those that are not whole are taken again.
+    Call it inside `lock_folder`. Steps whose checkpoints are not whole are taken again.
 
     Args:
         checkpoints: their folder.
@@ -141,7 +144,8 @@ def find_newest(checkpoints: Path, fits: Callable[[Path], bool]) -> Path | None:
     for _, folder in sorted(folders.items(), reverse=True):
         if is_whole(folder) and fits(folder):
             best = best_of(folder)
-            if best is None or is_whole(best) and fits(best):
+            # The training ends with the weights of the best one, so it cannot go on without them.
+            if best is None or (is_whole(best) and fits(best)):
                 remove_others(folder)
                 return folder
         note(f"{folder} is not whole, and is removed")
@@ -151,25 +155,32 @@ def find_newest(checkpoints: Path, fits: Callable[[Path], bool]) -> Path | None:
 
 def remove_others(newest: Path) -> None:
     """Remove all checkpoints but this one and the best one when it was written."""
-    for path in {*checkpoint_folders(newest.parent).values()} - {newest, best_of(newest)}:
-        shutil.rmtree(path)
+    kept = (newest, best_of(newest))
+    for folder in checkpoint_folders(newest.parent).values():
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def read_shapes(path: Path) -> Shapes:
     """Read the shapes of a file's tensors."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:  # reads the header only
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
-def are_moments(found: Shapes, optimizer: Optimizer) -> bool:
+def are_moments(shapes: Shapes, optimizer: Optimizer) -> bool:
     """Return whether these are moments of an optimizer: all of a parameter, or none where it had no gradient yet."""
     expected: Shapes = {}
-    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-    for number, (parameter, group) in enumerate(parameters):
-        names = ["momentum_buffer"] if group.get("momentum") is not None else ["exp_avg", "exp_avg_sq"]
-        if f"{number}.step" in found:
-            expected |= {f"{number}.step": [], **{f"{number}.{name}": list(parameter.shape) for name in names}}
-    return bool(found) and found == expected
+    number = 0  # torch counts the parameters through all groups
+    for group in optimizer.param_groups:
+        is_muon = group.get("momentum") is not None
+        names = ["momentum_buffer"] if is_muon else ["exp_avg", "exp_avg_sq"]
+        for parameter in group["params"]:
+            if f"{number}.step" in shapes:
+                expected[f"{number}.step"] = []
+                for name in names:
+                    expected[f"{number}.{name}"] = list(parameter.shape)
+            number += 1
+    return bool(shapes) and shapes == expected
 
 
 def read_optimizer(folder: Path, optimizer: Optimizer) -> None:
@@ -184,6 +195,7 @@ def read_optimizer(folder: Path, optimizer: Optimizer) -> None:
             number, name = key.split(".")
             value = file.get_tensor(key)
             parameter = parameters[int(number)]
-            share = take_share(value, parameter) if value.shape == parameter.shape else value
-            state.setdefault(int(number), {})[name] = share
+            if value.shape == parameter.shape:  # all but the step
+                value = take_share(value, parameter)
+            state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

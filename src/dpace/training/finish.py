@@ -50,8 +50,9 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
     recipe = loop.recipe
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    names = "objective", "objective_sha256"
-    objective = {name: run[f"loss.{name}"] for name in names if f"loss.{name}" in run}
+    objective = {"objective": run["loss.objective"]}
+    if "loss.objective_sha256" in run:  # of a custom one
+        objective["objective_sha256"] = run["loss.objective_sha256"]
     record = {
         "target": target.short_name,
         "dtype": dtype_name(target.model.dtype),
@@ -64,13 +65,14 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
     vocabulary = None
     if len(validation):
         seen = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids])
-        measured = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
-        (acceptance, record["confidence_temperature"]), (part, seen.confidence_temperature) = measured
+        of_all, of_seen = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
+        acceptance, record["confidence_temperature"] = of_all
         record["tau"] = acceptance.tau
         record["tau_interval"] = list(map(defined, acceptance.interval()))
         record["tau_responses"] = validation.ids
+        seen_acceptance, seen.confidence_temperature = of_seen
         # A drafter that started from another one has learned tokens of other texts.
-        if recipe.drafter.init is None and part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
+        if recipe.drafter.init is None and seen_acceptance.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
             vocabulary = seen
     if not ranks.is_first():
         return
@@ -92,14 +94,15 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
         vocabulary.save(folder)
     write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
     write_state(folder / STATE, loop.state)
-    write_json(folder / "provenance.json", provenance)
+    write_json(folder / "provenance.json", provenance)  # last: it says that all others are there
 
 
 def _find_answers(dataset: ResponseDataset) -> list[int]:
     """Return the tokens of the answers that were trained on; of every n-th conversation where all are too many."""
     num_tokens = sum(int(dataset.is_response(number).sum()) for number in range(len(dataset)))
-    numbers = range(0, len(dataset), 1 + num_tokens // MAX_ANSWER_TOKENS)
-    tokens = [token for number in numbers for token in dataset.token_ids(number)[dataset.is_response(number)].tolist()]
+    tokens = []
+    for number in range(0, len(dataset), 1 + num_tokens // MAX_ANSWER_TOKENS):
+        tokens += dataset.token_ids(number)[dataset.is_response(number)].tolist()
     return tokens[:MAX_ANSWER_TOKENS]
 
 
@@ -109,7 +112,7 @@ def measure_and_calibrate(
 ) -> list[tuple[Acceptance, float]]:
     """Measure tau on responses, and find the temperature at which confidence best says whether a slot is accepted.
 
-    The slots are those that decoding reaches: all slots before them are right. About `MAX_CALIBRATION_ROWS` are used.
+    Only slots that decoding reaches count: all slots before them are right. About `MAX_CALIBRATION_ROWS` are used.
     What is minimized, over a grid of quarter octaves, is the cross-entropy between the probability of the drafter's
     most likely token and whether it is the text's token.
 
@@ -126,12 +129,17 @@ def measure_and_calibrate(
     errors = torch.zeros(len(rows), len(TEMPERATURES), dtype=torch.float64)
 
     def add_errors(number: int, states: Tensor, is_right: Tensor) -> None:
-        share = max(1, round(len(states) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scores = drafter.selector.scores(states[::share], rows[number])
-        log_confidence = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]).log().clamp_max(-1e-6)
-        log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
+        # Every n-th slot, as if all conversations had as many slots as this one.
+        stride = max(1, round(len(states) * len(dataset) / MAX_CALIBRATION_ROWS))
+        scores = drafter.selector.scores(states[::stride], rows[number])
+        confidences = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES])  # (temperature, slot)
+        # Below 1, or a wrong draft would cost infinitely much.
+        log_confidences = confidences.log().clamp_max(-1e-6)
+        log_wrong = torch.log(-torch.expm1(log_confidences))  # log(1 - confidence)
+        log_probs = torch.where(is_right[::stride], log_confidences, log_wrong)
         errors[number] -= log_probs.sum(-1).cpu()
 
-    found = measure_vocabularies(drafter, target, dataset, vocabularies, visit=add_errors)
+    acceptances = measure_vocabularies(drafter, target, dataset, vocabularies, visit=add_errors)
     best = torch.stack(ranks.gather(errors)).sum(0).argmin(-1).tolist()
-    return list(zip(found, [TEMPERATURES[index] for index in best], strict=True))
+    temperatures = [TEMPERATURES[index] for index in best]
+    return list(zip(acceptances, temperatures, strict=True))

@@ -9,6 +9,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.spec import SAME_AS_OPTIONS
 from dpace.engines.read import read_drafter
 from dpace.recipes.recipe_file import AnyRecipe
+from dpace.system.ledger import JsonObject
 from dpace.target.files import count_layers
 from dpace.target.locate import find_drafter, find_target
 
@@ -33,17 +34,18 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
     spec = init.spec
-    own = {
-        **{option: None for option in vars(recipe.drafter) if option.startswith("selector")},
-        **{name: getattr(spec, name) for name in SAME_AS_OPTIONS},
-        "selector": spec.selector and spec.selector.name,
-        "num_features": len(spec.target_layer_ids),
-        **(spec.selector.options(spec.hidden_size) if spec.selector else {}),
-        "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
-        "causal": spec.is_causal is True,  # of all layers
-        "norm_scale": 1.0,  # it has a final norm
-    }
-    for option, value in own.items():
+    values: JsonObject = {option: None for option in vars(recipe.drafter) if option.startswith("selector")}
+    for option in SAME_AS_OPTIONS:
+        values[option] = getattr(spec, option)
+    values["selector"] = None  # the spec has its sizes, the recipe its name
+    if spec.selector is not None:
+        values["selector"] = spec.selector.name
+        values |= spec.selector.options(spec.hidden_size)
+    values["num_features"] = len(spec.target_layer_ids)
+    values["full_layers"] = tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention")
+    values["causal"] = spec.is_causal is True  # of all layers
+    values["norm_scale"] = 1.0  # the final norm is trained already
+    for option, value in values.items():
         asked = getattr(recipe.drafter, option)
         if asked not in (None, value) and f"drafter.{option}" in given:
             flag = f"--drafter.{option.replace('_', '-')}"
@@ -51,6 +53,6 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
                 f"{flag} is {asked}, but {name} has {value}; leave {flag} out, or train without --drafter.init"
             )
     try:
-        return replace(recipe, drafter=replace(recipe.drafter, **own)), init
+        return replace(recipe, drafter=replace(recipe.drafter, **values)), init
     except ValidationError as error:
         raise ValueError(f"no training takes the sizes of {name} ({error}); train without --drafter.init") from error

@@ -27,7 +27,7 @@ from dpace.blocks import Blocks, block_sizes
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden
-from dpace.loss import SlotScores, Weigh, block_loss, count_items
+from dpace.loss import SlotScores, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
@@ -75,18 +75,27 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
     Returns:
         What the LM head and the drafter's selector give, and the blocks.
     """
-    found = blocks_hidden(
+    drafted = blocks_hidden(
         drafter, scorer.rows.target, batch, model=model, with_target_hidden=scorer.needs_target_hidden
     )
-    selector = drafter.selector
-    scores = scorer.score(
-        found.hidden,
-        found.blocks,
-        found.target_hidden,
-        num_candidates=selector.num_candidates,
+    blocks = drafted.blocks
+    config = scorer.loss
+    # The target's may be there for a selector's loss alone; with it, token losses take a slower path.
+    target_hidden = drafted.target_hidden if config.needs_target_probs else None
+    chunk_bytes = None if config.chunk_mib is None else config.chunk_mib * 2**20
+    scores = frozen_head_nll(
+        drafted.hidden,
+        scorer.rows.head,
+        scorer.rows.index(blocks.labels),
+        blocks.is_scored,
+        weigh=scorer.weigh,
+        token_loss=config.token_loss,
+        target_hidden=target_hidden,
         scored_rows=batch.get("scored_rows"),
+        chunk_bytes=chunk_bytes,
+        num_candidates=drafter.selector.num_candidates,
     )
-    return selector.add_loss(scores, found, scorer, batch.get("whole_blocks")), found.blocks
+    return drafter.selector.add_loss(scores, drafted, scorer), blocks
 
 
 class TrainingLoop:
@@ -94,7 +103,7 @@ class TrainingLoop:
 
     Where accelerate's configuration asks for FSDP2, a copy of the drafter is sharded and trained. The drafter itself
     stays whole on each rank, and gets the weights for measuring, for checkpoints and at the end. So the files are the
-    same as those of one process.
+    same as from one process.
 
     Memory, of a rank among n: a whole drafter with its gradient and moments; sharded, a whole drafter and a share 1/n
     of weights, gradient and moments.
@@ -138,10 +147,12 @@ class TrainingLoop:
             drafter.activation_checkpointing_enable()
         self.is_sharded = wants_shards()
         self.model = shard(copy.deepcopy(drafter)) if self.is_sharded else drafter
+        drafted_tokens = dataset.seen_tokens if self.loss.vocabulary == "seen" else None
         self.scorer = Scorer(
             self.loss,
+            # The loss, which makes the slots, does not know how far the training is.
             lambda slots: weigh(slots._replace(progress=self.progress)),
-            DraftRows(target, dataset.seen_tokens if self.loss.vocabulary == "seen" else None),
+            DraftRows(target, drafted_tokens),
             needs_target_hidden=recipe.needs_target_hidden,
             autocast=self.autocast,
         )
@@ -149,6 +160,7 @@ class TrainingLoop:
         self.wrapped: Any = self.accelerator.prepare_model(
             self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
         )
+        # Losses and their gradients start from fp32, whatever the products are rounded to.
         self.forward = convert_outputs_to_fp32(self._rounded)
         if self.is_sharded:
             self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
@@ -160,12 +172,13 @@ class TrainingLoop:
     def _make_accelerator(self) -> Accelerator:
         """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
         device = self.target.device
+        is_bf16 = default_dtype(device) == torch.bfloat16
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the device of a training before this one
         # Accelerate would not shard on a CPU, and would have all in bf16 on a GPU.
         with patch_environment(accelerate_use_fsdp=False):
             accelerator = Accelerator(
                 cpu=device.type == "cpu",
-                mixed_precision="bf16" if default_dtype(device) == torch.bfloat16 else "no",
+                mixed_precision="bf16" if is_bf16 else "no",
                 dynamo_backend="inductor" if self.config.torch_compile else None,
             )
         assert accelerator.device.type == device.type
@@ -174,25 +187,27 @@ class TrainingLoop:
     def _make_schedule(self) -> LambdaLR:
         """Make the schedule of the learning rate, from where the training stands."""
         num_steps = self.state.max_steps
+        # The last step is no warmup: otherwise a training of one step would have the learning rate 0.
         warmup = min(math.ceil(num_steps * self.config.warmup_ratio), num_steps - 1)
+        # An epoch of torch's schedules is one of our steps.
         return get_cosine_schedule_with_warmup(self.optimizer, warmup, num_steps, last_epoch=self.state.global_step - 1)
 
     def fits(self, folder: Path) -> bool:
         """Return whether this training can read a checkpoint; one of another version may have other contents."""
-        weights = {name: list(tensor.shape) for name, tensor in self.drafter.state_dict().items()}
+        weight_shapes = {name: list(tensor.shape) for name, tensor in self.drafter.state_dict().items()}
         try:
             state = read_state(folder)
-            StepLog(self.drafter.block_size, torch.device("cpu")).go_on(state.unlogged)
+            StepLog(self.drafter.block_size, torch.device("cpu")).go_on(state.unlogged)  # fails on other contents
             return (
                 state.max_steps == self.state.max_steps
-                and read_shapes(folder / WEIGHTS) == weights
+                and read_shapes(folder / WEIGHTS) == weight_shapes
                 and are_moments(read_shapes(folder / MOMENTS), self.optimizer)
             )
         except (*LIBRARY_ERRORS, OSError, SafetensorError):
             return False
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Open the precision of products for a `with` block: accelerate's, and on a CPU that of `--train.products`."""
+        """Open the precision of products for a `with` block: accelerate's, and on a CPU `--train.products`."""
         if self.target.device.type != "cpu":
             return self.accelerator.autocast()
         dtype = products_dtype(self.config, self.target.device)
@@ -238,6 +253,7 @@ class TrainingLoop:
                 is_last = state.global_step == state.max_steps
                 if is_last or state.global_step % config.logging_steps == 0:
                     track(state.add_to_log(self.log.entry(self.accelerator)))
+                # Before a checkpoint, which records whether it is the best one.
                 is_best = self.measure(track)
                 is_due = state.global_step % (config.save_steps or config.eval_steps) == 0
                 if is_last or self.interrupt.is_asked or is_best or is_due:
@@ -251,13 +267,15 @@ class TrainingLoop:
         """Yield this rank's micro-batches of each step, from where the training stands to its end."""
         state = self.state
         batch_size = self.config.batch_size
-        of_others = ranks.rank() * batch_size
+        # A micro-batch of all ranks is `micro_size` conversations in a row; the lower ranks take the first ones.
+        offset = ranks.rank() * batch_size
         while state.global_step < state.max_steps:
             self.dataset.epoch, num_done = divmod(state.global_step, self.steps_per_epoch)
             steps = self.dataset.steps(self.step_size, seed=self.config.seed, is_grouped=self.config.group_by_length)
-            for numbers in steps[num_done : num_done + state.max_steps - state.global_step]:
-                starts = range(0, len(numbers), self.micro_size)
-                yield [self.read_batch(numbers[start + of_others :][:batch_size]) for start in starts]
+            num_left = state.max_steps - state.global_step
+            for numbers in steps[num_done : num_done + num_left]:
+                starts = range(offset, len(numbers) + offset, self.micro_size)
+                yield [self.read_batch(numbers[start : start + batch_size]) for start in starts]
 
     def read_batch(self, numbers: Sequence[int]) -> Inputs:
         """Read a micro-batch and draw its blocks.
@@ -266,16 +284,21 @@ class TrainingLoop:
         count, because the ranks keep step.
         """
         rows = [self.dataset[number] for number in numbers or (0,)]
-        whole = self.drafter.block_size
         num_slots = self.block_sizes[int(self.progress * len(self.block_sizes))]
-        if num_slots < whole:
-            rows = [redraw(row, self.config.num_anchors * whole // num_slots) for row in rows]
+        if num_slots < self.drafter.block_size:
+            # Of half the slots there are twice as many blocks.
+            num_anchors = self.config.num_anchors * self.drafter.block_size // num_slots
+            rows = [redraw(row, num_anchors) for row in rows]
         batch = collate(rows, num_slots)
-        batch["is_scored"] &= bool(numbers)
-        batch["scored_rows"] = batch["is_scored"].flatten().nonzero()[:, 0]
-        batch["whole_blocks"] = batch["is_scored"][..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
+        is_scored = batch["is_scored"]
+        is_scored &= bool(numbers)
+        # Found here, on the host: on a device `nonzero` would make the host wait in each step.
+        batch["scored_rows"] = is_scored.flatten().nonzero()[:, 0]
+        batch["whole_blocks"] = is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
         if self.target.device.type in TILED:
-            batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
+            for name, value in batch.items():
+                if value is not None:
+                    batch[name] = value.pin_memory()  # copied while the device computes
         return batch | {"counts": bool(numbers)}
 
     def take_step(self, batches: Sequence[Inputs]) -> None:
@@ -300,9 +323,10 @@ class TrainingLoop:
         totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
-            inputs["text"] = batch["token_ids"]
+            inputs["text"] = batch["token_ids"]  # on the host, where the target looks for shared beginnings
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)
+                # Divided by the step's items below, when they are known.
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
             num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]
@@ -327,6 +351,7 @@ class TrainingLoop:
             )
         if self.config.max_grad_norm:
             factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        # Division and clipping in one pass over all gradients.
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
         learning_rate = float(self.schedule.get_last_lr()[0])
@@ -342,8 +367,11 @@ class TrainingLoop:
         """Let the ranks exchange gradients in the backward pass of a step's last micro-batch only."""
         if self.is_sharded:
             self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
-        with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
+        if is_last or self.is_sharded:
             yield
+        else:
+            with self.accelerator.no_sync(self.wrapped):
+                yield
 
     def gather(self) -> None:
         """Bring the weights as they are into `drafter`; all ranks must be here.
@@ -367,8 +395,10 @@ class TrainingLoop:
             return False
         self.gather()
         acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
-        taus = zip(("eval_tau", "eval_tau_top", "eval_tau_oracle"), (acceptance.tau, *acceptance.bounds), strict=False)
-        track(state.add_to_log(dict(taus)))
+        names = ("eval_tau", "eval_tau_top", "eval_tau_oracle")
+        # Only a selector has bounds.
+        taus: dict[str, float] = dict(zip(names, (acceptance.tau, *acceptance.bounds), strict=False))
+        track(state.add_to_log(taus))
         is_best = state.best_metric is None or acceptance.tau > state.best_metric
         if is_best:
             state.best_metric = acceptance.tau

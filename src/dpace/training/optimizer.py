@@ -30,8 +30,10 @@ answers and on prompts that nothing was trained on; docs/results.md has what it 
 
 def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the factors in matrix products: bf16, and on a CPU what `--train.products` says."""
-    is_rounded = config.products == "bfloat16" or (config.products == "auto" and has_fast_bf16())
-    return torch.bfloat16 if device.type != "cpu" or is_rounded else torch.float32
+    if device.type != "cpu" or config.products == "bfloat16":
+        return torch.bfloat16
+    is_rounded = config.products == "auto" and has_fast_bf16()
+    return torch.bfloat16 if is_rounded else torch.float32
 
 
 def is_factor(name: str, parameter: Tensor) -> bool:
@@ -46,19 +48,21 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     norms = []
     tables = []
     for name, parameter in model.named_parameters():
+        is_matrix = is_factor(name, parameter) if is_muon else parameter.ndim > 1
         if is_muon and name.endswith(TOKEN_TABLES):
             tables.append(parameter)
-        elif is_factor(name, parameter) if is_muon else parameter.ndim > 1:
+        elif is_matrix:
             matrices.append(parameter)
         else:
             norms.append(parameter)
     options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if is_muon:
-        groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
-        if tables:
-            groups.append({"params": tables, "momentum": None, "weight_decay": TABLE_DECAY})
-        return MuonAdamW(groups, products_dtype(config, matrices[0].device), **options)
-    return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], fused=True, **options)
+    if not is_muon:
+        return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], fused=True, **options)
+    # Checkpoints number the parameters in the order of the groups.
+    groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
+    if tables:
+        groups.append({"params": tables, "momentum": None, "weight_decay": TABLE_DECAY})
+    return MuonAdamW(groups, products_dtype(config, matrices[0].device), **options)
 
 
 def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
@@ -72,14 +76,17 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
     """
     x = matrix.to(dtype)
     is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp_min(1e-7)
+    if is_tall:
+        x = x.T  # the gram matrix of the short side is the small one
+    x = x / x.norm().clamp_min(1e-7)  # all singular values are at most 1 then, where the iteration converges
     first, third, fifth = COEFFICIENTS
+    # A step is x <- (first + third G + fifth G^2) x, with the gram matrix G = x x^T.
     if dtype == torch.float32 and x.shape[1] >= MIN_ASPECT * x.shape[0]:
         gram = x @ x.T
         factors: list[Tensor] = []
         for _ in range(5):
             if factors:
+                # The gram matrix of F x is F G F, since a factor F is symmetric.
                 gram = factors[-1] @ gram @ factors[-1]
             factor = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
             factor.diagonal().add_(first)
@@ -88,8 +95,11 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
     else:
         for _ in range(5):
             gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
-    return (x.T if is_tall else x).to(matrix.dtype)
+            factor = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+            x = torch.addmm(x, factor, x, beta=first)
+    if is_tall:
+        x = x.T
+    return x.to(matrix.dtype)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -117,7 +127,9 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; the gradients of matrices are gone then, so that AdamW leaves them alone."""
         for group in self.param_groups:
-            for parameter in group["params"] if group["momentum"] is not None else ():
+            if group["momentum"] is None:
+                continue
+            for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_matrix(parameter, group)
                     parameter.grad = None
@@ -133,6 +145,7 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
         buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        update = take_share(orthogonalize(ranks.whole(grad.lerp(buffer, momentum)), self.dtype), parameter)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        nesterov = grad.lerp(buffer, momentum)
+        update = take_share(orthogonalize(ranks.whole(nesterov), self.dtype), parameter)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])  # decoupled, as AdamW's
         parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)

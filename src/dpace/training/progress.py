@@ -51,7 +51,7 @@ class Interrupt:
     def watching(self) -> Iterator[None]:
         """Watch both signals inside the `with` block; raise `KeyboardInterrupt` at its end if a rank got one."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may
+            yield  # only the main thread may set handlers
             return
         previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -59,6 +59,7 @@ class Interrupt:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        # Inside the block, the step and its checkpoint were still to be finished.
         if self.asked_at is not None or self.is_asked:
             raise KeyboardInterrupt(self.number)
 
@@ -89,8 +90,9 @@ class StepLog:
 
     def add_batch(self, out: SlotScores, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
-        by_slot = (out.weights, out.is_match, out.nll, is_scored)
-        self._sums[:, : is_scored.shape[-1]] += torch.stack([values.float().sum((0, 1)) for values in by_slot])
+        numbers = (out.weights, out.is_match, out.nll, is_scored)  # each "batch block slot"
+        sums = torch.stack([values.float().sum((0, 1)) for values in numbers])
+        self._sums[:, : is_scored.shape[-1]] += sums  # blocks that grow are shorter at first
 
     def add_step(self, **numbers: float) -> None:
         """Add the `STEP_NUMBERS` of an optimizer step."""
@@ -103,7 +105,10 @@ class StepLog:
 
     def go_on(self, unlogged: JsonObject) -> None:
         """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = [{name: float(step[name]) for name in STEP_NUMBERS} for step in unlogged.get("steps", [])]
+        self._steps = []
+        for step in unlogged.get("steps", []):
+            self._steps.append({name: float(step[name]) for name in STEP_NUMBERS})
+        # They are of all ranks already, and will be added up over the ranks again.
         if self._steps and ranks.is_first():
             self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
 
@@ -123,6 +128,7 @@ class StepLog:
             "step_seconds": statistics.median(step["seconds"] for step in self._steps),
             "nll": float(nll.sum() / slots.sum().clamp_min(1)),
         }
+        # Lists, since each number of a tensor would be a copy from the device.
         shares = (weights / weights.sum()).tolist()
         accuracy = (matches / slots.clamp_min(1)).tolist()
         for slot in range(1, len(shares)):
@@ -162,7 +168,9 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
     """
     trackers: dict[str, GeneralTracker] = {}
     settings = without_passwords({"target": recipe.target, **recipe.settings})
-    settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+    for key, value in settings.items():
+        if not isinstance(value, int | float):
+            settings[key] = str(value)  # TensorBoard takes no lists, and no None
 
     def attempt(name: str, work: Callable[..., object], *args: object, **options: object) -> None:
         try:
@@ -180,11 +188,12 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         trackers[name].store_init_configuration(settings)
 
     def log(entry: dict[str, float]) -> None:
-        for name, tracker in list(trackers.items()):
+        for name, tracker in list(trackers.items()):  # a copy: one that fails leaves
             attempt(name, tracker.log, entry, step=int(entry["step"]))
 
-    for name in recipe.train.report_to if ranks.is_first() else ():
-        attempt(name, start, name)
+    if ranks.is_first():
+        for name in recipe.train.report_to:
+            attempt(name, start, name)
     try:
         yield log
     finally:
@@ -194,7 +203,9 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
 
 def latest_numbers(state: TrainingState) -> str:
     """Return what the bar shows of the log."""
-    numbers = {name: value for entry in state.log_history[-20:] for name, value in entry.items()}
+    numbers: dict[str, float] = {}
+    for entry in state.log_history[-20:]:
+        numbers |= entry  # entries of steps and of measurements have different names
     return ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
 
 
@@ -204,7 +215,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.accelerator.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is in use now
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -212,5 +223,7 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
-    return found and 1024 * int(found[1])
+    if not status.exists():
+        return None
+    peak = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE)  # in KiB
+    return peak and 1024 * int(peak[1])

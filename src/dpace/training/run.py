@@ -86,7 +86,7 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None
     if weigh is not None or is_custom(recipe.loss.objective):
         settings["loss.objective_sha256"] = source_sha256(weigh or load_custom(recipe.loss.objective))
     settings["thinking"] = recipe.thinking
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings))  # as a file gives them back: lists in place of tuples
 
 
 def hash_rows(dataset: ResponseDataset) -> str:
@@ -95,6 +95,7 @@ def hash_rows(dataset: ResponseDataset) -> str:
     for index, response_id in enumerate(dataset.ids):
         name = response_id.encode()
         token_ids = dataset.token_ids(index)
+        # With the lengths, no other rows give the same bytes.
         digest.update(f"{len(name)} {len(token_ids)} ".encode() + name)
         digest.update(token_ids.to(torch.int64).numpy().tobytes())
         digest.update(dataset.is_response(index).to(torch.uint8).numpy().tobytes())
@@ -114,7 +115,7 @@ def read_run(folder: str | Path) -> JsonObject | None:
 class Run:
     """A training: its recipe, the drafter that it starts from, and the facts that decide what comes out of it.
 
-    `facts` is what `run.json` holds. Those of the settings are there at once; `data_facts` and `target_facts` are added
+    `facts` is what `run.json` holds. Facts of the settings are there at once; `data_facts` and `target_facts` are added
     when they are known, so that a folder with another run is refused before a model is loaded. `weigh` computes the
     weights of its objective.
 
@@ -145,10 +146,9 @@ class Run:
         Raises:
             ValueError: it holds another run; names the first thing that differs, with both values.
         """
-        kept = read_run(folder)
-        if kept is None:
+        written_facts = read_run(folder)
+        if written_facts is None:
             return False
-        ways = {STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks"}
         here = shlex.quote(str(folder))
         aside = shlex.quote(f"{folder}-before")
         longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
@@ -157,8 +157,13 @@ class Run:
                 "to train it further, finish it first, or copy responses.jsonl and responses.meta.json into a new "
                 f"folder, name that with --output, and the newest folder in {here}/checkpoints with --drafter.init"
             )
-        ways |= {"train.max_steps": longer, "train.num_epochs": longer}
-        same_run({**settings_of(Recipe()), **kept}, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
+        ways = {
+            STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks",
+            "train.max_steps": longer,
+            "train.num_epochs": longer,
+        }
+        written_facts = settings_of(Recipe()) | written_facts  # defaults of what an older version did not have
+        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
         return True
 
     def is_finished_in(self, folder: str | Path) -> bool:
@@ -172,18 +177,14 @@ def is_finished(folder: str | Path) -> bool:
 
 
 def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> JsonObject:
-    """Hash the conversations that are trained on and those that choose the checkpoint."""
+    """Hash the conversations to train on, and the conversations that choose the checkpoint."""
     return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
 
 
 def target_facts(target: Target) -> JsonObject:
     """Return what identifies a target and how its text is made."""
-    return {
-        "thinking": target.thinking,
-        "dtype": dtype_name(target.model.dtype),
-        **tokenizer_hashes(target),
-        "target_sha256": target.sha256,
-    }
+    facts = {"thinking": target.thinking, "dtype": dtype_name(target.model.dtype)}
+    return facts | tokenizer_hashes(target) | {"target_sha256": target.sha256}
 
 
 def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
@@ -213,10 +214,13 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
             "with --train.feature-files"
         )
+    defaults = Recipe().settings
     for name, value in recipe.settings.items():
-        option = name.partition(".")[2]
+        option = name.partition(".")[2]  # the name without its group, drafter or loss
+        if not option.startswith("selector_") or value == defaults[name]:
+            continue
         readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
-        if option.startswith("selector_") and selector not in readers and value != Recipe().settings[name]:
+        if selector not in readers:
             flag = f"--{name.replace('_', '-')}"
             other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
@@ -248,8 +252,11 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    lengths = (min(end, config.max_length) - start for example in dataset.examples for start, end in example.spans)
-    if recipe.drafter.selector in WALKED and max(lengths) < size:
+    longest = 0
+    for example in dataset.examples:
+        for start, end in example.spans:
+            longest = max(longest, min(end, config.max_length) - start)
+    if recipe.drafter.selector in WALKED and longest < size:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.selector would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.selector out"
@@ -261,7 +268,7 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     """Compute the features that the datasets lack, where they fit in memory or go to disk.
 
     Several drafters that read the same layers can share them. `feature_cache_gib` is the limit in memory, and
-    `feature_files` the folder on disk; those to validate on are never on disk.
+    `feature_files` the folder on disk; features of the validation responses are never on disk.
 
     Raises:
         ValueError: see `keep_on_disk`.
@@ -272,9 +279,10 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     if config.feature_files and dataset.lacks(layer_ids, with_head_input=is_needed):
         keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_needed)
     limit_bytes = config.feature_cache_gib * 2**30
-    for part, with_head_input in ((dataset, is_needed), (validation, False)):
-        if part.lacks(layer_ids, with_head_input=with_head_input):
-            part.keep_features(target, layer_ids, limit_bytes=limit_bytes, with_head_input=with_head_input)
+    # Only the loss reads the LM head's input, and validation has none.
+    for conversations, with_head_input in ((dataset, is_needed), (validation, False)):
+        if conversations.lacks(layer_ids, with_head_input=with_head_input):
+            conversations.keep_features(target, layer_ids, limit_bytes=limit_bytes, with_head_input=with_head_input)
 
 
 def make_datasets(
@@ -341,6 +349,7 @@ def train(
         run = Run(recipe, init, weigh)
         run.facts |= data_facts(dataset, validation) | target_facts(target)
     with lock_folder(folder):
+        # All ranks go the way that rank 0 finds, since each may see the disk at another time.
         ranks.from_first(lambda: register_files(folder, *FILES))
         if ranks.from_first(lambda: run.is_finished_in(folder)):
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)

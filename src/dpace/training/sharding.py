@@ -27,14 +27,14 @@ def wants_shards() -> bool:
         ValueError: DeepSpeed, the first version of FSDP, or an option of it that dpace does not have.
     """
     has_fsdp = parse_flag_from_env(USE_FSDP) and ranks.num_ranks() > 1
-    other = {
-        "DeepSpeed": parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-        "fsdp_version 1": has_fsdp and os.environ.get("FSDP_VERSION") != "2",
-        "fsdp_offload_params": has_fsdp and parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
-        "fsdp_activation_checkpointing": has_fsdp and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"),
-    }
-    for name, is_asked in other.items():
-        if is_asked:
+    # What the launcher's variables ask for beside it.
+    is_asked = {"DeepSpeed": parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")}
+    if has_fsdp:
+        is_asked["fsdp_version 1"] = os.environ.get("FSDP_VERSION") != "2"
+        is_asked["fsdp_offload_params"] = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
+        is_asked["fsdp_activation_checkpointing"] = parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
+    for name in is_asked:
+        if is_asked[name]:
             raise ValueError(
                 f"accelerate's configuration asks for {name}, which dpace does not have; start with `torchrun`, or "
                 "with `accelerate launch --use_fsdp --fsdp_version 2`, and take --train.gradient-checkpointing"
@@ -60,12 +60,14 @@ def copy_weights(source: nn.Module, to: nn.Module) -> None:
 
     Memory: one tensor beyond both.
     """
+    # This works both ways, since `whole` and `take_share` leave alone what is whole.
     for parameter, copied in zip(source.parameters(), to.parameters(), strict=True):
         copied.copy_(take_share(ranks.whole(parameter), copied))
 
 
 def take_share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Take this rank's share of a tensor, as `like` is spread; all of it where that is whole."""
+    """Take this rank's share of a tensor, as `like` is spread; all of it where `like` is whole."""
     if not isinstance(like, DTensor):
         return whole
+    # Each rank has the whole tensor, so none sends a share to the others (`src_data_rank`).
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -6,16 +6,11 @@ from hypothesis import given, settings, strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpace.config import LossConfig, TokenLoss
-from dpace.loss import (
-    Slots,
-    block_loss,
-    frozen_head_nll,
-    frozen_head_nll_reference,
-    head_scores,
-)
+from dpace.loss import Slots, block_loss, frozen_head_nll, head_scores
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_weights, medusa_weights
+from tests.support.losses import frozen_head_nll_reference
 
 HEADS = {"plain": (1.0, None), "capped": (1.0, 5.0), "scaled": (0.25, None), "both": (0.5, 3.0)}
 

@@ -166,7 +166,7 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     other = replace(recipe, drafter=replace(recipe.drafter, num_features=1))
     keep_features(language_target, *datasets, other)
     ids = Drafter.layer_ids(language_target, other.drafter)
-    assert [(data.kept, data.has_head_input) for data in datasets] == [(ids, True), (ids, False)]
+    assert [(data.kept_layer_ids, data.has_head_input) for data in datasets] == [(ids, True), (ids, False)]
     assert [part.shape[1] for part in datasets[0].features[0]] == [48, 48]
     assert datasets[1].features[0].head_input is None
     keep_features(language_target, *datasets, replace(recipe, train=replace(recipe.train, feature_cache_gib=0.0)))
