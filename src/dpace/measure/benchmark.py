@@ -47,7 +47,7 @@ from dpace.target.chat import encode_chat
 WARM_UP_TOKENS = 8
 """Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
 RECOMPILE_LIMIT = 256
-"""Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
+"""Shapes that may be compiled. Torch's own limit is 8; after it, steps are not compiled, and nothing says so."""
 Way = tuple[str, Width | None]
 """A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
@@ -55,7 +55,7 @@ Ways = dict[Way, Callable[..., Generation]]
 
 
 def bench(
-    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
+    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: Path
 ) -> BenchResults:
     """Decode every prompt plainly and with each drafter and width, in turn, and write `results.json`.
 
@@ -72,9 +72,6 @@ def bench(
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    folder = Path(folder)
-    for drafter in drafters.values():
-        drafter.check_target(target)
     ranks.from_first(lambda: register_files(folder, "results.json"))
     drafters_by_row: dict[str, Drafter] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
@@ -154,7 +151,7 @@ def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_toke
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
-    """Decode one prompt in every way, and yield each response; options are those of `ask_in_turn`."""
+    """Decode one prompt in every way, and yield each response; `ask_in_turn` has the options."""
     for turn, (token_ids, generations) in enumerate(ask_in_turn(target, prompt, ways, **options)):
         plain_text = generations[PLAIN, None].token_ids
         for (name, width), generation in generations.items():
@@ -170,7 +167,7 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
 
 
 def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
-    """Decode plainly with compiled steps; options are those of `generate_plain`.
+    """Decode plainly with compiled steps, as `generate_plain` does without them, with its options.
 
     The first tokens are decoded twice. Steps are compiled for each length of a text, rounded up, see
     `Decoder.make_room`, so what compiling takes is not counted.
@@ -188,7 +185,7 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
 
     Args:
         records: of the prompts.
-        drafters: names, in the order of the rows; with each width the others are compared with the first.
+        drafters: names, in the order of the rows; all are compared with the first one, width by width.
     """
     rows = []
     groups = group_by(records, attrgetter("temperature", "set"))
@@ -268,7 +265,7 @@ def drafted_facts(seeds: Sequence[Acceptance]) -> JsonObject:
     }
 
 
-def _speedup(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
+def _speedup(drafted: Sequence[ResponseRecord], baseline: Sequence[ResponseRecord]) -> Estimate:
     """Divide the tokens a second of one side by the other side's; the turns of a prompt are drawn together."""
     by_id = attrgetter("id")
-    return speedup(group_by(ours, by_id).values(), group_by(theirs, by_id).values())
+    return speedup(group_by(drafted, by_id).values(), group_by(baseline, by_id).values())

@@ -20,7 +20,6 @@ from dpace.config import RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.batch import batch_fault, generate_batch
 from dpace.decode.generation import Generation
-from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
@@ -62,7 +61,6 @@ def check(
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    drafter.check_target(target)
     limits = RespondConfig(max_new_tokens=max_new_tokens)
     encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
     findings, whole = check_texts(target, drafter, prompts, encoded, max_new_tokens=max_new_tokens, seed=seed)
@@ -108,10 +106,11 @@ def check_texts(
         divergences = []
         for (way, generations), (number, expected) in product(ways.items(), enumerate(texts)):
             text = generations[number].token_ids
-            if text != expected:
-                sampler = Sampler(temperature, seed=seed + number, device=target.device)
-                where = f"{prompts[number].id}, {way}"
-                divergences.append(find_divergence(target, sampler, where, encoded[number], text, expected))
+            if text == expected:
+                continue
+            where = f"{prompts[number].id}, {way}"
+            divergence = find_divergence(target, where, encoded[number], text, expected, temperature, seed + number)
+            divergences.append(divergence)
         cases = f"{count(len(prompts), 'prompt')} x {', '.join(ways)}"
         return text_finding(name, cases, len(ways) * len(prompts), divergences)
 
@@ -265,19 +264,17 @@ def change_block(target: Target, drafter: Drafter, row: Inputs, generator: torch
     other_features = torch.randn(features.shape, generator=generator) * features.std() * 3
     number = len(row["anchors"]) // 2
     anchor = int(row["anchors"][number])
-    positions = torch.arange(len(text))
 
-    # Positions with other tokens, and with other features: none, the future's, and the past's.
-    places = [
-        (positions < 0, positions < 0),
-        (positions > anchor, positions >= anchor),
-        (positions < anchor, positions < anchor),
-    ]
-    variants = []
-    for has_other_token, has_other_features in places:
-        changed_text = torch.where(has_other_token, other_text, text)
-        changed_features = torch.where(has_other_features[:, None], other_features, features)
-        variants.append(row | {"token_ids": changed_text, "features": changed_features})
+    def change(tokens: slice, states: slice) -> Inputs:
+        """Take other tokens, and other features, at some positions."""
+        changed = row | {"token_ids": text.clone(), "features": features.clone()}
+        changed["token_ids"][tokens] = other_text[tokens]
+        changed["features"][states] = other_features[states]
+        return changed
+
+    past = slice(anchor)
+    nothing = slice(0)
+    variants = [change(nothing, nothing), change(slice(anchor + 1, None), slice(anchor, None)), change(past, past)]
     batch = {name: value.to(target.device) for name, value in collate(variants, drafter.block_size).items()}
     # Where blocks begin at the anchor, slot 0 of the training view predicts nothing, and decoding does not compute it.
     trained, *others = blocks_hidden(drafter, target, batch).hidden[:, number, 1 - drafter.first_slot :]

@@ -4,7 +4,7 @@ A slot of a block drafter is blind: it does not know the tokens of the slots bef
 draws those, and its next token depends on them. So the target continues the text after real anchors several times, and
 for each slot the one distribution is sought that is rejected least in all continuations: its rejections are the floor.
 
-Source: the idea is that of arXiv 2608.27339.
+Source: the idea of arXiv 2608.27339.
 """
 
 from collections.abc import Sequence
@@ -104,7 +104,7 @@ def score_block(
     """Measure the rejections in a block, on continuations that the target has drawn after its anchor.
 
     A continuation counts for a slot as far as the drafter's own drafts reach it: each token before is accepted with
-    probability `min(1, q / p)`. So the rejections are those of decoding.
+    probability `min(1, q / p)`. So decoding has the same rejections.
 
     The floor has two ends. A distribution that is fitted to the same samples knows them too well, so it rejects too
     little; one that is fitted to others does not know enough, so it rejects too much. In expectation the floor of a
@@ -117,7 +117,7 @@ def score_block(
         drafted: the drafter's; of one token where drafts are not drawn. Only with a selector do samples differ in it.
         tokens: that the target drew.
         is_end: tokens that end a text.
-        is_drawn: see `fit_blind`.
+        is_drawn: whether drafts are drawn from `drafted`, as in `fit_blind`.
 
     Returns:
         For each slot: how often it is reached; how often it is reached and rejected; and the lower and the upper end of
@@ -215,7 +215,6 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    drafter.check_target(target)
     folder = Path(config.output)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
     register_files(folder, EXPLAIN_FILE)
@@ -269,7 +268,7 @@ def _slot_loss(losses: Float[np.ndarray, "4 prompt"], num_blocks: int) -> SlotLo
     reached, rejected, low, high = losses
 
     def share_above(floor: Float[np.ndarray, " prompt"]) -> Estimate:
-        """Estimate the share of the rejections above a floor, which are the drafter's own."""
+        """Estimate which share of the rejections lies above a floor: these are the drafter's own."""
         return nullable(estimate([[np.stack([rejected - floor, rejected], axis=1)]]))
 
     count = max(1, num_blocks)

@@ -50,7 +50,7 @@ def heldout_acceptance(
         drafter: what is measured.
         target: its target.
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
-        token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
+        token_ids: the only tokens that are drafted; by default all. Decoding drafts the prompt's tokens too.
         title: of a progress bar; none is shown without it.
 
     Raises:
@@ -124,7 +124,7 @@ def walk_conversation(
         dataset: has the conversation.
         index: number of the conversation.
         draft_rows: for each vocabulary the head's rows of its tokens.
-        visit: see `measure_vocabularies`.
+        visit: called with what decoding may reach.
 
     Returns:
         For each vocabulary the accepted lengths in each way of `Selector.match`: as is drafted, and after that the

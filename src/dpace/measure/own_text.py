@@ -51,7 +51,7 @@ class Divergence(NamedTuple):
     is_tie: bool
     """Whether rounding alone can have caused it."""
     line: str
-    """Where it is, the token found and the one expected, and how much the target prefers that."""
+    """Where it is, the token found and the token expected, and how much the target prefers the expected one."""
 
 
 @torch.inference_mode()
@@ -94,7 +94,7 @@ def check_responses(target: Target, responses: Sequence[Response], meta: JsonObj
     Args:
         target: loaded in the precision that the answers were written in.
         responses: of which some are read, evenly chosen.
-        meta: what made them, see `dpace.respond.responses.read_meta`.
+        meta: what made them, as `dpace.respond.responses.read_meta` reads it.
 
     Raises:
         ValueError: another target answered, or with another tokenizer or chat template.
@@ -155,7 +155,7 @@ def _reread(
         if token == best_token:
             continue
         other = answer[:place] + expected[place : place + 1]
-        divergence = find_divergence(target, Sampler(device=target.device), where, prompt, answer, other)
+        divergence = find_divergence(target, where, prompt, answer, other)
         # After a tie the answer may be right again: what follows was read after the answer's own token.
         if not divergence.is_tie:
             break
@@ -165,11 +165,12 @@ def _reread(
 @torch.inference_mode()
 def find_divergence(
     target: Target,
-    sampler: Sampler,
     where: str,
     prompt: Sequence[int],
     found: Sequence[int],
     expected: Sequence[int],
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Divergence:
     """Find where a text leaves the target's own, and measure how close the target was to choosing the other token.
 
@@ -179,11 +180,12 @@ def find_divergence(
 
     Args:
         target: reads the text before that place.
-        sampler: a new one, with the temperature and the seed of both texts.
         where: the prompt and the way of decoding, in words.
         prompt: token ids before both texts.
         found: token ids of the text.
         expected: token ids of the target's own text, which differ.
+        temperature: of both texts.
+        seed: of both texts.
     """
     # None stands for the end of the shorter text.
     pairs = enumerate(itertools.zip_longest(found, expected))
@@ -199,7 +201,8 @@ def find_divergence(
     margin = math.inf
     if None not in tokens:
         scores = at_once
-        if sampler.temperature:
+        if temperature:
+            sampler = Sampler(temperature, seed=seed, device=target.device)
             # The largest `p / e` is drawn, see `Sampler.draw`: so the largest `log p - log e`.
             scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
         margin = float(scores[-1, tokens[1]] - scores[-1, tokens[0]])

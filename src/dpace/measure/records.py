@@ -62,7 +62,7 @@ def ask_in_turn(
     max_new_tokens: int,
     **options: Any,
 ) -> Iterator[tuple[list[int], dict[Item, Any]]]:
-    """Let all ways answer the turns of a prompt; answers to earlier turns are those of the first way.
+    """Let all ways answer the turns of a prompt; in later turns, all see the answers of the first way.
 
     Args:
         chat: tokenizer and template.
@@ -70,7 +70,7 @@ def ask_in_turn(
         ways: what answers in each way; they get token ids and the options, and their answers have `token_ids`.
         rotation: turns their order, which differs from prompt to prompt, so that a drift of the speed favours none.
         max_new_tokens: an option for the ways.
-        options: others.
+        options: further ones.
 
     Yields:
         For each turn, its token ids and the answers by way.
@@ -133,7 +133,7 @@ def speedup(ours: Iterable[Sequence[MeasuredAnswer]], theirs: Iterable[Sequence[
 
     A side has the answers to each prompt. The result is None where all tokens came at once, and without answers.
     """
-    # (prompt, 2) each. Seconds a token of theirs over seconds a token of ours is the ratio of tokens a second.
+    # (prompt, 2) each. Seconds a token of the other side over seconds a token of this one: the ratio of their speeds.
     return nullable(estimate([[list(map(_totals, theirs))], [list(map(_totals, ours))]], ratio))
 
 

@@ -222,7 +222,7 @@ class Row(DraftedRow):
     width: Width
     num_responses: int
     tau_gain: Estimate
-    """Tau over that of the first drafter, on the same prompts, as a ratio minus 1."""
+    """Tau over the first drafter's tau, on the same prompts, as a ratio minus 1."""
     speed_ratio: Estimate
     """Tokens a second over the first drafter's."""
     share_copied: float
@@ -282,7 +282,7 @@ class ServerRow:
     num_same_text: int | None
     """Responses with the plain server's text."""
     control_same_text: int | None
-    """The same for the plain server's own second pass."""
+    """Texts of the plain server's own second pass that equal its first."""
     same_text_gain: Estimate
     """Difference of the last two numbers as shares of the responses."""
 

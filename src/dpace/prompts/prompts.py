@@ -140,6 +140,7 @@ def _group(prompts: Iterable[Prompt]) -> dict[bytes, list[Prompt]]:
 def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> list[list[Prompt]]:
     """Take a random tenth of the groups out, at most `limit`, and return them in their order."""
     keys = list(groups)
+    # Of the groups and not of the prompts, so that a prompt and its copies always go together.
     chosen = random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))
     return [groups.pop(keys[number]) for number in sorted(chosen)]
 

@@ -128,7 +128,9 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
         if rows:
             of_set = _with_text(name, [_to_prompt(name, number, row) for number, row in enumerate(rows)])
         else:
+            # Where the folder has no file of the set at all, this names the one that it may have.
             of_set = [_of_set(prompt, name) for prompt in read_prompts(path)]
+        # As the published benchmark does: shuffled first and then cut, so that the same prompts are measured.
         random.Random(SHUFFLE_SEED).shuffle(of_set)
         if known and not is_whole:
             of_set = of_set[: known.num_prompts]
@@ -153,7 +155,7 @@ def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[JsonObje
         return load_from_hub(known.path, known.name, known.split, WAY_OUT)
     rows: list[JsonObject] = []
     for file in known.files:
-        of_file = []
+        of_file = []  # of files that a folder lacks
         if folder is None:
             of_file = load_from_hub(known.path, None, known.split, WAY_OUT, file)
         elif (Path(folder) / file).exists():

@@ -22,7 +22,7 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest
 
 
 def prompts_page(parts: PromptParts, left_out: Mapping[str, Mapping[str, str]]) -> RenderableType:
-    """Show how many prompts there are of each part, and what is left out and why; see `split_and_explain`."""
+    """Show how many prompts there are of each part, and what is left out and why, as `split_and_explain` gives it."""
     num_answers = sum(prompt.answer is not None for part in parts for prompt in part)
     lines = [f"{prompts_line(parts)}; {num_answers} come with an answer"]
     for reason, dropped in left_out.items():

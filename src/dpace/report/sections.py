@@ -216,7 +216,7 @@ def comparison(results: CompareResults) -> Section:
     return Section(title, text, rows, num_texts=3)
 
 
-def _own(loss: SlotLoss) -> str:
+def _own_share(loss: SlotLoss) -> str:
     """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
     least, low, _ = loss.own_least
     most, _, high = loss.own_most
@@ -248,7 +248,7 @@ def losses_by_set(results: ExplainResults) -> Section:
             "prompts": f"{row.num_prompts}",
             "blocks": f"{row.num_blocks}",
             "with a rejection": f"{100 * min(row.whole.rejected, 1.0):.0f} %",
-            "the drafter's own [95 %]": _own(row.whole),
+            "the drafter's own [95 %]": _own_share(row.whole),
         }
         rows.append(cells)
     title = f"Where tau is lost: {Path(results.target).name}, T={results.temperature:g}, {results.verify_rule}"
@@ -264,13 +264,13 @@ def lever(results: ExplainResults) -> str:
         return "at temperature 0 the text before decides every token, so all rejections are the drafter's own"
     if least is None or most is None:
         return "nothing was rejected"
-    own = "train on more prompts, for more steps, or with another objective (docs/train.md)"
-    blind = "train with a selector (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
+    train = "train on more prompts, for more steps, or with another objective (docs/train.md)"
+    serve = "train with a selector (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
     if least > 0.5:
-        return f"most rejections are the drafter's own: {own}"
+        return f"most rejections are the drafter's own: {train}"
     if most < 0.5:
-        return f"most rejections no block drafter avoids: {blind}"
-    return f"neither share is clearly larger: {own}; or {blind}; more --num-samples narrow the bounds"
+        return f"most rejections no block drafter avoids: {serve}"
+    return f"neither share is clearly larger: {train}; or {serve}; more --num-samples narrow the bounds"
 
 
 def losses_by_slot(results: ExplainResults) -> Section:
@@ -281,7 +281,7 @@ def losses_by_slot(results: ExplainResults) -> Section:
             "slot": f"{slot}",
             "reached": f"{100 * loss.reached:.0f} %",
             "rejected": f"{100 * loss.rejected:.1f} %",
-            "the drafter's own [95 %]": _own(loss),
+            "the drafter's own [95 %]": _own_share(loss),
         }
         rows.append(cells)
     return Section("Slot by slot, in % of the blocks, and of what is rejected at the slot", "", rows)
