@@ -264,19 +264,23 @@ class TrainingPlan:
 
     @property
     def seconds(self) -> Number:
-        """Estimate the seconds of a whole training, without those in which tau is measured."""
+        """Estimate the seconds of a whole training, without the time in which tau is measured."""
+        return self.seconds_of_reading + self.seconds_of_steps
+
+    @property
+    def seconds_of_reading(self) -> Number:
+        """Estimate the seconds in which the target reads conversations."""
         train = self.recipe.train
         reading, _ = self.flops()
         num_read = self.num_steps
         if self.feature_place != "computed in every step":
             # Each conversation once: as much as in the steps of one epoch.
             num_read = self.lengths.shape[1] / (self.batch_size * train.gradient_accumulation_steps)
-        reader = measure_flops(self.device, self.target.model.dtype)
-        return num_read * reading / reader + self.seconds_of_steps
+        return num_read * reading / measure_flops(self.device, self.target.model.dtype)
 
     @property
     def seconds_of_steps(self) -> Number:
-        """Estimate the seconds of all steps, without those in which the target reads."""
+        """Estimate the seconds of all steps, without the time in which the target reads."""
         operations = self.num_steps * self.flops()[1]
         seconds = operations / measure_flops(self.device, products_dtype(self.recipe.train, self.device))
         if self.device.type == "cpu":
@@ -285,14 +289,12 @@ class TrainingPlan:
 
     def steps_in(self, seconds: float) -> int:
         """Return how many steps end in so many seconds, by the estimate; at least one."""
-        # Two trainings tell apart what each step takes, and what is done once, such as reading kept hidden states.
-        seconds_of = []
-        for steps in (1, 2):
-            train = replace(self.recipe.train, max_steps=steps)
-            seconds_of.append(replace(self, recipe=replace(self.recipe, train=train)).seconds)
-        of_a_step = seconds_of[1] - seconds_of[0]
-        before_the_steps = 2 * seconds_of[0] - seconds_of[1]
-        return max(1, int((seconds - before_the_steps) / of_a_step))
+        seconds_of_steps = self.seconds_of_steps
+        if self.feature_place == "computed in every step":
+            seconds_of_steps += self.seconds_of_reading
+        else:
+            seconds -= self.seconds_of_reading  # before the first step
+        return max(1, int(seconds * self.num_steps / seconds_of_steps))
 
     @property
     def disk_bytes(self) -> int:

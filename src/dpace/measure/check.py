@@ -109,7 +109,9 @@ def check_texts(
             if text == expected:
                 continue
             where = f"{prompts[number].id}, {way}"
-            divergence = find_divergence(target, where, encoded[number], text, expected, temperature, seed + number)
+            divergence = find_divergence(
+                target, where, encoded[number], text, expected, temperature=temperature, seed=seed + number
+            )
             divergences.append(divergence)
         cases = f"{count(len(prompts), 'prompt')} x {', '.join(ways)}"
         return text_finding(name, cases, len(ways) * len(prompts), divergences)

@@ -92,15 +92,14 @@ def measure_vocabularies(
     drafter.train(was_training)
     for of_rank in ranks.gather(measured):
         measured |= of_rank
-    return [_pool_ways([measured[index][number] for index in indices]) for number in range(len(vocabularies))]
-
-
-def _pool_ways(conversations: Sequence[Sequence[Acceptance]]) -> Acceptance:
-    """Put conversations together, each with its ways; the first way is what is drafted, the others are bounds."""
-    # Without a conversation there is no way either, and `of_prompts` refuses the empty list.
-    by_way = list(zip(*conversations, strict=True)) or [()]
-    drafted, *bounds = map(Acceptance.of_prompts, by_way)
-    return replace(drafted, bounds=tuple(bound.tau for bound in bounds))
+    acceptances = []
+    for number in range(len(vocabularies)):
+        conversations = [measured[index][number] for index in indices]
+        # The first way is what is drafted. Without a conversation there is no way, and `of_prompts` refuses the call.
+        ways = list(zip(*conversations, strict=True)) or [()]
+        drafted, *bounds = map(Acceptance.of_prompts, ways)
+        acceptances.append(replace(drafted, bounds=tuple(bound.tau for bound in bounds)))
+    return acceptances
 
 
 def walk_conversation(

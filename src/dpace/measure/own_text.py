@@ -169,6 +169,7 @@ def find_divergence(
     prompt: Sequence[int],
     found: Sequence[int],
     expected: Sequence[int],
+    *,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Divergence:

@@ -124,7 +124,7 @@ def tokens_per_second(answers: Sequence[MeasuredAnswer]) -> float:
 
 def _totals(answers: Sequence[MeasuredAnswer]) -> tuple[float, int]:
     """Sum the seconds after the first token of each answer, and the tokens that were decoded in them."""
-    seconds = sum(answer.decode_seconds for answer in answers)
+    seconds = float(sum(answer.decode_seconds for answer in answers))  # of no answers, the sum is an integer
     return seconds, sum(answer.num_decode_tokens for answer in answers)
 
 

@@ -18,6 +18,7 @@ EMPTY_REPLY = {"role": "assistant", "content": ""}
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# The config is matched as late as possible: one word after the name is the split.
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 
 

@@ -53,13 +53,10 @@ def responses_page(examples: Sequence[Example], max_length: int, meta: JsonObjec
     elif limit is not None:
         num_cut = answer_lengths.count(limit)
         facts.append(f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(answer_lengths)}")
-    rows = []
     # What is no answer is prompt: of all turns, with what the template adds.
-    for name, lengths in (
-        ("prompts", whole - answered),
-        ("answers, all turns", answered),
-        ("conversations", whole),
-    ):
+    tokens = {"prompts": whole - answered, "answers, all turns": answered, "conversations": whole}
+    rows = []
+    for name, lengths in tokens.items():
         cells = {"tokens": name}
         for heading, share in QUANTILES.items():
             cells[heading] = f"{np.quantile(lengths, share):.0f}"

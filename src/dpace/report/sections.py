@@ -104,10 +104,11 @@ def tables_of(results: Results) -> Iterator[Section]:
         yield losses_by_set(results)
         yield losses_by_slot(results)
         return
-    benchmark = results
     if isinstance(results, CompareResults):
         yield comparison(results)
         benchmark = results.decode
+    else:
+        benchmark = results
     if benchmark:
         yield speeds(benchmark)
         if len({row.drafter for row in benchmark.rows}) > 1:
