@@ -2,7 +2,7 @@
 
 Models whose tensors have shapes only, and the lengths of the conversations come in; memory, time and disk go out, or
 lines of at most 80 columns that a verb prints before it starts. Memory is a sum of named terms, as if all of them were
-there at once. Time is operations over speed: those of products of matrices, and the speed of such a product here.
+there at once. Time is operations over speed: of the products of matrices, and of such a product on this machine.
 """
 
 import shutil
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int = 512)
     rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
     weights = torch.ones(2**11, 2**10, device=device, dtype=dtype)
     timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
-    seconds = min(timer.blocked_autorange(min_run_time=TIMING_SECONDS).times)  # which other programs disturb least
+    # The least time is the one that other programs disturbed least.
+    seconds = min(timer.blocked_autorange(min_run_time=TIMING_SECONDS).times)
+    # A product is a multiplication and an addition for each row and weight.
     return 2 * len(rows) * weights.numel() / seconds
 
 
@@ -134,10 +137,11 @@ class TrainingPlan:
     def num_moments(self) -> int:
         """Numbers that the optimizer keeps: two for each weight, and Muon one, but for tables of tokens."""
         is_muon = self.recipe.train.optimizer == "muon"
-        return sum(
-            parameter.numel() * (1 if is_muon and is_factor(name, parameter) else 2)
-            for name, parameter in self.drafter.named_parameters()
-        )
+        num_moments = 0
+        for name, parameter in self.drafter.named_parameters():
+            has_one = is_muon and is_factor(name, parameter)
+            num_moments += parameter.numel() * (1 if has_one else 2)
+        return num_moments
 
     @property
     def num_rows(self) -> int:
@@ -159,11 +163,13 @@ class TrainingPlan:
 
     @property
     def feature_place(self) -> str:
-        """Where the features of all conversations are, see `keep_features`."""
+        """Where the features of all conversations are: `on disk`, `kept` in memory, or `computed in every step`."""
         train = self.recipe.train
         if train.feature_files:
             return "on disk"
-        return "kept" if self.feature_bytes <= train.feature_cache_gib * 2**30 else "computed in every step"
+        if self.feature_bytes <= train.feature_cache_gib * 2**30:
+            return "kept"
+        return "computed in every step"
 
     def sizes(self, summary: Callable[[np.ndarray], Number]) -> tuple[Number, Number]:
         """Return tokens, and slots of blocks, of the largest conversation with `np.max`, of the mean with `np.mean`."""
@@ -177,74 +183,104 @@ class TrainingPlan:
         A rank among several has a whole drafter and a whole target here.
         """
         num_tokens, num_slots = self.sizes(np.max)
-        is_cpu = self.device.type == "cpu"
         head = self.target.head.weight
         loss = self.recipe.loss
         of_target = self.target.model.num_parameters()
         of_drafter = self.drafter.num_parameters()
-        item = products_dtype(self.recipe.train, self.device).itemsize
+        item_bytes = products_dtype(self.recipe.train, self.device).itemsize
         slots = batch_size * num_slots
-        states = 4 * slots * self.target.hidden_size
-        activations = KEPT_STATES * item * slots * of_drafter / self.target.hidden_size
+        states = 4 * slots * self.target.hidden_size  # hidden states of all slots, in fp32
+        # A matrix of `width x n` weights makes n numbers of a slot, so weights are divided by the width.
+        activations = KEPT_STATES * item_bytes * slots * of_drafter / self.target.hidden_size
         num_layers = len(self.drafter.layers)
+        is_cpu = self.device.type == "cpu"
         if is_cpu:  # whose attention has its mask as numbers
             activations += 4 * num_layers * slots * (num_tokens + num_slots)
         if self.recipe.train.gradient_checkpointing:
+            # One layer at a time is computed again, from the states before it.
             activations = activations / num_layers + num_layers * states
-        chunk = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
-        tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
+        chunk_bytes = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
+        if loss.chunk_mib:
+            chunk_bytes = loss.chunk_mib * 2**20
+        tile_bytes = min(chunk_bytes, 4 * slots * self.num_rows)  # of logits, in fp32
+        # The weights are in fp32; for products in 16 bits there is a copy of them.
+        weight_bytes = 4
+        if item_bytes < 4:
+            weight_bytes += item_bytes
         parts = {
             "target": of_target * head.itemsize,
-            "its copies in 16 bits": 2 * of_target if is_cpu and head.itemsize == 4 else 0,
-            "drafter": of_drafter * (4 if item == 4 else 4 + item),
+            "its copies in 16 bits": 0,
+            "drafter": of_drafter * weight_bytes,
             "optimizer's moments": 4 * self.num_moments,
             "gradient": 4 * of_drafter,
             "gradient for other ranks": 4 * of_drafter * (self.ranks > 1),
             "hidden states": batch_size * num_tokens * self.token_bytes(),
-            "hidden states that are kept": self.feature_bytes if is_cpu and self.feature_place == "kept" else 0,
+            "hidden states that are kept": 0,
             "activations of the drafter": activations,
-            "loss through the head": 3 * states + 2 * tiles,
-            "libraries": LIBRARY_BYTES if is_cpu else CONTEXT_BYTES,
+            "loss through the head": 3 * states + 2 * tile_bytes,
+            "libraries": CONTEXT_BYTES,
         }
+        if is_cpu:
+            parts["libraries"] = LIBRARY_BYTES
+            if head.itemsize == 4:
+                parts["its copies in 16 bits"] = 2 * of_target
+            if self.feature_place == "kept":
+                parts["hidden states that are kept"] = self.feature_bytes
         return parts | {"what is not counted": UNCOUNTED_SHARE * sum(parts.values())}
 
     def largest_batch(self) -> int:
         """Return how many conversations of a micro-batch fit into the memory, `MOST_BATCH` at most."""
-        tried = range(1, MOST_BATCH + 1)
-        return max((number for number in tried if sum(self.memory(number).values()) <= self.free_bytes), default=0)
+        # The memory grows with the batch: the first that does not fit ends the search.
+        batch_size = 0
+        while batch_size < MOST_BATCH and sum(self.memory(batch_size + 1).values()) <= self.free_bytes:
+            batch_size += 1
+        return batch_size
 
     def flops(self) -> tuple[Number, Number]:
         """Compute the operations of an optimizer step on mean conversations: of the target that reads, and of all else.
 
         Of experts, those that are not chosen count too; attention is left out.
         """
-        drafter = self.drafter
         train = self.recipe.train
         width = self.target.hidden_size
+        num_weights = self.drafter.num_parameters()
         num_tokens, num_slots = self.sizes(np.mean)
-        last = None if self.recipe.needs_target_hidden else max(drafter.target_layer_ids) + 1
+        # The target is read up to the last layer of the features, or whole where the loss needs its predictions.
+        last = None
+        if not self.recipe.needs_target_hidden:
+            last = max(self.drafter.target_layer_ids) + 1
         read = sum(weight.numel() for weight in self.target.layers[:last].parameters())
+        # Forward, and backward to the weights and to what comes in; checkpointing goes forward twice.
         passes = 4 if train.gradient_checkpointing else 3
+        # The head is not trained, and logits of the target are one product more.
         head_passes = 3 if self.recipe.loss.needs_target_probs else 2
-        trained = passes * drafter.num_parameters() + head_passes * self.num_rows * width
-        twice = 2 * self.batch_size * train.gradient_accumulation_steps
-        orthogonalized = drafter.num_parameters() if train.optimizer == "muon" else 0
-        return twice * num_tokens * read, twice * num_slots * trained + MUON_PRODUCTS * width * orthogonalized
+        trained = passes * num_weights + head_passes * self.num_rows * width
+        twice = 2 * self.batch_size * train.gradient_accumulation_steps  # a multiplication and an addition
+        reading = twice * num_tokens * read
+        training = twice * num_slots * trained
+        if train.optimizer == "muon":
+            training += MUON_PRODUCTS * width * num_weights
+        return reading, training
 
     @property
     def seconds(self) -> Number:
-        """Estimate the seconds of a whole training, without those in which tau is measured."""
+        """Estimate the seconds of a whole training, without the time in which tau is measured."""
+        return self.seconds_of_reading + self.seconds_of_steps
+
+    @property
+    def seconds_of_reading(self) -> Number:
+        """Estimate the seconds in which the target reads conversations."""
         train = self.recipe.train
         reading, _ = self.flops()
         num_read = self.num_steps
         if self.feature_place != "computed in every step":
+            # Each conversation once: as much as in the steps of one epoch.
             num_read = self.lengths.shape[1] / (self.batch_size * train.gradient_accumulation_steps)
-        reader = measure_flops(self.device, self.target.model.dtype)
-        return num_read * reading / reader + self.seconds_of_steps
+        return num_read * reading / measure_flops(self.device, self.target.model.dtype)
 
     @property
     def seconds_of_steps(self) -> Number:
-        """Estimate the seconds of all steps, without those in which the target reads."""
+        """Estimate the seconds of all steps, without the time in which the target reads."""
         operations = self.num_steps * self.flops()[1]
         seconds = operations / measure_flops(self.device, products_dtype(self.recipe.train, self.device))
         if self.device.type == "cpu":
@@ -253,17 +289,18 @@ class TrainingPlan:
 
     def steps_in(self, seconds: float) -> int:
         """Return how many steps end in so many seconds, by the estimate; at least one."""
-        one, two = (
-            replace(self, recipe=replace(self.recipe, train=replace(self.recipe.train, max_steps=steps))).seconds
-            for steps in (1, 2)
-        )
-        before_the_steps = 2 * one - two  # hidden states that are read once
-        return max(1, int((seconds - before_the_steps) / (two - one)))
+        seconds_of_steps = self.seconds_of_steps
+        if self.feature_place == "computed in every step":
+            seconds_of_steps += self.seconds_of_reading
+        else:
+            seconds -= self.seconds_of_reading  # before the first step
+        return max(1, int(seconds * self.num_steps / seconds_of_steps))
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of a drafter's folder, at most: three checkpoints, since one is written beside two; and the drafter."""
         num_weights = self.drafter.num_parameters()
+        # 4 bytes in each of three checkpoints, and 2 bytes in the finished drafter.
         return 12 * (num_weights + self.num_moments) + 2 * num_weights + SMALL_FILES
 
 
@@ -271,15 +308,15 @@ def find_config(name: str) -> Any:
     """Read the config of a target; of one that is not on this machine, the one in `recipes/targets/` if there is one.
 
     Raises:
-        OSError: there is no readable config of that name; see `find_target_files`.
-        ValueError: the same; see `find_target` too.
+        OSError: there is no readable config of that name.
+        ValueError: the name stands for no target, as in `find_target` and `find_target_files`.
     """
-    known = Path(f"{TARGETS}/{name}")
+    sizes = Path(f"{TARGETS}/{name}")
     is_here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if is_here or not known.exists():
+    if is_here or not sizes.exists():
         return find_target_files(find_target(name)).config
     note(f"{name} is not on this machine; the plan takes its sizes, which come with dpace")
-    return AutoConfig.from_pretrained(known)
+    return AutoConfig.from_pretrained(sizes)
 
 
 def plan_recipe(
@@ -294,12 +331,15 @@ def plan_recipe(
         ValueError: a config that transformers does not know, or that its own class refuses; a drafter that cannot work
             with this target; or see `find_target` and `find_device`.
     """
+    # A plan for the memory of a GPU needs none here.
     is_here = memory is None or recipe.device == "cpu" or torch.accelerator.is_available()
     device = find_device(recipe.device) if is_here else torch.device("cuda")
     if memory is None:
-        is_cpu = device.type == "cpu"
-        memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
-    dtype = getattr(torch, recipe.dtype, default_dtype(device))
+        if device.type == "cpu":
+            memory = psutil.virtual_memory().available
+        else:
+            memory = torch.accelerator.get_memory_info(device)[0]
+    dtype = getattr(torch, recipe.dtype, default_dtype(device))  # `auto` is no dtype
     # Before the block below: a search may download weights and read them, which no meta device can.
     config = config or find_target_files(find_target(recipe.target)).config
     fix = "name the folder or the Hub id of a causal LM"
@@ -319,9 +359,12 @@ def size(num_bytes: Number) -> str:
 def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     """Write how many prompts there are, and how many of them `dpace respond` will answer."""
     path = recipe.responses_path
-    answered = {response.id for response in iterate_responses(path)} if path.exists() else set()
-    num_kept = sum(prompt.id in answered for part in parts for prompt in part)
-    return [prompts_line(parts), f"answers: {num_kept:,} kept, {sum(map(len, parts)) - num_kept:,} to come"]
+    answered = set()
+    if path.exists():
+        answered = {response.id for response in iterate_responses(path)}
+    num_prompts = sum(map(len, parts))
+    num_kept = sum(prompt.id in answered for prompt in chain.from_iterable(parts))
+    return [prompts_line(parts), f"answers: {num_kept:,} kept, {num_prompts - num_kept:,} to come"]
 
 
 def size_lines(plan: TrainingPlan) -> list[str]:
@@ -339,13 +382,15 @@ def size_lines(plan: TrainingPlan) -> list[str]:
 def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
     """Write how many drafters a verb trains, and what each takes.
 
-    `folders` are those of the drafters, finished ones too.
+    `folders` has the folder of each drafter, also of finished ones.
 
     Raises:
         ValueError: the disk has too little room for them; where a training goes on, that is not looked at.
     """
     waiting = [folder for folder in folders if not is_finished(folder)]
-    needed = plan.disk_bytes * sum(not folder.exists() for folder in waiting)
+    num_new = sum(not folder.exists() for folder in waiting)
+    needed = num_new * plan.disk_bytes
+    # The folders may be new, but some folder above them is there.
     there = next(filter(Path.exists, folders[0].absolute().parents))
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -353,25 +398,23 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
             f"drafters and checkpoints will take {size(needed)} in {plan.recipe.output}, and its disk has {size(free)} "
             "free; make room, or name another folder with --output"
         )
-    drafters = f"drafters: {len(folders) - len(waiting)} kept, {len(waiting)} to come"
-    return [drafters, *size_lines(plan)] if waiting else [drafters]
+    lines = [f"drafters: {len(folders) - len(waiting)} kept, {len(waiting)} to come"]
+    if waiting:
+        lines += size_lines(plan)
+    return lines
 
 
 def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
-    """Write what `dpace compare` or `dpace demo` will do; see `training_lines`.
+    """Write what `dpace compare` or `dpace demo` will do.
 
     Raises:
-        ValueError: see there.
+        ValueError: the disk has too little room, as in `training_lines`.
     """
     return [prompts_line(parts), *training_lines(plan, folders)]
 
 
 def plan_lines(
-    recipe: Recipe,
-    memory: int | None = None,
-    init: Drafter | None = None,
-    ranks: int | None = None,
-    minutes: float | None = None,
+    recipe: Recipe, memory: int | None, init: Drafter | None, ranks: int | None, minutes: float | None
 ) -> list[str]:
     """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
 
@@ -392,27 +435,29 @@ def plan_lines(
         lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
         lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
     plan = plan_recipe(recipe, lengths, memory=memory, init=init, config=find_config(recipe.target))
-    plan = replace(plan, ranks=ranks or plan.ranks)
-    memory_parts = plan.memory(plan.batch_size)
-    lines += [
-        *size_lines(plan),
-        f"training: about {timedelta(seconds=round(plan.seconds))}",
-        "memory of a training step, computed:",
-        *(f"  {part:<28} {size(number):>10}" for part, number in memory_parts.items() if number),
-        f"largest --train.batch-size that fits: {plan.largest_batch()}",
-    ]
+    if ranks is not None:
+        plan = replace(plan, ranks=ranks)
+    parts_of_memory = plan.memory(plan.batch_size)
+    lines += size_lines(plan)
+    lines.append(f"training: about {timedelta(seconds=round(plan.seconds))}")
+    lines.append("memory of a training step, computed:")
+    for name, num_bytes in parts_of_memory.items():
+        if num_bytes:
+            lines.append(f"  {name:<28} {size(num_bytes):>10}")
+    lines.append(f"largest --train.batch-size that fits: {plan.largest_batch()}")
     if minutes:
         steps = plan.steps_in(60 * minutes)
         lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {max(1, steps // 4)}")
     if plan.ranks > 1:
         of_others = 1 - 1 / plan.ranks
-        trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments  # with both gradients; a copy stays whole
+        # Both gradients and the moments, in fp32; a copy of the weights stays whole.
+        trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments
         layers = sum(weight.nbytes for weight in plan.target.layers.parameters())
         lines.append(
             f"a rank of {plan.ranks} takes {size(of_others * trained)} less with `accelerate launch --use_fsdp`,\n"
             f"and {size(of_others * layers)} less with --train.target-shard fsdp"
         )
-    if sum(memory_parts.values()) > plan.free_bytes:
+    if sum(parts_of_memory.values()) > plan.free_bytes:
         lines.append(
             f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "
             "--train.max-length, or set --train.gradient-checkpointing where it is not set"

@@ -47,7 +47,7 @@ from dpace.target.chat import encode_chat
 WARM_UP_TOKENS = 8
 """Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
 RECOMPILE_LIMIT = 256
-"""Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
+"""Shapes that may be compiled. Torch's own limit is 8; after it, steps are not compiled, and nothing says so."""
 Way = tuple[str, Width | None]
 """A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
@@ -55,7 +55,7 @@ Ways = dict[Way, Callable[..., Generation]]
 
 
 def bench(
-    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
+    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: Path
 ) -> BenchResults:
     """Decode every prompt plainly and with each drafter and width, in turn, and write `results.json`.
 
@@ -72,25 +72,24 @@ def bench(
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    folder = Path(folder)
-    for drafter in drafters.values():
-        drafter.check_target(target)
     ranks.from_first(lambda: register_files(folder, "results.json"))
-    named: dict[str, Drafter] = {}
+    drafters_by_row: dict[str, Drafter] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
     for rule, (name, drafter) in product(config.verify_rules, drafters.items()):
-        way = name if rule == "equality" else name + SPECULATIVE
-        named[way] = drafter
+        row_name = name
+        if rule == "speculative":
+            row_name += SPECULATIVE
+        drafters_by_row[row_name] = drafter
         for width in config.widths:
-            ways[way, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
+            ways[row_name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
     is_compiled = config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu")
     if is_compiled:
         ways[COMPILED, None] = partial(decode_compiled, Decoder(target, None, compile=True))
     setup = Provenance(
         **setup_of(target, config),
-        drafters={name: fingerprint(drafter) for name, drafter in named.items()},
+        drafters={name: fingerprint(drafter) for name, drafter in drafters_by_row.items()},
         target_weights_sha256=target.sha256,
-        drafter_configs={name: hash_config(drafter) for name, drafter in named.items()},
+        drafter_configs={name: hash_config(drafter) for name, drafter in drafters_by_row.items()},
         widths=list(config.widths),
         is_compiled=is_compiled,
         engine="dpace.decode",
@@ -98,6 +97,7 @@ def bench(
         hardware=find_hardware(target.device),
         versions=find_versions(),
     )
+    # All prompts name the file, so that a call with a lower limit finds what one with more prompts has kept.
     records = Records(folder / "bench.jsonl", BenchRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
@@ -117,8 +117,8 @@ def bench(
         )
         records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
     records.read()
-    rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs], list(named))
-    results = BenchResults(**vars(setup), rows=rows)
+    measured = [records.rows[temperature, prompt.id] for temperature, prompt in jobs]
+    results = BenchResults(**vars(setup), rows=make_rows(measured, list(drafters_by_row)))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
 
@@ -136,22 +136,25 @@ def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_toke
     """Decode a prompt in every way, and compile steps; leave those out where they cannot be had."""
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
-    compiled = ways.pop((COMPILED, None), None)
-    for decode in ways.values():
-        decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
-    if compiled:
-        print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
-        try:
-            compiled(token_ids, max_new_tokens=max_new_tokens, temperature=temperature)
-            ways[COMPILED, None] = compiled
-        except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
-            print(f"plain decoding with compiled steps is left out: {shorten(error, 300)}", file=sys.stderr)
+    for (name, _), decode in ways.items():
+        if name != COMPILED:
+            decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
+    if (COMPILED, None) not in ways:
+        return
+    print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
+    try:
+        # As long as the answers may be: shorter texts would leave steps to be compiled while answers are timed.
+        ways[COMPILED, None](token_ids, max_new_tokens=max_new_tokens, temperature=temperature)
+    except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
+        print(f"plain decoding with compiled steps is left out: {shorten(error, 300)}", file=sys.stderr)
+        del ways[COMPILED, None]
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
-    """Decode one prompt in every way, and yield each response; options are those of `ask_in_turn`."""
-    for turn, (token_ids, done) in enumerate(ask_in_turn(target, prompt, ways, **options)):
-        for (name, width), generation in done.items():
+    """Decode one prompt in every way, and yield each response; `ask_in_turn` has the options."""
+    for turn, (token_ids, generations) in enumerate(ask_in_turn(target, prompt, ways, **options)):
+        plain_text = generations[PLAIN, None].token_ids
+        for (name, width), generation in generations.items():
             yield ResponseRecord(
                 **vars(generation),
                 drafter=name,
@@ -159,20 +162,21 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
                 id=prompt.id,
                 turn=turn,
                 prompt_tokens=len(token_ids),
-                same_text=generation.token_ids == done[PLAIN, None].token_ids,
+                same_text=generation.token_ids == plain_text,
             )
 
 
 def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
-    """Decode plainly with compiled steps; options are those of `generate_plain`.
+    """Decode plainly with compiled steps, as `generate_plain` does without them, with its options.
 
     The first tokens are decoded twice. Steps are compiled for each length of a text, rounded up, see
     `Decoder.make_room`, so what compiling takes is not counted.
     """
-    decoder.make_room(len(token_ids) + max_new_tokens + 1)  # of the whole text, of which the beginning follows
-    first: Any = options | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "stop_token_ids": ()}
+    # Room for the whole text at once: the steps that the warm-up compiles are then the steps that are timed.
+    decoder.make_room(len(token_ids) + max_new_tokens + 1)
+    warm_up: Any = options | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "stop_token_ids": ()}
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        decoder.generate(token_ids, **first)
+        decoder.generate(token_ids, **warm_up)
         return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)
 
 
@@ -181,7 +185,7 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
 
     Args:
         records: of the prompts.
-        drafters: names, in the order of the rows; with each width the others are compared with the first.
+        drafters: names, in the order of the rows; all are compared with the first one, width by width.
     """
     rows = []
     groups = group_by(records, attrgetter("temperature", "set"))
@@ -190,11 +194,17 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
         by_way = group_by(responses, attrgetter("drafter", "width"))
         plain = by_way.pop((PLAIN, None))
         compiled = by_way.pop((COMPILED, None), [])
+        # Sorting is stable, so the widths of a drafter stay in the order of the command.
         for name, width in sorted(by_way, key=lambda way: drafters.index(way[0])):
-            ours = by_way[name, width]
-            first = by_way[drafters[0], width]
             row = _pool_responses(
-                ours, plain, compiled, first, set=set_name, temperature=temperature, drafter=name, width=width
+                by_way[name, width],
+                plain,
+                compiled,
+                by_way[drafters[0], width],
+                set=set_name,
+                temperature=temperature,
+                drafter=name,
+                width=width,
             )
             rows.append(row)
     return rows
@@ -202,39 +212,45 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
 
 def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
     """Put the verifications of a drafter's responses together, one histogram a prompt."""
-    prompts = [
-        Acceptance.pooled([turn.acceptance for turn in turns])
-        for turns in group_by(responses, attrgetter("id")).values()
-    ]
+    prompts = []
+    for turns in group_by(responses, attrgetter("id")).values():
+        prompts.append(Acceptance.pooled([turn.acceptance for turn in turns]))
     return Acceptance.of_prompts(prompts)
 
 
 def _pool_responses(
-    ours: list[ResponseRecord],
+    drafted: list[ResponseRecord],
     plain: list[ResponseRecord],
     compiled: list[ResponseRecord],
-    first: list[ResponseRecord],
+    of_first: list[ResponseRecord],
     **way: Any,
 ) -> Row:
-    """Make the row of a drafter, compared with the first one.
-
-    Steps of plain decoding may have been compiled for all responses, or not.
-    """
-    acceptance = acceptance_of(ours)
+    """Make the row of a drafter, from its responses, the baselines' and the first drafter's to the same prompts."""
+    acceptance = acceptance_of(drafted)
+    baseline = None
+    # A call that could not compile has left prompts without compiled steps, which a later one does not measure again.
+    if len(compiled) == len(plain):
+        baseline = CompiledBaseline(
+            tokens_per_second=tokens_per_second(compiled),
+            decode_speedup=_speedup(drafted, compiled),
+            num_same_text=sum(response.same_text for response in compiled),
+        )
+    num_copied = sum(response.num_copied for response in drafted)
+    num_decoded = sum(response.num_decode_tokens for response in drafted)
     return Row(
         **way,
-        num_responses=len(ours),
+        num_responses=len(drafted),
         **drafted_facts([acceptance]),
-        tau_gain=nullable(tau_gain([acceptance], [acceptance_of(first)])),
-        speed_ratio=_speedup_over(ours, first),
-        share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.num_decode_tokens for r in ours)),
-        tokens_per_second=tokens_per_second(ours),
+        tau_gain=nullable(tau_gain([acceptance], [acceptance_of(of_first)])),
+        speed_ratio=_speedup(drafted, of_first),
+        share_copied=num_copied / max(1, num_decoded),
+        tokens_per_second=tokens_per_second(drafted),
         plain_tokens_per_second=tokens_per_second(plain),
-        decode_speedup=_speedup_over(ours, plain),
-        num_same_text=sum(r.same_text for r in ours),
-        responses=ours,
+        decode_speedup=_speedup(drafted, plain),
+        num_same_text=sum(response.same_text for response in drafted),
+        responses=drafted,
         plain_responses=plain,
-        compiled=_compiled_baseline(ours, compiled) if len(compiled) == len(plain) else None,
+        compiled=baseline,
     )
 
 
@@ -249,14 +265,7 @@ def drafted_facts(seeds: Sequence[Acceptance]) -> JsonObject:
     }
 
 
-def _compiled_baseline(ours: list[ResponseRecord], compiled: list[ResponseRecord]) -> CompiledBaseline:
-    return CompiledBaseline(
-        tokens_per_second=tokens_per_second(compiled),
-        decode_speedup=_speedup_over(ours, compiled),
-        num_same_text=sum(r.same_text for r in compiled),
-    )
-
-
-def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
-    """Divide the tokens a second by theirs: ratio of totals, prefill excluded."""
-    return speedup(*(group_by(side, attrgetter("id")).values() for side in (ours, theirs)))
+def _speedup(drafted: Sequence[ResponseRecord], baseline: Sequence[ResponseRecord]) -> Estimate:
+    """Divide the tokens a second of one side by the other side's; the turns of a prompt are drawn together."""
+    by_id = attrgetter("id")
+    return speedup(group_by(drafted, by_id).values(), group_by(baseline, by_id).values())

@@ -20,7 +20,6 @@ from dpace.config import RespondConfig, VerifyRule, Width
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.batch import batch_fault, generate_batch
 from dpace.decode.generation import Generation
-from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
@@ -62,18 +61,18 @@ def check(
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    drafter.check_target(target)
     limits = RespondConfig(max_new_tokens=max_new_tokens)
     encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
     findings, whole = check_texts(target, drafter, prompts, encoded, max_new_tokens=max_new_tokens, seed=seed)
-    if target.model.dtype == torch.float32:
-        findings += check_distribution(target, drafter, encoded, max_new_tokens=max_new_tokens, seed=seed)
-        responses = [
-            Response(p.id, p.set, [], ids + out.token_ids, [[len(ids), len(ids) + len(out.token_ids)]])
-            for p, ids, out in zip(prompts, encoded, whole, strict=True)
-        ]
-        findings += check_views(target, drafter, responses)
-        findings.append(check_lengths(target, drafter, responses, whole))
+    if target.model.dtype != torch.float32:
+        return findings
+    responses = []
+    for prompt, token_ids, generation in zip(prompts, encoded, whole, strict=True):
+        text = token_ids + generation.token_ids
+        responses.append(Response(prompt.id, prompt.set, [], text, [[len(token_ids), len(text)]]))
+    findings += check_distribution(target, drafter, encoded, max_new_tokens=max_new_tokens, seed=seed)
+    findings += check_views(target, drafter, responses)
+    findings.append(check_lengths(target, drafter, responses, whole))
     return findings
 
 
@@ -99,43 +98,49 @@ def check_texts(
     Returns:
         The findings, and the greedy generations that verified whole blocks.
     """
-    findings = []
-    whole = []
 
     def compare(
-        name: str, outs: Mapping[str, Sequence[Generation]], expected: Sequence[Sequence[int]], temperature: float
-    ) -> None:
-        """Add the finding about each way of decoding, with the token ids that are expected of each prompt."""
+        name: str, ways: Mapping[str, Sequence[Generation]], texts: Sequence[Sequence[int]], temperature: float
+    ) -> Finding:
+        """Compare what each way of decoding gave for each prompt with the texts that are expected."""
         divergences = []
-        for how, (number, prompt) in product(outs, enumerate(prompts)):
-            found = outs[how][number].token_ids
-            if found != expected[number]:
-                sampler = Sampler(temperature, seed=seed + number, device=target.device)
-                where = f"{prompt.id}, {how}"
-                divergences.append(find_divergence(target, sampler, where, encoded[number], found, expected[number]))
-        cases = f"{count(len(prompts), 'prompt')} x {', '.join(outs)}"
-        findings.append(text_finding(name, cases, len(outs) * len(prompts), divergences))
+        for (way, generations), (number, expected) in product(ways.items(), enumerate(texts)):
+            text = generations[number].token_ids
+            if text == expected:
+                continue
+            where = f"{prompts[number].id}, {way}"
+            divergence = find_divergence(
+                target, where, encoded[number], text, expected, temperature=temperature, seed=seed + number
+            )
+            divergences.append(divergence)
+        cases = f"{count(len(prompts), 'prompt')} x {', '.join(ways)}"
+        return text_finding(name, cases, len(ways) * len(prompts), divergences)
 
     ways: dict[str, Callable[..., Generation]] = {"plain": partial(generate_plain, target)}
     for size in sorted({2, (drafter.block_size + 2) // 2, drafter.block_size}):
         ways[f"width {size}"] = partial(generate, target, drafter, width=size)
     ways["width auto"] = partial(generate, target, drafter, paces=Paces())
+    # Greedy only: above temperature 0 this rule draws another text.
     ways["rule speculative"] = partial(generate, target, drafter, width="full", verify_rule="speculative")
+    lengths = [(len(token_ids), len(token_ids) + max_new_tokens) for token_ids in encoded]
+    findings = []
+    whole = []
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
         options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        outs = {}
-        for how, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
-            outs[how] = [decode(ids, seed=number, **options) for number, ids in enumerate(encoded, start=seed)]
-        lengths = [(len(token_ids), len(token_ids) + max_new_tokens) for token_ids in encoded]
-        if not batch_fault(target, lengths):  # elsewhere there are no batches, which then cannot be wrong
+        outs: dict[str, list[Generation]] = {}
+        for way, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
+            outs[way] = [decode(ids, seed=number, **options) for number, ids in enumerate(encoded, start=seed)]
+        # A target that cannot decode a batch has none that could be wrong.
+        if not batch_fault(target, lengths):
             outs["batch"] = generate_batch(target, drafter, encoded, seed=seed, **options)
         plain = outs.pop("plain")
         if temperature == 0:
             whole = outs[f"width {drafter.block_size}"]
-            del ways["rule speculative"]  # above temperature 0 it draws another text
+            del ways["rule speculative"]
             own = [generate_transformers(target, token_ids, max_new_tokens) for token_ids in encoded]
-            compare("plain decoding is generate of transformers", {"plain decoding": plain}, own, temperature)
-        compare(name, outs, [out.token_ids for out in plain], temperature)
+            name_of_baseline = "plain decoding is generate of transformers"
+            findings.append(compare(name_of_baseline, {"plain decoding": plain}, own, temperature))
+        findings.append(compare(name, outs, [generation.token_ids for generation in plain], temperature))
     return findings, whole
 
 
@@ -152,16 +157,17 @@ def check_distribution(
     findings = []
     for rule, width in RULES.items():
         options: Any = {"width": width, "verify_rule": rule, "paces": Paces(), "temperature": 1.0}
-        of_texts = []
+        values = []
         for number, token_ids in enumerate(track(encoded, f"distribution, rule {rule}"), start=seed):
             out = generate(target, drafter, token_ids, max_new_tokens=max_new_tokens, seed=number, **options)
-            values = distribution_values(target, token_ids, out.token_ids, generator)
-            of_texts.append(values[1:])  # 0 is from the prefill
-        singles = torch.cat(of_texts)[:, None]
+            # The first token comes from the prefill, which no rule verifies.
+            values.append(distribution_values(target, token_ids, out.token_ids, generator)[1:])
+        singles = torch.cat(values)[:, None]
         pairs = singles[: len(singles) // 2 * 2].view(-1, 2)
         p_values = uniformity(singles, 10), uniformity(pairs, 4)
         detail = f"chi-square: p = {p_values[0]:.3f} for single tokens, {p_values[1]:.3f} for pairs"
         cases = f"{len(singles)} sampled tokens, {len(pairs)} pairs"
+        # Bonferroni: all tests together, two for each rule, fail by chance with this probability at most.
         is_passed = min(p_values) > SIGNIFICANCE / (2 * len(RULES))
         findings.append(Finding(f"distribution, rule {rule}", cases, is_passed, detail))
     return findings
@@ -183,13 +189,16 @@ def distribution_values(
     Source: Rosenblatt, Remarks on a multivariate transformation (1952).
     """
     text = torch.tensor([[*prompt, *response]], device=target.device)
+    # The row of the token before predicts a token, from the prompt's last one on.
     hidden = target.hidden(text[:, :-1])[0, len(prompt) - 1 :]
-    probs = torch.softmax(target.head.logits(hidden).double(), dim=-1)
-    chosen = torch.tensor(response, device=target.device)[:, None]
-    own = probs.gather(1, chosen)
-    ranks = torch.arange(probs.shape[1], device=target.device)
-    above = (probs * ((probs > own) | ((probs == own) & (ranks < chosen)))).sum(-1)
-    return (above.cpu() + torch.rand(len(response), generator=generator) * own[:, 0].cpu()).float().clamp(0, 1)
+    probs = torch.softmax(target.head.logits(hidden).double(), dim=-1)  # (seq, vocab)
+    chosen = text[0, len(prompt) :, None]
+    jump = probs.gather(1, chosen)
+    # Tokens that are equally likely come in the order of their ids.
+    is_before = torch.arange(probs.shape[1], device=target.device) < chosen
+    below = (probs * ((probs > jump) | ((probs == jump) & is_before))).sum(-1)
+    share_of_jump = torch.rand(len(response), generator=generator)
+    return (below.cpu() + share_of_jump * jump[:, 0].cpu()).float().clamp(0, 1)
 
 
 def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
@@ -203,6 +212,7 @@ def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
     counts = torch.histogramdd(values, [num_bins] * dim, range=[0.0, 1.0] * dim).hist.double()
     expected = len(values) / counts.numel()
     statistic = ((counts - expected) ** 2 / expected).sum()
+    # The counts add up to the number of points, so one of them is not free.
     degrees = torch.tensor(counts.numel() - 1).double()
     return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
@@ -220,18 +230,20 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
     """
     rows = ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0)
     generator = torch.Generator().manual_seed(0)
+    # Without a block to examine, both checks fail.
     changes = [change_block(target, drafter, row, generator) for row in rows] or [(math.inf, 0.0, math.inf)]
     by_future, by_past, by_serving = zip(*changes, strict=True)
     cases = f"a block in {count(len(rows), 'response')}"
-    detail = (
+    # A drafter that ignores its text would not leak either: the past has to change the block much more.
+    has_no_leak = max(by_future) < min(MAX_RELATIVE_ERROR, min(by_past) / 10)
+    seen = (
         f"other tokens and features after the anchor change the block by {max(by_future):.1g}, before it by "
         f"{min(by_past):.1g} or more (relative)"
     )
-    has_no_leak = max(by_future) < min(MAX_RELATIVE_ERROR, min(by_past) / 10)
     is_served = max(by_serving) < MAX_RELATIVE_ERROR
     served = f"hidden states differ by {max(by_serving):.1g} (relative)"
     return [
-        Finding("no leak from the future", cases, has_no_leak, detail),
+        Finding("no leak from the future", cases, has_no_leak, seen),
         Finding("a block in training is the block when serving", cases, is_served, served),
     ]
 
@@ -240,56 +252,60 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 def change_block(target: Target, drafter: Drafter, row: Inputs, generator: torch.Generator) -> list[float]:
     """Compute the hidden states of a response's middle block with another text, and as decoding does.
 
-    The future of a block is all text behind its anchor, and the features at the anchor: the target has not read it when
+    The future of a block is all text after its anchor, and the features at the anchor: the target has not read it when
     the block is drafted.
 
     Returns:
-        How far they are from those of training, as the norm of the difference over the norm: with another future, with
-        another past, and when serving.
+        How far they are from the states in training, as the norm of the difference over the norm: with another future,
+        with another past, and when serving.
     """
     text = row["token_ids"]
     features = target.features(text[None], drafter.target_layer_ids)[0].cpu()
     other_text = torch.randint(target.config.vocab_size, text.shape, generator=generator)
+    # Three times as wide as the text's own features, so that what sees them changes.
     other_features = torch.randn(features.shape, generator=generator) * features.std() * 3
     number = len(row["anchors"]) // 2
     anchor = int(row["anchors"][number])
-    positions = torch.arange(len(text))
 
-    variants = []
-    for is_other_text, is_other_features in (
-        (positions < 0, positions < 0),
-        (positions > anchor, positions >= anchor),
-        (positions < anchor, positions < anchor),
-    ):
-        changed = {
-            "token_ids": torch.where(is_other_text, other_text, text),
-            "features": torch.where(is_other_features[:, None], other_features, features),
-        }
-        variants.append(row | changed)
-    inputs = {name: value.to(target.device) for name, value in collate(variants, drafter.block_size).items()}
-    trained, *others = blocks_hidden(drafter, target, inputs).hidden[:, number, 1 - drafter.first_slot :]
-    blocks = text.new_full((1, drafter.num_slots), drafter.mask_token_id)
-    blocks[0, 0] = text[anchor]
+    def change(tokens: slice, states: slice) -> Inputs:
+        """Take other tokens, and other features, at some positions."""
+        changed = row | {"token_ids": text.clone(), "features": features.clone()}
+        changed["token_ids"][tokens] = other_text[tokens]
+        changed["features"][states] = other_features[states]
+        return changed
+
+    past = slice(anchor)
+    nothing = slice(0)
+    variants = [change(nothing, nothing), change(slice(anchor + 1, None), slice(anchor, None)), change(past, past)]
+    batch = {name: value.to(target.device) for name, value in collate(variants, drafter.block_size).items()}
+    # Where blocks begin at the anchor, slot 0 of the training view predicts nothing, and decoding does not compute it.
+    trained, *others = blocks_hidden(drafter, target, batch).hidden[:, number, 1 - drafter.first_slot :]
+    block = text.new_full((1, drafter.num_slots), drafter.mask_token_id)
+    block[0, 0] = text[anchor]
     before = features[None, :anchor].to(target.device)
-    others.append(draft_block(drafter, target, blocks.to(target.device), before).hidden[0])
+    others.append(draft_block(drafter, target, block.to(target.device), before).hidden[0])
     return [float((other - trained).norm() / trained.norm()) for other in others]
 
 
 def check_lengths(
     target: Target, drafter: Drafter, responses: Sequence[Response], whole: Sequence[Generation]
 ) -> Finding:
-    """Compare accepted lengths as training measures them with those of decoding."""
-    pairs = [(response, out) for response, out in zip(responses, whole, strict=True) if len(out.token_ids) > 1]
+    """Compare accepted lengths as training measures them with the lengths in decoding."""
+    num_compared = 0
     num_equal = 0
-    for response, out in pairs:
+    for response, generation in zip(responses, whole, strict=True):
+        if len(generation.token_ids) < 2:  # nothing was verified
+            continue
+        num_compared += 1
         dataset = ResponseDataset([response], max_length=10**9, num_anchors=None, seed=0)
         prompt = response.token_ids[: response.response_spans[0][0]]
+        # Decoding also drafts the tokens of its prompt, where a draft vocabulary leaves them out.
         drafted = PackedRows(target, drafter.vocabulary, prompt).token_ids
         trained = heldout_acceptance(drafter, target, dataset, token_ids=drafted)
-        num_equal += bool((trained.rows == out.acceptance.rows).all())
+        num_equal += bool((trained.rows == generation.acceptance.rows).all())
     return Finding(
         "accepted lengths in training are those of decoding",
-        f"every verification of {count(len(pairs), 'response')}",
-        0 < num_equal == len(pairs),
-        f"{num_equal} of {len(pairs)} histograms equal",
+        f"every verification of {count(num_compared, 'response')}",
+        0 < num_equal == num_compared,
+        f"{num_equal} of {num_compared} histograms equal",
     )

@@ -1,10 +1,10 @@
 """Find how many rejected drafts no block drafter could have avoided, slot by slot, and how many are the drafter's own.
 
 A slot of a block drafter is blind: it does not know the tokens of the slots before it. Above temperature 0 the target
-draws those, and its next token depends on them. So the target continues the text behind real anchors several times, and
+draws those, and its next token depends on them. So the target continues the text after real anchors several times, and
 for each slot the one distribution is sought that is rejected least in all continuations: its rejections are the floor.
 
-Source: the idea is that of arXiv 2608.27339.
+Source: the idea of arXiv 2608.27339.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.benchmark import hash_config
 from dpace.measure.records import Records, group_by_set, setup_of, spread_evenly
 from dpace.measure.results import (
+    Estimate,
     ExplainedRecord,
     ExplainResults,
     ExplainRow,
@@ -71,13 +72,17 @@ def fit_blind(
     if not is_drawn:
         return nn.functional.one_hot((weights @ probs).argmax(), probs.shape[1]).to(probs.dtype)
     tokens = (probs.amax(0) > LEAST_PROB).nonzero()[:, 0]
-    levels, order = probs[:, tokens].sort(dim=0)
-    gains = weights[order].flip(0).cumsum(0).flip(0)
+    # A token's probabilities, ascending, are levels. `q[x]` is filled from one level to the next, as one piece.
+    levels, order = probs[:, tokens].sort(dim=0)  # (level, token)
     heights = levels.diff(dim=0, prepend=torch.zeros_like(levels[:1]))
+    # What a piece gains: the weights of the samples at its level and above, so the sum runs from the last level down.
+    gains = weights[order].flip(0).cumsum(0).flip(0)
+    # Gains fall with the level, and the sort is stable: no piece is taken before the pieces below it.
     best = gains.flatten().argsort(descending=True, stable=True)
-    filled = heights.flatten()[best].cumsum(0).clamp_max(1).diff(prepend=heights.new_zeros(1))
-    parts = torch.zeros_like(filled).index_copy_(0, best, filled).view_as(heights)
-    return torch.zeros_like(probs[0]).index_copy_(0, tokens, parts.sum(0))
+    # Pieces are taken whole until they sum to 1: the differences of the cut sum are what each gets.
+    taken = heights.flatten()[best].cumsum(0).clamp_max(1).diff(prepend=heights.new_zeros(1))
+    pieces = torch.zeros_like(taken).index_copy_(0, best, taken).view_as(heights)
+    return torch.zeros_like(probs[0]).index_copy_(0, tokens, pieces.sum(0))
 
 
 def rejections(probs: Tensor, drafted: Tensor, weights: Tensor) -> float:
@@ -96,23 +101,23 @@ def score_block(
     *,
     is_drawn: bool,
 ) -> Float[np.ndarray, "4 slot"]:
-    """Measure the rejections in a block, on continuations that the target has drawn behind its anchor.
+    """Measure the rejections in a block, on continuations that the target has drawn after its anchor.
 
     A continuation counts for a slot as far as the drafter's own drafts reach it: each token before is accepted with
-    probability `min(1, q / p)`. So the rejections are those of decoding.
+    probability `min(1, q / p)`. So decoding has the same rejections.
 
     The floor has two ends. A distribution that is fitted to the same samples knows them too well, so it rejects too
     little; one that is fitted to others does not know enough, so it rejects too much. In expectation the floor of a
     drafter that knows the target's distribution lies between them, and they meet as samples are added.
 
-    Memory: a few times that of `probs` at one slot.
+    Memory: a few times the size of `probs` at one slot.
 
     Args:
         probs: the target's distributions.
-        drafted: the drafter's; of one token where drafts are not drawn. Equal in all samples, but with a selector.
+        drafted: the drafter's; of one token where drafts are not drawn. Only with a selector do samples differ in it.
         tokens: that the target drew.
         is_end: tokens that end a text.
-        is_drawn: see `fit_blind`.
+        is_drawn: whether drafts are drawn from `drafted`, as in `fit_blind`.
 
     Returns:
         For each slot: how often it is reached; how often it is reached and rejected; and the lower and the upper end of
@@ -120,24 +125,24 @@ def score_block(
     """
     num_samples, num_slots = tokens.shape
     folds = torch.arange(num_samples, device=probs.device) % min(NUM_FOLDS, num_samples)
+    # How often drafting comes to a slot of a sample: together 1 at the first slot.
     weights = torch.full_like(probs[:, 0, 0], 1 / num_samples)
-    found = np.zeros((4, num_slots))
+    losses = np.zeros((4, num_slots))
     for slot in range(num_slots):
         true = probs[:, slot]
-        own = drafted[:, slot]
-        known = fit_blind(true, weights, is_drawn=is_drawn)
-        unknown = 0.0
+        draft = drafted[:, slot]
+        low = rejections(true, fit_blind(true, weights, is_drawn=is_drawn), weights)
+        high = 0.0
         for fold in folds.unique():
-            rest = folds != fold
-            part = folds == fold
-            fitted = fit_blind(true[rest], weights[rest], is_drawn=is_drawn)
-            unknown += rejections(true[part], fitted, weights[part])
-        low = rejections(true, known, weights)
-        found[:, slot] = float(weights.sum()), rejections(true, own, weights), low, max(low, unknown)
+            is_measured = folds == fold
+            fitted = fit_blind(true[~is_measured], weights[~is_measured], is_drawn=is_drawn)
+            high += rejections(true[is_measured], fitted, weights[is_measured])
+        # Few samples may bring the ends into the wrong order.
+        losses[:, slot] = float(weights.sum()), rejections(true, draft, weights), low, max(low, high)
         chosen = tokens[:, slot, None]
-        chances = (own.gather(1, chosen) / true.gather(1, chosen))[:, 0].clamp_max(1)
-        weights = torch.where(is_end[:, slot], 0.0, weights * chances)
-    return found
+        accepted = (draft.gather(1, chosen) / true.gather(1, chosen))[:, 0].clamp_max(1)
+        weights = torch.where(is_end[:, slot], 0.0, weights * accepted)
+    return losses
 
 
 def draw_continuations(
@@ -152,8 +157,9 @@ def draw_continuations(
     """
     inputs = torch.tensor([prefix], device=target.device)
     cache: Any = DynamicCache(config=target.config)
+    # The prefix is read once: its last hidden state and its keys and values are repeated for each sample.
     hidden = target.hidden(inputs, cache)[:, -1].expand(num_samples, -1)
-    cache.reorder_cache(inputs.new_zeros(num_samples))  # row 0 for each
+    cache.reorder_cache(inputs.new_zeros(num_samples))
     tokens = []
     probs = []
     while True:
@@ -173,27 +179,29 @@ def explain_prompt(
     options: Any = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
     answer = generate(target, drafter, token_ids, width="full", verify_rule=config.verify_rule, **options)
     text = torch.tensor([[*token_ids, *answer.token_ids]], device=target.device)
+    # The first anchor is the token of the prefill, and each next one the last token that a verification emitted.
     starts = len(token_ids) + np.cumsum([0, *answer.emitted_lengths])[:-1]
     anchors = spread_evenly(starts.tolist(), config.num_blocks)
     if not anchors:  # the answer is one token
         return np.zeros((0, 4, drafter.block_size - 1))
-    blocks = build_blocks(text, torch.ones_like(text).bool(), [torch.tensor(anchors)], drafter.block_size)
-    found = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": text, "features": None})
+    is_response = torch.ones_like(text).bool()  # only the loss reads which slots are scored
+    blocks = build_blocks(text, is_response, [torch.tensor(anchors)], drafter.block_size)
+    out = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": text, "features": None})
     rows = PackedRows(target, drafter.vocabulary, token_ids)
     sampler = Sampler(config.temperature, seed=seed, device=target.device)
     stops = torch.tensor(target.stop_token_ids, device=target.device)
-    measured = []
-    for anchor, hidden, before in zip(anchors, found.hidden[0], found.before[0], strict=True):
-        newest = partial(before.__getitem__, None)
-        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], newest, drafter.block_size)
+    losses = []
+    for anchor, hidden, before in zip(anchors, out.hidden[0], out.before[0], strict=True):
+        read_before = partial(before.__getitem__, None)  # with a batch axis
+        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], read_before, drafter.block_size)
         prefix = text[0, : anchor + 1].tolist()
         tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)
         if is_drawn:
             drafted = drafter.selector.chances(draft, tokens, rows, sampler)
         else:
             drafted = nn.functional.one_hot(draft.tokens, probs.shape[-1]).to(probs.dtype).expand_as(probs)
-        measured.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops), is_drawn=is_drawn))
-    return np.array(measured)
+        losses.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops), is_drawn=is_drawn))
+    return np.array(losses)
 
 
 def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: ExplainConfig) -> ExplainResults:
@@ -207,7 +215,6 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    drafter.check_target(target)
     folder = Path(config.output)
     refuse_long_prompts(target, prompts, config.max_new_tokens)
     register_files(folder, EXPLAIN_FILE)
@@ -225,13 +232,13 @@ def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config:
     records = Records(folder / "explain.jsonl", ExplainedRecord, setup, prompts)
     for _, (temperature, prompt) in track(records.missing(product([config.temperature], prompts)), "sampling"):
         token_ids = encode_chat(target, prompt.turns[0])
-        found = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
+        losses = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
         record = ExplainedRecord(
             set=prompt.set,
             id=prompt.id,
             temperature=temperature,
-            num_blocks=len(found),
-            losses=found.sum(0).tolist(),
+            num_blocks=len(losses),
+            losses=losses.sum(0).tolist(),
         )
         records.add(record)
     results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(list(records.rows.values())))
@@ -243,18 +250,31 @@ def make_rows(records: Sequence[ExplainedRecord]) -> list[ExplainRow]:
     """Pool prompts by set, and all of several sets together."""
     rows = []
     for name, group in group_by_set(records).items():
-        losses = np.array([record.losses for record in group]).transpose(2, 1, 0)  # "slot what prompt"
+        losses = np.array([record.losses for record in group]).transpose(2, 1, 0)  # (slot, 4, prompt)
         num_blocks = sum(record.num_blocks for record in group)
-        whole, *slots = (_slot_loss(of_slot, num_blocks) for of_slot in [losses.sum(0), *losses])
-        rows.append(ExplainRow(set=name, num_prompts=len(group), num_blocks=num_blocks, whole=whole, slots=slots))
+        row = ExplainRow(
+            set=name,
+            num_prompts=len(group),
+            num_blocks=num_blocks,
+            whole=_slot_loss(losses.sum(0), num_blocks),
+            slots=[_slot_loss(of_slot, num_blocks) for of_slot in losses],
+        )
+        rows.append(row)
     return rows
 
 
 def _slot_loss(losses: Float[np.ndarray, "4 prompt"], num_blocks: int) -> SlotLoss:
     """Make shares of blocks, and of the rejections, from sums by prompt."""
     reached, rejected, low, high = losses
-    least, most = (nullable(estimate([[np.stack([rejected - floor, rejected], 1)]])) for floor in (high, low))
+
+    def share_above(floor: Float[np.ndarray, " prompt"]) -> Estimate:
+        """Estimate which share of the rejections lies above a floor: these are the drafter's own."""
+        return nullable(estimate([[np.stack([rejected - floor, rejected], axis=1)]]))
+
     count = max(1, num_blocks)
     return SlotLoss(
-        reached=float(reached.sum() / count), rejected=float(rejected.sum() / count), own_least=least, own_most=most
+        reached=float(reached.sum() / count),
+        rejected=float(rejected.sum() / count),
+        own_least=share_above(high),
+        own_most=share_above(low),
     )

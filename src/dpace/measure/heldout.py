@@ -44,13 +44,13 @@ def heldout_acceptance(
     conversation is a row of the result. Of several ranks, each measures a share; all must be here, and all get the
     result.
 
-    Memory: that of `walk_conversation`, one conversation at a time.
+    Memory: what `walk_conversation` takes, one conversation at a time.
 
     Args:
         drafter: what is measured.
         target: its target.
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
-        token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
+        token_ids: the only tokens that are drafted; by default all. Decoding drafts the prompt's tokens too.
         title: of a progress bar; none is shown without it.
 
     Raises:
@@ -76,23 +76,30 @@ def measure_vocabularies(
     was_training = drafter.training
     drafter.eval()
     refresh_copies(drafter)
-    results: dict[int, list[list[Acceptance]]] = {}
+    draft_rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
+    vocabulary = drafter.vocabulary
+    if vocabulary is not None and vocabulary.head is not None:
+        # A drafter with a head of its own drafts its tokens alone, whatever is asked for.
+        draft_rows = [PackedRows(target, vocabulary)] * len(vocabularies)
     indices = range(len(dataset))
-    for i in track([*ranks.share(indices), *[None] * ranks.num_short(indices)], title):
-        if i is not None:
-            results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
-        elif dataset.features is None:
+    measured: dict[int, list[list[Acceptance]]] = {}
+    for index in track(ranks.share(indices), title):
+        measured[index] = walk_conversation(drafter, target, dataset, index, draft_rows, visit)
+    if dataset.features is None:
+        # A sharded target reads a text only where all ranks call it: a rank with fewer texts joins the last call.
+        for _ in range(ranks.num_short(indices)):
             target.join_features(drafter.target_layer_ids)
     drafter.train(was_training)
-    results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    return [_pool_ways([results[i][number] for i in indices]) for number in range(len(vocabularies))]
-
-
-def _pool_ways(conversations: Sequence[Sequence[Acceptance]]) -> Acceptance:
-    """Put conversations together, each with its ways; the first way is what is drafted, the others are bounds."""
-    ways = [Acceptance.of_prompts(rows) for rows in zip(*conversations, strict=True)]
-    drafted, *others = ways or [Acceptance.of_prompts([])]
-    return replace(drafted, bounds=tuple(way.tau for way in others))
+    for of_rank in ranks.gather(measured):
+        measured |= of_rank
+    acceptances = []
+    for number in range(len(vocabularies)):
+        conversations = [measured[index][number] for index in indices]
+        # The first way is what is drafted. Without a conversation there is no way, and `of_prompts` refuses the call.
+        ways = list(zip(*conversations, strict=True)) or [()]
+        drafted, *bounds = map(Acceptance.of_prompts, ways)
+        acceptances.append(replace(drafted, bounds=tuple(bound.tau for bound in bounds)))
+    return acceptances
 
 
 def walk_conversation(
@@ -100,7 +107,7 @@ def walk_conversation(
     target: Target,
     dataset: ResponseDataset,
     index: int,
-    vocabularies: Sequence[Tensor | None],
+    draft_rows: Sequence[DraftRows],
     visit: Visit | None,
 ) -> list[list[Acceptance]]:
     """Draft the blocks of a conversation, and follow greedy decoding through its responses.
@@ -110,42 +117,52 @@ def walk_conversation(
     Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
     bytes for the dense mask on a CPU.
 
+    Args:
+        drafter: what is measured.
+        target: its target.
+        dataset: has the conversation.
+        index: number of the conversation.
+        draft_rows: for each vocabulary the head's rows of its tokens.
+        visit: called with what decoding may reach.
+
     Returns:
-        For each vocabulary the accepted lengths in each way of `Selector.match`: as is drafted, and behind that the
+        For each vocabulary the accepted lengths in each way of `Selector.match`: as is drafted, and after that the
         bounds.
     """
-    rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
-    own = drafter.vocabulary
-    if own is not None and own.head is not None:
-        rows = [PackedRows(target, own)] * len(rows)
     row = dataset[index]
     if row["features"] is None:
         row["features"] = target.features(row["token_ids"][None], drafter.target_layer_ids)[0]
-    inputs = {name: value.to(target.device) for name, value in collate([row], drafter.block_size).items()}
-    anchors = inputs["anchors"][0]
+    batch = {name: value.to(target.device) for name, value in collate([row], drafter.block_size).items()}
+    anchors = batch["anchors"][0]
     slots = torch.arange(drafter.block_size, device=target.device)
-    lengths = [[] for _ in rows]
-    reached = [[] for _ in rows]
-    for part in torch.arange(len(anchors), device=target.device).split(SCORED_BLOCKS):
-        blocks = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
-        seen = slice(0, int(anchors[part].max()) + 1)  # no block sees more of the text
-        text = {name: inputs[name][:, seen] for name in ("token_ids", "features")}
-        found = blocks_hidden(drafter, target, blocks | text)
-        for number, of_vocabulary in enumerate(rows):
-            states, is_accepted = drafter.selector.match(found, of_vocabulary)
-            lengths[number].append(is_accepted.sum(-1))  # "way block"
+    accepted_lengths = [[] for _ in draft_rows]
+    reached = [[] for _ in draft_rows]
+    for start in range(0, len(anchors), SCORED_BLOCKS):
+        chunk = slice(start, start + SCORED_BLOCKS)
+        blocks = {name: batch[name][:, chunk] for name in Blocks.__dataclass_fields__}
+        # Anchors ascend: no block of the chunk sees more of the text than the last one.
+        num_seen = int(anchors[chunk][-1]) + 1
+        text = {name: batch[name][:, :num_seen] for name in ("token_ids", "features")}
+        hidden = blocks_hidden(drafter, target, blocks | text)
+        for number, rows in enumerate(draft_rows):
+            states, is_accepted = drafter.selector.match(hidden, rows)  # the flags are (way, block, slot)
+            accepted_lengths[number].append(is_accepted.sum(-1))
             if visit is not None:
-                drafted = is_accepted[:1]
-                is_reached = blocks["is_scored"] & (slots <= drafted.sum(-1, keepdim=True) + 1)
-                reached[number].append((states[is_reached], drafted[is_reached]))
+                is_drafted = is_accepted[:1]
+                # Decoding reaches the accepted slots, which come after the anchor, and the first wrong one.
+                is_reached = blocks["is_scored"] & (slots <= is_drafted.sum(-1, keepdim=True) + 1)
+                reached[number].append((states[is_reached], is_drafted[is_reached]))
     if visit is not None:
-        for number, parts in enumerate(reached):
-            visit(number, *map(torch.cat, zip(*parts, strict=True)))
-    spans = [[min(edge, dataset.max_length) for edge in span] for span in dataset.examples[index].spans]
-    return [
-        [walk(dict(zip(anchors.tolist(), way, strict=True)), spans, drafter.block_size) for way in ways]
-        for ways in (torch.cat(parts, -1).tolist() for parts in lengths)
-    ]
+        for number, chunks in enumerate(reached):
+            states, is_right = zip(*chunks, strict=True)
+            visit(number, torch.cat(states), torch.cat(is_right))
+    spans = [(start, min(end, dataset.max_length)) for start, end in dataset.examples[index].spans]
+    acceptances = []
+    for chunks in accepted_lengths:
+        ways = torch.cat(chunks, dim=-1).tolist()  # (way, anchor)
+        by_anchor = [dict(zip(anchors.tolist(), way, strict=True)) for way in ways]
+        acceptances.append([walk(accepted, spans, drafter.block_size) for accepted in by_anchor])
+    return acceptances
 
 
 def walk(accepted_from: dict[int, int], spans: Sequence[Sequence[int]], block_size: int) -> Acceptance:
@@ -163,9 +180,11 @@ def walk(accepted_from: dict[int, int], spans: Sequence[Sequence[int]], block_si
     accepted_lengths = []
     without_bonus = 0
     for anchor, end in spans:
-        while anchor < end - 1:
-            accepted = min(accepted_from[anchor], end - 1 - anchor)
-            without_bonus += anchor + accepted == end - 1
+        last = end - 1
+        while anchor < last:
+            # A block may reach past the response, and decoding takes no draft after its last token.
+            accepted = min(accepted_from[anchor], last - anchor)
+            without_bonus += anchor + accepted == last
             accepted_lengths.append(accepted)
-            anchor += accepted + 1
+            anchor += accepted + 1  # past the bonus token, which is the next anchor
     return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)

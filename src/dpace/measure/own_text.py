@@ -51,7 +51,7 @@ class Divergence(NamedTuple):
     is_tie: bool
     """Whether rounding alone can have caused it."""
     line: str
-    """Where it is, the token found and the one expected, and how much the target prefers that."""
+    """Where it is, the token found and the token expected, and how much the target prefers the expected one."""
 
 
 @torch.inference_mode()
@@ -94,23 +94,28 @@ def check_responses(target: Target, responses: Sequence[Response], meta: JsonObj
     Args:
         target: loaded in the precision that the answers were written in.
         responses: of which some are read, evenly chosen.
-        meta: what made them, see `dpace.respond.responses.read_meta`.
+        meta: what made them, as `dpace.respond.responses.read_meta` reads it.
 
     Raises:
         ValueError: another target answered, or with another tokenizer or chat template.
     """
-    now = tokenizer_hashes(target)
+    now = {}
     if meta.get("source") != "servers":  # which do not tell the hash of their weights
-        now = {"target_sha256": target.sha256} | now
+        now["target_sha256"] = target.sha256
+    now |= tokenizer_hashes(target)
     same_run(meta, now, "the answers were made", "name the target that answered, or leave --responses out")
     chosen = spread_evenly(responses, NUM_REREAD)
-    found = [
-        _reread(target, response, span, f"{response.id}, answer {number}", meta["max_new_tokens"])
-        for response in chosen
-        for number, span in enumerate(response.response_spans, start=1)
-    ]
+    divergences = []
+    num_answers = 0
+    for response in chosen:
+        for number, span in enumerate(response.response_spans, start=1):
+            where = f"{response.id}, answer {number}"
+            divergence = _reread(target, response, span, where, meta["max_new_tokens"])
+            if divergence is not None:
+                divergences.append(divergence)
+            num_answers += 1
     name = "responses are the target's greedy text"
-    return text_finding(name, count(len(chosen), "response"), len(found), [*filter(None, found)])
+    return text_finding(name, count(len(chosen), "response"), num_answers, divergences)
 
 
 @torch.inference_mode()
@@ -119,13 +124,14 @@ def greedy_share(target: Target, dataset: ResponseDataset) -> float:
 
     Memory: logits of `READ_ROWS` tokens.
     """
-    equal = []
+    is_greedy = []
     for index in spread_evenly(range(len(dataset)), NUM_SHARED):
         token_ids = dataset.token_ids(index).to(target.device)
+        # The row of the token before predicts a token; nothing predicts the first one.
         is_answer = dataset.is_response(index)[1:].to(target.device)
         hidden = target.hidden(token_ids[None])[0, :-1]
-        equal.append(_best_tokens(target, hidden[is_answer]) == token_ids[1:][is_answer])
-    return float(torch.cat(equal).float().mean())
+        is_greedy.append(_best_tokens(target, hidden[is_answer]) == token_ids[1:][is_answer])
+    return float(torch.cat(is_greedy).float().mean())
 
 
 def _best_tokens(target: Target, hidden: Float[Tensor, "row hidden"]) -> Int[Tensor, " row"]:
@@ -142,25 +148,30 @@ def _reread(
     answer = response.token_ids[slice(*span)]
     text = torch.tensor([prompt + answer], device=target.device)
     best = _best_tokens(target, target.hidden(text)[0, len(prompt) - 1 :]).tolist()
-    own = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
+    # One token more than the answer has: it tells an answer that was cut too early.
+    expected = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
     divergence = None
-    for place, (found, expected) in enumerate(itertools.zip_longest(answer, own)):
-        if found != expected:
-            other = answer[:place] + own[place : place + 1]
-            divergence = find_divergence(target, Sampler(device=target.device), where, prompt, answer, other)
-            if not divergence.is_tie:
-                break
+    for place, (token, best_token) in enumerate(itertools.zip_longest(answer, expected)):
+        if token == best_token:
+            continue
+        other = answer[:place] + expected[place : place + 1]
+        divergence = find_divergence(target, where, prompt, answer, other)
+        # After a tie the answer may be right again: what follows was read after the answer's own token.
+        if not divergence.is_tie:
+            break
     return divergence
 
 
 @torch.inference_mode()
 def find_divergence(
     target: Target,
-    sampler: Sampler,
     where: str,
     prompt: Sequence[int],
     found: Sequence[int],
     expected: Sequence[int],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Divergence:
     """Find where a text leaves the target's own, and measure how close the target was to choosing the other token.
 
@@ -170,26 +181,30 @@ def find_divergence(
 
     Args:
         target: reads the text before that place.
-        sampler: a new one, with the temperature and the seed of both texts.
         where: the prompt and the way of decoding, in words.
         prompt: token ids before both texts.
         found: token ids of the text.
-        expected: those of the target's own, which differ.
+        expected: token ids of the target's own text, which differ.
+        temperature: of both texts.
+        seed: of both texts.
     """
+    # None stands for the end of the shorter text.
     pairs = enumerate(itertools.zip_longest(found, expected))
     position, tokens = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
     text = torch.tensor([[*prompt, *expected[:position]]], device=target.device)
-    at_once = target.head.logits(target.hidden(text)[0, len(prompt) - 1 :]).float()
+    at_once = target.head.logits(target.hidden(text)[0, len(prompt) - 1 :]).float()  # (seq, vocab)
     cache = TextCache(target.config, text.shape[1])
     one_by_one = []
     for start, end in itertools.pairwise([0, *range(len(prompt), text.shape[1] + 1)]):
         hidden = target.hidden(text[:, start:end], cache=cache)
         one_by_one.append(target.head.logits(hidden[0, -1:]).float())
     rounding = float((at_once - torch.cat(one_by_one)).abs().max())
-    margin = math.inf  # one of the texts has ended
+    margin = math.inf
     if None not in tokens:
         scores = at_once
-        if sampler.temperature:
+        if temperature:
+            sampler = Sampler(temperature, seed=seed, device=target.device)
+            # The largest `p / e` is drawn, see `Sampler.draw`: so the largest `log p - log e`.
             scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
         margin = float(scores[-1, tokens[1]] - scores[-1, tokens[0]])
     is_tie = margin <= 2 * rounding
@@ -203,5 +218,6 @@ def find_divergence(
 
 def text_finding(name: str, cases: str, total: int, divergences: Sequence[Divergence]) -> Finding:
     """Make the finding of a check of texts, which passes where every difference is a tie."""
-    lines = [f"{total - len(divergences)} of {total} texts equal", *(found.line for found in divergences)]
-    return Finding(name, cases, all(found.is_tie for found in divergences), "\n".join(lines))
+    lines = [f"{total - len(divergences)} of {total} texts equal"]
+    lines += [divergence.line for divergence in divergences]
+    return Finding(name, cases, all(divergence.is_tie for divergence in divergences), "\n".join(lines))

@@ -31,7 +31,7 @@ from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 PLAIN = "plain"
 """Name of decoding without a drafter."""
 COMPILED = "plain, compiled"
-"""Name of the same with compiled steps."""
+"""Name of decoding without a drafter, with compiled steps."""
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")
@@ -62,7 +62,7 @@ def ask_in_turn(
     max_new_tokens: int,
     **options: Any,
 ) -> Iterator[tuple[list[int], dict[Item, Any]]]:
-    """Let all ways answer the turns of a prompt; answers to earlier turns are those of the first way.
+    """Let all ways answer the turns of a prompt; in later turns, all see the answers of the first way.
 
     Args:
         chat: tokenizer and template.
@@ -70,19 +70,21 @@ def ask_in_turn(
         ways: what answers in each way; they get token ids and the options, and their answers have `token_ids`.
         rotation: turns their order, which differs from prompt to prompt, so that a drift of the speed favours none.
         max_new_tokens: an option for the ways.
-        options: others.
+        options: further ones.
 
     Yields:
         For each turn, its token ids and the answers by way.
     """
     order = deque(ways)
     order.rotate(-rotation)
+    first_way = next(iter(ways))
     conversation = Conversation(chat, prompt, RespondConfig(max_new_tokens=max_new_tokens))
     while not conversation.is_answered:
         token_ids = conversation.ask()
         answers = {way: ways[way](token_ids, max_new_tokens=max_new_tokens, **options) for way in order}
+        # In the order of `ways` again, so that a file does not tell which way was first here.
         yield token_ids, {way: answers[way] for way in ways}
-        conversation.add(token_ids, answers[next(iter(ways))].token_ids)
+        conversation.add(token_ids, answers[first_way].token_ids)
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
@@ -96,45 +98,43 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, lis
 def group_by_set(items: Sequence[Item]) -> dict[str, list[Item]]:
     """Group prompts or their records by set; where there are several sets, all together come last as `ALL_SETS`.
 
-    Where a set has this name, theirs is longer.
+    Where a set has this name itself, all together have a longer one.
     """
     groups = group_by(items, attrgetter("set"))
-    name = ALL_SETS
-    while name in groups:
-        name += " sets"
     if len(groups) > 1:
-        groups[name] = list(items)
+        name_of_all = ALL_SETS
+        while name_of_all in groups:
+            name_of_all += " sets"
+        groups[name_of_all] = list(items)
     return groups
 
 
 def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
     """Choose some of many items, with the first and the last one."""
+    # Both ends are among them, and no place comes twice: the steps are 1 or more.
     places = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
     return [items[place] for place in places]
 
 
 def tokens_per_second(answers: Sequence[MeasuredAnswer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
-    seconds = sum(answer.decode_seconds for answer in answers)
-    return sum(answer.num_decode_tokens for answer in answers) / seconds if seconds else math.nan
+    seconds, num_tokens = _totals(answers)
+    return num_tokens / seconds if seconds else math.nan
+
+
+def _totals(answers: Sequence[MeasuredAnswer]) -> tuple[float, int]:
+    """Sum the seconds after the first token of each answer, and the tokens that were decoded in them."""
+    seconds = float(sum(answer.decode_seconds for answer in answers))  # of no answers, the sum is an integer
+    return seconds, sum(answer.num_decode_tokens for answer in answers)
 
 
 def speedup(ours: Iterable[Sequence[MeasuredAnswer]], theirs: Iterable[Sequence[MeasuredAnswer]]) -> Estimate:
-    """Divide the tokens a second by theirs: ratio of totals, prefill excluded.
+    """Divide the tokens a second of one side by the other side's: ratio of totals, prefill excluded.
 
     A side has the answers to each prompt. The result is None where all tokens came at once, and without answers.
     """
-
-    def times(side: Iterable[Sequence[MeasuredAnswer]]) -> list[tuple[float, int]]:
-        """Sum the seconds of each prompt and the tokens decoded in them, "prompt 2"."""
-        pairs = []
-        for turns in side:
-            seconds = sum(one.decode_seconds for one in turns)
-            pairs.append((float(seconds), sum(one.num_decode_tokens for one in turns)))
-        return pairs
-
-    # Seconds a token of theirs over those of ours is the ratio of tokens a second.
-    return nullable(estimate([[times(theirs)], [times(ours)]], ratio))
+    # (prompt, 2) each. Seconds a token of the other side over seconds a token of this one: the ratio of their speeds.
+    return nullable(estimate([[list(map(_totals, theirs))], [list(map(_totals, ours))]], ratio))
 
 
 class Records(Generic[Record]):
@@ -159,28 +159,30 @@ class Records(Generic[Record]):
         self.seeds = {prompt.id: setup.seed + number for number, prompt in enumerate(prompts)}
         self.first_line = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
         self.path = path.with_stem(f"{path.stem}-{hash_json(self.first_line)[:8]}")
-        self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
+        self.rank_path = self.path
+        if ranks.num_ranks() > 1:
+            self.rank_path = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl")
         self.read()
-        kept = path.with_stem(f"{path.stem}-*")
-        if len([*path.parent.glob(kept.name)]) > 1:
-            note(f"results will be of the settings of this call alone; {kept} keep all prompts")
+        pattern = path.with_stem(f"{path.stem}-*")
+        if len(list(path.parent.glob(pattern.name))) > 1:
+            note(f"results will be of the settings of this call alone; {pattern} keep all prompts")
 
     def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
         """Return the jobs that have no record, with their numbers among all."""
         return [(number, job) for number, job in enumerate(jobs) if (job[0], job[1].id) not in self.rows]
 
     def add(self, record: Record) -> None:
-        """Keep one, on disk at once."""
+        """Keep a record, on disk at once."""
         self.rows[record.temperature, record.id] = record
-        with naming_file(self.own), self.own.open("a", encoding="utf-8") as file:
+        with naming_file(self.rank_path), self.rank_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
 
     def read(self) -> None:
         """Put what all ranks have measured into one file, and let each of them have it."""
-        ranks.barrier()
+        ranks.barrier()  # all ranks have written their files
         ranks.from_first(self._collect)
         self.rows: dict[tuple[float, str], Record] = {}
-        for number, line in list(read_jsonl(self.path))[1:]:
+        for number, line in list(read_jsonl(self.path))[1:]:  # the first line is the setup
             try:
                 record = from_json(self.kind, line)
             except ValueError as error:
@@ -193,8 +195,8 @@ class Records(Generic[Record]):
         cut_unfinished_line(self.path)
         if not self.path.exists() or not self.path.stat().st_size:
             write_text(self.path, json.dumps(self.first_line) + "\n")
-        for part in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
-            cut_unfinished_line(part)
+        for rank_path in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
+            cut_unfinished_line(rank_path)
             with naming_file(self.path), self.path.open("ab") as file:
-                file.write(part.read_bytes())
-            part.unlink()
+                file.write(rank_path.read_bytes())
+            rank_path.unlink()

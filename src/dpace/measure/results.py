@@ -40,13 +40,13 @@ def defined(value: float) -> float | None:
 
 
 def nullable(numbers: Iterable[float]) -> tuple[Any, ...]:
-    """Replace those of several numbers that have no value by None."""
+    """Replace the numbers that have no value by None."""
     return tuple(map(defined, numbers))
 
 
 @json_object
 class Setup:
-    """What all records of a measurement share; with the prompts, it tells them from those of another one.
+    """What all records of a measurement share; with the prompts, it tells them from records of another measurement.
 
     Prompt `i` draws with `seed + i`.
     """
@@ -64,7 +64,7 @@ class Provenance(Setup):
     """What made the numbers of `dpace bench`."""
 
     drafters: dict[str, str]
-    """Hashes of their weights, by name."""
+    """Hashes of the drafters' weights, by name."""
     target_weights_sha256: str
     """`dpace.target.Target.sha256`."""
     drafter_configs: dict[str, str]
@@ -106,7 +106,7 @@ class ExplainSetup(Setup):
     target_weights_sha256: str
     drafter_sha256: str
     drafter_config: str
-    """Hash of it."""
+    """Hash of the drafter's config."""
     dtype: str
     temperature: float
     verify_rule: str
@@ -128,12 +128,12 @@ class ResponseRecord(Generation):
     width: Width | None
     """None for plain decoding."""
     id: str
-    """The prompt's."""
+    """Id of the prompt."""
     turn: int
     """Turn of the prompt, from 0."""
     prompt_tokens: int
     same_text: bool
-    """It has the tokens of plain decoding."""
+    """Whether it has the tokens of plain decoding."""
 
 
 @json_object
@@ -158,7 +158,7 @@ class PromptRecord:
 
     set: str
     id: str
-    """The prompt's."""
+    """Id of the prompt."""
     temperature: float
 
 
@@ -222,7 +222,7 @@ class Row(DraftedRow):
     width: Width
     num_responses: int
     tau_gain: Estimate
-    """Tau over that of the first drafter, on the same prompts, as a ratio minus 1."""
+    """Tau over the first drafter's tau, on the same prompts, as a ratio minus 1."""
     speed_ratio: Estimate
     """Tokens a second over the first drafter's."""
     share_copied: float
@@ -282,9 +282,9 @@ class ServerRow:
     num_same_text: int | None
     """Responses with the plain server's text."""
     control_same_text: int | None
-    """The same for the plain server's own second pass."""
+    """Texts of the plain server's own second pass that equal its first."""
     same_text_gain: Estimate
-    """Difference of these two as shares of the responses."""
+    """Difference of the last two numbers as shares of the responses."""
 
 
 @json_object
@@ -307,7 +307,7 @@ class CompareResults:
     seeds: list[int]
     reduction: str
     rows: Annotated[list[ComparedRow], NOT_EMPTY]
-    """One for each objective and set; those of all sets together come last where there are several."""
+    """One for each objective and set; the rows of all sets together come last where there are several."""
     decode: BenchResults | None
     """What decoding with the drafters of the first seed gave; None where that was left out."""
 
@@ -332,9 +332,9 @@ class SlotLoss:
     rejected: float
     """Share of the blocks in which the first rejected token is here."""
     own_least: Estimate
-    """Least share of these rejections that a block drafter could avoid; below 0 where samples are too few."""
+    """Smallest share of these rejections that a block drafter could avoid; below 0 where samples are too few."""
     own_most: Estimate
-    """Most of them; below 0 where a selector avoids what no block drafter without one could."""
+    """Largest such share; below 0 where a selector avoids what no block drafter without one could."""
 
 
 @json_object
@@ -375,16 +375,24 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
-    keys = {"decode": CompareResults, "servers": ServerResults, "num_samples": ExplainResults}
-    kind = next((kind for key, kind in keys.items() if key in value), BenchResults)
+    # Each kind but the first has a key that no other kind has.
+    kind = BenchResults
+    for key, other in (("decode", CompareResults), ("servers", ServerResults), ("num_samples", ExplainResults)):
+        if key in value:
+            kind = other
+    return _parse(kind, value, path, MEASURE_AGAIN)
+
+
+def _parse(kind: type[Any], value: JsonObject, path: Path, fix: str) -> Any:
+    """Turn what a file holds into a dataclass; a fault names the file and the way out."""
     try:
         return from_json(kind, value)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; {MEASURE_AGAIN}") from error
+        raise ValueError(f"{path}: {error}; {fix}") from error
 
 
 def refuse_other_results(path: Path, kind: type[BenchResults | CompareResults]) -> None:
-    """Refuse to write over results of another kind; a file that cannot be read is no reason.
+    """Refuse to write over results of another kind; a file that cannot be read may be written over.
 
     Raises:
         ValueError: names the file and the way out.
@@ -415,7 +423,7 @@ class Heldout:
     """heldout.json of a drafter of `dpace compare`: accepted lengths on held-out responses, by prompt."""
 
     ids: list[str]
-    """The prompts'."""
+    """Ids of the prompts."""
     block_size: int
     histogram: list[list[CountOrZero]]
     num_without_bonus: list[CountOrZero]
@@ -423,13 +431,13 @@ class Heldout:
     """Hash of the responses."""
 
     def acceptance(self, ids: Sequence[str]) -> Acceptance | None:
-        """Take the rows of some prompts, in their order; None where it has none of them."""
-        places = {name: i for i, name in enumerate(self.ids)}
-        chosen = [places[name] for name in ids if name in places]
+        """Take the rows of some prompts, in their order; None where no row is of these prompts."""
+        places = {prompt_id: place for place, prompt_id in enumerate(self.ids)}
+        chosen = [places[prompt_id] for prompt_id in ids if prompt_id in places]
         if not chosen:
             return None
-        counts = [self.num_without_bonus[i] for i in chosen]
-        return Acceptance([self.histogram[i] for i in chosen], self.block_size, counts)
+        num_without_bonus = [self.num_without_bonus[place] for place in chosen]
+        return Acceptance([self.histogram[place] for place in chosen], self.block_size, num_without_bonus)
 
 
 def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance, sha256: str) -> None:
@@ -458,11 +466,7 @@ def read_heldout(folder: Path) -> Heldout:
     """
     path = folder / HELDOUT_FILE
     fix = "remove the file: `dpace compare` measures this drafter again"
-    value = read_object(path, fix)
-    try:
-        return from_json(Heldout, value)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {fix}") from error
+    return _parse(Heldout, read_object(path, fix), path, fix)
 
 
 def read_log(folder: str | Path) -> list[JsonObject]:

@@ -1,5 +1,6 @@
 """Read prompts and conversations from JSONL, JSON, parquet and datasets on the Hub."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ EMPTY_REPLY = {"role": "assistant", "content": ""}
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# The config is matched as late as possible: one word after the name is the split.
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 
 
@@ -63,13 +65,18 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         ValueError: file and row of what cannot be read, an empty prompt, an id that occurs twice, or an empty file.
     """
     hub = _parse_hub_id(path)
+    default_set = Path(path).stem
+    if hub:
+        default_set = hub["path"].partition("/")[2]
+    # Nobody can change the rows of a table, so they may have more keys than one kind, and ids that occur twice.
+    is_table = hub is not None or Path(path).suffix == ".parquet"
     prompts: dict[str, Prompt] = {}
-    is_table = hub is not None or Path(path).suffix == ".parquet"  # whose rows nobody can change
-    default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
     place, rows = _read_rows(Path(path), hub)
     for number, row in rows:
         try:
-            prompt = _parse(_take_filled(row) if is_table else row, str(number), default_set)
+            if is_table:
+                row = _take_filled(row)
+            prompt = _parse(row, str(number), default_set)
             if prompt.id in prompts:
                 if not is_table:
                     raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
@@ -143,16 +150,21 @@ def _parquet_rows(path: Path) -> Iterator[JsonObject]:
 
 def _take_filled(row: JsonObject) -> JsonObject:
     """Take what has a value in a row of a table, as JSON has it, and of several kinds of prompts the first."""
+    # Dates become texts, and NaN, which JSON does not have, a missing value.
     filled = _without_null(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
-    first = next((key for key in KINDS if key in filled), None)
-    return {key: value for key, value in filled.items() if key not in KINDS or key == first}
+    kinds = [key for key in KINDS if key in filled]
+    for key in kinds[1:]:
+        del filled[key]
+    return filled
 
 
 def _without_null(value: object) -> Any:
     """Leave out keys without a value: in a table, a key that one message has stands in all."""
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_null(item) for item in value]
+    return value
 
 
 def _parse(row: object, default_id: str, default_set: str) -> Prompt:
@@ -163,33 +175,45 @@ def _parse(row: object, default_id: str, default_set: str) -> Prompt:
     if len(kinds) != 1:
         keys = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, row)) or "nothing"
         raise ValueError(f"expected {WANTED}, found {keys}")
-    (kind,) = kinds
-    answer = None
-    if kind in ("messages", "conversations"):
-        given = _check_list(row[kind], kind)  # where a text alone may be anyone's
-        messages = [_parse_message(entry if isinstance(entry, dict) else {"content": entry}) for entry in given]
-        if messages[-1]["role"] == "assistant":
-            answer = messages.pop()
-        turns = [messages]
-    elif kind == "turns":
-        turns = [[_parse_message(turn)] for turn in _check_list(row[kind], kind)]
-    else:
-        message = _parse_message(row[kind])
-        turns = [[message]]
-        if kind == "instruction":
-            if extra := row.get("input"):
-                message["content"] += f"\n\nInput:\n{extra}"
-            if output := row.get("output"):
-                answer = _parse_message(output) | {"role": "assistant"}
+    turns, answer = _parse_turns(row, kinds[0])
+    if answer == EMPTY_REPLY:
+        answer = None
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
-    name = _check_name(row, "set", default_set)
-    own = [message.pop("tools", None) for turn in turns for message in turn]
-    if tools := next(filter(None, map(_parse_tools, (row.get("tools"), *own))), None):
+    set_name = _check_name(row, "set", default_set)
+    # Some files have the tools in the row, others in a message; `Prompt` has them in its first message.
+    tools = _parse_tools(row.get("tools"))
+    for message in itertools.chain.from_iterable(turns):
+        tools_of_message = message.pop("tools", None)
+        tools = tools or _parse_tools(tools_of_message)
+    if tools:
         turns[0][0]["tools"] = tools
-        name += " (tools)"
-    return Prompt(_check_name(row, "id", default_id), name, turns, None if answer == EMPTY_REPLY else answer)
+        set_name += " (tools)"
+    return Prompt(_check_name(row, "id", default_id), set_name, turns, answer)
+
+
+def _parse_turns(row: JsonObject, kind: str) -> tuple[list[list[JsonObject]], JsonObject | None]:
+    """Read the messages of each turn, and the reply to the last one if there is one."""
+    if kind == "turns":
+        return [[_parse_message(turn)] for turn in _check_list(row[kind], kind)], None
+    answer = None
+    if kind in ("messages", "conversations"):
+        messages = []
+        for entry in _check_list(row[kind], kind):
+            if not isinstance(entry, dict):
+                entry = {"content": entry}  # here a text alone may be anyone's, so it is refused
+            messages.append(_parse_message(entry))
+        if messages[-1]["role"] == "assistant":
+            answer = messages.pop()
+        return [messages], answer
+    message = _parse_message(row[kind])
+    if kind == "instruction":
+        if extra := row.get("input"):
+            message["content"] += f"\n\nInput:\n{extra}"
+        if output := row.get("output"):
+            answer = _parse_message(output) | {"role": "assistant"}
+    return [[message]], answer
 
 
 def _parse_message(message: Any) -> JsonObject:
@@ -197,14 +221,15 @@ def _parse_message(message: Any) -> JsonObject:
 
     A text alone is what the user says.
     """
-    message = dict(message) if isinstance(message, dict) else {"role": "user", "content": message}
-    if "from" in message and "value" in message:
+    if not isinstance(message, dict):
+        message = {"role": "user", "content": message}
+    message = dict(message)
+    if "from" in message and "value" in message:  # as ShareGPT's files have it
         message = {"role": message["from"], "content": message["value"]}
     if message.get("role") == "function_call":
-        calls = _from_json(message.get("content"), "a `function_call`")
-        message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        message = {"role": "assistant", "tool_calls": _as_list(_from_json(message.get("content"), "a `function_call`"))}
     if calls := _from_json(message.pop("tool_calls", None) or [], "`tool_calls`"):
-        message["content"] = message.get("content") or ""
+        message["content"] = message.get("content") or ""  # a call comes without a text
         message["tool_calls"] = [_parse_call(call) for call in _check_list(calls, "tool_calls")]
     role = message.get("role")
     if not role or not isinstance(role, str) or not isinstance(message.get("content"), str):
@@ -215,12 +240,15 @@ def _parse_message(message: Any) -> JsonObject:
 
 def _parse_tools(tools: object) -> list[JsonObject]:
     """Read the tools of a prompt: a list of objects, or the same as JSON, whole or each."""
-    tools = _from_json(tools or [], "`tools`")
-    parsed = [_from_json(tool, "an entry of `tools`") for tool in (tools if isinstance(tools, list) else [tools])]
-    for tool in parsed:
+    parsed = []
+    for entry in _as_list(_from_json(tools or [], "`tools`")):
+        tool = _from_json(entry, "an entry of `tools`")
         if not isinstance(tool, dict):
             raise ValueError(f"an entry of `tools` is {quoted(tool)}, expected an object")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
+        if "function" not in tool:
+            tool = {"type": "function", "function": tool}
+        parsed.append(tool)
+    return parsed
 
 
 def _parse_call(call: Any) -> JsonObject:
@@ -230,8 +258,15 @@ def _parse_call(call: Any) -> JsonObject:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"an entry of `tool_calls` is {quoted(call)}, expected an object with the function's `name`")
     arguments = _from_json(function.get("arguments") or {}, f"`arguments` of {function['name']}")
-    number = {"id": call["id"]} if "id" in call else {}
-    return {"type": "function", **number, "function": {"name": function["name"], "arguments": arguments}}
+    parsed = {"type": "function"}
+    if "id" in call:
+        parsed["id"] = call["id"]
+    return parsed | {"function": {"name": function["name"], "arguments": arguments}}
+
+
+def _as_list(value: Any) -> list:
+    """Return a list, or a list of the one value."""
+    return value if isinstance(value, list) else [value]
 
 
 def _from_json(value: object, name: str) -> Any:

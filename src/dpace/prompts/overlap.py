@@ -24,14 +24,19 @@ class PublicTexts:
 
     def __init__(self, names: Sequence[str]):
         self._owners: dict[tuple[str, ...], str] = {}
-        self._whole: dict[tuple[str, ...], str] = {}  # also of a prompt that another one begins with
+        # Whole texts too: a short one is no run of a longer prompt that begins with it.
+        self._whole: dict[tuple[str, ...], str] = {}
         common = set()
         for name in names:
             prompts = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
+            # Prompts with the same words count once, so that their runs are not taken for a set's common ones.
             texts = {_split_words(_user_text(prompt)): prompt.id for prompt in prompts}
-            counts = Counter(run for words in texts for run in _runs(words))
-            common |= {run for run, count in counts.items() if count > 1}
-            self._owners |= {run: owner for words, owner in texts.items() for run in _runs(words)}
+            counts = Counter()
+            for words, owner in texts.items():
+                runs = _runs(words)
+                counts.update(runs)
+                self._owners |= dict.fromkeys(runs, owner)
+            common.update(run for run, count in counts.items() if count > 1)
             self._whole |= texts
         for run in common:
             self._owners.pop(run, None)
@@ -49,8 +54,13 @@ def _user_text(prompt: Prompt) -> str:
 
     Of a chat that comes with a reply, and so with replies to train on, all that the user says.
     """
-    said = [[message["content"] for message in turn if message["role"] == "user"] for turn in prompt.turns]
-    return "\n".join(text for texts in said for text in (texts[-1:] if prompt.answer is None else texts))
+    said = []
+    for turn in prompt.turns:
+        texts = [message["content"] for message in turn if message["role"] == "user"]
+        if prompt.answer is None:
+            texts = texts[-1:]
+        said += texts
+    return "\n".join(said)
 
 
 def _split_words(text: str) -> tuple[str, ...]:

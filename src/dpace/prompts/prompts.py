@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import unicodedata
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,20 +87,25 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
                 )
         measured = list(_group(_rename(heldout, (prompt.id for prompt in prompts))).values())
     chosen = _take_out(groups, config.num_validation, seed=1)
-    left = {prompt.id for group in groups.values() for prompt in group}
+    # What is measured or chosen by counts each text once; training keeps the copies that its file has.
+    copies = {}
+    for first, *others in (*measured, *chosen):
+        copies |= {copy.id: first.id for copy in others}
+    validation = [group[0] for group in chosen]
+    left = {prompt.id for prompt in itertools.chain.from_iterable(groups.values())}
     train = [prompt for prompt in prompts if prompt.id in left]
-    validation = [first for first, *_ in chosen]
-    of_public: dict[str, str] = {}
+    in_public_sets = {}
     if config.decontaminate:
         public = PublicTexts(config.decontaminate)
-        of_public = {prompt.id: like for prompt in (*validation, *train) if (like := public.find(prompt))}
+        for prompt in (*validation, *train):
+            if like := public.find(prompt):
+                in_public_sets[prompt.id] = like
     parts = PromptParts(
-        [prompt for prompt in train if prompt.id not in of_public][: config.limit],
-        [prompt for prompt in validation if prompt.id not in of_public],
-        [first for first, *_ in measured],
+        [prompt for prompt in train if prompt.id not in in_public_sets][: config.limit],
+        [prompt for prompt in validation if prompt.id not in in_public_sets],
+        [group[0] for group in measured],
     )
-    copies = {copy.id: first.id for first, *others in (*measured, *chosen) for copy in others}
-    return parts, {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
+    return parts, {"copies of held-out or validation prompts": copies, "in the public sets": in_public_sets}
 
 
 def hash_text(prompt: Prompt) -> bytes:
@@ -109,16 +114,19 @@ def hash_text(prompt: Prompt) -> bytes:
     The order of keys, white space around a text, and Unicode's ways of writing one character do not count; but for
     texts without spaces of more than `MOST_MARKS`.
     """
-
-    def clean(value: object) -> str:
-        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        words = text.split(" ")
-        return " ".join(
-            word if len(word) > MOST_MARKS else unicodedata.normalize("NFC", word) for word in words
-        ).strip()
-
-    said = [{key: clean(message[key]) for key in message} for message in prompt.turns[0]]
+    said = []
+    for message in prompt.turns[0]:
+        said.append({key: _clean(value) for key, value in message.items()})
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _clean(value: object) -> str:
+    """Write a text, or another value of a message, in the one way that counts for `hash_text`."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    words = []
+    for word in text.split(" "):
+        words.append(word if len(word) > MOST_MARKS else unicodedata.normalize("NFC", word))
+    return " ".join(words).strip()
 
 
 def _group(prompts: Iterable[Prompt]) -> dict[bytes, list[Prompt]]:
@@ -132,6 +140,7 @@ def _group(prompts: Iterable[Prompt]) -> dict[bytes, list[Prompt]]:
 def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> list[list[Prompt]]:
     """Take a random tenth of the groups out, at most `limit`, and return them in their order."""
     keys = list(groups)
+    # Of the groups and not of the prompts, so that a prompt and its copies always go together.
     chosen = random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))
     return [groups.pop(keys[number]) for number in sorted(chosen)]
 
@@ -140,11 +149,11 @@ def _rename(heldout: Iterable[Prompt], taken: Iterable[str]) -> Iterator[Prompt]
     """Give held-out prompts new ids where others have these."""
     ids = set(taken)
     for prompt in heldout:
-        name = prompt.id
-        while name in ids:
-            name = f"heldout/{name}"
-        ids.add(name)
-        yield replace(prompt, id=name)
+        new_id = prompt.id
+        while new_id in ids:
+            new_id = f"heldout/{new_id}"
+        ids.add(new_id)
+        yield replace(prompt, id=new_id)
 
 
 def prompts_line(parts: PromptParts) -> str:
@@ -155,8 +164,13 @@ def prompts_line(parts: PromptParts) -> str:
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """Choose the first `limit` prompts of each dataset, in their order; all of them for None."""
-    numbers = defaultdict(itertools.count)
-    return [prompt for prompt in prompts if limit is None or next(numbers[prompt.set]) < limit]
+    chosen = []
+    num_chosen = Counter()
+    for prompt in prompts:
+        if limit is None or num_chosen[prompt.set] < limit:
+            num_chosen[prompt.set] += 1
+            chosen.append(prompt)
+    return chosen
 
 
 def find_prompt(text: str) -> list[JsonObject]:
@@ -168,7 +182,8 @@ def find_prompt(text: str) -> list[JsonObject]:
     Raises:
         ValueError: the file has no prompt of that id; the message names one that it has.
     """
-    name, prompt_id = text.partition("#")[::2]
+    name, _, prompt_id = text.partition("#")
+    # A message may end in the name of a file, which then comes after a space and without an id.
     is_file = name.endswith(".jsonl") and ("#" in text or " " not in text)
     if name != "demo" and not is_file:
         return [{"role": "user", "content": text}]

@@ -34,16 +34,31 @@ class PublicSet(NamedTuple):
     Where rows have no `category`, it is the file's name."""
 
 
+def _alpaca_turns(row: JsonObject) -> list[str]:
+    """Put the input of an instruction after it, where there is one."""
+    text = row["instruction"]
+    if row["input"]:
+        text += f"\n\nInput:\n{row['input']}"
+    return [text]
+
+
+def _speed_bench_turns(row: JsonObject) -> list[str]:
+    """Take `turns`, as the Hub has them, or `messages`, as NVIDIA's script writes them."""
+    if "turns" in row:
+        return list(row["turns"])
+    return [message["content"] for message in row["messages"]]
+
+
+def _redhat_turns(row: JsonObject) -> list[str]:
+    """Take the prompt, which is one text or a list of them."""
+    if isinstance(row["prompt"], str):
+        return [row["prompt"]]
+    return list(row["prompt"])
+
+
 def _speed_bench(name: str) -> PublicSet:
-    """Describe a configuration of SPEED-Bench, also as NVIDIA's script writes it: `messages` for `turns`."""
-    return PublicSet(
-        "nvidia/SPEED-Bench",
-        name,
-        "test",
-        lambda row: list(row["turns"]) if "turns" in row else [message["content"] for message in row["messages"]],
-        None,
-        files=(f"{name}.jsonl",),
-    )
+    """Describe a configuration of SPEED-Bench."""
+    return PublicSet("nvidia/SPEED-Bench", name, "test", _speed_bench_turns, None, files=(f"{name}.jsonl",))
 
 
 REDHAT_SUBSETS = "HumanEval math_reasoning qa question rag summarization tool_call translation writing".split()
@@ -62,20 +77,18 @@ SETS = {
     ),
     "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", lambda row: [row["prompt"]], 128),
     "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", lambda row: list(row["prompt"]), 80),
-    "alpaca": PublicSet(
-        "tatsu-lab/alpaca",
-        None,
-        "train",
-        lambda row: [row["instruction"] + (f"\n\nInput:\n{row['input']}" if row["input"] else "")],
-        128,
-    ),
+    "alpaca": PublicSet("tatsu-lab/alpaca", None, "train", _alpaca_turns, 128),
     "speed_bench": _speed_bench("qualitative"),
-    **{f"speed_bench_{size}": _speed_bench(f"throughput_{size}") for size in ("1k", "2k", "8k", "16k", "32k")},
+    "speed_bench_1k": _speed_bench("throughput_1k"),
+    "speed_bench_2k": _speed_bench("throughput_2k"),
+    "speed_bench_8k": _speed_bench("throughput_8k"),
+    "speed_bench_16k": _speed_bench("throughput_16k"),
+    "speed_bench_32k": _speed_bench("throughput_32k"),
     "redhat": PublicSet(
         "RedHatAI/speculator_benchmarks",
         None,
         "train",
-        lambda row: [row["prompt"]] if isinstance(row["prompt"], str) else list(row["prompt"]),
+        _redhat_turns,
         None,
         files=tuple(f"{name}.jsonl" for name in REDHAT_SUBSETS),
     ),
@@ -107,19 +120,30 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
                 f"there is no public dataset {name!r}; choose from {', '.join(SETS)}, or name a folder with "
                 "--bench.sets-dir"
             )
-        own = Path(folder or "") / f"{name}.jsonl"
-        rows = _read_rows(known, folder) if known and (folder is None or not own.exists()) else []
+        path = Path(folder or "") / f"{name}.jsonl"
+        has_file = folder is not None and path.exists()
+        rows = []
+        if known and not has_file:
+            rows = _read_rows(known, folder)
         if rows:
-            found = _with_text(name, [_to_prompt(name, i, row) for i, row in enumerate(rows)])
+            of_set = _with_text(name, [_to_prompt(name, number, row) for number, row in enumerate(rows)])
         else:
-            begin = f"{name}/"  # ids are unique in a file only
-            found = [
-                replace(p, set=name + " (tools)" * ("tools" in p.turns[0][0]), id=begin + p.id.removeprefix(begin))
-                for p in read_prompts(own)
-            ]
-        random.Random(SHUFFLE_SEED).shuffle(found)
-        prompts += found[: known.num_prompts if known and not is_whole else None]
+            # Where the folder has no file of the set at all, this names the one that it may have.
+            of_set = [_of_set(prompt, name) for prompt in read_prompts(path)]
+        # As the published benchmark does: shuffled first and then cut, so that the same prompts are measured.
+        random.Random(SHUFFLE_SEED).shuffle(of_set)
+        if known and not is_whole:
+            of_set = of_set[: known.num_prompts]
+        prompts += of_set
     return prompts
+
+
+def _of_set(prompt: Prompt, name: str) -> Prompt:
+    """Name a prompt of a file after the set; its id too, since ids are unique in a file only."""
+    set_name = name
+    if "tools" in prompt.turns[0][0]:
+        set_name += " (tools)"
+    return replace(prompt, set=set_name, id=f"{name}/{prompt.id.removeprefix(f'{name}/')}")
 
 
 def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[JsonObject]:
@@ -131,25 +155,30 @@ def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[JsonObje
         return load_from_hub(known.path, known.name, known.split, WAY_OUT)
     rows: list[JsonObject] = []
     for file in known.files:
+        of_file = []  # of files that a folder lacks
         if folder is None:
             of_file = load_from_hub(known.path, None, known.split, WAY_OUT, file)
-        else:
-            path = Path(folder) / file
-            of_file = (row for _, row in read_jsonl(path)) if path.exists() else ()
-        rows += ({"category": Path(file).stem, **row} for row in of_file)
+        elif (Path(folder) / file).exists():
+            of_file = [row for _, row in read_jsonl(Path(folder) / file)]
+        for row in of_file:
+            rows.append({"category": Path(file).stem} | row)
     return rows
 
 
 def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Leave out the rows whose text is not in the dataset, and say how many those are."""
-    kept = [p for p in prompts if not any(NOT_THERE in m["content"] for turn in p.turns for m in turn)]
-    if len(kept) < len(prompts):
+    """Leave out the rows whose text is not in the dataset, and say how many there are of them."""
+    complete = []
+    for prompt in prompts:
+        texts = [message["content"] for turn in prompt.turns for message in turn]
+        if not any(NOT_THERE in text for text in texts):
+            complete.append(prompt)
+    if len(complete) < len(prompts):
         fix = "NVIDIA's prepare.py for SPEED-Bench fetches them; name its folder with --bench.sets-dir"
-        lost = f"{len(prompts) - len(kept)} of the {len(prompts)} rows of {name} have their text in other datasets"
-        if not kept:
+        lost = f"{len(prompts) - len(complete)} of the {len(prompts)} rows of {name} have their text in other datasets"
+        if not complete:
             raise ValueError(f"{lost}, so none is left; {fix}")
         note(f"{lost} and are left out; {fix}")
-    return kept
+    return complete
 
 
 def _to_prompt(name: str, number: int, row: Any) -> Prompt:
@@ -159,7 +188,10 @@ def _to_prompt(name: str, number: int, row: Any) -> Prompt:
         turns = [[{"role": "user", "content": text}] for text in known.turns(row) if text.strip()]
         if not turns:
             raise ValueError("the text is empty")
-        return Prompt(f"{name}/{number}", f"{name}/{row['category']}" if known.files else name, turns)
+        set_name = name
+        if known.files:  # each category is a set of its own in the results
+            set_name += f"/{row['category']}"
+        return Prompt(f"{name}/{number}", set_name, turns)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"row {number} of {known.path} has no text where {name} has its prompts ({type(error).__name__}: {error}); "

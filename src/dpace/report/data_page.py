@@ -22,19 +22,24 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest
 
 
 def prompts_page(parts: PromptParts, left_out: Mapping[str, Mapping[str, str]]) -> RenderableType:
-    """Show how many prompts there are of each part, and what is left out and why; see `split_and_explain`."""
+    """Show how many prompts there are of each part, and what is left out and why, as `split_and_explain` gives it."""
     num_answers = sum(prompt.answer is not None for part in parts for prompt in part)
     lines = [f"{prompts_line(parts)}; {num_answers} come with an answer"]
     for reason, dropped in left_out.items():
         if dropped:
-            name, like = next(iter(dropped.items()))
+            name, like = next(iter(dropped.items()))  # the first prompt stands for all
             lines.append(f"left out: {len(dropped)} {reason}, such as {name} (like {like})")
     return Text(printable("\n".join(lines)))
 
 
 def responses_page(examples: Sequence[Example], max_length: int, meta: JsonObject, tokenizer: Any) -> RenderableType:
     """Show lengths and ends of the training answers, and some of them."""
-    answers = [[end - start for start, end in example.spans] for example in examples]
+    answer_lengths = []
+    answered = []
+    for example in examples:
+        lengths = [end - start for start, end in example.spans]
+        answer_lengths += lengths
+        answered.append(sum(lengths))
     whole = np.array([len(example.token_ids) for example in examples])
     num_without = sum(not example.num_anchors(max_length) for example in examples)
     facts = [
@@ -46,15 +51,16 @@ def responses_page(examples: Sequence[Example], max_length: int, meta: JsonObjec
     if meta.get("source") == "own":
         facts.append("the answers came with the prompts")
     elif limit is not None:
-        lengths = np.concatenate(answers)
-        num_cut = int((lengths == limit).sum())
-        facts.append(f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(lengths)}")
-    answered = np.array([sum(lengths) for lengths in answers])
-    lengths = {"prompts": whole - answered, "answers, all turns": answered, "conversations": whole}
-    rows = [
-        {"tokens": name, **{at: f"{np.quantile(values, share):.0f}" for at, share in QUANTILES.items()}}
-        for name, values in lengths.items()
-    ]
+        num_cut = answer_lengths.count(limit)
+        facts.append(f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(answer_lengths)}")
+    # What is no answer is prompt: of all turns, with what the template adds.
+    tokens = {"prompts": whole - answered, "answers, all turns": answered, "conversations": whole}
+    rows = []
+    for name, lengths in tokens.items():
+        cells = {"tokens": name}
+        for heading, share in QUANTILES.items():
+            cells[heading] = f"{np.quantile(lengths, share):.0f}"
+        rows.append(cells)
     return Group(Text("\n".join(facts)), section_table(Section("", rows=rows)), *_preview(examples, tokenizer))
 
 
@@ -64,12 +70,15 @@ def _preview(examples: Sequence[Example], tokenizer: Any) -> Iterator[Renderable
         yield Text(f"\n{printable(example.id)}, with what is trained on between ⟦ and ⟧:", "bold")
         tokens = example.token_ids.tolist()
         text = Text()
-        end = 0
-        for start, stop in example.spans:
-            before = printable(tokenizer.decode(tokens[end:start]))
-            text.append(f"...{before[-SHOWN_CHARACTERS:]}" if len(before) > SHOWN_CHARACTERS else before)
-            answer = printable(tokenizer.decode(tokens[start:stop]))
-            cut = f"{answer[:SHOWN_CHARACTERS]}..." if len(answer) > SHOWN_CHARACTERS else answer
-            text.append(f"⟦{cut}⟧", "green")
-            end = stop
+        prompt_start = 0
+        for start, end in example.spans:
+            prompt = printable(tokenizer.decode(tokens[prompt_start:start]))
+            if len(prompt) > SHOWN_CHARACTERS:
+                prompt = f"...{prompt[-SHOWN_CHARACTERS:]}"
+            answer = printable(tokenizer.decode(tokens[start:end]))
+            if len(answer) > SHOWN_CHARACTERS:
+                answer = f"{answer[:SHOWN_CHARACTERS]}..."
+            text.append(prompt)
+            text.append(f"⟦{answer}⟧", "green")
+            prompt_start = end
         yield text

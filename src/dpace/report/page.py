@@ -9,7 +9,6 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dpace.measure.records import group_by
 from dpace.measure.results import (
     CompareResults,
     ExplainResults,
@@ -23,7 +22,7 @@ from dpace.recipes.flags import command
 from dpace.report.plots import DRAWINGS
 from dpace.report.sections import tables_of
 from dpace.report.tables import Section
-from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
+from dpace.system.ledger import JsonObject, lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
 from dpace.system.validation import to_json
 
@@ -47,42 +46,60 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
     if path.suffix != ".html":
         raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
     refuse_foreign_files(path.parent, path.name)  # before anything is read
-    measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
-    targets = dict.fromkeys(Path(found.target).name for found, _ in measured)
+    chapters = []
+    targets = {}
+    for folder in map(Path, folders):
+        for results in find_results(folder):
+            chapters.append((str(folder), sections_of(results, folder)))
+            targets[Path(results.target).name] = None  # a set that keeps its order
     template = jinja2.Template(
-        (Path(__file__).parent / "report.html.jinja").read_text(),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not the SVG, marked as safe
+        (Path(__file__).parent / "report.html.jinja").read_text(), autoescape=True, finalize=_without_control
     )
     page = template.render(
         title=f"Drafters for {', '.join(targets)}",
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         command=command("report", *folders, output=path),
-        results=[(str(folder), sections_of(results, folder)) for results, folder in measured],
+        results=chapters,
     )
     with lock_folder(path.parent):
         register_files(path.parent, path.name)
         write_text(path, page)
 
 
+def _without_control(value: object) -> object:
+    """Show control characters of a text; a drawing is a subclass of str that is marked as safe, and stays."""
+    return printable(value) if type(value) is str else value
+
+
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
-    """Yield all that results, and the training logs beside them, have to show."""
+    """Yield all that results, and the training logs in their folder, have to show."""
     yield from tables_of(results)
     if isinstance(results, ServerResults | ExplainResults):
         return
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
-    by_name = group_by(paths, lambda path: path.relative_to(folder).parts[0])
-    logs = {name: [read_log(path.parent) for path in of_name] for name, of_name in by_name.items()}
-    for title, text, draw in DRAWINGS if logs else ():
-        yield Section(title, text, drawing=draw(logs))
-    measured = results.decode if isinstance(results, CompareResults) else results
+    logs: dict[str, list[list[JsonObject]]] = {}
+    for path in paths:
+        objective = path.relative_to(folder).parts[0]
+        logs.setdefault(objective, []).append(read_log(path.parent))
+    if logs:
+        for title, text, draw in DRAWINGS:
+            yield Section(title, text, drawing=draw(logs))
+    measured = results
+    if isinstance(results, CompareResults):
+        measured = results.decode
     if measured:
-        facts = {field.name: to_json(getattr(measured, field.name)) for field in fields(Provenance)}
-        rows = [{"fact": name, "value": _fact(value)} for name, value in facts.items() if value is not None]
+        rows = []
+        for field in fields(Provenance):
+            value = to_json(getattr(measured, field.name))
+            if value is not None:
+                rows.append({"fact": field.name, "value": _fact(value)})
         yield Section("Provenance", "", rows, num_texts=2)
 
 
 def _fact(value: object) -> str:
     """Write a value, or the entries of a list or an object."""
-    entries = [f"{name} {entry}" for name, entry in value.items()] if isinstance(value, dict) else value
-    return ", ".join(map(str, entries)) if isinstance(entries, list) else str(value)
+    if isinstance(value, dict):
+        value = [f"{name} {entry}" for name, entry in value.items()]
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

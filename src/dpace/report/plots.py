@@ -1,6 +1,7 @@
 """Draw training from its logs: each drawing is one SVG, with a panel for each quantity or objective."""
 
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,13 +47,18 @@ def training_curves(logs: Logs) -> str:
                 steps = [entry["step"] for entry in entries]
                 axis.plot(steps, [entry[key] for entry in entries], color=f"C{number}", label=label(name))
                 axis.set_visible(len(steps) > 1)
-                sizes = [sum(SHARE in name and share > 0 for name, share in entry.items()) for entry in entries]
-                for step, size, later in zip(steps, sizes, sizes[1:], strict=False):
-                    if later > 2 * size:
-                        axis.axvline(step, linestyle=":", label=label("blocks grow"))
+                # Only entries of the loss have shares: of each slot, and 0 past the end of shorter blocks.
+                for entry, later in itertools.pairwise(entries):
+                    if _num_weighted(later) > 2 * _num_weighted(entry):
+                        axis.axvline(entry["step"], linestyle=":", label=label("blocks grow"))
         axis.set(xlabel="optimizer step")
 
     return draw_panels({"loss": "loss", "tau, validation": "eval_tau"}, draw, same_scale=False)
+
+
+def _num_weighted(entry: JsonObject) -> int:
+    """Count the slots that have a weight."""
+    return sum(key.startswith(SHARE) and share > 0 for key, share in entry.items())
 
 
 def slot_weights(logs: Logs) -> str:
@@ -63,12 +69,14 @@ def slot_weights(logs: Logs) -> str:
     from matplotlib import colormaps
 
     def draw(axis: Any, runs: Sequence[Sequence[JsonObject]]) -> None:
+        # The log of the first seed; entries of tau have no shares.
         entries = [entry for entry in runs[0] if f"{SHARE}1" in entry]
         chosen = spread_evenly(entries, MAX_MOMENTS)
         for number, entry in enumerate(chosen, start=1):
             slots = sorted(int(key.removeprefix(SHARE)) for key in entry if key.startswith(SHARE))
             shares = [entry[f"{SHARE}{slot}"] for slot in slots]
-            color = colormaps["Greys"](0.2 + 0.8 * number / len(chosen))  # later ones are darker
+            # Later steps are darker, and the first one can still be seen on white.
+            color = colormaps["Greys"](0.2 + 0.8 * number / len(chosen))
             axis.plot(slots, shares, color=color, label=f"step {entry['step']}")
         axis.set(xlabel="slot", ylabel="share of the weight")
 
@@ -112,17 +120,19 @@ def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], *,
         warnings.filterwarnings("ignore", "Glyph .* missing")  # only the width of a name is then a guess
         figure = Figure(figsize=(4.2 * width, 3.1 * height + 0.4), layout="constrained")
         axes = figure.subplots(height, width, sharey=same_scale, squeeze=False).ravel()
-        legend = {}
+        legend = {}  # lines by label: what several panels have is there once
         for axis, (title, values) in zip(axes, content.items(), strict=False):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             draw(axis, values)
             axis.set_title(label(title))
-            legend |= {name: line for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        for axis in axes[len(content) :]:
+            lines, names = axis.get_legend_handles_labels()
+            legend |= zip(names, lines, strict=True)
+        for axis in axes[len(content) :]:  # the last row may have free places
             axis.remove()
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=width + 1)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
+    # Without the XML declaration and the doctype, which stand in no HTML page.
     return text[text.index("<svg") :]
 
 

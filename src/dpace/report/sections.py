@@ -35,12 +35,15 @@ def with_interval(
     if value is None:
         return "-"
     number = f"{value:{form}}{unit}"
-    return number if low is None or high is None else f"{number} [{low:{form}}, {high:{form}}]"
+    if low is None or high is None:
+        return number
+    return f"{number} [{low:{form}}, {high:{form}}]"
 
 
 def percent(gain: Estimate) -> str:
     """Write a gain and the ends of its interval, `+5.6 % [+3.1, +8.3]`, or `-` where there is none."""
-    return with_interval(*(None if end is None else 100 * end for end in gain), form="+.1f", unit=" %")
+    value, *ends = [None if number is None else 100 * number for number in gain]
+    return with_interval(value, *ends, form="+.1f", unit=" %")
 
 
 def same_text(row: Row) -> str:
@@ -49,15 +52,17 @@ def same_text(row: Row) -> str:
 
 
 def _rates(row: Row | ServerRow) -> str:
-    """Write tokens a second, and those of plain decoding in brackets."""
+    """Write tokens a second, and the rate of plain decoding in brackets."""
     plain = with_interval(row.plain_tokens_per_second, form=".1f")
     return f"{with_interval(row.tokens_per_second, form='.1f')} ({plain})"
 
 
 def _way(row: Row) -> dict[str, str]:
     """Name a row; a width that copied says how many of the tokens."""
-    copied = f", {row.share_copied:.0%} copied" if row.share_copied else ""
-    return {"set": row.set, "drafter": row.drafter, "width": f"{row.width}{copied}", "T": f"{row.temperature:g}"}
+    width = str(row.width)
+    if row.share_copied:
+        width += f", {row.share_copied:.0%} copied"
+    return {"set": row.set, "drafter": row.drafter, "width": width, "T": f"{row.temperature:g}"}
 
 
 def verdict(estimate: Estimate, border: int = 1, above: str = "faster", below: str = "slower") -> str:
@@ -69,7 +74,11 @@ def verdict(estimate: Estimate, border: int = 1, above: str = "faster", below: s
     _, low, high = estimate
     if low is None or high is None:
         return "too few prompts"
-    return above if low > border else below if high < border else "not clear"
+    if low > border:
+        return above
+    if high < border:
+        return below
+    return "not clear"
 
 
 def judge_gain(row: ComparedRow) -> str:
@@ -97,11 +106,14 @@ def tables_of(results: Results) -> Iterator[Section]:
         return
     if isinstance(results, CompareResults):
         yield comparison(results)
-    benchmark = results.decode if isinstance(results, CompareResults) else results
+        benchmark = results.decode
+    else:
+        benchmark = results
     if benchmark:
         yield speeds(benchmark)
         if len({row.drafter for row in benchmark.rows}) > 1:
             yield pairs(benchmark.rows)
+    # Only whole drafts tell how far a drafter gets; `dpace compare` always measures these.
     whole = [row for row in results.rows if isinstance(row, ComparedRow) or row.width == "full"]
     if whole:
         yield slots(whole)
@@ -115,28 +127,29 @@ def speeds(results: BenchResults) -> Section:
         "decode_speedup divides the tokens a second with the drafter by those of plain decoding, which stand in "
         "brackets; reading the prompt is not counted. Intervals are 95 %, by bootstrap over prompts."
     )
-    rows = [
-        {
-            "verdict": verdict(row.decode_speedup),
-            **_way(row),
+    rows = []
+    compiled = []
+    for row in results.rows:
+        way = _way(row)
+        measured = {
             "decode_speedup [95 %]": with_interval(*row.decode_speedup),
             "tau [95 %]": with_interval(*row.tau),
             "tok/s (plain)": _rates(row),
             "same text": same_text(row),
         }
-        for row in results.rows
-    ]
+        rows.append({"verdict": verdict(row.decode_speedup)} | way | measured)
+        if row.compiled:
+            compiled.append(f"{' '.join(way.values())}: {with_interval(*row.compiled.decode_speedup)}")
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    compiled = {" ".join(_way(row).values()): row.compiled.decode_speedup for row in results.rows if row.compiled}
     notes = [advice(results)]
     if compiled:
-        found = ", ".join(f"{way}: {with_interval(*speedup)}" for way, speedup in compiled.items())
-        notes.append(f"decode_speedup over plain decoding with compiled steps: {found}")
+        notes.append(f"decode_speedup over plain decoding with compiled steps: {', '.join(compiled)}")
     return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
 
 
 def advice(results: BenchResults) -> str:
     """Tell what can be done where no drafter is clearly faster."""
+    # Copies alone are the baseline of `auto`; where nothing else was measured, they are what can be faster.
     rows = [row for row in results.rows if row.width != "copies"] or results.rows
     if any(verdict(row.decode_speedup) == "faster" for row in rows):
         return ""
@@ -149,18 +162,13 @@ def advice(results: BenchResults) -> str:
 def pairs(rows: Sequence[Row]) -> Section:
     """Make the table of drafters against the first one."""
     first = rows[0].drafter
-    cells = [
-        {
-            "verdict": verdict(row.speed_ratio),
-            **_way(row),
-            "tau [95 %]": percent(row.tau_gain),
-            "speed ratio [95 %]": with_interval(*row.speed_ratio),
-        }
-        for row in rows
-        if row.drafter != first
-    ]
+    compared = []
+    for row in rows:
+        if row.drafter != first:
+            gains = {"tau [95 %]": percent(row.tau_gain), "speed ratio [95 %]": with_interval(*row.speed_ratio)}
+            compared.append({"verdict": verdict(row.speed_ratio)} | _way(row) | gains)
     text = "Differences on the same prompts, with 95 % intervals of the paired difference."
-    return Section(f"Compared with {first}", text, cells, num_texts=4)
+    return Section(f"Compared with {first}", text, compared, num_texts=4)
 
 
 def slots(whole: Sequence[DraftedRow]) -> Section:
@@ -171,9 +179,12 @@ def slots(whole: Sequence[DraftedRow]) -> Section:
     shown = spread_evenly(range(1, max(row.block_size for row in whole)), MAX_SLOTS)
     rows = []
     for row in whole:
-        rates = {slot: f"{100 * rate:.0f}" for slot, rate in enumerate(row.reach_rate, start=1)}
-        named = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
-        rows.append(named | {f"{slot}": rates.get(slot, "") for slot in shown})
+        cells = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
+        for slot in shown:
+            cells[f"{slot}"] = ""
+            if slot <= len(row.reach_rate):  # the anchor is slot 0, so the rates begin at slot 1
+                cells[f"{slot}"] = f"{100 * row.reach_rate[slot - 1]:.0f}"
+        rows.append(cells)
     title = "Reach rate in %: slots 1 to k of a whole draft all accepted"
     return Section(title, "What the drafter alone can do.", rows, num_texts=2)
 
@@ -185,30 +196,42 @@ def comparison(results: CompareResults) -> Section:
         f"{results.rows[0].temperature:g}. Intervals are 95 %, paired: by bootstrap over prompts, and by Student's t "
         "over seeds."
     )
-    base = results.baseline
-    rows = [
-        {
-            "verdict": "baseline" if row.drafter == base else judge_gain(row),
+    baseline = results.baseline
+    rows = []
+    for row in results.rows:
+        judgement = "baseline"
+        gain = "-"
+        if row.drafter != baseline:
+            judgement = judge_gain(row)
+            gain = percent(row.gain)
+        cells = {
+            "verdict": judgement,
             "set": row.set,
             "objective": row.drafter,
             "tau [95 %]": with_interval(*row.tau),
-            f"over {base} [95 %]": "-" if row.drafter == base else percent(row.gain),
+            f"over {baseline} [95 %]": gain,
         }
-        for row in results.rows
-    ]
+        rows.append(cells)
     seeds = ", ".join(map(str, results.seeds))
     title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
     return Section(title, text, rows, num_texts=3)
 
 
-def _own(loss: SlotLoss) -> str:
+def _own_share(loss: SlotLoss) -> str:
     """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
-    ends = loss.own_least[0], loss.own_most[0], loss.own_least[1], loss.own_most[2]
-    shares = [100 * min(max(0.0, share), 1.0) for share in ends if share is not None]
-    if len(shares) < 2 or loss.rejected < LEAST_REJECTED:
+    least, low, _ = loss.own_least
+    most, _, high = loss.own_most
+    if least is None or most is None or loss.rejected < LEAST_REJECTED:
         return "-"
-    bounds = f"{shares[0]:.0f} to {shares[1]:.0f} %"
-    return f"{bounds} [{shares[2]:.0f}, {shares[3]:.0f}]" if len(shares) == len(ends) else bounds
+    bounds = f"{_clipped(least):.0f} to {_clipped(most):.0f} %"
+    if low is None or high is None:
+        return bounds
+    return f"{bounds} [{_clipped(low):.0f}, {_clipped(high):.0f}]"
+
+
+def _clipped(share: float) -> float:
+    """Return a share in %, from 0 to 100: estimates from few samples may lie outside."""
+    return 100 * min(max(0.0, share), 1.0)
 
 
 def losses_by_set(results: ExplainResults) -> Section:
@@ -219,16 +242,16 @@ def losses_by_set(results: ExplainResults) -> Section:
         "The others are the drafter's own. The two numbers are the bounds of that share, and in brackets stands the "
         "95 % interval over prompts around both."
     )
-    rows = [
-        {
+    rows = []
+    for row in results.rows:
+        cells = {
             "set": row.set,
             "prompts": f"{row.num_prompts}",
             "blocks": f"{row.num_blocks}",
             "with a rejection": f"{100 * min(row.whole.rejected, 1.0):.0f} %",
-            "the drafter's own [95 %]": _own(row.whole),
+            "the drafter's own [95 %]": _own_share(row.whole),
         }
-        for row in results.rows
-    ]
+        rows.append(cells)
     title = f"Where tau is lost: {Path(results.target).name}, T={results.temperature:g}, {results.verify_rule}"
     return Section(title, text, rows, note=lever(results))
 
@@ -242,26 +265,26 @@ def lever(results: ExplainResults) -> str:
         return "at temperature 0 the text before decides every token, so all rejections are the drafter's own"
     if least is None or most is None:
         return "nothing was rejected"
-    own = "train on more prompts, for more steps, or with another objective (docs/train.md)"
-    blind = "train with a selector (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
+    train = "train on more prompts, for more steps, or with another objective (docs/train.md)"
+    serve = "train with a selector (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
     if least > 0.5:
-        return f"most rejections are the drafter's own: {own}"
+        return f"most rejections are the drafter's own: {train}"
     if most < 0.5:
-        return f"most rejections no block drafter avoids: {blind}"
-    return f"neither share is clearly larger: {own}; or {blind}; more --num-samples narrow the bounds"
+        return f"most rejections no block drafter avoids: {serve}"
+    return f"neither share is clearly larger: {train}; or {serve}; more --num-samples narrow the bounds"
 
 
 def losses_by_slot(results: ExplainResults) -> Section:
     """Make one line for each slot, of all sets together."""
-    rows = [
-        {
+    rows = []
+    for slot, loss in enumerate(results.rows[-1].slots, start=1):
+        cells = {
             "slot": f"{slot}",
             "reached": f"{100 * loss.reached:.0f} %",
             "rejected": f"{100 * loss.rejected:.1f} %",
-            "the drafter's own [95 %]": _own(loss),
+            "the drafter's own [95 %]": _own_share(loss),
         }
-        for slot, loss in enumerate(results.rows[-1].slots, start=1)
-    ]
+        rows.append(cells)
     return Section("Slot by slot, in % of the blocks, and of what is rejected at the slot", "", rows)
 
 
@@ -275,20 +298,23 @@ def servers(results: ServerResults) -> Section:
     )
     rows = []
     for row in results.rows:
-        same = f"{row.num_same_text}/{row.num_responses} ({row.control_same_text})"
-        rows.append(
-            {
-                "verdict": served_verdict(row),
-                "speed": "-" if row.num_same_text is None else verdict(row.decode_speedup),
-                "set": row.set,
-                "T": f"{row.temperature:g}",
-                "tau [95 %]": with_interval(*row.tau),
-                "tau here": with_interval(row.tau_here[0]),
-                "over here [95 %]": percent(row.tau_over_here),
-                "tok/s (plain)": _rates(row),
-                "same text (control)": "-" if row.num_same_text is None else same,
-            }
-        )
+        speed = "-"
+        same = "-"
+        if row.num_same_text is not None:  # there is a plain server
+            speed = verdict(row.decode_speedup)
+            same = f"{row.num_same_text}/{row.num_responses} ({row.control_same_text})"
+        cells = {
+            "verdict": served_verdict(row),
+            "speed": speed,
+            "set": row.set,
+            "T": f"{row.temperature:g}",
+            "tau [95 %]": with_interval(*row.tau),
+            "tau here": with_interval(row.tau_here[0]),
+            "over here [95 %]": percent(row.tau_over_here),
+            "tok/s (plain)": _rates(row),
+            "same text (control)": same,
+        }
+        rows.append(cells)
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
     trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
     note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
@@ -296,10 +322,11 @@ def servers(results: ServerResults) -> Section:
 
 
 def texts_note(rows: Sequence[ServerRow]) -> str:
-    """Compare greedy texts with those of the plain server's second pass, set by set; empty without such a server."""
-    judged = [
-        f"{row.set} {verdict(row.same_text_gain, 0, 'more often equal', 'less often equal')}"
-        for row in rows
-        if row.temperature == 0 and row.num_same_text is not None
-    ]
-    return f"greedy texts against the control, the plain server's second pass: {', '.join(judged)}" if judged else ""
+    """Compare greedy texts with the plain server's second pass, set by set; empty without such a server."""
+    judged = []
+    for row in rows:
+        if row.temperature == 0 and row.num_same_text is not None:
+            judged.append(f"{row.set} {verdict(row.same_text_gain, 0, 'more often equal', 'less often equal')}")
+    if not judged:
+        return ""
+    return f"greedy texts against the control, the plain server's second pass: {', '.join(judged)}"

@@ -27,9 +27,9 @@ class Section(NamedTuple):
     title: str
     text: str = ""
     rows: Sequence[Mapping[str, str]] = ()
-    """Cells by heading; the first row's headings are those of the table."""
+    """Cells by heading; the first row has the headings of the table."""
     num_texts: int = 1
-    """Columns of words, which come first and begin at the left; the others are numbers."""
+    """Columns of words, which come first and begin at the left; the other columns are numbers."""
     note: str = ""
     """Stands below the table."""
     drawing: str = ""
@@ -52,10 +52,14 @@ def console() -> Console:
 def section_table(section: Section) -> Table:
     """Make the terminal's table, with intervals on lines of their own where it would be too wide."""
     table = _table(section, " ")
-    return table if Console(width=MAX_WIDTH).measure(table).maximum <= console().width else _table(section, "\n")
+    # On a console that is wide enough, `maximum` is what the table takes without any folding.
+    if Console(width=MAX_WIDTH).measure(table).maximum > console().width:
+        table = _table(section, "\n")
+    return table
 
 
 def _table(section: Section, before_brackets: str) -> Table:
+    """Make the terminal's table, with a space or a line end before what stands in brackets in columns of numbers."""
     table = Table(
         title=plain(section.title), caption=plain(section.note), caption_justify="left", box=SIMPLE_HEAD, padding=0
     )
@@ -78,8 +82,9 @@ def plain(text: str) -> str:
 
 def to_markdown(section: Section) -> str:
     """Write a section in Markdown, without its drawing."""
-    headings = section.rows[0]
-    lines = [headings, ["---"] * len(headings), *(row.values() for row in section.rows)]
+    headings = list(section.rows[0])
+    lines = [headings, ["---"] * len(headings)]
+    lines += [list(row.values()) for row in section.rows]
     table = "\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines)
     paragraphs = f"## {as_markdown(section.title)}", as_markdown(section.text), table, as_markdown(section.note)
     return "\n\n".join(filter(None, paragraphs))
@@ -88,9 +93,11 @@ def to_markdown(section: Section) -> str:
 def as_markdown(text: str) -> str:
     """Escape what Markdown and HTML would read in a text, in one line."""
     text = re.sub(r"([\\`|*~])", r"\\\1", html.escape(one_line(text), quote=False))
+    # Links and images, which brackets alone do not make: intervals keep theirs.
     return text.replace("](", "]\\(").replace("![", "!\\[")
 
 
 def as_code(text: str) -> str:
     """Write a text that stands between backticks, also in a table."""
+    # Nothing can be escaped there, so characters that look alike stand for what would end the code, cell or page.
     return one_line(text).replace("`", "'").replace("|", "\u00a6").replace("<", "\u2039")

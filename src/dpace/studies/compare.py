@@ -7,6 +7,8 @@ compare` and `dpace demo` both run this.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,9 @@ def compare(
     """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
-    the held-out responses, which only measure; where the target drew them, it is that of the rule `equality` at their
-    temperature. `decode_speedup` is measured by decoding with the drafters of the first seed (`bench.num_prompts` of
-    each set; 0 leaves it out). A finished drafter is kept: the same call goes on after it.
+    the held-out responses, which only measure; where the target drew them, it is the tau of the rule `equality` at
+    their temperature. `decode_speedup` is measured by decoding with the drafters of the first seed
+    (`bench.num_prompts` of each set; 0 leaves it out). A finished drafter is kept: the same call goes on after it.
 
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
     `decode/` with the results of decoding, and `results.json`.
@@ -90,8 +92,9 @@ def compare(
         rows = ranks.from_first(lambda: make_rows(config, parts.heldout))
         decode = None
         if config.bench.num_prompts != 0:
-            first = config.seeds[0]
-            drafters = {name: load_drafter(cell_folder(config, name, first), target) for name in objectives_of(config)}
+            drafters = {}
+            for objective in objectives_of(config):
+                drafters[objective] = load_drafter(cell_folder(config, objective, config.seeds[0]), target)
             with lock_folder(folder / "decode"):
                 decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
         results = CompareResults(
@@ -131,7 +134,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Pat
         )
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
-        folder.mkdir()  # raises the error
+        folder.mkdir()  # raises the error that names the file
     refuse_foreign_files(folder, RESULTS_FILE)
     refuse_other_results(folder / RESULTS_FILE, CompareResults)
     check_meta(config.responses_path, known_settings(config.respond, thinking=config.thinking))
@@ -148,24 +151,25 @@ def make_runs(config: CompareConfig, init: Drafter | None) -> dict[Path, Run]:
         ValueError: an unknown objective, one that is named in two ways, a custom one that cannot be found or gives
             wrong weights; or see `Run`.
     """
-    named = replace(config.loss, token_loss="nll", confidence="token")
-    if config.loss != named:
+    # An objective's name has its token loss and confidence; the options of the same meaning must be the defaults.
+    if config.loss != replace(config.loss, token_loss="nll", confidence="token"):
         raise ValueError(
             "--loss.token-loss and --loss.confidence are taken from the names of --objectives by `dpace compare`, such "
             "as dpace+kl+overlap; name them there instead"
         )
     losses: dict[str, LossConfig] = {}
-    for name in objectives_of(config):
-        loss = with_objective(config.loss, name)
+    for objective in objectives_of(config):
+        loss = with_objective(config.loss, objective)
         if loss in losses.values():
-            raise ValueError(f"the objective {name} is there under another name too; name it once")
-        losses[name] = loss
+            raise ValueError(f"the objective {objective} is there under another name too; name it once")
+        losses[objective] = loss
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
-    return {
-        cell_folder(config, name, seed): Run(replace(recipe, loss=loss, train=replace(recipe.train, seed=seed)), init)
-        for seed in config.seeds
-        for name, loss in losses.items()
-    }
+    runs = {}
+    # Seed by seed: where training is interrupted, all objectives have about as many seeds.
+    for seed, (objective, loss) in product(config.seeds, losses.items()):
+        recipe_of_cell = replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))
+        runs[cell_folder(config, objective, seed)] = Run(recipe_of_cell, init)
+    return runs
 
 
 def train_cells(target: Target, runs: Mapping[Path, Run], datasets: tuple[ResponseDataset, ResponseDataset]) -> None:
@@ -180,16 +184,17 @@ def train_cells(target: Target, runs: Mapping[Path, Run], datasets: tuple[Respon
     for run in runs.values():
         run.facts |= known
     untrained = ranks.from_first(lambda: [cell for cell, run in runs.items() if not run.is_finished_in(cell)])
-    dataset, measured = datasets
+    dataset, validation = datasets
     if untrained and dataset.features is None:
         # One set of features for all; the target's last hidden states are kept too where any objective needs them.
-        widest = max((runs[cell].recipe for cell in untrained), key=lambda recipe: recipe.needs_target_hidden)
-        keep_features(target, *datasets, widest)
+        recipes = [runs[cell].recipe for cell in untrained]
+        keep_features(target, *datasets, max(recipes, key=attrgetter("needs_target_hidden")))
     for number, cell in enumerate(untrained, start=1):
         note(f"{number} of {len(untrained)}: {cell.parent.name}, {cell.name}")
         run = runs[cell]
+        # The features are shared; only the anchors are drawn anew.
         seeded = dataset.with_seed(run.recipe.train.seed)
-        train(target, seeded, measured, run.recipe, cell, init=run.init, run=run)
+        train(target, seeded, validation, run.recipe, cell, init=run.init, run=run)
 
 
 def heldout_set(heldout: Sequence[Example | Response], recipe: Recipe) -> ResponseDataset:
@@ -206,42 +211,48 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         folders: of the drafters.
         test_set: of `heldout_set`; features that it has are used, and kept here otherwise.
     """
-    wanted = hash_rows(test_set)
-    unmeasured = ranks.from_first(
-        lambda: [f for f in folders if not (f / HELDOUT_FILE).exists() or read_heldout(f).responses_sha256 != wanted]
-    )
+    responses_sha256 = hash_rows(test_set)
+
+    def is_measured(folder: Path) -> bool:
+        """Whether a folder has results of these very responses."""
+        return (folder / HELDOUT_FILE).exists() and read_heldout(folder).responses_sha256 == responses_sha256
+
+    unmeasured = ranks.from_first(lambda: [folder for folder in folders if not is_measured(folder)])
     if unmeasured and test_set.features is None:
         layer_ids = Drafter.layer_ids(target, recipe.drafter)
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         title = f"tau, {folder.parent.name}, {folder.name}"
         acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, title=title)
-        ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, wanted))
+        ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, responses_sha256))
 
 
 def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[ComparedRow]:
     """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
-    measured = {
-        name: [read_heldout(cell_folder(config, name, seed)) for seed in config.seeds] for name in objectives_of(config)
-    }
+    measured = {}
+    for objective in objectives_of(config):
+        measured[objective] = [read_heldout(cell_folder(config, objective, seed)) for seed in config.seeds]
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
-        by_seed: Any = {name: [seed.acceptance(ids) for seed in seeds] for name, seeds in measured.items()}
-        theirs = by_seed[config.baseline]
-        if None in theirs:  # no prompt of the set has a response
+        by_objective: Any = {}
+        for objective, seeds in measured.items():
+            by_objective[objective] = [of_seed.acceptance(ids) for of_seed in seeds]
+        baseline = by_objective[config.baseline]
+        if None in baseline:  # no prompt of the set has a response
             continue
-        of_set = [
-            ComparedRow(
+        rows_of_set = []
+        for objective, acceptances in by_objective.items():
+            row = ComparedRow(
                 set=set_name,
-                num_prompts=len(ours[0].rows),
+                num_prompts=len(acceptances[0].rows),
                 temperature=config.respond.temperature,
-                drafter=name,
-                **drafted_facts(ours),
-                tau_by_seed=[defined(one.tau) for one in ours],
-                gain=nullable(tau_gain(ours, theirs)),
+                drafter=objective,
+                **drafted_facts(acceptances),
+                tau_by_seed=[defined(acceptance.tau) for acceptance in acceptances],
+                gain=nullable(tau_gain(acceptances, baseline)),
             )
-            for name, ours in by_seed.items()
-        ]
-        rows += sorted(of_set, key=lambda row: -(row.tau[0] or 0))
+            rows_of_set.append(row)
+        # Without a verification tau is None, and the row comes last.
+        rows += sorted(rows_of_set, key=lambda row: -(row.tau[0] or 0))
     return rows

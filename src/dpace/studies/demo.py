@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dpace.config import BenchConfig, CompareConfig, DemoConfig
+from dpace.config import CompareConfig, DemoConfig
 from dpace.drafter import load_drafter
 from dpace.drafter.drafter import size_fault
 from dpace.drafter.spec import read_folder
@@ -55,7 +55,7 @@ READING = 1.5
 ANSWERING = 1.3
 SCORING = 2.5
 DECODING = 0.033
-"""Speeds of these parts, over the speed of such a product: between those that CPUs with AVX2 and with AMX had.
+"""Speeds of these parts, over the speed of a product: between the ratios that CPUs with AVX2 and with AMX had.
 They are high since what prompts share is read once, and a walk through an answer reaches only some slots."""
 START_SECONDS = 35.0
 """Seconds in which libraries and the target are loaded, checkpoints measured, and pages written."""
@@ -67,8 +67,10 @@ def demo_recipe(config: DemoConfig) -> CompareConfig:
     if config.prompts:
         recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
     if config.quick:
-        changes = {group: replace(getattr(recipe, group), **options) for group, options in QUICK.items()}
-        recipe = replace(recipe, output="dpace-demo-quick", **changes)
+        recipe = replace(recipe, output="dpace-demo-quick")
+        for group, options in QUICK.items():
+            recipe = replace(recipe, **{group: replace(getattr(recipe, group), **options)})
+    # What the user names goes before the recipe and before `quick`.
     recipe = replace(recipe, target=config.target or recipe.target, output=config.output or recipe.output)
     return CompareConfig(**vars(recipe), objectives=OBJECTIVES, baseline="dflash", seeds=(recipe.train.seed,))
 
@@ -102,6 +104,7 @@ def demo_sizes(config: DemoConfig) -> list[DemoConfig]:
     if config.full and config.quick:
         raise ValueError("--quick and --full are two sizes of the demo; leave one of them out")
     sizes = [replace(config, full=True), replace(config, quick=True)]
+    # A config that asks for a size is equal to it already.
     asked = [size for size in sizes if size == config]
     begun = [size for size in sizes if _is_begun(demo_recipe(size))]
     return asked or begun[:1] or sizes
@@ -128,26 +131,30 @@ def choose_demo(sizes: Sequence[DemoConfig]) -> PlannedDemo:
 
 
 def _plan_demo(config: DemoConfig) -> PlannedDemo:
+    """Plan a demo of one size."""
     recipe = demo_recipe(config)
     parts = demo_prompts(config)
     plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
-    return PlannedDemo(config, recipe, parts, plan, expected_seconds(plan, recipe.bench, parts))
+    return PlannedDemo(config, recipe, parts, plan, expected_seconds(plan, parts))
 
 
-def expected_seconds(plan: TrainingPlan, bench: BenchConfig, parts: PromptParts) -> float:
+def expected_seconds(plan: TrainingPlan, parts: PromptParts) -> float:
     """Estimate the seconds of a demo on this machine, without the download of the target.
 
     Operations of the products, over their speed here; answers count as long as they may be.
     """
     target = plan.target
     recipe = plan.recipe
+    bench = recipe.bench
     of_layers = sum(weight.numel() for weight in target.layers.parameters())
     of_head = target.head.weight.numel()
+    # Weights that are passed; each takes two operations, which are counted below.
     num_read, num_answered = expected_lengths(sum(parts, []), recipe).sum(1)
     reading = num_read * of_layers
     answering = reading + num_answered * of_head
     num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
     scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
+    # The demo's held-out prompts are two sets.
     num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
     num_decoded += NUM_KINDS * len(bench.widths) * OF_EACH_KIND * KINDS_TOKENS
     decoding = num_decoded * (of_layers + of_head)
@@ -192,9 +199,10 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     """Train, compare and decode; the folders `DECODED` of the output get the results of decoding.
 
     Raises:
-        ValueError: see `dpace.studies.compare.compare`.
-        OSError: see there.
+        ValueError: as `dpace.studies.compare.compare`.
+        OSError: as `compare`.
     """
+    # Decoding is left out here: `compare` would decode with the drafters of both objectives.
     compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
     greedy, sampled = (Path(recipe.output) / name for name in DECODED)
     drafters = {"dpace": load_drafter(cell_folder(recipe, "dpace", recipe.seeds[0]), target)}
@@ -210,18 +218,23 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
     """Make what the terminal shows at the end: speeds, taus, and remarks."""
     decoded = demo.decoded
-    decay = {row.set: row.tau[0] or 0 for row in demo.compared.rows if row.drafter == demo.compared.baseline}
-    gains = [row for row in demo.compared.rows if row.drafter == "dpace"]
-    taus = [
-        {
+    decay = {}
+    gains = []
+    for row in demo.compared.rows:
+        if row.drafter == demo.compared.baseline:
+            decay[row.set] = row.tau[0] or 0
+        else:
+            gains.append(row)
+    taus = []
+    for row in gains:
+        cells = {
             "set": row.set,
             "prompts": str(row.num_prompts),
             "tau, decay": f"{decay[row.set]:.2f}",
             "tau, D-PACE": f"{row.tau[0] or 0:.2f}",
             "gain [95 % over prompts]": percent(row.gain),
         }
-        for row in gains
-    ]
+        taus.append(cells)
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
     return [speeds(decoded), Section(title, rows=taus)], list(remarks(decoded.rows, gains))
 
@@ -230,19 +243,20 @@ def speeds(decoded: BenchResults, title: str = "") -> Section:
     """Make the table of speeds: plain, with copies alone, and with the drafter."""
     hardware = decoded.hardware
     about = f"{Path(decoded.target).name}, {decoded.dtype}, {hardware.device}, threads {hardware.torch_threads}"
+    # Copies alone are rows of their own in the results, and a column here.
     copies = {_name(row): _with_speedup(row) for row in decoded.rows if row.width == "copies"}
-    rows = [
-        {
-            "tokens/s": _name(row),
-            "plain": f"{row.plain_tokens_per_second:.0f}",
-            "copies alone": copies.get(_name(row), "-"),
-            "with the drafter": _with_speedup(row),
-            "copied": f"{row.share_copied:.0%}",
-            "same text": same_text(row),
-        }
-        for row in decoded.rows
-        if row.width == "auto"
-    ]
+    rows = []
+    for row in decoded.rows:
+        if row.width == "auto":
+            cells = {
+                "tokens/s": _name(row),
+                "plain": f"{row.plain_tokens_per_second:.0f}",
+                "copies alone": copies.get(_name(row), "-"),
+                "with the drafter": _with_speedup(row),
+                "copied": f"{row.share_copied:.0%}",
+                "same text": same_text(row),
+            }
+            rows.append(cells)
     return Section(title or about, rows=rows)
 
 
@@ -252,14 +266,16 @@ def _name(row: Row) -> str:
 
 
 def _with_speedup(row: Row) -> str:
+    """Write tokens a second, and the speedup over plain decoding in brackets."""
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
 
 
 def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
     """Say how much of the speed comes from copies, and why something is slower or worse."""
-    copied = {_name(row) for row in rows if row.width == "copies"}
     drafted = [row for row in rows if row.width == "auto"]
-    copying = [_name(row) for row in drafted if _name(row) in copied and row.share_copied >= MANY_COPIED]
+    # The sets that were decoded with copies alone too: there the table shows what copies gain.
+    with_copies = {_name(row) for row in rows if row.width == "copies"}
+    copying = [_name(row) for row in drafted if _name(row) in with_copies and row.share_copied >= MANY_COPIED]
     if copying:
         yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
     slower = [_name(row) for row in drafted if (row.decode_speedup[0] or 1) < 1]
