@@ -258,10 +258,11 @@ def load_examples(path: Path, config: PromptsConfig) -> tuple[list[Example], lis
     Raises:
         ValueError: prompts or responses that cannot be read.
     """
-    parts = split_and_explain(config)[0][:2]
-    train, validation = read_examples(path, parts)
-    if missing := sum(map(len, parts)) - len(train) - len(validation):
-        note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
+    parts, _ = split_and_explain(config)
+    train, validation = read_examples(path, [parts.train, parts.validation])
+    num_missing = len(parts.train) + len(parts.validation) - len(train) - len(validation)
+    if num_missing:
+        note(f"{count(num_missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
     return train, validation
 
 

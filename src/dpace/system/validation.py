@@ -53,6 +53,7 @@ def from_json(kind: type[Kind], value: object) -> Kind:
             finite; one line with the key, such as `rows[3].tau`, the value and what was expected.
     """
     try:
+        # Through JSON once more: only there does the strict mode of pydantic take a list for a tuple.
         (checked,) = _adapter(kind).validate_json(json.dumps([value], ensure_ascii=False).encode())
     except ValidationError as error:
         raise ValueError(describe_invalid(error, kind, skip=1)) from error
@@ -81,26 +82,35 @@ def describe_invalid(error: ValidationError, kind: Any, *, skip: int = 0) -> str
         case "missing":
             return f"{name} is missing"
         case "unexpected_keyword_argument":
-            for group in place[:-1]:
-                kind = get_type_hints(kind).get(str(group)) if is_dataclass(kind) else None
-            names = [entry.name for entry in fields(kind)] if is_dataclass(kind) else []
-            close = difflib.get_close_matches(str(place[-1]), names, n=1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            path = f"{_name(place[:-1])}.{place[-1]}".removeprefix(".")
-            return f"there is no key {quoted(path)}{meant}"
+            return _describe_unknown(place, kind)
         case "value_error":  # of a check in dpace.config, whose message goes on from the name
             return f"{name} {first.get('ctx', {})['error']}"
-    said = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
-    reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", words) for words in said]
+    # Each type of a union gives an error of its own for the same key.
+    messages = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
+    reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", message) for message in messages]
     return f"{name or 'the file'} is {quoted(without_passwords(first['input']))}, expected {' or '.join(reasons)}"
+
+
+def _describe_unknown(place: Sequence[int | str], kind: Any) -> str:
+    """Say that there is no such key, and which one may have been meant."""
+    *groups, key = place
+    for group in groups:
+        kind = get_type_hints(kind).get(str(group)) if is_dataclass(kind) else None
+    meant = ""
+    if is_dataclass(kind):
+        names = [field.name for field in fields(kind)]
+        for name in difflib.get_close_matches(str(key), names, n=1):
+            meant = f" (did you mean {name}?)"
+    path = f"{_name(groups)}.{key}".removeprefix(".")
+    return f"there is no key {quoted(path)}{meant}"
 
 
 def _name(place: Sequence[int | str]) -> str:
     """Write a place as `rows[3].tau`, without the words by which pydantic tells the types of a union apart."""
     name = ""
-    for part in place:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part.isidentifier() and part not in UNION_WORDS:
-            name += f".{part}"
+    for step in place:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif step.isidentifier() and step not in UNION_WORDS:
+            name += f".{step}"
     return name.removeprefix(".")
