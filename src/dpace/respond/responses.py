@@ -132,7 +132,7 @@ def _check_numbers(response: Response, num_tokens: int) -> None:
         if not 0 <= token < num_tokens:
             raise ValueError(f"token_ids has {token}, expected 0 .. {num_tokens - 1}")
     spans = response.response_spans
-    # Start, end, start, end ... of the spans, between those of the text.
+    # Start, end, start, end ... of the spans, between the ends of the text.
     places = [0, *chain(*spans), len(response.token_ids)]
     if places != sorted(places) or any(len(span) != 2 for span in spans):
         raise ValueError(

@@ -16,8 +16,8 @@ def find_device(name: Device = "auto") -> torch.device:
     """Choose the device to compute on.
 
     Args:
-        name: `auto` is the accelerator where there is one, else the CPU. Of several devices of a kind it is that of
-            this process (`LOCAL_RANK` under torchrun), else the first.
+        name: `auto` is the accelerator where there is one, else the CPU. Of several devices of a kind it is the one
+            of this process (`LOCAL_RANK` under torchrun), else the first.
 
     Raises:
         ValueError: torch has no such device here.

@@ -2,7 +2,7 @@
 
 What comes in is a dataclass and the values for it, from a recipe, from flags or from a JSON file. What goes out is an
 instance of it, or one line that names the key, the value, what was expected and a way out. Types, ranges and choices
-stand in the dataclass itself; `dpace.config` has those of all options.
+stand in the dataclass itself; `dpace.config` has the classes of all options.
 """
 
 import difflib
@@ -41,8 +41,8 @@ def to_json(value: object) -> Any:
 def from_json(kind: type[Kind], value: object) -> Kind:
     """Return what `json.loads` gave as a dataclass.
 
-    Types are those of JSON, without conversions: "1", true and 1.0 are no integers; 1 is a float, too. Ranges are those
-    of `pydantic.Field` in the annotations. A key whose field has a default may be missing, and others may not be there.
+    Types are JSON's, without conversions: "1", true and 1.0 are no integers; 1 is a float, too. Ranges are given by
+    `pydantic.Field` in the annotations. A key whose field has a default may be missing, and others may not be there.
 
     Args:
         kind: a dataclass of str, int, float, bool, None, Literal, list, dict, tuple and dataclasses, at any depth.

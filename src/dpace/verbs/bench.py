@@ -22,7 +22,7 @@ IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 
 def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace bench`."""
-    if "bench.max_new_tokens" not in given.names:  # answers as long as those of the training
+    if "bench.max_new_tokens" not in given.names:  # as long as the answers of the training
         recipe = replace(recipe, bench=replace(recipe.bench, max_new_tokens=recipe.respond.max_new_tokens))
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets

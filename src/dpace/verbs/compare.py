@@ -43,7 +43,7 @@ def run(config: CompareConfig, given: Given) -> None:
         return
     console().print(section_table(comparison(results)))
     print(f"written: {config.output}/results.json, a drafter for each objective and seed")
-    # The last rows are those of all datasets together, and the best objective stands first among them.
+    # The last rows are for all datasets together, and the best objective stands first among them.
     best = next(row for row in results.rows if row.set == results.rows[-1].set)
     note_untrained(best.tau[0])
     print("next:", generate_command(config, cell_folder(config, best.drafter, config.seeds[0])))

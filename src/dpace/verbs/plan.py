@@ -24,7 +24,7 @@ class PlanConfig(Recipe):
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
     ranks: Count | None = None
-    """Processes that train together, one a GPU; by default those of this command."""
+    """Processes that train together, one a GPU; by default the processes of this command."""
     minutes: Positive | None = None
     """Minutes that training may take on this machine: the plan says how many steps end in them."""
 
