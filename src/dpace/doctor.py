@@ -1,8 +1,8 @@
 """Examine a drafter's folder by named checks of what would go wrong when it is served.
 
 What comes in is a folder and its target; what goes out is a `Diagnosis` for each check. First come checks of the
-files: whether they can be read, fit one another, and have the published layout. Then the drafter is run: it decodes three
-prompts, and its tau is measured as the config says and as other values would have it.
+files: whether they can be read, fit one another, and have the published layout. Then the drafter is run: it decodes
+three prompts, and its tau is measured as the config says and as other values would have it.
 """
 
 import copy
