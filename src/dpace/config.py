@@ -93,15 +93,10 @@ def _refuse_twice(values: tuple[object, ...]) -> tuple[object, ...]:
     return values
 
 
-def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
-    """Refuse numbers in another order."""
-    if list(values) != sorted(values):
-        raise ValueError(f"is {values}, expected numbers in ascending order")
-    return values
-
-
-def _refuse_other_number(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
-    """Refuse feature layers that are not as many as `num_features`; pydantic gives its `ValidationInfo`."""
+def _check_feature_layers(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
+    """Refuse layers in another order, or not as many as `num_features`; pydantic gives its `ValidationInfo`."""
+    if list(layers) != sorted(layers):
+        raise ValueError(f"is {layers}, expected numbers in ascending order")
     num_features = options.data.get("num_features")  # it is checked before, as the field that stands first
     if num_features not in (None, len(layers)):
         raise ValueError(f"is {layers}, but num_features is {num_features}; leave one of the two out")
@@ -173,9 +168,7 @@ class DrafterConfig:
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: Size | None = None
     """Number of target layers whose hidden states the drafter reads; num_layers by default."""
-    target_layer_ids: (
-        Annotated[Entries[CountOrZero], AfterValidator(_refuse_descending), AfterValidator(_refuse_other_number)] | None
-    ) = None
+    target_layer_ids: Annotated[Entries[CountOrZero], AfterValidator(_check_feature_layers)] | None = None
     """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published.
     With them, leave num_features out."""
     mask_token_id: CountOrZero | None = None

@@ -126,7 +126,7 @@ def _find_waiting(
     for prompt in waiting:
         first_turns.append(Conversation(target, prompt, config).check())
     old_meta = read_meta(path)
-    # Where prompts wait, the file is not complete for them, and its hash is written anew.
+    # While prompts wait, lines are added and the hash is written anew; else the file has to be as it was.
     is_done = answered and not waiting and old_meta.get("complete")
     if is_done and old_meta.get("responses_sha256") != hash_file(path):
         raise ValueError(

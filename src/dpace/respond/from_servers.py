@@ -67,7 +67,7 @@ def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) 
     candidates = stops
     if answer.last.stop_token is not None:
         candidates = [answer.last.stop_token]
-    # Where the server counts no more tokens than it gives, what stopped it was none.
+    # A server that counts no more tokens than it gives was stopped by something else.
     if len(candidates) != 1 or candidates[0] not in stops or num_told == len(tokens):
         raise LeftOut("ended by a token that is not known to be a stop token of the target")
     return [*tokens, candidates[0]]

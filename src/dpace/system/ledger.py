@@ -296,7 +296,7 @@ def remove_files(folder: str | Path, patterns: Collection[str], *, keep: Collect
     What another program wrote stays, whatever its name. Call it inside `lock_folder`.
     """
     folder = Path(folder)
-    written = refuse_foreign_files(folder)
+    written = _read_marker(folder / MARKER)
     removed = []
     for name in sorted(written.difference(keep)):
         is_like = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

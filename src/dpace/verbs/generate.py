@@ -3,7 +3,9 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
@@ -90,7 +92,11 @@ def run(config: GenerateConfig, given: Given) -> None:
         drafter = load_drafter(folder, target)
         drafting = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
         if config.stream:
-            _stream(target, drafter, messages, {**drafting, **sampling})
+            show_answer = partial(_show_answer, target, drafter, {**drafting, **sampling})
+            if messages:
+                show_answer(messages)
+            else:
+                _chat(show_answer)
             return
         token_ids = encode_chat(target, messages)
         if config.compile:
@@ -118,28 +124,25 @@ def _print_speed(generation: "Generation") -> None:
     print(sentence, file=sys.stderr)
 
 
-def _stream(target: "Target", drafter: "Drafter", messages: list[JsonObject], options: dict[str, Any]) -> None:
-    """Answer the messages, or without any the lines that the user types until the end of input.
+def _chat(show_answer: Callable[[list[JsonObject]], str]) -> None:
+    """Answer the lines that the user types, until the end of input."""
+    messages: list[JsonObject] = []
+    with contextlib.suppress(EOFError):
+        while True:
+            if line := input("> ").strip():
+                messages.append({"role": "user", "content": line})
+                messages.append({"role": "assistant", "content": show_answer(messages)})
+
+
+def _show_answer(target: "Target", drafter: "Drafter", options: dict[str, Any], messages: list[JsonObject]) -> str:
+    """Print an answer while it is written, and on stderr how fast it came; return it.
 
     Args:
         target: it answers.
         drafter: it proposes.
-        messages: of one prompt; none for a chat.
         options: of `dpace.decode.stream`.
+        messages: the prompt, or the chat so far.
     """
-    if messages:
-        _show_answer(target, drafter, messages, options)
-        return
-    with contextlib.suppress(EOFError):  # the end of input ends the chat
-        while True:
-            if line := input("> ").strip():
-                messages.append({"role": "user", "content": line})
-                answer = _show_answer(target, drafter, messages, options)
-                messages.append({"role": "assistant", "content": answer})
-
-
-def _show_answer(target: "Target", drafter: "Drafter", messages: list[JsonObject], options: dict[str, Any]) -> str:
-    """Print an answer while it is written, and on stderr how fast it came; return it."""
     from dpace.decode import Generation, stream
     from dpace.target.chat import encode_chat
 
