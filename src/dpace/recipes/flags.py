@@ -131,7 +131,7 @@ def _with_full_names(config_class: type, verb: str, args: list[str]) -> list[str
     groups = _groups(config_class)
     if verb not in groups:
         return args
-    # Where a name is in both, such as `output`, the short flag sets the recipe's own.
+    # A name that the recipe itself has, too, stays the recipe's.
     short_names = get_type_hints(groups[verb]).keys() - get_type_hints(config_class).keys()
     words = []
     for arg in args:

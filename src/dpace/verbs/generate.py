@@ -44,8 +44,8 @@ class GenerateConfig(SamplingConfig):
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts, copies never drafts; or
     a number of tokens, the anchor included."""
     recall_mib: PositiveOrZero = 64.0
-    """MiB of memory of answers that width auto copies from: first the drafter's training answers, then the chat's;
-    0 keeps none. Only with a drafter, and not with --compile."""
+    """MiB of memory of answers that width auto copies from; 0 keeps none.
+    First come the drafter's training answers, then the chat's. Only with a drafter, and not with --compile."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
