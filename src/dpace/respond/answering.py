@@ -121,10 +121,8 @@ def _find_waiting(
     answered = set()
     if path.exists():
         answered = {response.id for response in answers_to(path, by_id.values())}
-    first_turns = []
     waiting = [prompt for prompt in by_id.values() if prompt.id not in answered]
-    for prompt in waiting:
-        first_turns.append(Conversation(target, prompt, config).check())
+    first_turns = [Conversation(target, prompt, config).check() for prompt in waiting]
     old_meta = read_meta(path)
     # While prompts wait, lines are added and the hash is written anew; else the file has to be as it was.
     is_done = answered and not waiting and old_meta.get("complete")

@@ -44,9 +44,8 @@ def answer_batches(
         return
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
     for start in range(0, len(prompts), config.batch_size):
-        batch = []
-        for prompt in prompts[start : start + config.batch_size]:
-            batch.append(Conversation(target, prompt, config, first_turns[prompt.id]))
+        chosen = prompts[start : start + config.batch_size]
+        batch = [Conversation(target, prompt, config, first_turns[prompt.id]) for prompt in chosen]
         # One round a turn: conversations with fewer turns leave the batch before the others.
         while active := [conversation for conversation in batch if not conversation.is_answered]:
             encoded = [conversation.ask() for conversation in active]
@@ -80,11 +79,12 @@ def generate_responses(
         show: gets, after each token, an `info` that says where the batch stands.
     """
     length = config.max_new_tokens
-    answers: list[list[int]] = []
-    if batch_fault(target, [(len(token_ids), len(token_ids) + length) for token_ids in encoded]):
+    lengths = [(len(token_ids), len(token_ids) + length) for token_ids in encoded]  # in the beginning, and at most
+    if batch_fault(target, lengths):
         if not target.rotation_boundary:
             return _generate_padded(target, encoded, config, seeds)
         # Such a target rotates all positions by the length of the longest row, padding too: each prompt is a batch.
+        answers = []
         for token_ids, seed in zip(encoded, seeds, strict=True):
             answers += _generate_padded(target, [token_ids], config, [seed])
         return answers
