@@ -169,23 +169,23 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     Returns:
         What the config says, or None where it cannot be read; and the checks.
     """
-    config, of_config = attempt(CONFIG, read_config, folder)
-    tensors, of_weights = attempt(WEIGHTS, read_tensors, folder)
+    config, config_check = attempt(CONFIG, read_config, folder)
+    tensors, weights_check = attempt(WEIGHTS, read_tensors, folder)
     if config is None:
-        return None, [of_config, of_weights]
-    spec, of_config = attempt(CONFIG, DrafterSpec.from_config, own_tables(tensors or {}) | config)
+        return None, [config_check, weights_check]
+    spec, config_check = attempt(CONFIG, DrafterSpec.from_config, own_tables(tensors or {}) | config)
     if spec is None:
-        return None, [of_config, of_weights]
+        return None, [config_check, weights_check]
     stored = tensors or {}
     if quantized := read_group(config, "quantization_config"):
         stored = {}  # their dtype is not the one that the config names
-        tensors, of_weights = attempt(WEIGHTS, read_quantized, folder, spec, quantized)
+        tensors, weights_check = attempt(WEIGHTS, read_quantized, folder, spec, quantized)
     are_shared = {}
     if tensors is not None:
-        drafter, of_weights = attempt(WEIGHTS, make_drafter, spec, tensors)
+        drafter, weights_check = attempt(WEIGHTS, make_drafter, spec, tensors)
         if drafter and spec.vocab_size == len(target.head.weight):
             are_shared = find_shared_tables(tensors, target)
-    checks = [of_config, of_weights, *compare_config(spec, config, stored, target)]
+    checks = [config_check, weights_check, *compare_config(spec, config, stored, target)]
     changes = {}
     for table, is_shared in are_shared.items():
         if is_shared:
@@ -214,15 +214,15 @@ def compare_config(
     for rule in COMPARED:
         for key in rule.keys:
             value = look_up(found, key)
-            right = look_up(expected, key)
-            are_numbers = isinstance(value, float) and isinstance(right, float)
-            if value == right or are_numbers and math.isclose(value, right, rel_tol=1e-2):
+            expected_value = look_up(expected, key)
+            are_numbers = isinstance(value, float) and isinstance(expected_value, float)
+            if value == expected_value or are_numbers and math.isclose(value, expected_value, rel_tol=1e-2):
                 yield Diagnosis(key, "passes")
                 continue
-            result = rule.if_absent if value is None or right is None else rule.if_other
+            result = rule.if_absent if value is None or expected_value is None else rule.if_other
             if key == "block_size" and look_up(found, "dflash_config.block_size") is None:
                 result = "fails"  # where it is absent, engines refuse the folder, or take 16
-            yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else rule.fix)
+            yield Diagnosis(key, result, shown(value), shown(expected_value), "" if result == "skipped" else rule.fix)
 
 
 def look_up(config: JsonObject, path: str) -> Any:
