@@ -18,22 +18,20 @@ import dpace
 from dpace.recipes import RECIPES, VERBS
 from dpace.system import ranks
 
-USAGE = "\n".join(
-    [
-        "usage: dpace VERB [RECIPE or FOLDER] [--option value ...]",
-        "",
-        *(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
-        "",
-        "The verbs from plan to bench take a recipe before the options,",
-        "which override it: a YAML file of options, or the name of one that dpace has:",
-        textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
-        "To report, doctor, export and import, give a folder there.",
-        "`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;",
-        "`dpace --version` prints the version;",
-        '`eval "$(dpace --completion bash)"` lets bash complete verbs and options.',
-        "",
-    ]
-)
+VERB_LINES = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
+RECIPE_LINES = textwrap.fill(", ".join(RECIPES) + ".", 80, break_on_hyphens=False)
+USAGE = f"""usage: dpace VERB [RECIPE or FOLDER] [--option value ...]
+
+{VERB_LINES}
+
+The verbs from plan to bench take a recipe before the options,
+which override it: a YAML file of options, or the name of one that dpace has:
+{RECIPE_LINES}
+To report, doctor, export and import, give a folder there.
+`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;
+`dpace --version` prints the version;
+`eval "$(dpace --completion bash)"` lets bash complete verbs and options.
+"""
 
 COMPLETION = """_dpace() {
   local word=${COMP_WORDS[COMP_CWORD]} words=
@@ -58,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM,
         141 where whoever read the output closed it.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     _open_output()
     verb, *args = argv or [""]
     if verb == "--version":
@@ -72,8 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         if argv:
-            meant = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"did you mean {meant[0]}?" if meant else "choose one of those below"
+            hint = "choose one of those below"
+            for meant in difflib.get_close_matches(verb, VERBS, n=1):
+                hint = f"did you mean {meant}?"
             print(f"unknown verb {ascii(verb)}; {hint}\n", file=sys.stderr)
         print(USAGE, file=sys.stderr)
         return 2
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if not os.environ.get(name, "0").isdecimal():
             _print_reason(verb, f"{name} is {os.environ[name]!r}, expected a number as torchrun sets it; unset it")
             return 1
+    # Libraries read these when they are imported, which only a verb does.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # bars of transformers and others fill a log
@@ -93,14 +94,18 @@ def main(argv: list[str] | None = None) -> int:
             file.run(*parse(file.ARGUMENTS, verb, args))
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            goes_on = "; what is on disk is kept: run the same command to continue" if verb in CONTINUING else ""
-            _print_reason(verb, f"interrupted{goes_on}")
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
+            reason = "interrupted"
+            if verb in CONTINUING:
+                reason += "; what is on disk is kept: run the same command to continue"
+            _print_reason(verb, reason)
+        signal_number = error.args[0] if error.args else signal.SIGINT
+        return 128 + signal_number
+    except BrokenPipeError:  # whoever reads the output has enough, as `head` has
+        # Python flushes at its end, and would fail again.
+        with suppress(OSError, ValueError):  # the output is not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever reads the output has enough, as `head` has
-            with suppress(OSError, ValueError):  # it is not a file
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
         reason = _explain(error)
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
@@ -122,7 +127,10 @@ def _completion() -> str:
     """Write the script for bash."""
     from dpace.recipes.flags import flags_of
 
-    cases = [f"    *:{verb}:-*) words='{flags_of(_file_of(verb).ARGUMENTS.options, verb)}' ;;" for verb in VERBS]
+    cases = []
+    for verb in VERBS:
+        flags = flags_of(_file_of(verb).ARGUMENTS.options, verb)
+        cases.append(f"    *:{verb}:-*) words='{flags}' ;;")
     return COMPLETION.replace("VERBS", " ".join(VERBS)).replace("CASES", "\n".join(cases))
 
 
@@ -155,6 +163,7 @@ def _print_reason(verb: str, reason: str) -> None:
     """Print a reason in one line that cannot steer a terminal."""
     from dpace.system.progress import printable
 
+    # Only line ends go: spaces may belong to a path.
     line = " ".join(part.strip() for part in reason.split("\n") if part.strip())
     print(f"dpace {verb}: {printable(line)}", file=sys.stderr)
 
@@ -164,14 +173,14 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if error.errno is None:  # of a library, in its own words
             return str(error)
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = (
-            "make room, and run the same command again: it goes on" if is_full else "change this, or name another path"
-        )
+        fix = "change this, or name another path"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "make room, and run the same command again: it goes on"
         return f"{error.filename or 'a file'}: {error.strerror}; {fix}"
     if isinstance(error, ValueError):
         return str(error)
-    is_short = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)  # torch's
+    # torch's own, told by name and words: its class is not imported here, and a CPU's is a plain RuntimeError.
+    is_short = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     if isinstance(error, MemoryError) or is_short:
         return "out of memory; free some, or lower batch sizes, new tokens, --train.num-anchors or --loss.chunk-mib"
     if isinstance(error, ImportError) and not (error.name or "dpace").startswith("dpace"):

@@ -20,7 +20,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 LARGEST = 2**31 - 1
 """Largest value of most integers."""
 MAX_TOKENS = 2**31
-"""Tokens that a target may have, and those of a tokenizer that is not known: their numbers are kept in 32 bits."""
+"""Tokens that a target may have, and that an unknown tokenizer is taken to have: their numbers are kept in 32 bits."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -32,7 +32,7 @@ def options(kind: Any) -> Any:
 def integer(low: int, high: int = LARGEST) -> Any:
     """Return the range of an integer, with its words for messages and pages."""
     words = f"of {low} or more" if high == LARGEST else f"from {low} to {high}"
-    return Field(ge=low, le=high, description=f"an integer {words}")
+    return Field(ge=low, le=high, description=f"an integer {words}")  # messages say: expected an integer of 1 or more
 
 
 Count = Annotated[int, integer(1)]
@@ -47,6 +47,7 @@ FractionOrZero = Annotated[float, Field(ge=0, le=1, description="a number from 0
 
 def _refuse_blank(text: str) -> str:
     """Refuse a text without a letter, and one that UTF-8 or a file's name cannot have; `~` is the user's folder."""
+    # Half characters, which a broken terminal gives, become question marks there and back.
     if not text.strip() or "\0" in text or text != text.encode(errors="replace").decode():
         raise ValueError(f"is {text!r}, expected a text that is not empty")
     return os.path.expanduser(text)
@@ -57,7 +58,8 @@ Text = Annotated[str, AfterValidator(_refuse_blank), Field(description="a text t
 
 def _refuse_other_address(url: str) -> str:
     """Refuse other spellings of an address, in which `without_passwords` would not see a password."""
-    host = r"(\[[\w:.]+\]|[^\s\\/?#@:\[\]]+)"
+    host = r"(\[[\w:.]+\]|[^\s\\/?#@:\[\]]+)"  # an IPv6 address stands in brackets
+    # user:password@ if any, host, :port if any, /path if any
     if not re.fullmatch(rf"(?i)https?://([^\s\\/?#]*@)?{host}(:\d+)?(/[^\s\\?#]*)?", url.strip()):
         raise ValueError("is not an address http://host:port; a / or \\ of a password is written as %2F or %5C")
     return url
@@ -72,7 +74,10 @@ def without_passwords(value: Any) -> Any:
         return {name: without_passwords(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_passwords(item) for item in value]
-    return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        # Also in a word of a command line, --bench.server=http://user:password@host
+        return re.sub(r"(?i)^((?:--[\w.-]+=)?\s*https?://)[^/]*@", r"\1", value)
+    return value
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
@@ -88,23 +93,20 @@ def _refuse_twice(values: tuple[object, ...]) -> tuple[object, ...]:
     return values
 
 
-def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
-    """Refuse numbers in another order."""
-    if list(values) != sorted(values):
-        raise ValueError(f"is {values}, expected numbers in ascending order")
-    return values
-
-
-def _refuse_other_number(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
-    """Refuse feature layers that are not as many as `num_features`; pydantic gives its `ValidationInfo`."""
-    count = options.data.get("num_features")
-    if count not in (None, len(layers)):
-        raise ValueError(f"is {layers}, but num_features is {count}; leave one of the two out")
+def _check_feature_layers(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
+    """Refuse layers in another order, or not as many as `num_features`; pydantic gives its `ValidationInfo`."""
+    if list(layers) != sorted(layers):
+        raise ValueError(f"is {layers}, expected numbers in ascending order")
+    num_features = options.data.get("num_features")  # it is checked before, as the field that stands first
+    if num_features not in (None, len(layers)):
+        raise ValueError(f"is {layers}, but num_features is {num_features}; leave one of the two out")
     return layers
 
 
 Entry = TypeVar("Entry")
+# In --help, an empty list is None and not nothing.
 _HINT = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or None})")
+# Pydantic calls the validators in this order: a recipe may have one value without brackets.
 Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice), _HINT]
 OneOrMore = Annotated[Entries[Entry], Field(min_length=1)]
 
@@ -124,11 +126,11 @@ Objective = Literal[
 
 def is_custom(objective: str) -> bool:
     """Return whether an objective's name is of the form `package.module:function`."""
-    return re.fullmatch(r"[^\W\d][\w.]*:[\w.<>]+", objective) is not None
+    return re.fullmatch(r"[^\W\d][\w.]*:[\w.<>]+", objective) is not None  # <> stands in names of inner functions
 
 
 def _refuse_other_form(objective: str) -> str:
-    """Refuse another form than that of a custom objective; the message ends the list of those that there are."""
+    """Refuse a text that is not of this form; the message ends the list of the objectives that there are."""
     if not is_custom(objective):
         raise ValueError("package.module:function")
     return objective
@@ -148,7 +150,7 @@ TargetShard = Literal["none", "fsdp"]
 SelectorName = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
 WALKED = ("lilicorr",)
-"""Those that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
+"""Selectors that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
 EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "gguf"]
 """Engines, each a file of `dpace.engines`, in the order of the model card; gguf is llama.cpp's."""
 HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
@@ -166,9 +168,7 @@ class DrafterConfig:
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: Size | None = None
     """Number of target layers whose hidden states the drafter reads; num_layers by default."""
-    target_layer_ids: (
-        Annotated[Entries[CountOrZero], AfterValidator(_refuse_descending), AfterValidator(_refuse_other_number)] | None
-    ) = None
+    target_layer_ids: Annotated[Entries[CountOrZero], AfterValidator(_check_feature_layers)] | None = None
     """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published.
     With them, leave num_features out."""
     mask_token_id: CountOrZero | None = None
@@ -411,7 +411,7 @@ class ExplainConfig:
     """Say where tau is lost: slot by slot, which rejected drafts no block drafter could have avoided.
 
     A slot does not know the tokens before it in its block, which the target draws. So the target continues the text
-    behind some anchors several times. What no distribution of a slot can serve in all continuations is the floor; the
+    after some anchors several times. What no distribution of a slot can serve in all continuations is the floor; the
     rest is the drafter's own loss, which data, steps or the objective can change. At temperature 0 there is no floor.
     """
 
@@ -426,7 +426,7 @@ class ExplainConfig:
     num_blocks: Count = 8
     """Blocks of each answer that are measured, evenly spread."""
     num_samples: Annotated[int, integer(2)] = 16
-    """Continuations that the target draws behind each anchor; more of them narrow the floor."""
+    """Continuations that the target draws after each anchor; more of them narrow the floor."""
     temperature: PositiveOrZero = 1.0
     """Sampling temperature of the target."""
     verify_rule: VerifyRule = "speculative"
@@ -538,16 +538,17 @@ class Recipe:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of drafter, loss and training, named as `train.seed`."""
-        return {
-            f"{group}.{name}": value
-            for group in ("drafter", "loss", "train")
-            for name, value in asdict(getattr(self, group)).items()
-        }
+        settings = {}
+        for group in ("drafter", "loss", "train"):
+            for name, value in asdict(getattr(self, group)).items():
+                settings[f"{group}.{name}"] = value
+        return settings
 
     @property
     def needs_target_hidden(self) -> bool:
         """Whether training reads the target's last hidden states: for its distribution, or for a selector's penalty."""
-        return self.loss.needs_target_probs or self.drafter.selector in WALKED and self.loss.selector_penalty > 0
+        has_penalty = self.drafter.selector in WALKED and self.loss.selector_penalty > 0
+        return self.loss.needs_target_probs or has_penalty
 
 
 @options

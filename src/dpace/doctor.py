@@ -1,8 +1,8 @@
 """Examine a drafter's folder by named checks of what would go wrong when it is served.
 
-What comes in is a folder and its target; what goes out is a `Diagnosis` for each check. First come those of the files:
-whether they can be read, fit one another, and have the published layout. Then the drafter is run: it decodes three
-prompts, and its tau is measured as the config says and as other values would have it.
+What comes in is a folder and its target; what goes out is a `Diagnosis` for each check. First come checks of the
+files: whether they can be read, fit one another, and have the published layout. Then the drafter is run: it decodes
+three prompts, and its tau is measured as the config says and as other values would have it.
 """
 
 import copy
@@ -50,39 +50,67 @@ NEUTRAL = ("None", "False", "1.0", "")
 """Values that say no more than a missing key."""
 SAID = ("is_causal", "thinking")
 """Keys for which these values do say something."""
-COMPARED: list[tuple[str, Result, Result, str]] = [
-    (
-        "architectures model_type tie_word_embeddings num_hidden_layers partial_rotary_factor "
-        "dflash_config.target_layer_ids dflash_config.mask_token_id dflash_config.lilicorr_enabled "
-        "dflash_config.projector_type",
+
+
+class KeyRule(NamedTuple):
+    """What a wrong value of some keys of a config means."""
+
+    keys: tuple[str, ...]
+    if_other: Result
+    """For another value than the expected one."""
+    if_absent: Result
+    """For a value that only the config has, or only what it is compared with."""
+    fix: str
+
+
+COMPARED = [
+    KeyRule(
+        (
+            "architectures",
+            "model_type",
+            "tie_word_embeddings",
+            "num_hidden_layers",
+            "partial_rotary_factor",
+            "dflash_config.target_layer_ids",
+            "dflash_config.mask_token_id",
+            "dflash_config.lilicorr_enabled",
+            "dflash_config.projector_type",
+        ),
         "fails",
         "fails",
         WRITE,
     ),
-    (
-        "block_size is_causal layer_types rms_norm_eps rope_parameters rope_theta",
+    KeyRule(
+        ("block_size", "is_causal", "layer_types", "rms_norm_eps", "rope_parameters", "rope_theta"),
         "fails",
         "warns",
         f"{WRITE}: where it is missing, engines take different ones",
     ),
-    (
-        "hidden_size vocab_size num_target_layers input_embedding_scale output_multiplier final_logit_softcapping",
+    KeyRule(
+        (
+            "hidden_size",
+            "vocab_size",
+            "num_target_layers",
+            "input_embedding_scale",
+            "output_multiplier",
+            "final_logit_softcapping",
+        ),
         "fails",
         "fails",
         "name the target of the training, or write this target's value",
     ),
-    ("dtype sliding_window use_sliding_window", "warns", "warns", WRITE),
-    ("dpace.tokenizer_sha256", "fails", "skipped", "use the tokenizer of the training: ids mean other tokens"),
-    (
-        "dpace.target dpace.dtype dpace.chat_template_sha256 dpace.thinking",
+    KeyRule(("dtype", "sliding_window", "use_sliding_window"), "warns", "warns", WRITE),
+    KeyRule(
+        ("dpace.tokenizer_sha256",), "fails", "skipped", "use the tokenizer of the training: ids mean other tokens"
+    ),
+    KeyRule(
+        ("dpace.target", "dpace.dtype", "dpace.chat_template_sha256", "dpace.thinking"),
         "warns",
         "skipped",
         "take the target as it was in training (here --target and --thinking), or expect shorter drafts",
     ),
 ]
-"""Keys that are compared with the published layout, with the target, and under `dpace` with what training recorded.
-
-Beside them: the result for another value, that for a value which only one side has, and what to do."""
+"""Keys that are compared with the published layout, with the target, and under `dpace` with what training recorded."""
 PROMPTS = (
     "Count from one to twenty, in words.",
     "Write a Python function that reverses a list.",
@@ -124,12 +152,12 @@ def shown(value: object) -> str:
     return "absent" if value is None else one_line(value)[:MAX_SHOWN]
 
 
-def attempt(check: str, action: Callable[[], Made]) -> tuple[Made | None, Diagnosis]:
-    """Do something, and say whether it was possible; in messages of dpace, what to do stands behind a semicolon."""
+def attempt(check: str, action: Callable[..., Made], *arguments: Any) -> tuple[Made | None, Diagnosis]:
+    """Call a function, and say whether it raised no error."""
     try:
-        return action(), Diagnosis(check, "passes")
+        return action(*arguments), Diagnosis(check, "passes")
     except (ValueError, OSError, MemoryError) as error:
-        reason, _, fix = str(error).partition("; ")
+        reason, _, fix = str(error).partition("; ")  # in messages of dpace, what to do stands after a semicolon
         return None, Diagnosis(check, "fails", shown(reason), "", shown(fix or "copy or export the drafter again"))
 
 
@@ -141,56 +169,60 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     Returns:
         What the config says, or None where it cannot be read; and the checks.
     """
-    config, of_config = attempt(CONFIG, lambda: read_config(folder))
-    tensors, of_weights = attempt(WEIGHTS, lambda: read_tensors(folder))
+    config, config_check = attempt(CONFIG, read_config, folder)
+    tensors, weights_check = attempt(WEIGHTS, read_tensors, folder)
     if config is None:
-        return None, [of_config, of_weights]
-    spec, of_config = attempt(CONFIG, lambda: DrafterSpec.from_config(own_tables(tensors or {}) | config))
+        return None, [config_check, weights_check]
+    spec, config_check = attempt(CONFIG, DrafterSpec.from_config, own_tables(tensors or {}) | config)
     if spec is None:
-        return None, [of_config, of_weights]
-    tables = {}
+        return None, [config_check, weights_check]
     stored = tensors or {}
     if quantized := read_group(config, "quantization_config"):
-        stored = {}
-        tensors, of_weights = attempt(WEIGHTS, lambda: read_quantized(folder, spec, quantized))
+        stored = {}  # their dtype is not the one that the config names
+        tensors, weights_check = attempt(WEIGHTS, read_quantized, folder, spec, quantized)
+    are_shared = {}
     if tensors is not None:
-        drafter, of_weights = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
-        is_for_target = drafter and spec.vocab_size == len(target.head.weight)
-        tables = find_shared_tables(tensors, target) if is_for_target else {}
-    other = Diagnosis("", "warns", "another one than the target's", "the target's, or none", KEEP)
-    own = [other._replace(check=f"own {name}") for name, is_shared in tables.items() if not is_shared]
-    checks = [of_config, of_weights, *compare_config(spec, config, stored, target), *own]
-    shared = {f"has_own_{name}": False for name, is_shared in tables.items() if is_shared}
-    return replace(spec, **shared), checks
+        drafter, weights_check = attempt(WEIGHTS, make_drafter, spec, tensors)
+        if drafter and spec.vocab_size == len(target.head.weight):
+            are_shared = find_shared_tables(tensors, target)
+    checks = [config_check, weights_check, *compare_config(spec, config, stored, target)]
+    changes = {}
+    for table, is_shared in are_shared.items():
+        if is_shared:
+            changes[f"has_own_{table}"] = False  # an engine may leave the copy out
+        else:
+            checks.append(
+                Diagnosis(f"own {table}", "warns", "another one than the target's", "the target's, or none", KEEP)
+            )
+    return replace(spec, **changes), checks
 
 
 def compare_config(
-    spec: DrafterSpec, found: JsonObject, tensors: Mapping[str, Tensor], target: Target
+    spec: DrafterSpec, config: JsonObject, tensors: Mapping[str, Tensor], target: Target
 ) -> Iterator[Diagnosis]:
     """Compare a config with the one that dpace would write of its spec for this target."""
-    own = replace(spec, **facts_of(target), special_token_ids={})
-    expected = own.published(own.config().to_dict()) | dict.fromkeys(SPELLINGS, own.rope_parameters)
-    spelled = {
-        key: attempt(key, lambda names=names: read_rope({name: found.get(name) for name in names}))[0]
-        for key, names in SPELLINGS.items()
-    }
-    config = {"dtype": found.get("torch_dtype"), **found, **spelled}
-    stored = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+    ideal = replace(spec, **facts_of(target), special_token_ids={})
+    expected = ideal.published(ideal.config().to_dict()) | dict.fromkeys(SPELLINGS, ideal.rope_parameters)
     facts = {"target": target.short_name, "dtype": dtype_name(target.model.dtype), "thinking": target.thinking}
-    expected["dtype"] = " and ".join(sorted(stored)) or config["dtype"]
     expected["dpace"] = facts | tokenizer_hashes(target)
-    for names, if_other, if_absent, fix in COMPARED:
-        for key in names.split():
-            value = look_up(config, key)
-            right = look_up(expected, key)
-            are_numbers = all(isinstance(one, float) for one in (value, right))
-            if value == right or are_numbers and math.isclose(value, right, rel_tol=1e-2):
+    found = {"dtype": config.get("torch_dtype"), **config}  # the older name of the key
+    for key, names in SPELLINGS.items():
+        # Each spelling is read as if the other one were not there; None where it says nothing that can be read.
+        found[key], _ = attempt(key, read_rope, {name: config.get(name) for name in names})
+    dtypes = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+    expected["dtype"] = " and ".join(sorted(dtypes)) or found["dtype"]
+    for rule in COMPARED:
+        for key in rule.keys:
+            value = look_up(found, key)
+            expected_value = look_up(expected, key)
+            are_numbers = isinstance(value, float) and isinstance(expected_value, float)
+            if value == expected_value or are_numbers and math.isclose(value, expected_value, rel_tol=1e-2):
                 yield Diagnosis(key, "passes")
                 continue
-            result = if_absent if None in (value, right) else if_other
-            if key == "block_size" and look_up(config, "dflash_config.block_size") is None:
+            result = rule.if_absent if value is None or expected_value is None else rule.if_other
+            if key == "block_size" and look_up(found, "dflash_config.block_size") is None:
                 result = "fails"  # where it is absent, engines refuse the folder, or take 16
-            yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else fix)
+            yield Diagnosis(key, result, shown(value), shown(expected_value), "" if result == "skipped" else rule.fix)
 
 
 def look_up(config: JsonObject, path: str) -> Any:
@@ -205,9 +237,13 @@ def look_up(config: JsonObject, path: str) -> Any:
 def check_engine(spec: DrafterSpec, name: EngineName, target: Target) -> Diagnosis:
     """Say what the engine that will serve the drafter does not read, of it or of its target."""
     engine = engine_of(name)
-    fault = engine.fault(spec) or engine.target_fault(target.model.config.model_type)
-    found, _, fix = (fault or engine.doubt(spec)).partition("; ")
-    return Diagnosis(f"engine: {name}", "fails" if fault else "warns" if found else "passes", found, "", fix)
+    result: Result = "fails"
+    message = engine.fault(spec) or engine.target_fault(target.model.config.model_type)
+    if not message:
+        message = engine.doubt(spec)
+        result = "warns" if message else "passes"
+    found, _, fix = message.partition("; ")
+    return Diagnosis(f"engine: {name}", result, found, "", fix)
 
 
 @dataclass
@@ -228,7 +264,7 @@ class Trial:
     @cached_property
     def recipe(self) -> Recipe | None:
         """The recipe of its training; None where there is none that can be read."""
-        recipe, _ = attempt("recipe", lambda: read_recipe(self.folder / "recipe.yaml"))
+        recipe, _ = attempt("recipe", read_recipe, self.folder / "recipe.yaml")
         return recipe
 
     @cached_property
@@ -273,23 +309,27 @@ def read_as(drafter: Drafter, spec: DrafterSpec) -> None:
     drafter.config.dflash_config["sample_from_anchor"] = spec.sample_from_anchor
     drafter.config.target_layer_ids = list(spec.target_layer_ids)
     for layer in drafter.layers:
-        part: Any = layer.self_attn
-        part.is_causal = part.kind == "sliding_attention" if spec.is_causal == "sliding" else spec.is_causal
+        attention: Any = layer.self_attn
+        attention.is_causal = spec.is_causal
+        if spec.is_causal == "sliding":  # only layers with a window are
+            attention.is_causal = attention.kind == "sliding_attention"
 
 
 def decode_prompts(trial: Trial) -> Outcome:
     """Compare the texts of decoding with and without the drafter."""
     target = trial.target
-    done = []
+    acceptances = []
     num_same = 0
     for prompt in track(PROMPTS, "decoding prompts"):
         token_ids = encode_chat(target, [{"role": "user", "content": prompt}])
         plain = generate_plain(target, token_ids, max_new_tokens=MAX_NEW_TOKENS)
+        # Whole drafts, as tau is defined; width auto might draft nothing on this machine.
         drafted = generate(target, trial.drafter, token_ids, width="full", max_new_tokens=MAX_NEW_TOKENS)
         num_same += drafted.token_ids == plain.token_ids
-        done.append(drafted.acceptance)
-    found = f"tau {Acceptance.of_prompts(done).tau:.2f}, {num_same} of {len(done)} texts as without the drafter"
-    if num_same == len(done):
+        acceptances.append(drafted.acceptance)
+    tau = Acceptance.of_prompts(acceptances).tau
+    found = f"tau {tau:.2f}, {num_same} of {len(PROMPTS)} texts as without the drafter"
+    if num_same == len(PROMPTS):
         return "passes", found
     if target.model.dtype != torch.float32:
         return "skipped", f"{found}; in {dtype_name(target.model.dtype)} a near tie may change one"
@@ -303,14 +343,19 @@ def accept_drafts(trial: Trial) -> Outcome:
     has to reach the recorded interval.
     """
     record = trial.spec.record
-    recorded = trial.on_recorded
-    tau = (recorded or trial.acceptance).tau
-    found = f"tau {tau:.3f}{' on the responses of the training' if recorded else ''}"
+    on_recorded = trial.on_recorded
+    if on_recorded:
+        tau = on_recorded.tau
+        found = f"tau {tau:.3f} on the responses of the training"
+    else:
+        tau = trial.acceptance.tau
+        found = f"tau {tau:.3f}"
     low = record.get("tau_interval", [None])[0]
     high = math.inf
+    # The same answers, cut at the same length (which the recipe tells), without rounding to bf16.
     is_exact = record.get("dtype") == dtype_name(trial.target.model.dtype) == "float32"
     are_all_there = {response.id for response in trial.responses} >= set(record.get("tau_responses", []))
-    if is_exact and trial.recipe and recorded and are_all_there:
+    if is_exact and trial.recipe and on_recorded and are_all_there:
         low = record["tau"] * (1 - MAX_TAU_CHANGE)
         high = record["tau"] * (1 + MAX_TAU_CHANGE)
     if low is not None and not low <= tau <= high:
@@ -327,40 +372,52 @@ def compare_ways(trial: Trial, *, key: str) -> Outcome:
     The interval of the paired gain over answers has to lie above `LEAST_GAIN`, and drafts have to be accepted at all.
     A config with which tau is what training recorded is right: a drafter that has learned little may gain by others.
     """
-    ways = [(trial.measure(trial.answers, **{key: value}), value) for value in other_values(trial.spec, key)]
-    if not ways:
+    best: Acceptance | None = None
+    best_value = ""
+    for value in other_values(trial.spec, key):
+        acceptance = trial.measure(trial.answers, **{key: value})
+        if best is None or acceptance.tau > best.tau:
+            best = acceptance
+            best_value = json.dumps(value)
+    if best is None:
         return "skipped", "this drafter can be read in one way only"
-    best, value = max(ways, key=lambda way: way[0].tau)
-    said = json.dumps(value)
-    found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {said}"
+    found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {best_value}"
     _, low, high = tau_gain([best], [trial.acceptance])
-    if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > LEAST_GAIN[key] or high < 0):
+    is_better = low > LEAST_GAIN[key]
+    is_worse = high < 0
+    if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (is_better or is_worse):
         return "skipped", f"{found}: cannot be told apart on {count(len(trial.answers), 'answer')}"
-    if high < 0 or "tau" in trial.spec.record and accept_drafts(trial)[0] == "passes":
+    if is_worse or "tau" in trial.spec.record and accept_drafts(trial)[0] == "passes":
         return "passes", found
-    return "fails", found, said, f'write "{key}": {said} into config.json, also where dflash_config has it'
+    fix = f'write "{key}": {best_value} into config.json, also where dflash_config has it'
+    return "fails", found, best_value, fix
 
 
 def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     """Return the values of a key that a drafter may have been trained with instead."""
     if key == "target_layer_ids":
-        moved = [tuple(layer + step for layer in spec.target_layer_ids) for step in (1, -1)]
-        return [ids for ids in moved if are_servable(ids, spec.num_target_layers)]
+        values = []
+        for step in (1, -1):  # whether the embedding counts as a layer is what projects disagree on
+            layer_ids = tuple(layer + step for layer in spec.target_layer_ids)
+            if are_servable(layer_ids, spec.num_target_layers):
+                values.append(layer_ids)
+        return values
     if key == "sample_from_anchor" and spec.selector:
         return []  # a selector has no vector for the slot that blocks would have more
     return [not getattr(spec, key)]
 
 
-MEASURED: dict[str, Callable[[Trial], Outcome]] = {
-    "accepted length": accept_drafts,
-    **{f"measured {key}": partial(compare_ways, key=key) for key in LEAST_GAIN},
-}
+def load_whole(trial: Trial) -> Outcome:
+    """Load the drafter as for decoding."""
+    return "passes", f"{trial.drafter.num_parameters():,} parameters"
+
+
+Check = Callable[[Trial], Outcome]
+MEASURED: dict[str, Check] = {"accepted length": accept_drafts}
 """Checks that need answers of the target."""
-RUN: dict[str, Callable[[Trial], Outcome]] = {
-    "loads": lambda trial: ("passes", f"{trial.drafter.num_parameters():,} parameters"),
-    "decodes three prompts": decode_prompts,
-    **MEASURED,
-}
+for _key in LEAST_GAIN:
+    MEASURED[f"measured {_key}"] = partial(compare_ways, key=_key)
+RUN: dict[str, Check] = {"loads": load_whole, "decodes three prompts": decode_prompts, **MEASURED}
 """Checks that run the drafter, in this order."""
 NEEDED = {CONFIG, WEIGHTS, "loads"}
 """Checks without which nothing is run: the drafter might not fit into memory."""
@@ -374,7 +431,7 @@ def diagnose(
     One failed check does not stop the others, except those that need what failed: they are skipped.
 
     Memory: the drafter twice; `KEPT_BYTES`, and what `heldout_acceptance` says. The target reads the answers at most
-    three times, and those of the record once.
+    three times, and the answers of the record once.
 
     Args:
         folder: of the drafter.
@@ -389,21 +446,24 @@ def diagnose(
         ValueError: responses that cannot be read.
     """
     folder = Path(folder)
-    places = [place / "responses.jsonl" for place in (folder, *folder.resolve().parents[:2])]
-    responses = responses or next((place for place in places if place.is_file()), None)
-    recorded = read_responses(responses, len(target.head.weight)) if responses else []
+    # Beside the drafter, where it was published, or above it, as `dpace train` and `dpace compare` leave them.
+    for place in (folder, *folder.resolve().parents[:2]):
+        if not responses and (place / "responses.jsonl").is_file():
+            responses = place / "responses.jsonl"
+    answers = read_responses(responses, len(target.head.weight)) if responses else []
     spec, diagnoses = check_files(folder, target)
     if spec and engine:
         diagnoses.append(check_engine(spec, engine, target))
-    trial = spec and Trial(target, folder, spec, recorded)
+    trial = Trial(target, folder, spec, answers) if spec else None
     for name, check in RUN.items():
-        failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
+        failed = [done.check for done in diagnoses if done.result == "fails" and done.check in NEEDED]
         if failed or trial is None:
-            found = Diagnosis(name, "skipped", f"fix first: {', '.join(failed)}")
-        elif name in MEASURED and not recorded:
-            found = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
+            diagnosis = Diagnosis(name, "skipped", f"fix first: {', '.join(failed)}")
+        elif name in MEASURED and not answers:
+            diagnosis = Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
         else:
-            finding, failure = attempt(name, partial(check, trial))
-            found = Diagnosis(name, *finding) if finding else failure
-        diagnoses.append(found)
+            outcome, diagnosis = attempt(name, check, trial)
+            if outcome:
+                diagnosis = Diagnosis(name, *outcome)
+        diagnoses.append(diagnosis)
     return diagnoses

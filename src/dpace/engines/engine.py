@@ -18,16 +18,22 @@ from dpace.target import Target
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
 """Published names of the networks that dpace trains."""
 CONVOLUTIONS = ("conv_kernel_size", "conv_group_size")
-"""Options of a `DrafterSpec` of what layers have in `DFlash2DraftModel`, and beside a selector."""
+"""Options of a `DrafterSpec` for convolutions, which `DFlash2DraftModel` has, and others may have."""
 TABLES = ("draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
-"""Those of tables of a drafter's own."""
+"""Options of a `DrafterSpec` for tables that the drafter does not take from its target."""
 EVERYWHERE = (
-    *("input_embedding_scale", "output_multiplier", "final_logit_softcapping"),  # the target's own; see `doubt`
-    *("sliding_window", "layer_types", "is_causal"),
-    "selector",  # as its architecture
-    *("record", "special_token_ids"),
+    # The target's own values; see `doubt`.
+    "input_embedding_scale",
+    "output_multiplier",
+    "final_logit_softcapping",
+    "sliding_window",
+    "layer_types",
+    "is_causal",
+    "selector",  # named by its architecture
+    "record",
+    "special_token_ids",
 )
-"""Those that every engine reads or need not read, but for what its own `fault` refuses."""
+"""Options of a `DrafterSpec` that every engine reads or need not read, but for what its own `fault` refuses."""
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names of tensors in transformers' own container, and the published ones."""
 
@@ -39,15 +45,20 @@ def traits_of(spec: DrafterSpec) -> list[str]:
     """
     traits = [spec.architecture]
     for option in fields(spec):
-        usual = option.default if option.default_factory is MISSING else option.default_factory()
-        is_set = usual is not MISSING and getattr(spec, option.name) != usual
-        if is_set and option.name not in EVERYWHERE:
+        default = option.default
+        if option.default_factory is not MISSING:
+            default = option.default_factory()
+        if default is MISSING or option.name in EVERYWHERE:
+            continue  # every drafter has it
+        if getattr(spec, option.name) != default:
             traits.append(option.name)
     return traits
 
 
 def to_layer_ids(hidden_state_ids: object) -> list[int]:
-    """Turn indices into `hidden_states`, where 0 is the embedding, into ids of layers; the inverse of the spec's.
+    """Turn indices into `hidden_states`, where 0 is the embedding, into ids of layers.
+
+    This is the inverse of `DrafterSpec.hidden_state_ids`.
 
     Raises:
         ValueError: they are no list of integers.
@@ -84,26 +95,26 @@ class Engine:
             raise ValueError(fault)
 
     def fault(self, spec: DrafterSpec) -> str:
-        """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""
+        """Say why it cannot serve a drafter and, after a semicolon, what to do; empty where it can."""
         traits = traits_of(spec)
-        for trait in traits:
-            if trait not in self.reads:
-                ways = [f"--to {engine.name}" for engine in all_engines() if {*traits} <= {*engine.reads}]
-                if spec.selector and not self.fault(replace(spec, selector=None)):
-                    ways.append("--plain, without its selector")
-                way = f"export it with {' or '.join(ways)}" if ways else "decode it with dpace"
-                return (
-                    f"the drafter has {trait}, which {self.title} does not read, and so would draft wrongly "
-                    f"without a message; {way}"
-                )
-        return ""
+        unread = [trait for trait in traits if trait not in self.reads]
+        if not unread:
+            return ""
+        ways = [f"--to {engine.name}" for engine in all_engines() if set(traits) <= set(engine.reads)]
+        if spec.selector and not self.fault(replace(spec, selector=None)):
+            ways.append("--plain, without its selector")
+        way_out = f"export it with {' or '.join(ways)}" if ways else "decode it with dpace"
+        return (
+            f"the drafter has {unread[0]}, which {self.title} does not read, and so would draft wrongly without a "
+            f"message; {way_out}"
+        )
 
     def target_fault(self, kind: str) -> str:
-        """Say why it can serve no drafter of a kind of target, as `fault` does; the `model_type` of a config."""
+        """Say why it can serve no drafter of a kind of target, the `model_type` of a config, as `fault` does."""
         return ""
 
     def doubt(self, spec: DrafterSpec) -> str:
-        """Say what it may not read and, behind a semicolon, what to do; empty where nothing is known."""
+        """Say what it may not read and, after a semicolon, what to do; empty where nothing is known."""
         return ""
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
@@ -131,7 +142,9 @@ class Engine:
 
     def cast(self, tensor: Tensor, dtype: str) -> Tensor:
         """Round a tensor to the precision of `--dtype`."""
-        return tensor if dtype == "keep" or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
+        if dtype == "keep" or not tensor.is_floating_point():  # d2t holds integers
+            return tensor
+        return tensor.to(getattr(torch, dtype))
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """Write the files into an empty folder; return what the engine is given: the folder, or a file in it."""
@@ -150,7 +163,10 @@ class Engine:
             num_target_layers: for layouts that do not say it.
 
         Raises:
-            ValueError: damaged files, those of another kind of drafter, or `num_target_layers` is needed.
+            ValueError: damaged files, files of another kind of drafter, or `num_target_layers` is needed.
         """
         spec, tensors = read_folder(path)
-        return spec, {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in tensors.items()}
+        published = {}
+        for name, tensor in tensors.items():
+            published[OTHER_NAMES.get(name, published_name(name))] = tensor
+        return spec, published

@@ -10,7 +10,7 @@ from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
 class Sglang(Engine):
-    """See `Engine`."""
+    """SGLang: drafters in the published layout, also with convolutions or a selector."""
 
     name = "sglang"
     title = "SGLang"
@@ -23,7 +23,7 @@ class Sglang(Engine):
 """
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
-        """See `Engine`; the block counts the known token."""
+        """Write the command that starts a server; SGLang counts the known token in a block."""
         return (
             f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm DFLASH "
             f"--speculative-draft-model-path {shlex.quote(drafter)} "

@@ -35,7 +35,7 @@ ELSEWHERE = (
 
 
 class Speculators(Vllm):
-    """See `Engine`; command and card are vLLM's."""
+    """speculators: drafters in its own layout, also with a small vocabulary; command and card are vLLM's."""
 
     name = "speculators"
     title = "speculators"
@@ -43,7 +43,7 @@ class Speculators(Vllm):
     layout = "speculators"
 
     def fault(self, spec: DrafterSpec) -> str:
-        """See `Engine`."""
+        """Refuse causal layers with full attention too."""
         if spec.is_causal is True and (spec.sliding_window is None or "full_attention" in spec.layer_types):
             return (
                 "is_causal is true and some layers have full attention, never causal in the format of speculators; "
@@ -59,25 +59,29 @@ class Speculators(Vllm):
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
             return spec, tensors
         token_ids = vocabulary.token_ids
-        rows = target.head.weight[token_ids.to(target.device)].cpu()
-        own = {"lm_head.weight": rows, "d2t": token_ids - torch.arange(len(token_ids))}
+        head = target.head.weight[token_ids.to(target.device)].cpu()
+        offsets = token_ids - torch.arange(len(token_ids))  # what is added to a row's number to get its token
         record = spec.record | {"confidence_temperature": vocabulary.confidence_temperature}
-        return replace(spec, draft_vocab_size=len(token_ids), record=record), tensors | own
+        spec = replace(spec, draft_vocab_size=len(token_ids), record=record)
+        return spec, tensors | {"lm_head.weight": head, "d2t": offsets}
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
-        """See `Engine`.
-
-        `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal,
-        full attention too.
-        """
+        """Write the published weights and a config of speculators; return the folder."""
         spec = drafter.spec
         tensors = drafter.state_dict()
         if spec.draft_vocab_size:
+            # (vocab,): whether a token is drafted, the inverse of `d2t`.
             tensors["t2d"] = torch.zeros(spec.vocab_size, dtype=torch.bool)
             tensors["t2d"][drafted_tokens(drafter.d2t, spec.vocab_size)] = True
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        place = Path(config.served_target)
-        written = {
+        target_name = config.served_target
+        if Path(target_name).is_dir():
+            target_name = str(Path(target_name).resolve())  # the server may start in another folder
+        published = spec.config().to_dict()
+        layer_config = {key: value for key, value in published.items() if key not in ELSEWHERE}
+        layer_config["rope_theta"] = spec.rope_parameters["rope_theta"]
+        layer_config["dtype"] = config.dtype
+        contents = {
             "architectures": ["DFlashDraftModel"],
             "aux_hidden_state_layer_ids": spec.hidden_state_ids,
             "block_size": spec.block_size,
@@ -85,6 +89,7 @@ class Speculators(Vllm):
             "dtype": config.dtype,
             "mask_token_id": spec.mask_token_id,
             "sample_from_anchor": spec.sample_from_anchor,
+            # Also true without windows: vLLM 0.32 otherwise makes every layer causal, full attention too.
             "sliding_window_non_causal": not spec.is_causal,
             "speculators_config": {
                 "algorithm": "dflash",
@@ -98,7 +103,7 @@ class Speculators(Vllm):
                     }
                 ],
                 "verifier": {
-                    "name_or_path": str(place.resolve()) if place.is_dir() else config.served_target,
+                    "name_or_path": target_name,
                     "architectures": list(target.model.config.architectures or []),
                 },
             },
@@ -106,21 +111,17 @@ class Speculators(Vllm):
             "speculators_version": "0.9.0",
             "target_hidden_size": None,
             "tie_word_embeddings": False,
-            "transformer_layer_config": {
-                **{key: value for key, value in spec.config().to_dict().items() if key not in ELSEWHERE},
-                "rope_theta": spec.rope_parameters["rope_theta"],
-                "dtype": config.dtype,
-            },
+            "transformer_layer_config": layer_config,
         }
-        (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
         return folder
 
     def is_written(self, path: Path) -> bool:
-        """See `Engine`."""
+        """Return whether a folder has a config of speculators."""
         return (path / "config.json").is_file() and "speculators_model_type" in read_config(path)
 
     def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-        """See `Engine`."""
+        """Read the weights as they are, and the config as `to_published` turns it."""
         return read_folder(path, lambda config: to_published(config, num_target_layers))
 
 
@@ -135,18 +136,20 @@ def to_published(config: JsonObject, num_target_layers: int | None) -> JsonObjec
         raise ValueError(
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
-    inner = read_group(config, "transformer_layer_config")
-    is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
-    return {
-        **inner,
-        **{key: config.get(key) for key in ("mask_token_id", "draft_vocab_size", "sample_from_anchor")},
-        "is_causal": None if is_causal else False,  # of sliding layers only
-        "block_size": config.get("block_size", 0),
-        "has_own_embed_tokens": False,  # speculators takes both tables from the target, whatever the file has
-        "has_own_lm_head": False,
-        "target_layer_ids": to_layer_ids(config.get("aux_hidden_state_layer_ids")),
-        "num_target_layers": num_target_layers,
-    }
+    published = read_group(config, "transformer_layer_config")
+    for key in ("mask_token_id", "draft_vocab_size", "sample_from_anchor"):
+        published[key] = config.get(key)
+    # Only sliding layers are causal in this format, and only without this key; None lets the layout's own rule say so.
+    has_sliding = "sliding_attention" in (published.get("layer_types") or ())
+    published["is_causal"] = None
+    if config.get("sliding_window_non_causal") or not has_sliding:
+        published["is_causal"] = False
+    published["block_size"] = config.get("block_size", 0)
+    published["has_own_embed_tokens"] = False  # both tables are the target's, whatever the file has
+    published["has_own_lm_head"] = False
+    published["target_layer_ids"] = to_layer_ids(config.get("aux_hidden_state_layer_ids"))
+    published["num_target_layers"] = num_target_layers
+    return published
 
 
 ENGINE = Speculators()

@@ -11,7 +11,7 @@ from dpace.engines.engine import CONVOLUTIONS, NETWORKS, Engine
 
 
 class Tensorrt(Engine):
-    """See `Engine`."""
+    """TensorRT-LLM: drafters in the published layout, also with convolutions or a selector."""
 
     name = "tensorrt"
     title = "TensorRT-LLM"
@@ -26,7 +26,7 @@ class Tensorrt(Engine):
 """
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
-        """See `Engine`; a configuration, which the server is given."""
+        """Write the configuration that the server is given; its first line has the command."""
         return (
             f"# config.yaml, for: trtllm-serve {shlex.quote(target)} --config config.yaml\n"
             f"speculative_config:\n  decoding_type: DFlash\n  speculative_model: {json.dumps(drafter)}\n"

@@ -8,7 +8,7 @@ from dpace.engines.engine import CONVOLUTIONS, Engine
 
 
 class Transformers(Engine):
-    """See `Engine`."""
+    """transformers: drafters in the published layout, also with convolutions; it runs the code of the folder."""
 
     name = "transformers"
     title = "transformers"
@@ -30,13 +30,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
     def fault(self, spec: DrafterSpec) -> str:
-        """See `Engine`; the network's code runs no selector."""
+        """Refuse a selector too: the code in the folder does not run it."""
         if spec.selector:
             return "the drafter has a selector, which transformers does not run; export it without, with --plain"
         return super().fault(spec)
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
-        """See `Engine`."""
+        """Write the line of Python that decodes greedily."""
         loaded = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
         return f'model.generate(**inputs, assistant_model={loaded}, speculation_type="dflash", do_sample=False)'
 

@@ -11,7 +11,7 @@ from dpace.engines.engine import CONVOLUTIONS, NETWORKS, TABLES, Engine
 
 
 class Vllm(Engine):
-    """See `Engine`."""
+    """vLLM: drafters in the published layout, also with convolutions, a selector or tables of their own."""
 
     name = "vllm"
     title = "vLLM"
@@ -28,7 +28,7 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
 """
 
     def fault(self, spec: DrafterSpec) -> str:
-        """See `Engine`; vllm#57934 says which pair it does not read."""
+        """Refuse a selector beside a small vocabulary too (vllm#57934)."""
         if spec.selector and spec.draft_vocab_size:
             return (
                 f"the drafter has a selector and a small vocabulary, draft_vocab_size {spec.draft_vocab_size}, which "
@@ -37,13 +37,14 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
         return super().fault(spec)
 
     def doubt(self, spec: DrafterSpec) -> str:
-        """See `Engine`."""
-        if {spec.input_embedding_scale, spec.output_multiplier, spec.final_logit_softcapping} == {1.0, None}:
-            return ""
-        return "the drafter has scales or a cap, which vLLM's V1 runner does not read; use another engine"
+        """Name scales and caps of the target, which one of its two runners does not read."""
+        has_scale = spec.input_embedding_scale != 1.0 or spec.output_multiplier != 1.0
+        if has_scale or spec.final_logit_softcapping is not None:
+            return "the drafter has scales or a cap, which vLLM's V1 runner does not read; use another engine"
+        return ""
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
-        """See `Engine`."""
+        """Write the command that starts a server; vLLM does not count the known token."""
         config = {"method": "dflash", "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
         return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(json.dumps(config))}"
 

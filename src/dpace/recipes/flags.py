@@ -11,7 +11,7 @@ import itertools
 import shlex
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import is_dataclass, make_dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -65,68 +65,80 @@ def parse(reads: Arguments, verb: str, args: list[str]) -> tuple[Any, Given]:
     """
     config_class = reads.options
     if not {"-h", "--help", "--help-all"}.isdisjoint(args):
-        known = _groups(config_class)
-        shown = known if reads.groups is None or "--help-all" in args else reads.groups
-        _print_help(config_class, verb, [name for name in known if name not in shown])
+        hidden: set[str] = set()
+        if reads.groups is not None and "--help-all" not in args:
+            hidden = _groups(config_class).keys() - set(reads.groups)
+        _print_help(config_class, verb, hidden)
     if reads.first and args and not args[0].startswith("-"):
         args = [f"--{reads.first}", *args]
-    words = _words(config_class, verb, args)
-    recipe, settings, flags = _read(config_class, words)
+    words = _with_full_names(config_class, verb, args)
+    recipe, settings, flags = _read_recipe(config_class, words)
     output = io.StringIO()
     try:
-        # without a terminal, tyro draws in ASCII
+        # Without a terminal, tyro draws in ASCII, which `_problem_of` takes apart.
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             options = tyro.cli(config_class, prog=f"dpace {verb}", args=flags, default=recipe)
     except (SystemExit, ValidationError) as end:
         raise _refusal(end, output.getvalue(), config_class, verb) from end
-    return options, Given(words, _names(settings, flags))
+    return options, Given(words, _given_names(settings, flags))
 
 
 def _groups(config_class: type) -> dict[str, type]:
     """Return the dataclass of each group of options, by name."""
-    return {
-        name: kind
-        for name, kind in get_type_hints(config_class).items()
-        if isinstance(kind, type) and is_dataclass(kind)
-    }
+    groups = {}
+    for name, kind in get_type_hints(config_class).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[name] = kind
+    return groups
 
 
-def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
+def _print_help(config_class: type, verb: str, hidden: Collection[str]) -> None:
     """Print the options of a verb, and a line for each group that it does not read.
 
     Raises:
         SystemExit: always.
     """
-    kinds = _groups(config_class)
-    hidden: Any = [(name, Annotated[kinds[name], tyro.conf.Suppress], kinds[name]()) for name in others]
-    shown = make_dataclass(config_class.__name__, hidden, bases=(config_class,), frozen=True)
+    groups = _groups(config_class)
+    hidden_groups = {name: group for name, group in groups.items() if name in hidden}
+    # A subclass whose fields tyro leaves out, since it takes no list of what to show.
+    suppressed: Any = []
+    for name, group in hidden_groups.items():
+        suppressed.append((name, Annotated[group, tyro.conf.Suppress], group()))
+    shown = make_dataclass(config_class.__name__, suppressed, bases=(config_class,), frozen=True)
     width = shutil.get_terminal_size().columns
     paragraphs = inspect.cleandoc(config_class.__doc__ or "").split("\n\n")
     if config_class is Recipe:
         paragraphs[0] = f"{VERBS[verb].capitalize()}."
     for paragraph in paragraphs:
         print(textwrap.fill(paragraph, width), end="\n\n")
-    recipe = " [RECIPE]" * issubclass(config_class, Recipe)
+    prog = f"dpace {verb}"
+    if issubclass(config_class, Recipe):
+        prog += " [RECIPE]"
     with contextlib.suppress(SystemExit):
-        tyro.cli(shown, prog=f"dpace {verb}{recipe}", description="", args=["--help"])
-    if others:
+        tyro.cli(shown, prog=prog, description="", args=["--help"])
+    if hidden_groups:
         print("other options of recipes, which --help-all lists:")
-        for name in others:
-            line = f"  --{name + '.*':<11} {kinds[name].__doc__}"
+        for name, group in hidden_groups.items():
+            line = f"  --{name + '.*':<11} {group.__doc__}"
             print(textwrap.fill(line, width, subsequent_indent=" " * 16))
-    if verb in kinds:
+    if verb in groups:
         print(f"--{verb}.NAME may be written as --NAME.")
     raise SystemExit(0)
 
 
-def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
-    """Return the arguments, the flags among them with their full names."""
-    names = get_type_hints(config_class)
+def _with_full_names(config_class: type, verb: str, args: list[str]) -> list[str]:
+    """Return the arguments, the flags among them with their full names: --train.seed for --seed of `dpace train`."""
     groups = _groups(config_class)
-    own = get_type_hints(groups[verb]).keys() - names.keys() if verb in groups else ()
-    return [
-        f"--{verb}.{arg.removeprefix('--')}" if arg.startswith("--") and _option_of(arg) in own else arg for arg in args
-    ]
+    if verb not in groups:
+        return args
+    # A name that the recipe itself has, too, stays the recipe's.
+    short_names = get_type_hints(groups[verb]).keys() - get_type_hints(config_class).keys()
+    words = []
+    for arg in args:
+        if arg.startswith("--") and _option_of(arg) in short_names:
+            arg = f"--{verb}.{arg.removeprefix('--')}"
+        words.append(arg)
+    return words
 
 
 def flags_of(config_class: type, verb: str) -> str:
@@ -134,14 +146,14 @@ def flags_of(config_class: type, verb: str) -> str:
     groups = _groups(config_class)
     names = set(get_type_hints(config_class)) - groups.keys()
     for group, options in groups.items():
-        inner = get_type_hints(options)
-        names |= {f"{group}.{name}" for name in inner}
+        option_names = get_type_hints(options).keys()
+        names |= {f"{group}.{name}" for name in option_names}
         if group == verb:
-            names |= inner.keys()
-    return " ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
+            names |= option_names
+    return " ".join(sorted(_flag_of(name) for name in names))
 
 
-def _read(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
+def _read_recipe(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
         return tyro.MISSING_NONPROP, {}, words
@@ -160,6 +172,11 @@ def _option_of(flag: str) -> str:
     return f"{group}{dot}{name.removeprefix('no-')}".replace("-", "_")
 
 
+def _flag_of(option: str) -> str:
+    """Return the flag of an option: --train.torch-compile of `train.torch_compile`."""
+    return f"--{option}".replace("_", "-")
+
+
 def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> ValueError:
     """Return in one line why tyro ended.
 
@@ -169,34 +186,54 @@ def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> 
         config_class: the options.
         verb: of dpace.
     """
+    # tyro exits while it handles the error, which is then the context of the exit, or one further.
     error: BaseException | None = end
     while error and not isinstance(error, ValidationError):
         error = error.__context__
     if not error:
-        return UsageError(_one_line(output, verb))
-    group, kind = next(
-        ((f"{n}.", k) for n, k in _groups(config_class).items() if k.__name__ == error.title), ("", config_class)
-    )
+        return UsageError(_problem_of(output, verb))
+    kind = config_class
+    prefix = ""
+    for name, group in _groups(config_class).items():
+        if group.__name__ == error.title:  # pydantic names the class alone
+            kind = group
+            prefix = f"{name}."
     name, reason = describe_invalid(error, kind).split(" ", 1)
-    flag = f"--{group}{name.partition('[')[0]}".replace("_", "-")
+    flag = _flag_of(prefix + name.partition("[")[0])  # an entry of a list has no flag of its own
     return ValueError(f"{flag} {reason}; change it, or leave it out for the default")
 
 
-def _one_line(output: str, verb: str) -> str:
-    """Shorten tyro's box to what is wrong and the option that may have been meant."""
-    lines = [line.strip("| ") for line in output.splitlines()][2:]  # without the title
-    problem = " ".join(itertools.takewhile(lambda line: line.strip("-"), lines)).removesuffix(".")
-    meant = next((line.split()[0] for line in lines if line.startswith("--") and line.strip("-")), "")
-    hint = f"did you mean {meant}? " if meant and meant not in problem else ""
+def _problem_of(output: str, verb: str) -> str:
+    """Shorten tyro's box to what is wrong and the option that may have been meant.
+
+    The box has a title between two lines, what is wrong, a line of hyphens, and then options with their help.
+    """
+    lines = [line.strip("| ") for line in output.splitlines()][2:]
+    problem = " ".join(itertools.takewhile(_is_text, lines)).removesuffix(".")
+    hint = ""
+    for line in lines:
+        if line.startswith("--") and _is_text(line):
+            option = line.split()[0]
+            if option not in problem:  # else it is the option whose value is wrong
+                hint = f"did you mean {option}? "
+            break
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 
-def _names(settings: JsonObject, flags: list[str]) -> set[str]:
+def _is_text(line: str) -> bool:
+    """Return whether a line is neither empty nor drawn with hyphens."""
+    return bool(line.strip("-"))
+
+
+def _given_names(settings: JsonObject, flags: list[str]) -> set[str]:
     """Return the names of the options that a recipe's settings or flags set."""
-    given = {_option_of(flag) for flag in flags if flag.startswith("--")}
-    for name, value in settings.items():
-        given |= {f"{name}.{each}" for each in value} if isinstance(value, dict) else {name}
-    return given
+    names = {_option_of(flag) for flag in flags if flag.startswith("--")}
+    for group, value in settings.items():
+        if isinstance(value, dict):
+            names |= {f"{group}.{name}" for name in value}
+        else:  # an option outside of groups
+            names.add(group)
+    return names
 
 
 def command(verb: str, *values: object, **flags: object) -> str:
@@ -209,6 +246,9 @@ def command(verb: str, *values: object, **flags: object) -> str:
     """
     words = ["dpace", verb, *map(str, values)]
     for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        if value is None or value is False:
+            continue
+        words.append(_flag_of(name))
+        if value is not True:
+            words.append(str(value))
     return shlex.join(without_passwords(words))

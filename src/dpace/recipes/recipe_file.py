@@ -54,15 +54,13 @@ class PlainLoader(yaml.SafeLoader):
     YAML 1.1 reads 1e-3 as a text, 1:30 as 90, 010 as 8, and 2026-01-31 as what no option takes.
     """
 
-    yaml_implicit_resolvers: dict = {
-        first: [(tag, pattern) for tag, pattern in kinds if tag.endswith((":bool", ":null"))]
-        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    # Filled below; the base class's own have the numbers and dates of YAML 1.1.
+    yaml_implicit_resolvers: dict = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse aliases, which can stand for more than memory holds; recipes of foreign drafters are read too."""
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # line and column, which the message has
             raise yaml.MarkedYAMLError(problem="recipes take no aliases (*)", problem_mark=mark)
         return super().compose_node(parent, index)
 
@@ -79,6 +77,12 @@ class PlainLoader(yaml.SafeLoader):
 
 INTEGER = r"[-+]?(0|[1-9][0-9_]*)$"
 NUMBER = r"([-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
+# By the first letter of a text, the patterns that make it something else, in their order: a whole number is an integer
+# before it is a float.
+for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    for _tag, _known_pattern in _resolvers:
+        if _tag.endswith((":bool", ":null")):
+            PlainLoader.add_implicit_resolver(_tag, _known_pattern, [_first])
 for _kind, _pattern in (("int", INTEGER), ("float", NUMBER)):
     PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
 

@@ -44,7 +44,9 @@ def write_responses(
         The responses of the given prompts, in their order, without those that servers could not answer.
     """
     answer_prompts(target, prompts, path, config)
-    by_id = {response.id: response for response in answers_to(path, prompts)} if prompts else {}
+    if not prompts:
+        return []  # nothing was written, so there may be no file
+    by_id = {response.id: response for response in answers_to(path, prompts)}
     return [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
 
 
@@ -79,22 +81,31 @@ def answer_prompts(
     with lock_folder(path.parent):
         meta = find_meta(target, config)
         by_id = {prompt.id: prompt for prompt in prompts}
-        waiting = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
-        servers = ServerAnswers(target, config, waiting) if config.server and waiting else None
-        if servers:
-            meta["servers"] = sorted({server.engine for server in servers.servers})
-        if waiting:
+        # Rank 0 alone changes the file; all ranks share what it finds.
+        first_turns = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
+        left_out: Counter[str] = Counter()
+        if first_turns:
+            servers = ServerAnswers(target, config, first_turns) if config.server else None
+            if servers:
+                meta["servers"] = sorted({server.engine for server in servers.servers})
+                left_out = servers.left_out  # filled while the answers come
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
-            mine = [by_id[name] for name in ranks.share(list(waiting))]
-            own = path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
+            rank_prompts = [by_id[prompt_id] for prompt_id in ranks.share(list(first_turns))]
+            rank_path = path
+            if ranks.num_ranks() > 1:
+                rank_path = path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
             with progress_bar() as bar:
-                show = partial(bar.update, bar.add_task("answering prompts", total=len(mine), info=""))
-                answers = servers.answers(mine) if servers else answer_batches(target, mine, waiting, config, show)
-                _append_answers(answers, own, show)
-        parts = ranks.gather(servers.left_out if servers else Counter())
-        left_out = dict(sum(parts, Counter()))
-        ranks.from_first(lambda: _complete(prompts, path, meta, left_out))
-    return left_out
+                task = bar.add_task("answering prompts", total=len(rank_prompts), info="")
+                show = partial(bar.update, task)
+                if servers:
+                    answers = servers.answers(rank_prompts)
+                else:
+                    answers = answer_batches(target, rank_prompts, first_turns, config, show)
+                _append_answers(answers, rank_path, show)
+        # `gather` also waits until every rank has written its file.
+        all_left_out = dict(sum(ranks.gather(left_out), Counter()))
+        ranks.from_first(lambda: _complete(prompts, path, meta, all_left_out))
+    return all_left_out
 
 
 def _find_waiting(
@@ -106,17 +117,22 @@ def _find_waiting(
     """
     check_meta(path, meta)  # before anything is changed
     _collect(path, [])
-    check_meta(path, meta)  # where only ranks had written
-    done = {response.id for response in answers_to(path, by_id.values())} if path.exists() else set()
-    texts = {name: Conversation(target, prompt, config).check() for name, prompt in by_id.items() if name not in done}
-    old = read_meta(path)
-    if done and not texts and old.get("complete") and old.get("responses_sha256") != hash_file(path):
+    check_meta(path, meta)  # again, where the file comes only now from files of ranks
+    answered = set()
+    if path.exists():
+        answered = {response.id for response in answers_to(path, by_id.values())}
+    waiting = [prompt for prompt in by_id.values() if prompt.id not in answered]
+    first_turns = [Conversation(target, prompt, config).check() for prompt in waiting]
+    old_meta = read_meta(path)
+    # While prompts wait, lines are added and the hash is written anew; else the file has to be as it was.
+    is_done = answered and not waiting and old_meta.get("complete")
+    if is_done and old_meta.get("responses_sha256") != hash_file(path):
         raise ValueError(
             f"{path} was changed after dpace wrote it; put the file back as it was, or delete it and run the command "
             "again"
         )
-    names = list(texts)
-    return {names[number]: texts[names[number]] for number in find_shared(list(texts.values()))[0]}
+    order, _ = find_shared(first_turns)
+    return {waiting[place].id: first_turns[place] for place in order}
 
 
 def _complete(prompts: Sequence[Prompt], path: Path, meta: JsonObject, left_out: dict[str, int]) -> None:
@@ -134,28 +150,32 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
     A call that was killed before may have left such files, with lines that the file has already, and a line without its
     end.
     """
-    parts = list(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"))
+    rank_files = list(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"))
     lines: dict[str, bytes] = {}
-    for part in (path, *parts):
-        cut_unfinished_line(part)
-        if part.exists() and (parts or prompts):
-            lines |= {
-                json.loads(line)["id"]: line for line in part.read_bytes().splitlines(keepends=True) if line.strip()
-            }
+    for file in (path, *rank_files):
+        cut_unfinished_line(file)
+        if not file.exists() or not (rank_files or prompts):
+            continue  # nothing to merge and nothing to sort
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.strip():
+                lines[json.loads(line)["id"]] = line
     if lines:
         places = {prompt.id: place for place, prompt in enumerate(prompts)}
-        order = sorted(lines, key=lambda name: places.get(name, -1))  # those of other prompts come first
+        # Lines of other prompts come first, in the order that they have.
+        ids = sorted(lines, key=lambda prompt_id: places.get(prompt_id, -1))
         with writing(path) as unfinished:
-            unfinished.write_bytes(b"".join(lines[name] for name in order))
-    for part in parts:
-        part.unlink()
+            unfinished.write_bytes(b"".join(lines[prompt_id] for prompt_id in ids))
+    for file in rank_files:  # only now, when their lines are on the disk a second time
+        file.unlink()
 
 
 def _append_answers(answers: Iterator[Sequence[Response]], path: Path, show: Callable[..., object]) -> None:
     """Append answers to a file, and wait for the disk whenever some came."""
     with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
         for batch in answers:
-            file.writelines(json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in batch)
+            for response in batch:
+                file.write(json.dumps(asdict(response), ensure_ascii=False) + "\n")
+            # A kill from here on costs no answer.
             file.flush()
             os.fsync(file.fileno())
             show(advance=len(batch), info="")

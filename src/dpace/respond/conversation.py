@@ -51,6 +51,7 @@ class Conversation:
     def seed(self) -> int:
         """Seed of the next answer, 0 .. 2**31 - 1: it depends on nothing but the option, the id and the turn."""
         text = f"{self.config.seed}\n{self.num_answers}\n{self.prompt.id}"
+        # 31 bits: some servers read a seed as a signed integer of 32.
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
     @property
@@ -67,15 +68,19 @@ class Conversation:
             ValueError: names the prompt, its tokens and the limit.
         """
         turns = self.prompt.turns
-        first = self._encode(encode_chat, turns[0])
+        first_turn = self._encode(encode_chat, turns[0])
         if self.config.source == "own":
             self._check_length(self._encode(encode_chat, self.prompt.own_messages()), 0)
-            return array("i", first)
-        messages = list(turns[0])
-        for turn in turns[1:]:
-            messages += [{"role": "assistant", "content": "."}, *turn]
-        self._check_length(self._encode(encode_chat, messages) if len(turns) > 1 else first, len(turns))
-        return array("i", first)
+            return array("i", first_turn)
+        all_turns = first_turn
+        if len(turns) > 1:
+            messages = list(turns[0])
+            for turn in turns[1:]:
+                # A dot stands for the answer, whose longest length is added below.
+                messages += [{"role": "assistant", "content": "."}, *turn]
+            all_turns = self._encode(encode_chat, messages)
+        self._check_length(all_turns, len(turns))
+        return array("i", first_turn)
 
     def ask(self) -> list[int]:
         """Return the token ids of the next turn, with all that came before it.
@@ -83,7 +88,7 @@ class Conversation:
         Raises:
             ValueError: read again through the template, the text has grown past the target's context.
         """
-        if self.first_turn is not None and self.num_answers == 0:
+        if self.first_turn is not None and self.num_answers == 0:  # a template takes longer than a copy
             token_ids = list(self.first_turn)
         else:
             token_ids = self._encode(encode_chat, [*self.messages, *self.prompt.turns[self.num_answers]])
@@ -102,15 +107,18 @@ class Conversation:
         limit = self.target.context
         length = self.config.max_new_tokens
         if limit and len(token_ids) + num_answers * length > limit:
-            asked = f"; with {count(num_answers, 'answer')} of up to {length} new tokens it" * bool(num_answers)
+            subject = ", which"
+            if num_answers:
+                subject = f"; with {count(num_answers, 'answer')} of up to {length} new tokens it"
             raise ValueError(
-                f"prompt {self.prompt.id} has {len(token_ids)} tokens{asked or ', which'} passes the target's limit of "
-                f"{limit}; shorten the prompt, remove a turn or lower max-new-tokens"
+                f"prompt {self.prompt.id} has {len(token_ids)} tokens{subject} passes the target's limit of {limit}; "
+                "shorten the prompt, remove a turn or lower max-new-tokens"
             )
 
     def add(self, token_ids: list[int], answer: list[int]) -> None:
         """Add the answer to what `ask` gave."""
         self.messages += self.prompt.turns[self.num_answers]
+        # The text goes into the template of the next turn, which writes the special tokens itself.
         text = self.target.tokenizer.decode(answer, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
         self._append(token_ids, answer)
@@ -124,18 +132,20 @@ class Conversation:
         """
         for message in self.prompt.own_messages():
             if message["role"] == "assistant" and self.messages:
-                self._append(*self._encode(encode_answer, self.messages, message))
+                token_ids, answer = self._encode(encode_answer, self.messages, message)
+                self._append(token_ids, answer)
             self.messages.append(message)
 
-    def _append(self, before: list[int], answer: list[int]) -> None:
-        if before[: len(self.token_ids)] != self.token_ids:
+    def _append(self, token_ids: list[int], answer: list[int]) -> None:
+        """Put the tokens before an answer in the place of all tokens so far, and add the answer with its span."""
+        if token_ids[: len(self.token_ids)] != self.token_ids:
             self.spans = []  # the template rewrote what came before, so earlier answers are not the target's tokens
-        self.token_ids = before + answer
-        self.spans.append([len(before), len(self.token_ids)])
+        self.token_ids = token_ids + answer
+        self.spans.append([len(token_ids), len(self.token_ids)])
 
 
 def refuse_long_prompts(target: Target | ChatTokenizer, prompts: Iterable[Prompt], max_new_tokens: int) -> None:
-    """Refuse prompts that may pass the target's context with answers of this length; see `Conversation.check`."""
+    """Refuse prompts that may pass the target's context with answers of this length, as `Conversation.check` does."""
     config = RespondConfig(max_new_tokens=max_new_tokens)
     for prompt in prompts:
         Conversation(target, prompt, config).check()

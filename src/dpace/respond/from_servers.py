@@ -56,16 +56,21 @@ def tokens_of_answer(answer: Answer, stops: Sequence[int], max_new_tokens: int) 
     if end := answer_end(tokens, stops):
         return tokens[:end]
     num_told = answer.last.num_tokens
+    # A server may count the stop token, and not give it.
     if num_told not in (None, len(tokens), len(tokens) + answer.is_stopped):
         raise LeftOut("given without its tokens")
     if not answer.is_stopped:
         if len(tokens) < max_new_tokens:
             raise LeftOut("cut by the server, whose context is too short")
         return tokens
-    named = stops if answer.last.stop_token is None else [answer.last.stop_token]
-    if len(named) != 1 or named[0] not in stops or num_told == len(tokens):
+    # The stop token is missing: the server names it, or the target has only one.
+    candidates = stops
+    if answer.last.stop_token is not None:
+        candidates = [answer.last.stop_token]
+    # A server that counts no more tokens than it gives was stopped by something else.
+    if len(candidates) != 1 or candidates[0] not in stops or num_told == len(tokens):
         raise LeftOut("ended by a token that is not known to be a stop token of the target")
-    return [*tokens, *named]
+    return [*tokens, candidates[0]]
 
 
 class ServerAnswers:
@@ -105,16 +110,19 @@ class ServerAnswers:
         """
         for prompt in prompts:
             self._waiting.put(prompt)
+        num_workers = min(self.config.batch_size, len(prompts))
         for server in self.servers:
-            for _ in range(min(self.config.batch_size, len(prompts))):
+            for _ in range(num_workers):
                 threading.Thread(target=self._work, args=[server], daemon=True).start()  # ends with the process
         num_open = len(prompts)
         try:
             while num_open:
+                # Wait for one result, and take all that are there with it: the caller waits for the disk once.
                 recent = [self._results.get()]
                 while not self._results.empty():
                     recent.append(self._results.get())
                 num_open -= len(recent)
+                # Answers first, so that they are kept where another prompt of the same moment ends the call.
                 yield [result for _, result in recent if isinstance(result, Response)]
                 for prompt, result in recent:
                     if isinstance(result, LeftOut):
@@ -124,6 +132,7 @@ class ServerAnswers:
                     elif isinstance(result, Exception):
                         raise result
         finally:
+            # Workers end, also where the caller stops early: they see that their server is given up.
             self._given_up.update(self.servers)
             self._waiting.put(None)
 
@@ -143,6 +152,7 @@ class ServerAnswers:
             except Exception as error:  # a left-out prompt, or what ends the call
                 result = error
             self._results.put((prompt, result))
+        # The prompt goes to another server's worker, or the None that ends all of them to the next one.
         self._waiting.put(prompt)
 
     def _ask(self, server: Server, prompt: Prompt) -> Response:
@@ -159,8 +169,9 @@ class ServerAnswers:
         conversation = Conversation(self.target, prompt, config, self.first_turns[prompt.id])
         while not conversation.is_answered:
             token_ids = conversation.ask()
-            way = (config.max_new_tokens, config.temperature, conversation.seed)
-            answer = ask(server.answer, token_ids, *way, stream=False)
+            answer = ask(
+                server.answer, token_ids, config.max_new_tokens, config.temperature, conversation.seed, stream=False
+            )
             conversation.add(token_ids, tokens_of_answer(answer, stops, config.max_new_tokens))
         return conversation.response
 

@@ -44,10 +44,9 @@ def answer_batches(
         return
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
     for start in range(0, len(prompts), config.batch_size):
-        batch = [
-            Conversation(target, prompt, config, first_turns[prompt.id])
-            for prompt in prompts[start : start + config.batch_size]
-        ]
+        chosen = prompts[start : start + config.batch_size]
+        batch = [Conversation(target, prompt, config, first_turns[prompt.id]) for prompt in chosen]
+        # One round a turn: conversations with fewer turns leave the batch before the others.
         while active := [conversation for conversation in batch if not conversation.is_answered]:
             encoded = [conversation.ask() for conversation in active]
             seeds = [conversation.seed for conversation in active]
@@ -80,17 +79,21 @@ def generate_responses(
         show: gets, after each token, an `info` that says where the batch stands.
     """
     length = config.max_new_tokens
-    temperature = config.temperature
-    if batch_fault(target, [(len(token_ids), len(token_ids) + length) for token_ids in encoded]):
+    lengths = [(len(token_ids), len(token_ids) + length) for token_ids in encoded]  # in the beginning, and at most
+    if batch_fault(target, lengths):
         if not target.rotation_boundary:
             return _generate_padded(target, encoded, config, seeds)
-        return [_generate_padded(target, [ids], config, [seed])[0] for ids, seed in zip(encoded, seeds, strict=True)]
-    rows = [
-        make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
-        for token_ids, seed in zip(encoded, seeds, strict=True)
-    ]
+        # Such a target rotates all positions by the length of the longest row, padding too: each prompt is a batch.
+        answers = []
+        for token_ids, seed in zip(encoded, seeds, strict=True):
+            answers += _generate_padded(target, [token_ids], config, [seed])
+        return answers
+    rows = []
+    for token_ids, seed in zip(encoded, seeds, strict=True):
+        row = make_continuation(target, token_ids, max_new_tokens=length, temperature=config.temperature, seed=seed)
+        rows.append(row)
     batch = Batch(target, None, rows)
-    for number, _ in enumerate(batch.steps(), start=1):
+    for number, _ in enumerate(batch.steps(), start=1):  # rows grow in place, and leave `batch.rows` at their end
         show(info=f"token {number} of at most {length}, {len(batch.rows)} of {len(rows)} prompts are open")
     return [row.token_ids[row.num_prompt :] for row in rows]
 
@@ -106,8 +109,12 @@ class _Draws(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "row seq"], scores: Float[Tensor, "row vocab"]) -> Tensor:
         """Draw the next token of each row."""
-        rows = zip(self.samplers, scores.split(1), strict=True)
-        drawn = [sampler.draw(sampler.scores(row, []), input_ids.shape[1]) for sampler, row in rows]
+        # The position counts padding and prompt too; a sampler minds only that it grows by one a call.
+        position = input_ids.shape[1]
+        drawn = []
+        for sampler, row in zip(self.samplers, scores.split(1), strict=True):
+            drawn.append(sampler.draw(sampler.scores(row, []), position))
+        # (row, 1) tokens; the greedy search that follows can take no other.
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.stack(drawn), 0.0)
 
 
@@ -116,12 +123,13 @@ def _generate_padded(
 ) -> list[list[int]]:
     """Continue prompts as `generate_responses` does, padded on the left, with the loop of transformers."""
     rows = [torch.tensor(token_ids) for token_ids in encoded]
+    # -1 is no token, so the mask can be read off it; the padding that the model sees is token 0.
     padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").to(target.device)
     width = padded.shape[1]
     draws = LogitsProcessorList()
     if config.temperature > 0:
         draws.append(_Draws([Sampler(config.temperature, seed=seed, device=target.device) for seed in seeds]))
-    out = run_transformers(
+    texts = run_transformers(
         target,
         padded.clamp_min(0),
         attention_mask=(padded >= 0).long(),
@@ -130,7 +138,8 @@ def _generate_padded(
         cache=StaticCache(config=target.config, max_cache_len=width + config.max_new_tokens),
         logits_processor=draws,
     )
-    return [row[: answer_end(row, target.stop_token_ids)] for row in out[:, width:].tolist()]
+    # Rows that end early are padded up to the longest one.
+    return [answer[: answer_end(answer, target.stop_token_ids)] for answer in texts[:, width:].tolist()]
 
 
 def run_transformers(target: Target, token_ids: Int[Tensor, "row seq"], **options: Any) -> Int[Tensor, "row longer"]:
@@ -138,12 +147,13 @@ def run_transformers(target: Target, token_ids: Int[Tensor, "row seq"], **option
 
     That may ask for penalties, beams or other things that decoding here does not do.
     """
-    stops = target.stop_token_ids
-    own = target.model.generation_config
+    stops = target.stop_token_ids or None
+    saved_config = target.model.generation_config
+    # As an argument it would not do: `generate` fills what that leaves open from the model's.
     target.model.generation_config = GenerationConfig()
     try:
         return target.model.generate(
-            token_ids, do_sample=False, disable_compile=True, pad_token_id=0, eos_token_id=stops or None, **options
+            token_ids, do_sample=False, disable_compile=True, pad_token_id=0, eos_token_id=stops, **options
         )
     finally:
-        target.model.generation_config = own
+        target.model.generation_config = saved_config

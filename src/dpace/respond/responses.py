@@ -7,7 +7,7 @@ a token. What they depend on is a dictionary: two runs are the same where all of
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +36,15 @@ class Response:
     response_spans: list[list[int]]
     """Span [start, end) of each answer of the target, stop token included."""
 
-    def turns(self, lengths: Iterable[int]) -> list[list[JsonObject]]:
-        """Return the messages that were answered, in turns of these lengths, and last those that are left over."""
-        messages = iter(self.messages)
-        turns = [[*islice(messages, length + 1)][:length] for length in lengths]  # without the answer behind each
-        return [*filter(None, [*turns, [*messages]])]
+    def answers_turns(self, turns: Sequence[list[JsonObject]]) -> bool:
+        """Return whether the messages are these turns, each with an answer after it, and nothing more."""
+        start = 0
+        for turn in turns:
+            end = start + len(turn)
+            if self.messages[start:end] != turn:
+                return False
+            start = end + 1  # after the answer
+        return start >= len(self.messages)
 
 
 class Example(NamedTuple):
@@ -53,12 +57,16 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, response: Response) -> "Example":
-        """Keep of a response what is trained on."""
+        """Return the part of a response that is trained on."""
         return cls(response.id, array("i", response.token_ids), response.response_spans)
 
     def num_anchors(self, max_length: int) -> int:
         """Count the places in the first tokens that a block can start from."""
-        return sum(max(0, min(end, max_length) - start - 1) for start, end in self.spans)
+        num_anchors = 0
+        for start, end in self.spans:
+            # All tokens of an answer but the last one, which no token follows.
+            num_anchors += max(0, min(end, max_length) - start - 1)
+        return num_anchors
 
 
 def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Response]:
@@ -77,23 +85,26 @@ def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Respo
 
 def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterator[Response]:
     """Read `responses.jsonl` as `read_responses` does, one response at a time."""
-    names = [entry.name for entry in fields(Response)]
+    keys = {field.name for field in fields(Response)}
     ids: set[str] = set()
     for number, row in read_jsonl(path, is_growing=True):
         try:
-            response = Response(**{name: row[name] for name in names if name in row})
+            # Other keys may be anybody's notes; they are not read.
+            response = Response(**{key: value for key, value in row.items() if key in keys})
             _check_numbers(response, num_tokens)
             if response.id in ids:
                 raise ValueError(f"the id {response.id!r} occurs twice, expected unique ids")
         except ValueError as error:
-            reason = describe_invalid(error, Response) if isinstance(error, pydantic.ValidationError) else error
+            reason = str(error)
+            if isinstance(error, pydantic.ValidationError):
+                reason = describe_invalid(error, Response)
             raise ValueError(f"{path}:{number}: {reason}; write the file again with `dpace respond`") from error
         ids.add(response.id)
         yield response
 
 
 def answers_to(path: str | Path, prompts: Iterable[Prompt]) -> Iterator[Response]:
-    """Read the answers to prompts from `responses.jsonl`, one at a time; those to others are passed over.
+    """Read the answers to prompts from `responses.jsonl`, one at a time; answers to others are passed over.
 
     Raises:
         ValueError: see `read_responses`; or an answer has the id of a prompt, but is one to another text.
@@ -104,8 +115,9 @@ def answers_to(path: str | Path, prompts: Iterable[Prompt]) -> Iterator[Response
         prompt = by_id.get(response.id)
         if prompt is None:
             continue
-        asked = [prompt.own_messages()] if is_own else prompt.turns
-        if response.turns(map(len, asked)) != asked:
+        # Answers that the file gave are part of the prompt, so all of it is one turn.
+        turns = [prompt.own_messages()] if is_own else prompt.turns
+        if not response.answers_turns(turns):
             raise ValueError(
                 f"{path} has an answer with the id {response.id!r}, but to another text; put the prompts back as they "
                 f"were, name another folder with --output, or delete {path} and answer again"
@@ -115,14 +127,16 @@ def answers_to(path: str | Path, prompts: Iterable[Prompt]) -> Iterator[Response
 
 def _check_numbers(response: Response, num_tokens: int) -> None:
     """Refuse tokens that the target does not have, and spans that are not within the text, one after the other."""
+    # Smallest and largest token alone: a loop in Python over all would take seconds for a large file.
     for token in (min(response.token_ids, default=0), max(response.token_ids, default=0)):
         if not 0 <= token < num_tokens:
             raise ValueError(f"token_ids has {token}, expected 0 .. {num_tokens - 1}")
     spans = response.response_spans
-    ends = [0, *chain(*spans), len(response.token_ids)]
-    if ends != sorted(ends) or any(len(span) != 2 for span in spans):
+    # Start, end, start, end ... of the spans, between the ends of the text.
+    places = [0, *chain(*spans), len(response.token_ids)]
+    if places != sorted(places) or any(len(span) != 2 for span in spans):
         raise ValueError(
-            f"response_spans is {quoted(spans)}, expected ascending starts and ends within {ends[-1]} tokens"
+            f"response_spans is {quoted(spans)}, expected ascending starts and ends within {places[-1]} tokens"
         )
 
 
@@ -139,8 +153,8 @@ def read_meta(path: str | Path) -> JsonObject:
     """Read what made a file of responses, `responses.jsonl`.
 
     Returns:
-        The facts of `find_meta`, and those of `write_meta`; empty where there is no such file. `complete` says whether
-        all prompts were answered; only then `responses_sha256` is the hash of the responses.
+        The facts of `find_meta` and `write_meta`; empty where there is no such file. `complete` says whether all
+        prompts were answered; only then `responses_sha256` is the hash of the responses.
 
     Raises:
         ValueError: the file cannot be read.
@@ -158,14 +172,15 @@ def known_settings(config: RespondConfig, *, thinking: bool) -> JsonObject:
     """
     if config.server and config.source == "own":
         raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
-    sampling = {"seed": config.seed} if config.temperature > 0 else {}
-    return {
+    settings = {
         "source": "servers" if config.server else config.source,
         "thinking": thinking,
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
-        **sampling,
     }
+    if config.temperature > 0:  # greedy answers do not depend on the seed
+        settings["seed"] = config.seed
+    return settings
 
 
 def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> JsonObject:
@@ -175,20 +190,16 @@ def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> JsonObje
         target: its weights and their precision are not known where servers answer.
         config: of the answers.
     """
-    origin = {}
+    meta: JsonObject = {"target": target.name}
     if not config.server and isinstance(target, Target):
-        origin = {
-            "revision": getattr(target.model.config, "_commit_hash", None),
-            "dtype": dtype_name(target.model.dtype),
-            "target_sha256": target.sha256,
-        }
-    return {
-        "target": target.name,
-        **origin,
-        **tokenizer_hashes(target),
-        **known_settings(config, thinking=target.thinking),
-        "versions": vars(find_versions()),
-    }
+        meta["revision"] = getattr(target.model.config, "_commit_hash", None)
+        meta["dtype"] = dtype_name(target.model.dtype)
+        meta["target_sha256"] = target.sha256
+    # The order of the keys is the order in which `check_meta` looks for the first difference.
+    meta |= tokenizer_hashes(target)
+    meta |= known_settings(config, thinking=target.thinking)
+    meta["versions"] = vars(find_versions())
+    return meta
 
 
 def check_meta(path: Path, meta: JsonObject) -> None:
@@ -201,14 +212,14 @@ def check_meta(path: Path, meta: JsonObject) -> None:
         refuse_foreign_files(path.parent, meta_path(path).name)
         return
     if not path.stat().st_size:
-        return
-    old = read_meta(path)
-    other = "name another folder with --output, or move the file away"
-    if not old:  # perhaps another program's
-        raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
-    now = {key: value for key, value in meta.items() if key not in INFORMATIVE}
-    way_out = f"set this as it was, {other}"
-    same_run(old, now, f"{path} was made by {old.get('target')!r}", way_out)
+        return  # killed before the first answer
+    old_meta = read_meta(path)
+    way_out = "name another folder with --output, or move the file away"
+    if not old_meta:  # perhaps another program's
+        raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {way_out}")
+    compared = {key: value for key, value in meta.items() if key not in INFORMATIVE}
+    title = f"{path} was made by {old_meta.get('target')!r}"
+    same_run(old_meta, compared, title, f"set this as it was, {way_out}")
 
 
 def write_meta(path: Path, meta: JsonObject, *, is_complete: bool) -> None:
@@ -233,20 +244,25 @@ def read_examples(path: Path, parts: Sequence[Sequence[Prompt]]) -> list[list[Ex
     Raises:
         ValueError: see `answers_to`.
     """
-    found = {response.id: Example.of(response) for response in answers_to(path, chain(*parts))}
-    return [[found[prompt.id] for prompt in part if prompt.id in found] for part in parts]
+    # The file is read once for all parts: its responses are checked, which takes time.
+    by_id = {response.id: Example.of(response) for response in answers_to(path, chain(*parts))}
+    examples = []
+    for prompts in parts:
+        examples.append([by_id[prompt.id] for prompt in prompts if prompt.id in by_id])
+    return examples
 
 
 def load_examples(path: Path, config: PromptsConfig) -> tuple[list[Example], list[Example]]:
-    """Read the answers to the prompts of training and those of validation, in the order of the prompts.
+    """Read the answers to the prompts of training and of validation, in the order of the prompts.
 
     Raises:
         ValueError: prompts or responses that cannot be read.
     """
-    parts = split_and_explain(config)[0][:2]
-    train, validation = read_examples(path, parts)
-    if missing := sum(map(len, parts)) - len(train) - len(validation):
-        note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
+    parts, _ = split_and_explain(config)
+    train, validation = read_examples(path, [parts.train, parts.validation])
+    num_missing = len(parts.train) + len(parts.validation) - len(train) - len(validation)
+    if num_missing:
+        note(f"{count(num_missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
     return train, validation
 
 
@@ -268,7 +284,7 @@ class Answers:
         self.path = recipe.responses_path
         if not self.path.exists():
             split_and_explain(recipe.prompts)  # refuses a missing file before the advice to answer it
-            raise ValueError(self._none())
+            raise ValueError(self._no_answers())
         self.meta = read_meta(self.path)
         fault = None
         if not self.meta:
@@ -281,19 +297,19 @@ class Answers:
             raise ValueError(f"{self.path} {fault}; run `{respond}`, which goes on with it or says what to do")
         self.refuse_others({"thinking": recipe.thinking})
 
-    def _none(self) -> str:
+    def _no_answers(self) -> str:
         return f"{self.path} has no answers to these prompts; write them first with `{self.respond}`"
 
     def load(self) -> tuple[list[Example], list[Example]]:
-        """Read those to train on and those of validation; see `load_examples`.
+        """Read the answers to train on and those to validate with, as `load_examples` does.
 
         Raises:
             ValueError: none to train on.
         """
-        examples = load_examples(self.path, self.prompts)
-        if not examples[0]:
-            raise ValueError(self._none())
-        return examples
+        train, validation = load_examples(self.path, self.prompts)
+        if not train:
+            raise ValueError(self._no_answers())
+        return train, validation
 
     def refuse_others(self, known: JsonObject) -> None:
         """Refuse answers that another target gave, or that were made in another way.
@@ -301,7 +317,8 @@ class Answers:
         Raises:
             ValueError: names the first thing that differs, with both values.
         """
-        compared = {name: value for name, value in known.items() if name in self.meta}
+        # Answers of servers lack some facts, such as the precision.
+        compared = {fact: value for fact, value in known.items() if fact in self.meta}
         way_out = (
             "train on the target's own answers: set --target, --dtype and --thinking as they were, or write new "
             f"answers into another folder with `{self.respond}`"

@@ -16,17 +16,17 @@ def find_device(name: Device = "auto") -> torch.device:
     """Choose the device to compute on.
 
     Args:
-        name: `auto` is the accelerator where there is one, else the CPU. Of several devices of a kind it is that of
-            this process (`LOCAL_RANK` under torchrun), else the first.
+        name: `auto` is the accelerator where there is one, else the CPU. Of several devices of a kind it is the one
+            of this process (`LOCAL_RANK` under torchrun), else the first.
 
     Raises:
         ValueError: torch has no such device here.
     """
-    found = torch.accelerator.current_accelerator(check_available=True)
-    here = ["cpu"] if found is None else [found.type, "cpu"]
-    kind = here[0] if name == "auto" else name
-    if kind not in here:
-        raise ValueError(f"torch {torch.__version__} finds no {kind} here; choose one of: auto, {', '.join(here)}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
+    kind = kinds[0] if name == "auto" else name
+    if kind not in kinds:
+        raise ValueError(f"torch {torch.__version__} finds no {kind} here; choose one of: auto, {', '.join(kinds)}")
     if kind == "cpu":
         return torch.device(kind)
     index = int(os.environ.get("LOCAL_RANK", 0))
@@ -60,6 +60,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return processor_name()
     module = torch.get_device_module(device)
+    # torch.mps has no such function: there the GPU is a part of the processor.
     name = module.get_device_name(device) if hasattr(module, "get_device_name") else processor_name()
     return name if device.type == "cuda" else f"{device.type}, {name}"
 
@@ -67,5 +68,8 @@ def device_name(device: torch.device) -> str:
 def processor_name() -> str:
     """Return the name of the processor."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()  # such as arm64, where the system is not Linux or tells no name

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def read_text(path: str | Path, what: str) -> str:
         ValueError: the file is missing, is none, or is not in UTF-8.
     """
     with _reading(path, what):
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")  # without the mark that editors on Windows write first
 
 
 def read_object(path: Path, fix: str, kind: type = dict) -> Any:
@@ -113,7 +113,9 @@ def _reading(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without number and path
+            reason = error.strerror
         raise ValueError(f"cannot read {path}: {reason}; name {what} in UTF-8") from error
 
 
@@ -129,8 +131,9 @@ def naming_file(path: str | Path) -> Iterator[None]:
         if re.search(FULL_DISK, str(error)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if isinstance(error, OSError) and error.errno:
-            is_ours = str(error.filename).endswith(UNFINISHED)
-            error.filename = str(path) if is_ours else error.filename or str(path)
+            is_unfinished = str(error.filename).endswith(UNFINISHED)  # a name that the user does not know
+            if is_unfinished or not error.filename:
+                error.filename = str(path)
         raise
 
 
@@ -155,7 +158,7 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         with naming_file(path):
             yield unfinished
-            sync(unfinished)
+            sync(unfinished)  # else a power cut may leave the new name with none of the content
             unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -193,9 +196,11 @@ def remove_unfinished(folder: str | Path) -> None:
 
 def cut_unfinished_line(path: Path) -> None:
     """Cut off a last line that a killed process left unfinished."""
-    data = path.read_bytes() if path.exists() else b""
+    if not path.exists():
+        return
+    data = path.read_bytes()
     if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
+        os.truncate(path, data.rfind(b"\n") + 1)  # to nothing, where no line has an end
 
 
 @contextlib.contextmanager
@@ -211,8 +216,10 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     if not ranks.is_first():
         yield
         return
-    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     holder = folder / HOLDER
+    # One object a path in this process, so that a verb may lock the folder that its caller has locked.
     lock = filelock.FileLock(folder / LOCK, is_singleton=True)
     stale = ""
     try:
@@ -221,6 +228,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
+            # A file does not go away with a killed process, as a lock does.
             lock = filelock.SoftFileLock(folder / SOFT_LOCK, is_singleton=True)
             stale = f"; if it is gone, remove {folder / SOFT_LOCK}"
             lock.acquire(timeout=0.0)
@@ -229,14 +237,14 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
         ) from error
-    is_first = lock.lock_counter == 1
+    is_outermost = lock.lock_counter == 1
     try:
-        if is_first:
+        if is_outermost:
             remove_unfinished(folder)
             write_text(holder, f"process {os.getpid()} on {platform.node()}")  # in place of a link, not through it
         yield
     finally:
-        if is_first:
+        if is_outermost:
             holder.unlink(missing_ok=True)
         lock.release()
 
@@ -260,8 +268,10 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
 
 def _read_marker(path: Path) -> set[str]:
     """Read the names of the files that dpace wrote to a folder; they are removed, and so must lie in it."""
+    if not path.exists():
+        return set()
     fix = "remove it, and what dpace wrote beside it"
-    names = read_object(path, fix).get("files") if path.exists() else []
+    names = read_object(path, fix).get("files")
     if not isinstance(names, list) or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise ValueError(f"{path}: files is {quoted(names)}, expected names of files of this folder; {fix}")
     return set(names)
@@ -280,19 +290,21 @@ def register_files(folder: str | Path, *names: str) -> None:
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
 
 
-def remove_files(folder: str | Path, patterns: Iterable[str], *, keep: Collection[str]) -> list[str]:
+def remove_files(folder: str | Path, patterns: Collection[str], *, keep: Collection[str]) -> list[str]:
     """Remove what dpace wrote to a folder, by patterns of names, but for the names to keep; return what was removed.
 
     What another program wrote stays, whatever its name. Call it inside `lock_folder`.
     """
     folder = Path(folder)
-    written = refuse_foreign_files(folder)
-    like = {name for pattern in patterns for name in fnmatch.filter(written, pattern)}
-    old = sorted(name for name in like.difference(keep) if (folder / name).is_file())
-    for name in old:
-        (folder / name).unlink()
-    write_json(folder / MARKER, {"files": sorted(written.difference(old))})
-    return old
+    written = _read_marker(folder / MARKER)
+    removed = []
+    for name in sorted(written.difference(keep)):
+        is_like = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        if is_like and (folder / name).is_file():
+            (folder / name).unlink()
+            removed.append(name)
+    write_json(folder / MARKER, {"files": sorted(written.difference(removed))})
+    return removed
 
 
 @contextlib.contextmanager
@@ -316,6 +328,7 @@ def filling(folder: str | Path, *, last: str = "config.json") -> Iterator[Path]:
     try:
         with naming_file(folder), tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
             yield Path(aside)
+            # True sorts after False: `last` stands at the end.
             files = sorted(Path(aside).iterdir(), key=lambda file: (file.name == last, file.name))
             for file in files:
                 make_readable(file)
@@ -324,7 +337,7 @@ def filling(folder: str | Path, *, last: str = "config.json") -> Iterator[Path]:
                 (folder / last).unlink(missing_ok=True)
             for file in files:
                 file.replace(folder / file.name)
-            sync(folder)
+            sync(folder)  # the names too are on the disk now
     except BaseException:
         with contextlib.suppress(OSError):
             folder.rmdir()  # where nothing is in it
@@ -333,6 +346,6 @@ def filling(folder: str | Path, *, last: str = "config.json") -> Iterator[Path]:
 
 def make_readable(path: Path) -> None:
     """Let others read a file as the umask says; some libraries write for the owner alone."""
-    mask = os.umask(0)
+    mask = os.umask(0)  # it can only be read by setting another one
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,26 @@ REPORT = "if other programs load the same files, please report this line as a fa
 
 def first_names(names: Sequence[str]) -> str:
     """Return the first three names, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    text = ", ".join(names[:3])
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return text
+
+
+def _no_bar(_factory: object, args: Sequence[Any], _options: object) -> EmptyTqdm:
+    """Make a bar that shows nothing, as a hook of transformers."""
+    return EmptyTqdm(*args)
 
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
     """Show no bar of transformers, and no warning to peft's authors, inside the `with` block; downloads keep theirs."""
-    before = set_tqdm_hook(lambda _factory, args, _options: EmptyTqdm(*args))
+    previous_hook = set_tqdm_hook(_no_bar)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield
     finally:
-        set_tqdm_hook(before)
+        set_tqdm_hook(previous_hook)
 
 
 @contextmanager
@@ -51,6 +59,7 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
         with quiet_library():
             yield
     except OSError as error:
+        # One with a number comes from the system and names its file; transformers writes the others itself.
         if error.errno or not re.search(r"\b(adapter_)?model\.safetensors", str(error)):
             raise
         raise OSError(
@@ -80,15 +89,17 @@ def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, unknown: C
     Raises:
         ValueError: names the first few tensors.
     """
-    shapes = sorted(f"{name} is {list(a)}, expected {list(b)}" for name, a, b in found["mismatched_keys"])
-    faults = [
-        ("lack", sorted(found["missing_keys"])),
-        ("have unknown", sorted(unknown)),
-        ("have other shapes:", shapes),
-        ("could not be read:", sorted(map(str, found.get("error_msgs") or ()))),
-    ]
-    for fault, names in faults:
-        if names:
+    shapes = []
+    for name, shape, expected in found["mismatched_keys"]:
+        shapes.append(f"{name} is {list(shape)}, expected {list(expected)}")
+    faults: dict[str, Iterable[str]] = {
+        "lack": found["missing_keys"],
+        "have unknown": unknown,
+        "have other shapes:": shapes,
+        "could not be read:": map(str, found.get("error_msgs") or ()),
+    }
+    for fault, tensors in faults.items():
+        if names := sorted(tensors):
             raise ValueError(f"the weights of {what} {fault} {first_names(names)}; {fix}")
 
 
@@ -109,7 +120,9 @@ def _is_infinite(value: object) -> bool:
     value = ranks.local(value)
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or not value.is_floating_point():
         return False
-    return not bool((value if value.element_size() > 1 else value.float()).isfinite().all())
+    if value.element_size() == 1:  # torch examines no float8
+        value = value.float()
+    return not bool(value.isfinite().all())
 
 
 def read_config(folder: str | Path) -> JsonObject:

@@ -45,12 +45,15 @@ class _LinesInPlaceOfABar(Progress):
             return
         task.fields["written"] = elapsed
         line = f"{task.description}: {task.completed:g} of {task.total:g} in {timedelta(seconds=int(elapsed))}"
-        if rate := (task.completed - first) / elapsed if elapsed else 0.0:
+        num_new = task.completed - first
+        if num_new and elapsed:
+            rate = num_new / elapsed
             line += f", {rate:.3g} a second"
             if not task.finished:
                 line += f", ETA {timedelta(seconds=int((task.remaining or 0) / rate))}"
-        info = task.fields["info"]
-        print(printable(f"{line}; {info}" if info else line), file=sys.stderr, flush=True)
+        if info := task.fields["info"]:
+            line += f"; {info}"
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def progress_bar(is_shown: bool = True) -> Progress:
@@ -61,8 +64,9 @@ def progress_bar(is_shown: bool = True) -> Progress:
     if not (is_shown and ranks.is_first()):
         return Progress(disable=True)
     is_terminal = sys.stderr.isatty()
+    kind = Progress if is_terminal else _LinesInPlaceOfABar
     whole = partial(Column, no_wrap=True)  # of 80 characters, numbers and times are all shown; texts are cut
-    return (Progress if is_terminal else _LinesInPlaceOfABar)(
+    return kind(
         TextColumn("{task.description}", table_column=Column(max_width=24, no_wrap=True, overflow="ellipsis")),
         BarColumn(bar_width=10, table_column=whole(min_width=10)),
         MofNCompleteColumn(table_column=whole()),
@@ -92,12 +96,13 @@ def track(items: Sequence[Item], title: str, *, size: Callable[[Item], int] = la
 
 def count(number: int, noun: str) -> str:
     """Write a number of things, such as 1 prompt or 2,000 prompts."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    ending = "" if number == 1 else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def printable(text: str) -> str:
     r"""Show what can steer a terminal, but for line feeds and tabs, as an escape such as `\x1b`."""
-    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: object) -> str:
@@ -111,7 +116,8 @@ def shorten(text: object, width: int) -> str:
     if len(line) <= width:
         return line
     beginning = line[: width - 3]
-    return f"{beginning.rpartition(' ')[0] or beginning}..."
+    words = beginning.rpartition(" ")[0]  # without the last one, which may be cut
+    return f"{words or beginning}..."
 
 
 def note(text: str) -> None:
@@ -127,7 +133,7 @@ def describe_error(error: BaseException) -> str:
 
 def quoted(value: object) -> str:
     """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
-    text = printable("null" if value is None else repr(value))
+    text = "null" if value is None else printable(repr(value))  # as YAML and JSON write it
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 

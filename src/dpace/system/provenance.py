@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import operator
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -79,24 +78,30 @@ def fingerprint(model: torch.nn.Module, *, dtype: str | None = None, num_values:
         num_values: most values of a tensor that are read, evenly spread; all by default.
     """
     digest = hashlib.sha256()
-    tensors = [part for item in model.state_dict().items() for part in _plain_tensors(*item)]
-    for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
-        tensor = ranks.whole(tensor)  # one at a time
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        tensors.update(_plain_tensors(name, tensor))
+    for name in sorted(tensors):  # whatever the order in which the model was built
+        tensor = ranks.whole(tensors[name])  # one at a time
         if dtype and tensor.is_floating_point():
             tensor = tensor.to(getattr(torch, dtype))
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        stride = max(1, -(-flat.numel() // num_values)) if num_values else 1
-        digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().reshape(-1)
+        if num_values:
+            # The stride is rounded up, so that no more values are read.
+            values = values[:: max(1, -(-values.numel() // num_values))]
+        # As bytes, since numpy knows no bfloat16.
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a tensor, or those that a quantized one is made of."""
+    """Yield a tensor, or the tensors that a quantized one is made of."""
     if is_traceable_wrapper_subclass(tensor) and not ranks.is_spread(tensor):
-        for part in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
-    elif isinstance(tensor, torch.Tensor):
+        inner_names, _ = tensor.__tensor_flatten__()
+        for inner_name in inner_names:
+            yield from _plain_tensors(f"{name}.{inner_name}", getattr(tensor, inner_name))
+    elif isinstance(tensor, torch.Tensor):  # a state may also hold bytes
         yield name, tensor
 
 
@@ -127,10 +132,11 @@ def same_run(kept: JsonObject, now: JsonObject, what: str, way_out: str, ways: M
     for name, value in now.items():
         if name in kept and kept[name] == value:
             continue
-        found = kept.get(name)
-        difference = f"{name} {json.dumps(found)}, not {json.dumps(value)}"
+        kept_value = kept.get(name)
+        difference = f"{name} {json.dumps(kept_value)}, not {json.dumps(value)}"
         if name.endswith("_sha256"):
             thing = HASHED.get(name, name.removesuffix("_sha256").replace("_", " "))
-            difference = f"other {thing} (sha256 {str(found)[:12]}, not {str(value)[:12]})"
-        way = f"{ways[name]}, or " if ways and name in ways else ""
-        raise ValueError(f"{what} with {difference}; {way}{way_out}")
+            difference = f"other {thing} (sha256 {str(kept_value)[:12]}, not {str(value)[:12]})"
+        if ways and name in ways:
+            way_out = f"{ways[name]}, or {way_out}"
+        raise ValueError(f"{what} with {difference}; {way_out}")

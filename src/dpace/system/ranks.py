@@ -37,7 +37,8 @@ def share(items: Sequence[T]) -> list[T]:
 
 def num_short(items: Sequence[object]) -> int:
     """Count how many items fewer this rank's part has than the first one's, where all have to keep step."""
-    return -(-len(items) // num_ranks()) - len(share(items))
+    longest = -(-len(items) // num_ranks())  # rounded up, as the first rank's part is
+    return longest - len(share(items))
 
 
 def barrier() -> None:
@@ -69,8 +70,11 @@ def from_first(work: Callable[[], T]) -> T:
     if is_first():
         try:
             value = work()
-        except (ValueError, OSError) as raised:
-            error = raised if isinstance(raised, OSError) else ValueError(str(raised))
+        except OSError as raised:
+            error = raised
+        except ValueError as raised:  # subclasses may hold what cannot be pickled
+            error = ValueError(str(raised))
+    # The other ranks wait here, and would wait for ever if the first one raised before.
     value, error = gather((value, error))[0]
     if error is not None:
         raise error
@@ -79,7 +83,7 @@ def from_first(work: Callable[[], T]) -> T:
 
 def is_spread(tensor: object) -> bool:
     """Return whether the parts of a tensor lie on several ranks."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # torch alone takes seconds; `dpace.cli` imports this file
 
     return isinstance(tensor, DTensor)
 

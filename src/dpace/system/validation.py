@@ -2,7 +2,7 @@
 
 What comes in is a dataclass and the values for it, from a recipe, from flags or from a JSON file. What goes out is an
 instance of it, or one line that names the key, the value, what was expected and a way out. Types, ranges and choices
-stand in the dataclass itself; `dpace.config` has those of all options.
+stand in the dataclass itself; `dpace.config` has the classes of all options.
 """
 
 import difflib
@@ -41,8 +41,8 @@ def to_json(value: object) -> Any:
 def from_json(kind: type[Kind], value: object) -> Kind:
     """Return what `json.loads` gave as a dataclass.
 
-    Types are those of JSON, without conversions: "1", true and 1.0 are no integers; 1 is a float, too. Ranges are those
-    of `pydantic.Field` in the annotations. A key whose field has a default may be missing, and others may not be there.
+    Types are JSON's, without conversions: "1", true and 1.0 are no integers; 1 is a float, too. Ranges are given by
+    `pydantic.Field` in the annotations. A key whose field has a default may be missing, and others may not be there.
 
     Args:
         kind: a dataclass of str, int, float, bool, None, Literal, list, dict, tuple and dataclasses, at any depth.
@@ -53,6 +53,7 @@ def from_json(kind: type[Kind], value: object) -> Kind:
             finite; one line with the key, such as `rows[3].tau`, the value and what was expected.
     """
     try:
+        # Through JSON once more: only there does the strict mode of pydantic take a list for a tuple.
         (checked,) = _adapter(kind).validate_json(json.dumps([value], ensure_ascii=False).encode())
     except ValidationError as error:
         raise ValueError(describe_invalid(error, kind, skip=1)) from error
@@ -81,26 +82,35 @@ def describe_invalid(error: ValidationError, kind: Any, *, skip: int = 0) -> str
         case "missing":
             return f"{name} is missing"
         case "unexpected_keyword_argument":
-            for group in place[:-1]:
-                kind = get_type_hints(kind).get(str(group)) if is_dataclass(kind) else None
-            names = [entry.name for entry in fields(kind)] if is_dataclass(kind) else []
-            close = difflib.get_close_matches(str(place[-1]), names, n=1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            path = f"{_name(place[:-1])}.{place[-1]}".removeprefix(".")
-            return f"there is no key {quoted(path)}{meant}"
+            return _describe_unknown(place, kind)
         case "value_error":  # of a check in dpace.config, whose message goes on from the name
             return f"{name} {first.get('ctx', {})['error']}"
-    said = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
-    reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", words) for words in said]
+    # Each type of a union gives an error of its own for the same key.
+    messages = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
+    reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", message) for message in messages]
     return f"{name or 'the file'} is {quoted(without_passwords(first['input']))}, expected {' or '.join(reasons)}"
+
+
+def _describe_unknown(place: Sequence[int | str], kind: Any) -> str:
+    """Say that there is no such key, and which one may have been meant."""
+    *groups, key = place
+    for group in groups:
+        kind = get_type_hints(kind).get(str(group)) if is_dataclass(kind) else None
+    meant = ""
+    if is_dataclass(kind):
+        names = [field.name for field in fields(kind)]
+        for name in difflib.get_close_matches(str(key), names, n=1):
+            meant = f" (did you mean {name}?)"
+    path = f"{_name(groups)}.{key}".removeprefix(".")
+    return f"there is no key {quoted(path)}{meant}"
 
 
 def _name(place: Sequence[int | str]) -> str:
     """Write a place as `rows[3].tau`, without the words by which pydantic tells the types of a union apart."""
     name = ""
-    for part in place:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part.isidentifier() and part not in UNION_WORDS:
-            name += f".{part}"
+    for step in place:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif step.isidentifier() and step not in UNION_WORDS:
+            name += f".{step}"
     return name.removeprefix(".")

@@ -28,7 +28,7 @@ PROMPT = "Why is the sky blue?"
 def load_target(config: Any, place: str | None = None, *, shard: TargetShard = "none") -> "Target":
     """Find and load the target that the options of a verb name.
 
-    Where a verb lacks an option of `TARGET_OPTIONS`, that of a recipe counts.
+    Where a verb lacks an option of `TARGET_OPTIONS`, the default of a recipe counts.
 
     Args:
         config: options of a verb.
@@ -43,6 +43,7 @@ def load_target(config: Any, place: str | None = None, *, shard: TargetShard = "
     from dpace.target import Target
     from dpace.target.locate import find_target
 
+    # A recipe with the verb's values has the default of each option that the verb lacks.
     recipe = Recipe(**{name: value for name, value in vars(config).items() if name in TARGET_OPTIONS})
     return Target.load(
         place or find_target(recipe.target),
@@ -69,9 +70,10 @@ def note_untrained(tau: float | None) -> None:
 
 
 def note_unread(config: BenchConfig, names: Iterable[str], reason: str) -> None:
-    """Say which options of measuring, of those that a verb does not read, differ from their defaults."""
+    """Say which of these options of measuring, which a verb does not read, differ from their defaults."""
+    defaults = BenchConfig()
     for name in names:
-        if getattr(config, name) != getattr(BenchConfig(), name):
+        if getattr(config, name) != getattr(defaults, name):
             note(f"--bench.{name.replace('_', '-')} is not read: {reason}")
 
 

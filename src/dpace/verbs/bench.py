@@ -22,7 +22,7 @@ IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 
 def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace bench`."""
-    if "bench.max_new_tokens" not in given.names:
+    if "bench.max_new_tokens" not in given.names:  # as long as the answers of the training
         recipe = replace(recipe, bench=replace(recipe.bench, max_new_tokens=recipe.respond.max_new_tokens))
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
@@ -35,8 +35,10 @@ def run(recipe: Recipe, given: Given) -> None:
     if config.plain_server and not config.server:
         raise ValueError("--bench.plain-server is for servers; name the one with a drafter by --bench.server")
     prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
-    measure = _measure_servers if config.server else _measure_here
-    measure(recipe, prompts)
+    if config.server:
+        _measure_servers(recipe, prompts)
+    else:
+        _measure_here(recipe, prompts)
 
 
 def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
@@ -46,8 +48,8 @@ def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
     config = recipe.bench
     note_unread(config, IN_PROCESS, "the servers were started with their own")
     with lock_folder(recipe.output):
-        served = bench_servers(load_chat(recipe), prompts, config, recipe.output)
-    show_results(served, f"{recipe.output}/servers.json")
+        results = bench_servers(load_chat(recipe), prompts, config, recipe.output)
+    show_results(results, f"{recipe.output}/servers.json")
     print("next:", command("report", recipe.output))
 
 
@@ -61,25 +63,28 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
     config = recipe.bench
     output = Path(recipe.output)
     refuse_other_results(output / "results.json", BenchResults)
-    named = config.drafters
-    if not named:
-        own = output / "drafter"
-        if not own.exists():
-            raise ValueError(f"there is no drafter {own}; train one, or name one with --bench.drafters")
+    places = config.drafters
+    if not places:
+        trained = output / "drafter"
+        if not trained.exists():
+            raise ValueError(f"there is no drafter {trained}; train one, or name one with --bench.drafters")
         if not config.sets:
-            _refuse_trained_prompts(recipe, own)
-        named = (str(own),)
-    folders = [find_drafter(name, "--bench.drafters") for name in named]
-    names = drafter_names(named)
+            _refuse_trained_prompts(recipe, trained)
+        places = (str(trained),)
+    # Found and named before the target is loaded, which takes longer.
+    folders = [find_drafter(place, "--bench.drafters") for place in places]
+    names = drafter_names(places)
     with lock_folder(output):
         refuse_foreign_files(output, "results.json")
         target = load_target(recipe)
         note(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}")
-        drafters = {name: load_drafter(folder, target) for name, folder in zip(names, folders, strict=True)}
+        drafters = {}
+        for name, folder in zip(names, folders, strict=True):
+            drafters[name] = load_drafter(folder, target)
         results = bench(target, drafters, prompts, config, output)
     if ranks.end():
         show_results(results, f"{output}/results.json")
-        print("next:", generate_command(recipe, named[0]))
+        print("next:", generate_command(recipe, places[0]))
 
 
 def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
@@ -93,14 +98,15 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     from dpace.system.provenance import same_run
     from dpace.training.run import choose_conversations, data_facts, read_run
 
-    answers = recipe.responses_path
-    kept = read_run(drafter)
-    if kept is None or not answers.exists():
-        return
-    trained = read_recipe(drafter / "recipe.yaml")
+    responses = recipe.responses_path
+    run_facts = read_run(drafter)
+    if run_facts is None or not responses.exists():
+        return  # nothing to compare with: a drafter of another machine, for example
+    training = read_recipe(drafter / "recipe.yaml")
     way_out = "the held-out prompts may be among them; give the prompts and options of the training"
-    now = data_facts(*choose_conversations(*load_examples(answers, recipe.prompts), trained))
-    same_run(kept, now, f"{drafter} holds a run", way_out)
+    # Where the prompts were split in the same way, the same conversations are left for training.
+    train, validation = choose_conversations(*load_examples(responses, recipe.prompts), training)
+    same_run(run_facts, data_facts(train, validation), f"{drafter} holds a run", way_out)
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:
@@ -112,6 +118,6 @@ def drafter_names(folders: Sequence[str]) -> list[str]:
     paths = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names):  # no two are alike
             return names
     raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")

@@ -56,30 +56,30 @@ def run(config: CheckConfig, given: Given) -> None:
     prompts = first_of_each_set(read_heldout_prompts(config.prompts), config.num_prompts)
     folder = find_drafter(config.drafter)
     responses, meta = read_greedy(config.responses) if config.responses else ([], {})
-    answered_in = meta.get("dtype", config.dtypes[0])  # servers do not tell theirs
-    if responses and answered_in not in config.dtypes:
+    response_dtype = meta.get("dtype", config.dtypes[0])  # servers do not tell theirs
+    if responses and response_dtype not in config.dtypes:
         raise ValueError(
-            f"{config.responses} was written in {answered_in}, and --dtypes has {', '.join(config.dtypes)}; rounding "
-            f"differs: add {answered_in} to --dtypes"
+            f"{config.responses} was written in {response_dtype}, and --dtypes has {', '.join(config.dtypes)}; "
+            f"rounding differs: add {response_dtype} to --dtypes"
         )
     failed = []
     for dtype in config.dtypes:
         target = load_target(Recipe(target=config.target, dtype=dtype, device_map=config.device_map))
         findings = []
-        if responses and dtype == answered_in:
+        if responses and dtype == response_dtype:
             findings.append(check_responses(target, responses, meta))
         drafter = load_drafter(folder, target)
         findings += check(target, drafter, prompts, max_new_tokens=config.max_new_tokens, seed=config.seed)
-        rows = [
-            {"result": "pass" if is_passed else "FAIL", "check": name, "cases": cases, "found": detail}
-            for name, cases, is_passed, detail in findings
-        ]
+        rows = []
+        for name, cases, is_passed, detail in findings:
+            result = "pass" if is_passed else "FAIL"
+            rows.append({"result": result, "check": name, "cases": cases, "found": detail})
+            if not is_passed:
+                failed.append(f"{name} ({dtype})")
         console().print(section_table(Section(f"{Path(target.name).name} in {dtype}", rows=rows, num_texts=4)))
-        failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:
-        of_answers = "; write responses again that are not the target's own" if responses else ""
-        raise ValueError(
-            f"failed: {'; '.join(failed)}. All checks were expected to pass: find the cause before you serve "
-            f"{config.drafter} with {config.target}{of_answers}"
-        )
+        way_out = f"find the cause before you serve {config.drafter} with {config.target}"
+        if responses:
+            way_out += "; write responses again that are not the target's own"
+        raise ValueError(f"failed: {'; '.join(failed)}. All checks were expected to pass: {way_out}")
     print("passed")

@@ -34,14 +34,16 @@ def run(config: CompareConfig, given: Given) -> None:
     note_unread(config.bench, OF_BENCH, "`dpace compare` measures its own drafters on its held-out prompts")
     parts = split_prompts(config.prompts)
     place = find_target(config.target)
-    of_target = find_target_files(place).config
-    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init, config=of_target)
+    target_config = find_target_files(place).config
+    # The plan needs no weights, so it is there before they are loaded.
+    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init, config=target_config)
     note("\n".join(comparison_lines(plan, parts, drafters)))
     results = compare(load_target(config, place), config, parts=parts, init=init)
     if not ranks.end():
         return
     console().print(section_table(comparison(results)))
     print(f"written: {config.output}/results.json, a drafter for each objective and seed")
-    best = next(row for row in results.rows if row.set == results.rows[-1].set)  # all together
+    # The last rows are for all datasets together, and the best objective stands first among them.
+    best = next(row for row in results.rows if row.set == results.rows[-1].set)
     note_untrained(best.tau[0])
     print("next:", generate_command(config, cell_folder(config, best.drafter, config.seeds[0])))

@@ -17,11 +17,13 @@ def run(recipe: Recipe, given: Given) -> None:
     path = recipe.responses_path
     parts, dropped = split_and_explain(recipe.prompts)
     console().print(prompts_page(parts, dropped))
-    train = read_examples(path, parts[:1])[0] if path.exists() else None
+    train = []
+    if path.exists():
+        (train,) = read_examples(path, [parts.train])
     if not train:
         print(f"{path} has no answers to these prompts")
         print("next:", command("respond", *given.words))
         return
-    tokenizer = load_chat(recipe).tokenizer
+    tokenizer = load_chat(recipe).tokenizer  # an example is shown as text
     console().print(responses_page(train, recipe.train.max_length, read_meta(path), tokenizer))
     print("next:", command("train", *given.words))

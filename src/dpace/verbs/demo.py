@@ -32,6 +32,7 @@ def run(config: DemoConfig, given: Given) -> None:
         speeds,
     )
 
+    # Which size runs is chosen by a measurement, which takes a while; what may be refused comes before it.
     sizes = demo_sizes(config)
     for recipe in map(demo_recipe, sizes):
         check_output(recipe)
@@ -52,9 +53,10 @@ def run(config: DemoConfig, given: Given) -> None:
     if planned.config.quick:
         whole = command("demo", full=True, prompts=config.prompts, target=config.target)
         print(f"This was the quick demo. `{whole}` trains longer, on more prompts.")
-    decoded = [KINDS, *DECODED] if kinds else DECODED
-    write_report([output, *(output / name for name in decoded)], output / PAGE)
+    names = [KINDS, *DECODED] if kinds else DECODED
+    write_report([output, *(output / name for name in names)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
+    # A prompt of the table, so that the gain is seen again.
     prompt = f"{config.prompts or 'demo'}#{demo.decoded.rows[0].responses[0].id}"
     print("next:", generate_command(recipe, folder, prompt))

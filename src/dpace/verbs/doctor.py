@@ -44,27 +44,33 @@ def run(config: DoctorConfig, given: Given) -> None:
 
     folder = find_drafter(config.drafter)
     target = load_target(config)
-    diagnoses = diagnose(folder, target, engine=config.engine, responses=config.responses)
-    shown = [d for d in diagnoses if d.result != "passes" or d.check in RUN]
-    rows = [
-        {
-            "result": "FAILS" if found.result == "fails" else found.result,
-            "check": found.check,
-            "found": found.found,
-            "expected": found.expected if found.result in ("fails", "warns") else "",
-            "to do": found.fix,
-        }
-        for found in shown
-    ]
+    rows = []
+    passed = []
+    failed = []
+    for check, result, found, expected, fix in diagnose(
+        folder, target, engine=config.engine, responses=config.responses
+    ):
+        if result == "passes" and check not in RUN:
+            passed.append(check)  # its name says all
+            continue
+        if result == "fails":
+            failed.append(check)
+        is_wrong = result in ("fails", "warns")
+        rows.append(
+            {
+                "result": "FAILS" if result == "fails" else result,
+                "check": check,
+                "found": found,
+                "expected": expected if is_wrong else "",
+                "to do": fix,
+            }
+        )
     console().print(section_table(Section(f"{config.drafter} for {target.short_name}", "", rows, num_texts=5)))
-    silent = [d.check for d in diagnoses if d not in shown]
-    console().print(f"{count(len(silent), 'other check')} passed:", ", ".join(silent), "\n", highlight=False)
-    failed = [d.check for d in diagnoses if d.result == "fails"]
+    console().print(f"{count(len(passed), 'other check')} passed:", ", ".join(passed), "\n", highlight=False)
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; the table above says what to do about each")
     print("passed")
     if config.engine:
         spec, _ = read_folder(folder)
-        served = engine_of(config.engine).command(spec, config.drafter, config.target)
-        print("serve with:", served, sep="\n")
+        print("serve with:", engine_of(config.engine).command(spec, config.drafter, config.target), sep="\n")
     print("next:", command("check", target=config.target, drafter=config.drafter))

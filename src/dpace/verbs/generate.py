@@ -3,7 +3,9 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
@@ -42,8 +44,8 @@ class GenerateConfig(SamplingConfig):
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts, copies never drafts; or
     a number of tokens, the anchor included."""
     recall_mib: PositiveOrZero = 64.0
-    """MiB of memory of answers that width auto copies from: those that the drafter was trained on, then those of the
-    chat; 0 keeps none. Only with a drafter, and not with --compile."""
+    """MiB of memory of answers that width auto copies from; 0 keeps none.
+    First come the drafter's training answers, then the chat's. Only with a drafter, and not with --compile."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
@@ -62,6 +64,7 @@ def run(config: GenerateConfig, given: Given) -> None:
             "--stream, --compile, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its "
             "folder with --drafter"
         )
+    # The default, auto, stands for whole drafts where steps are compiled; only a width that was asked for is refused.
     is_other_width = "width" in given.names and config.width != "full"
     if config.compile and (config.stream or config.verify_rule != "equality" or is_other_width):
         raise ValueError(
@@ -82,73 +85,79 @@ def run(config: GenerateConfig, given: Given) -> None:
     messages = find_prompt(config.prompt) if config.prompt else []
     folder = find_drafter(config.drafter) if config.drafter else None
     target = load_target(config)
-    options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
+    sampling = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
     if folder is None:
-        generation = generate_plain(target, encode_chat(target, messages), **options)
+        generation = generate_plain(target, encode_chat(target, messages), **sampling)
     else:
         drafter = load_drafter(folder, target)
-        ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
+        drafting = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
         if config.stream:
-            _stream(target, drafter, messages, {**ways, **options})
+            show_answer = partial(_show_answer, target, drafter, {**drafting, **sampling})
+            if messages:
+                show_answer(messages)
+            else:
+                _chat(show_answer)
             return
         token_ids = encode_chat(target, messages)
         if config.compile:
             print("compiling the decoding steps; dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
-            (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
+            (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **sampling)
         else:
-            generation = generate(target, drafter, token_ids, **ways, **options)
+            generation = generate(target, drafter, token_ids, **drafting, **sampling)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     _print_speed(generation)
     if folder is None:
-        own = command("respond", target=config.target, **{"prompts.path": "prompts.jsonl"})
-        first = command("demo") if config.target == Recipe().target else own
-        print("next:", first, "(the first step to a drafter, which makes this faster)", file=sys.stderr)
+        first_step = command("demo")  # it trains for the default target
+        if config.target != Recipe().target:
+            first_step = command("respond", target=config.target, **{"prompts.path": "prompts.jsonl"})
+        print("next:", first_step, "(the first step to a drafter, which makes this faster)", file=sys.stderr)
 
 
 def _print_speed(generation: "Generation") -> None:
     """Print on stderr, in one sentence, how long the answer was and how fast it came after its first token."""
+    sentence = count(len(generation.token_ids), "token")
     num_timed = generation.num_decode_tokens
-    speed = f" at {num_timed / max(generation.decode_seconds, 1e-9):.1f} tokens/s" if num_timed else ""
-    tau = f"; each pass of the target gave {generation.acceptance.tau:.2f} (tau)" if generation.accepted_lengths else ""
-    print(f"{count(len(generation.token_ids), 'token')}{speed}{tau}", file=sys.stderr)
+    if num_timed:  # more than the first one
+        sentence += f" at {num_timed / max(generation.decode_seconds, 1e-9):.1f} tokens/s"
+    if generation.accepted_lengths:
+        sentence += f"; each pass of the target gave {generation.acceptance.tau:.2f} (tau)"
+    print(sentence, file=sys.stderr)
 
 
-def _stream(target: "Target", drafter: "Drafter", messages: list[JsonObject], options: dict[str, Any]) -> None:
-    """Answer the messages, or without any the lines that the user types until the end of input.
-
-    Args:
-        target: it answers.
-        drafter: it proposes.
-        messages: of one prompt; none for a chat.
-        options: those of `dpace.decode.stream`.
-    """
-    if messages:
-        _show_answer(target, drafter, messages, options)
-        return
+def _chat(show_answer: Callable[[list[JsonObject]], str]) -> None:
+    """Answer the lines that the user types, until the end of input."""
+    messages: list[JsonObject] = []
     with contextlib.suppress(EOFError):
         while True:
             if line := input("> ").strip():
                 messages.append({"role": "user", "content": line})
-                answer = _show_answer(target, drafter, messages, options)
-                messages.append({"role": "assistant", "content": answer})
+                messages.append({"role": "assistant", "content": show_answer(messages)})
 
 
-def _show_answer(target: "Target", drafter: "Drafter", messages: list[JsonObject], options: dict[str, Any]) -> str:
-    """Print an answer while it is written, and on stderr how fast it came; return it."""
+def _show_answer(target: "Target", drafter: "Drafter", options: dict[str, Any], messages: list[JsonObject]) -> str:
+    """Print an answer while it is written, and on stderr how fast it came; return it.
+
+    Args:
+        target: it answers.
+        drafter: it proposes.
+        options: of `dpace.decode.stream`.
+        messages: the prompt, or the chat so far.
+    """
     from dpace.decode import Generation, stream
     from dpace.target.chat import encode_chat
 
-    timed: list[tuple[Step, float]] = []
+    steps: list[Step] = []
+    times: list[float] = []
     text = ""
 
-    def on_step(step: "Step") -> None:  # some give no text
-        timed.append((step, time.perf_counter()))
+    def on_step(step: "Step") -> None:  # some steps give no piece of text, so pieces cannot be counted
+        steps.append(step)
+        times.append(time.perf_counter())
 
     for piece in stream(target, drafter, encode_chat(target, messages), on_step=on_step, **options):
         text += piece
         print_text(piece, end="")
     print()
-    steps, times = zip(*timed, strict=True)
-    seconds = times[-1] - times[0]
+    seconds = times[-1] - times[0]  # from the first token on, as speeds are given everywhere
     _print_speed(Generation.from_steps(steps, drafter.block_size, prefill_seconds=0.0, decode_seconds=seconds))
     return text

@@ -28,7 +28,8 @@ def run(config: ImportConfig, given: Given) -> None:
     from dpace.target.locate import find_drafter, find_target
 
     source = find_drafter(config.source, "--source")
-    drafter = import_drafter(source, config.output, target=config.target and find_target(config.target))
+    target = find_target(config.target) if config.target else None
+    drafter = import_drafter(source, config.output, target=target)
     layers = ", ".join(map(str, drafter.target_layer_ids))
     print(f"blocks of {drafter.num_slots}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
     print(f"written: {config.output}")

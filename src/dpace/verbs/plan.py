@@ -24,7 +24,7 @@ class PlanConfig(Recipe):
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
     ranks: Count | None = None
-    """Processes that train together, one a GPU; by default those of this command."""
+    """Processes that train together, one a GPU; by default the processes of this command."""
     minutes: Positive | None = None
     """Minutes that training may take on this machine: the plan says how many steps end in them."""
 
@@ -43,7 +43,12 @@ def run(asked: PlanConfig, given: Given) -> None:
     check_recipe(recipe)
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
     print(*plan_lines(recipe, memory, init, asked.ranks, asked.minutes), sep="\n")
-    pairs = zip(["", *given.words], given.words, strict=False)
-    shared = [word for before, word in pairs if before not in OWN and not word.startswith(OWN)]
-    meta = read_meta(recipe.responses_path)
-    print("next:", command("train" if meta.get("complete") else "respond", *shared))
+    shared = []
+    previous = ""
+    for word in given.words:
+        # Neither the flag, with or without =, nor the value after it.
+        if not word.startswith(OWN) and previous not in OWN:
+            shared.append(word)
+        previous = word
+    is_answered = read_meta(recipe.responses_path).get("complete")
+    print("next:", command("train" if is_answered else "respond", *shared))

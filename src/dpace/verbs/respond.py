@@ -20,9 +20,10 @@ def run(recipe: Recipe, given: Given) -> None:
     config = recipe.respond
     path = recipe.responses_path
     parts = split_prompts(recipe.prompts)
-    prompts = [prompt for part in parts for prompt in part]
+    prompts = [*parts.train, *parts.validation, *parts.heldout]
 
     def check() -> list[str]:
+        """Refuse what can be refused without the target, and say what is to come."""
         check_meta(path, known_settings(config, thinking=recipe.thinking))
         if config.source == "own":
             for prompt in prompts:
@@ -33,13 +34,13 @@ def run(recipe: Recipe, given: Given) -> None:
         lines = ranks.from_first(check)
         target = load_chat(recipe) if config.server else load_target(recipe)
         note("\n".join(lines))
-        answered = sum(prompt.answer is not None for prompt in prompts)
-        if config.source == "target" and answered:
-            note(f"the answers of {count(answered, 'prompt')} left out: --respond.source own would train on them")
+        num_given = sum(prompt.answer is not None for prompt in prompts)
+        if config.source == "target" and num_given:
+            note(f"the answers of {count(num_given, 'prompt')} left out: --respond.source own would train on them")
         left_out = answer_prompts(target, prompts, path, config)
     if not ranks.end():
         return
-    for reason, number in left_out.items():
-        note(f"{count(number, 'prompt')} without an answer: {reason}")
+    for reason, num_left_out in left_out.items():
+        note(f"{count(num_left_out, 'prompt')} without an answer: {reason}")
     print_text(f"{count(len(prompts) - sum(left_out.values()), 'response')} in {path}")
     print_text(f"next: {command('train', *given.words)}")

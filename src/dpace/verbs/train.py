@@ -33,26 +33,27 @@ def run(recipe: Recipe, given: Given) -> None:
     run = Run(*start_from(recipe, given.names))
     check_trackers(recipe.train.report_to)
     answers = Answers(recipe, command("respond", *given.words))
-    datasets = choose_conversations(*answers.load(), run.recipe)
-    run.facts |= data_facts(*datasets)
+    dataset, validation = choose_conversations(*answers.load(), run.recipe)
+    run.facts |= data_facts(dataset, validation)
     folder = Path(recipe.output) / "drafter"
     refuse_foreign_files(folder, *FILES)
-    run.is_in(folder)  # refuses another one
+    run.is_in(folder)  # refuses another run, as far as it is known without the target
     place = find_target(recipe.target)
     config = find_target_files(place).config
-    plan = plan_recipe(run.recipe, known_lengths(datasets[0]), init=run.init, config=config)
+    plan = plan_recipe(run.recipe, known_lengths(dataset), init=run.init, config=config)
     note("\n".join(training_lines(plan, [folder])))
     target = load_target(recipe, place, shard=recipe.train.target_shard)
-    of_target = target_facts(target)
-    answers.refuse_others(of_target)
-    run.facts |= of_target
+    facts = target_facts(target)
+    answers.refuse_others(facts)
+    run.facts |= facts
+    # One rank alone cannot read with a target that is spread over all of them.
     if answers.meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
         note(
-            f"{greedy_share(target, datasets[0]):.0%} of the tokens of the given answers, in a sample, are the "
+            f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the "
             "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "
             "--respond.source own let the target answer"
         )
-    drafter = train(target, *datasets, run.recipe, folder, init=run.init, run=run)
+    drafter = train(target, dataset, validation, run.recipe, folder, init=run.init, run=run)
     note_untrained(drafter.spec.record.get("tau"))
     if ranks.end():
         print(f"drafter in {folder}")
