@@ -18,11 +18,12 @@ RECALLED_MATCHES = (6, 2)
 CONTEXT_TOKENS = 16
 """Largest number of tokens that are compared, the first of which may stand before an answer."""
 NUM_KINDS = MAX_MATCH + CONTEXT_TOKENS.bit_length()
-"""Number of kinds of matches, with that of none."""
+"""Number of kinds of matches, with the kind for no match."""
 INDEX_BYTES_PER_TOKEN = 4 + 2 * 4 * len(RECALLED_MATCHES)
 """Memory of a token of the answers: its id, and two places in the table for each length."""
 _HASH_FACTORS = np.random.default_rng(0).integers(2**62, size=CONTEXT_TOKENS) * 2 + 1
 """Random odd numbers, one for each token of a context."""
+_HASH_COLUMNS = np.array(RECALLED_MATCHES) - 1
 _PADDING = [0] * CONTEXT_TOKENS
 """Stands before a text, so that its first tokens have a whole context too."""
 
@@ -62,7 +63,7 @@ class PromptLookup:
         text = self.text
         outcomes = []
         for end in range(self._num_read, len(text)):
-            # Before this token's own place is indexed, which would match itself.
+            # Found before the tokens that end here are indexed, which would match themselves.
             match, start = self._find(end)
             outcomes.append((match, match > 0 and text[start] == text[end]))
             for length in range(1, min(MAX_MATCH, end) + 1):
@@ -121,8 +122,8 @@ class Recall:
         begin = self._end
         if begin + len(new) > len(self.tokens):
             begin = 0
-        self._end = begin + len(new)
-        self.tokens[begin : self._end] = new
+        self._end = end = begin + len(new)
+        self.tokens[begin:end] = new
         # (context, CONTEXT_TOKENS), without the last context, after which nothing stands
         contexts = np.lib.stride_tricks.sliding_window_view(new, CONTEXT_TOKENS)[:-1]
         # Of equal keys the last counts.
@@ -133,9 +134,8 @@ class Recall:
         # Sums from the last token on, so that column `length - 1` is a hash of the last `length` tokens. The products
         # overflow, and that is meant.
         hashes = np.cumsum(contexts[:, ::-1] * _HASH_FACTORS, axis=1)
-        columns = np.array(RECALLED_MATCHES) - 1
         # High bits depend on all tokens, the lowest ones hardly.
-        return (hashes[:, columns] >> 20) % len(self._context_starts)
+        return (hashes[:, _HASH_COLUMNS] >> 20) % len(self._context_starts)
 
     def propose(self, text: list[int], count: int) -> Copy:
         """Propose the `count` tokens that followed the longest match; nothing where the last two tokens are new."""

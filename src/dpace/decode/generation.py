@@ -1,7 +1,6 @@
 """A checked request, the text that grows from it step by step, and the finished response with its times."""
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -90,12 +89,14 @@ class Continuation:
             width: number of tokens that the target read.
             is_copied: whether they were copied, and not drafted.
         """
+        # One token more than was accepted: the target's own next one.
         emitted = list(token_ids[: min(accepted + 1, self.remaining)])
         emitted = emitted[: answer_end(emitted, self.stops)]
         accepted = min(accepted, len(emitted))
         self.token_ids += emitted
-        self.steps.append(Step(emitted, accepted, width, accepted if is_copied else 0))
-        return self.steps[-1]
+        step = Step(emitted, accepted, width, copied=accepted if is_copied else 0)
+        self.steps.append(step)
+        return step
 
 
 def make_continuation(
@@ -109,8 +110,8 @@ def make_continuation(
         ValueError: an empty prompt, a prompt that exceeds the target's context, or an option outside its range.
     """
     values: Any = dict(options)
-    stops = values.pop("stop_token_ids", None)
-    settings = asdict(SamplingConfig(**values))
+    stop_token_ids = values.pop("stop_token_ids", None)
+    settings = asdict(SamplingConfig(**values))  # which checks their ranges
     ids = torch.as_tensor(token_ids)
     prompt = ids.flatten().tolist()
     if not prompt or len(prompt) > ids.shape[-1]:
@@ -126,9 +127,10 @@ def make_continuation(
         )
     target.refuse_rotation(1, len(prompt), num_tokens)
     target.refresh_copies()
-    stops = target.stop_token_ids if stops is None else stops
+    if stop_token_ids is None:
+        stop_token_ids = target.stop_token_ids
     sampler = Sampler(**settings, device=target.device)
-    return Continuation(prompt, len(prompt), num_tokens - 1, set(stops), sampler)
+    return Continuation(prompt, len(prompt), num_tokens - 1, set(stop_token_ids), sampler)
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,13 @@ class Generation:
     def from_steps(
         cls, steps: Sequence[Step], block_size: int, *, prefill_seconds: float, decode_seconds: float
     ) -> "Generation":
-        """Put the steps of a response together, that of the prompt first; with block size 1 nothing was verified."""
+        """Put the steps of a response together, of which the first read the prompt; with block size 1 none verified."""
+        token_ids = []
+        for step in steps:
+            token_ids += step.token_ids
         verified = steps[1:] if block_size > 1 else []
         return cls(
-            [token for step in steps for token in step.token_ids],
+            token_ids,
             [step.accepted for step in verified],
             [len(step.token_ids) for step in verified],
             [step.width for step in verified],
@@ -176,8 +181,9 @@ class Generation:
     @property
     def acceptance(self) -> Acceptance:
         """Statistics of the verifications."""
-        without_bonus = sum(a == e for a, e in zip(self.accepted_lengths, self.emitted_lengths, strict=True))
-        return Acceptance.from_lengths(self.accepted_lengths, self.block_size, without_bonus)
+        lengths = zip(self.accepted_lengths, self.emitted_lengths, strict=True)
+        num_without_bonus = sum(accepted == emitted for accepted, emitted in lengths)
+        return Acceptance.from_lengths(self.accepted_lengths, self.block_size, num_without_bonus)
 
 
 def read_clock(device: torch.device) -> float:
@@ -189,10 +195,11 @@ def read_clock(device: torch.device) -> float:
 def collect(
     texts: Sequence[Continuation], steps: Iterator[object], block_size: int, device: torch.device
 ) -> list[Generation]:
-    """Run all steps of texts, the first of which reads their prompts; the seconds of each are those of all."""
+    """Run all steps of texts, the first of which reads their prompts; each text gets the seconds of all together."""
     started = read_clock(device)
     next(steps)
-    first = read_clock(device)
-    deque(steps, maxlen=0)
-    times = {"prefill_seconds": first - started, "decode_seconds": read_clock(device) - first}
+    prefill_ended = read_clock(device)
+    for _ in steps:  # a step adds its tokens to the texts
+        pass
+    times = {"prefill_seconds": prefill_ended - started, "decode_seconds": read_clock(device) - prefill_ended}
     return [Generation.from_steps(text.steps, block_size, **times) for text in texts]

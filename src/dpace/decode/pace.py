@@ -26,6 +26,8 @@ from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Number of tokens before the timed steps."""
+TIMED_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Widths that are timed, as far as a block goes."""
 NUM_ROUNDS = 5
 """Number of times that each step is timed."""
 EXPLORATION = 0.01
@@ -36,11 +38,11 @@ too often, since a draft that seems faster than it is gets chosen more than one 
 SPAN = 40
 """Number of last values that a running mean is of."""
 COST_RATE = 0.1
-"""Share of a step's error by which its cost is corrected; those of others, by half as much or less."""
+"""Share of a step's error by which its cost is corrected; costs of others are corrected by half as much or less."""
 MAX_COST_ERROR = 0.3
 """Largest error of a step's logarithm that counts, so that a disturbed step counts little more than others."""
 FORGETTING = 0.0003
-"""Share by which a step brings all costs, over that of a plain step, back to what was measured at first."""
+"""Share by which a step brings all costs, relative to a plain step, back to what was measured at first."""
 LEAST_POWER = 0.25
 """Least power of confidences: a drafter that is too modest is trusted as if each one stood for four, at most."""
 PRIOR_GAIN = 1.2
@@ -70,11 +72,12 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
 
     Args:
         target: timed while it reads 1 to `block_size` tokens.
-        drafter: timed while it drafts a block, behind a few tokens and behind all.
+        drafter: timed while it drafts a block, after reading a few tokens and after reading all.
         is_sampled: tokens are drawn, which takes longer than choosing the most likely ones.
     """
     size = drafter.block_size
-    widths = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, size}) if width <= size]
+    widths = [width for width in TIMED_WIDTHS if width < size]
+    widths.append(size)
     sampler = Sampler(float(is_sampled), seed=0, device=target.device)
     filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
     text = TextCache(target.config, filler.shape[1] + size)
@@ -83,25 +86,29 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
     rows = PackedRows(target, drafter.vocabulary)
 
     def verify(width: int) -> None:
-        """Verify a number of tokens behind the filler."""
+        """Verify a number of tokens after the filler."""
         logits = target.logits(target.hidden(filler[:, :width], text)[0])
-        sampler.draw(sampler.scores(logits, []), 0).tolist()
+        sampler.draw(sampler.scores(logits, []), 0).tolist()  # waits for the device
         text.crop(-width)
 
-    def draft(read: Tensor) -> None:
+    def draft(unread: Tensor) -> None:
         """Read features and draft a block."""
-        drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
+        drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
         hidden = to_predicted(drafted.hidden, drafter.first_slot)
-        found = drafter.selector.propose(rows, hidden, filler[:, 0], lambda: drafted.context[:, -1], size)
-        drafter.confidences(found.scores[0]).tolist()  # waits for the device, as drawing does
+        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], lambda: drafted.context[:, -1], size)
+        drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
 
     steps = [partial(verify, width) for width in widths]
     steps += [partial(draft, features[:, :4]), partial(draft, features)]
-    rounds = [[timeit.timeit(step, number=1) for step in steps] for _ in range(NUM_ROUNDS + 1)]
+    rounds = []
+    for _ in range(NUM_ROUNDS + 1):
+        rounds.append([timeit.timeit(step, number=1) for step in steps])
     *passes, short_draft, long_draft = np.min(rounds[1:], axis=0).tolist()
     verify_seconds = np.interp(range(1, size + 1), widths, passes)
+    # From the widest to the narrowest, the least so far: noise never makes a narrow pass look slower than a wide one.
     verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
-    return StepCosts(verify_seconds.tolist(), short_draft, max(0.0, long_draft - short_draft) / FILLER_TOKENS)
+    read_seconds = max(0.0, long_draft - short_draft) / FILLER_TOKENS
+    return StepCosts(verify_seconds.tolist(), short_draft, read_seconds)
 
 
 class Plan(NamedTuple):
@@ -112,7 +119,7 @@ class Plan(NamedTuple):
     copy: Copy = Copy()
     """The copy that promises most."""
     width: int = 1
-    """Number of tokens to verify: the last of the text, then those of `copy` or, once it is made, of the draft."""
+    """Number of tokens to verify: the last of the text, then tokens of `copy` or, once it is made, of the draft."""
     copies: Sequence[Copy] = ()
     """All copies that were found."""
     num_unread: int = 0
@@ -151,9 +158,10 @@ def best_width(reach: Sequence[float], seconds: Sequence[float]) -> tuple[int, f
     Returns:
         The width, 1 (none of them) to `len(reach) + 1`, and the expected number of emitted tokens.
     """
+    # A step of width 1 emits the target's own next token, and each further token adds its chance.
     emitted = list(itertools.accumulate(reach, initial=1.0))
     rates = [count / cost for count, cost in zip(emitted, seconds, strict=False)]
-    best = max(range(len(rates)), key=rates.__getitem__)
+    best = rates.index(max(rates))
     return best + 1, emitted[best]
 
 
@@ -163,9 +171,9 @@ class Pace:
     It aims at the most tokens per second. The width maximizes
     `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])`, with `c` the drafter's
     calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
-    Each is taken to the power of what they promised over what was accepted so far: those of a drafter that is too sure
-    become smaller, and those of one that is too modest become larger. Costs follow the seconds of real steps: an
-    error corrects a step's own cost most, and others by how near their widths are.
+    To calibrate them, each is taken to the power of what confidences promised over what was accepted so far. They
+    become smaller where a drafter is too sure, and larger where it is too modest. Costs follow the seconds of real
+    steps: an error corrects a step's own cost most, and others by how near their widths are.
 
     Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
     means have, for each kind of match before a step, how often a first and a further copied token are right, and what
@@ -180,18 +188,23 @@ class Pace:
 
     def __init__(self, costs: StepCosts):
         self.costs = costs
-        self.drift = np.zeros(len(costs.verify_seconds) + 1)  # logarithms over `costs`: of drafts, then of each width
+        # Logarithms of the costs of now over `costs`: of drafts, then of each width.
+        self.drift = np.zeros(len(costs.verify_seconds) + 1)
         self._apply_drift()
+        # For each kind of match: how often a first copied token is right, and how often a further one.
         self.copies_right = [(Mean(0.4, 2), Mean(0.6, 2)) for _ in range(NUM_KINDS)]
-        whole = costs.draft_seconds + costs.verify_seconds[-1]
-        prior = [PRIOR_GAIN * whole / costs.verify_seconds[0], PRIOR_GAIN * whole, whole]
+        whole_seconds = costs.draft_seconds + costs.verify_seconds[-1]
+        # Of drafts: emitted tokens, seconds that the same tokens would have taken otherwise, and seconds.
+        prior = [PRIOR_GAIN * whole_seconds / costs.verify_seconds[0], PRIOR_GAIN * whole_seconds, whole_seconds]
         self.drafts = Mean(np.array(prior), 3)
+        # The same by the kind of match that a copy had where the draft was made.
         self.drafts_at = [Mean(np.zeros(3), 0) for _ in range(NUM_KINDS)]
-        self.promised_and_kept = Mean(np.ones(2), 1)
+        # Draft tokens: how many the confidences promised, and how many were accepted.
+        self.promised_and_accepted = Mean(np.ones(2), 1)
         self.credit = 0.0  # seconds that may be lost
 
     def _apply_drift(self) -> None:
-        """Bring the costs that are chosen by to those of now, in seconds of when a plain step was measured."""
+        """Update the costs that steps are chosen by: relative to a plain step, in the seconds first measured for it."""
         factors = np.exp(self.drift - self.drift[1])
         self.draft_factor = float(factors[0])
         self.pass_seconds = (self.costs.verify_seconds * factors[1:]).tolist()
@@ -204,19 +217,30 @@ class Pace:
             num_unread: number of tokens that the drafter would read first.
             can_draft: False chooses between copies and a plain step only.
         """
-        choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
-        copy, width, emitted = max(choices, key=lambda c: (c[2] / self.pass_seconds[c[1] - 1], c[0].match))
+        copy = Copy()  # at first none: a plain step
+        width = 1
+        emitted = 1.0
+        rate = emitted / self.pass_seconds[0]
+        for other in copies:
+            other_width, other_emitted = self._choose_copy(other.match, len(other.token_ids))
+            other_rate = other_emitted / self.pass_seconds[other_width - 1]
+            # The kind of match also counts where nothing is copied: drafts are remembered by it.
+            if (other_rate, other.match) > (rate, copy.match):
+                copy, width, emitted, rate = other, other_width, other_emitted, other_rate
         plan = Plan(False, copy, width, copies, num_unread)
         if not can_draft:
             return plan
         copy_seconds = self.pass_seconds[width - 1]
-        here = self.drafts_at[copy.match]
-        drafts = (here.weight * here.value + self.drafts.value) / (here.weight + 1)
-        tokens, otherwise, seconds = drafts.tolist()
-        loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, otherwise)
+        drafts_here = self.drafts_at[copy.match]
+        # What all drafts gave stands for one more draft after this kind of match.
+        expected = (drafts_here.weight * drafts_here.value + self.drafts.value) / (drafts_here.weight + 1)
+        tokens, seconds_otherwise, seconds = expected.tolist()
+        # Against the faster of two ways to the same tokens: the best copy again and again, or what was there instead.
+        loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, seconds_otherwise)
         is_trial = loss > -MARGIN * seconds
         if is_trial:
             price = max(0.0, loss) + num_unread * self.costs.read_seconds
+            # Credit is saved up to the price of one trial, or a plain step, so that it never pays for many at once.
             self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
             if self.credit < price:
                 return plan
@@ -234,11 +258,14 @@ class Pace:
 
     def choose_width(self, plan: Plan, confidences: Sequence[float]) -> Plan:
         """Choose the number of tokens to verify of a draft with these confidences."""
+        # The chance that a slot and all before it are accepted is the product of their confidences.
         reach = list(itertools.accumulate(confidences, operator.mul))
-        promised, kept = self.promised_and_kept.value.tolist()
-        power = max(LEAST_POWER, promised / kept)
-        draft = self.draft_factor * self.costs.draft_seconds
-        width, _ = best_width([chance**power for chance in reach], [draft + cost for cost in self.pass_seconds])
+        promised, accepted = self.promised_and_accepted.value.tolist()
+        power = max(LEAST_POWER, promised / accepted)
+        calibrated = [chance**power for chance in reach]
+        draft_seconds = self.draft_factor * self.costs.draft_seconds
+        step_seconds = [draft_seconds + pass_seconds for pass_seconds in self.pass_seconds]
+        width, _ = best_width(calibrated, step_seconds)
         width = max(width, 1 + plan.is_trial)  # a draft that is not verified teaches nothing
         return plan._replace(width=width, promised=sum(reach[: width - 1]))
 
@@ -264,35 +291,40 @@ class Pace:
         cost = self.costs.verify_seconds[plan.width - 1]
         if plan.is_drafted:
             cost += self.costs.draft_seconds + self.costs.read_seconds * plan.num_unread
-            self.promised_and_kept.add(np.array([plan.promised, accepted]))
-            plain = self.pass_seconds[0]
-            otherwise = sum(self._copy_seconds(match) if is_right else plain for match, is_right in lookups)
-            for drafts in (self.drafts, self.drafts_at[plan.copy.match]):
-                drafts.add(np.array([accepted + 1.0, otherwise, cost]))
+            self.promised_and_accepted.add(np.array([plan.promised, accepted]))
+            seconds_otherwise = sum(self._seconds_without_draft(match, is_right) for match, is_right in lookups)
+            outcome = np.array([accepted + 1.0, seconds_otherwise, cost])
+            self.drafts.add(outcome)
+            self.drafts_at[plan.copy.match].add(outcome)
         for match, copied in plan.copies:
-            for k, (proposed, token) in enumerate(zip(copied, token_ids, strict=False)):
-                self.copies_right[match][min(k, 1)].add(proposed == token)
+            # Every copy that was found is compared with the text, whether it was verified or not.
+            for place, (proposed, token) in enumerate(zip(copied, token_ids, strict=False)):
+                self.copies_right[match][min(place, 1)].add(proposed == token)
                 if proposed != token:
                     break
         self._learn_seconds(plan, seconds / cost)
 
-    def _copy_seconds(self, match: int) -> float:
-        """Estimate the seconds of a token that could be copied: its share of the step that copies it with others."""
+    def _seconds_without_draft(self, match: int, is_right: bool) -> float:
+        """Estimate the seconds of a token: its share of the step that copies it with others, or a plain step."""
+        if not is_right:
+            return self.pass_seconds[0]
         width, emitted = self._choose_copy(match, len(self.pass_seconds) - 1)
         return self.pass_seconds[width - 1] / emitted
 
     def _learn_seconds(self, plan: Plan, ratio: float) -> None:
-        """Learn from the seconds of a step over those of `costs`.
+        """Learn from the seconds of a step, over the seconds that `costs` has for it.
 
-        Others learn as much as their widths are near; steps without a draft half from those with one, and the reverse.
+        The costs of other widths are corrected too, the more the nearer they are. A step without a draft corrects the
+        cost of drafts half as much, and a draft the costs of such steps.
         """
-        kind = 0 if plan.is_drafted else plan.width
-        error = min(max(math.log(ratio) - self.drift[kind], -MAX_COST_ERROR), MAX_COST_ERROR)
+        place = 0 if plan.is_drafted else plan.width  # in `drift`
+        error = min(max(math.log(ratio) - self.drift[place], -MAX_COST_ERROR), MAX_COST_ERROR)
         widths = np.arange(len(self.drift))
-        is_other = (widths == 0) != plan.is_drafted
-        widths[0] = plan.width
-        rates = COST_RATE / 2 * np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / (1 + is_other)
-        rates[kind] = COST_RATE
+        is_other_kind = (widths == 0) != plan.is_drafted
+        widths[0] = plan.width  # the cost of drafts has no width, and is as near as can be
+        rates = COST_RATE / 2 * np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / (1 + is_other_kind)
+        rates[place] = COST_RATE
+        # Forgetting pulls all costs back to the first measurement, so that none stays wrong for lack of steps.
         self.drift += rates * error - FORGETTING * (self.drift - self.drift[1])
         self._apply_drift()
 
@@ -305,8 +337,8 @@ class Paces:
     every text stays the target's, and what is learned in the same moment may be lost.
 
     Args:
-        recall_mib: MiB of memory of the answers given with each drafter, see `Recall`; it starts from those that the
-            drafter was trained on, and 0 keeps none.
+        recall_mib: MiB of memory of the answers given with each drafter, see `Recall`; it starts from the answers
+            that the drafter was trained on, and 0 keeps none.
     """
 
     def __init__(self, recall_mib: float = 0.0):

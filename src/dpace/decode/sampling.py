@@ -83,7 +83,7 @@ class Sampler:
         return self.filters(None, logits.float())
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
-        """Compute the distribution of each row; at temperature 0, it has its most likely token alone."""
+        """Compute the distribution of each row; at temperature 0 all probability is on the most likely token."""
         if self.temperature == 0:
             return torch.nn.functional.one_hot(argmax(scores), scores.shape[-1]).float()
         return torch.softmax(scores, dim=-1)
@@ -158,7 +158,7 @@ def verify_sampled(
     drawn = torch.rand(len(tokens), generator=sampler.generator, device=device)
     # The product is 1 up to the first rejected token, and 0 from there on.
     accepted = int((drawn < acceptance_probs).cumprod(0).sum())
-    # Row `accepted` follows the accepted tokens: of the rejected one, or of the token after the whole draft.
+    # The row after the accepted tokens: it is for the rejected token, or for the one after the whole draft.
     next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
         excess = (next_probs - draft_probs[accepted]).clamp_min(0)
