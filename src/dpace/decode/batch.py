@@ -4,7 +4,9 @@
 `Decoder` decodes one or several prompts at a time, and keeps what later calls can use.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Unpack
 
 import torch
@@ -53,8 +55,10 @@ def batch_fault(target: Target, lengths: Sequence[tuple[int, int]] = ()) -> str:
             f"{target.config.model_type} has layers that are not full attention; a batch needs full attention in all "
             "layers: decode one prompt at a time with `generate`"
         )
-    faults = (target.rotation_fault(len(lengths), num_prompt, num_tokens) for num_prompt, num_tokens in lengths)
-    return next(filter(None, faults), "")
+    for num_prompt, num_tokens in lengths:
+        if fault := target.rotation_fault(len(lengths), num_prompt, num_tokens):
+            return fault
+    return ""
 
 
 def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[RaggedCache]:
@@ -64,12 +68,7 @@ def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[
 
     Returns:
         The target's, then the drafter's where there is one.
-
-    Raises:
-        ValueError: see `batch_fault`.
     """
-    if fault := batch_fault(target):
-        raise ValueError(fault)
     caches = [RaggedCache(target.config, capacity, target.model.dtype)]
     if drafter is not None:
         caches.append(RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches))
@@ -81,8 +80,8 @@ class Batch:
 
     Without a drafter a block is a token. Steps read as few columns of the caches as they can, and rows that are done
     leave. Compiled steps have fixed shapes instead: whole blocks, all columns, and rows that are done stay to the end.
-    A step is one graph: drafting, its head, verification, its head and, at temperature 0, the target's tokens. Above,
-    they are drawn behind the graph.
+    A step is one graph: drafting, its head, verification, its head and, at temperature 0, the target's tokens. Above
+    temperature 0 they are drawn after the graph.
 
     Args:
         target: verifies; all its layers have full attention.
@@ -91,7 +90,7 @@ class Batch:
         kept_caches: of `make_caches` for the longest text: steps are compiled, and graphs refer to them.
 
     Raises:
-        ValueError: a drafter for another target; or see `batch_fault`.
+        ValueError: a drafter for another target, or what `batch_fault` finds.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class Batch:
         rows: Sequence[Continuation],
         kept_caches: Sequence[RaggedCache] | None = None,
     ):
-        capacity = 1 + max(row.limit for row in rows)
         if fault := batch_fault(target, [(row.num_prompt, row.limit + 1) for row in rows]):
             raise ValueError(fault)
         vocabulary = None
@@ -116,12 +114,13 @@ class Batch:
         self.target = target
         self.drafter = drafter
         self.rows = list(rows)
-        self.caches = kept_caches or make_caches(target, drafter, capacity)
+        self.caches = kept_caches or make_caches(target, drafter, 1 + max(row.limit for row in rows))
         self.is_compiled = kept_caches is not None
         self.is_greedy = all(row.sampler.temperature == 0 and not row.sampler.processors for row in rows)
         if self.is_compiled and vocabulary is not None and vocabulary.head is None:
             vocabulary = None  # the number of choices would differ from prompt to prompt
-        self.draft_rows = PackedRows(target, vocabulary, (token for row in rows for token in row.token_ids))
+        prompt_tokens = chain.from_iterable(row.token_ids for row in rows)
+        self.draft_rows = PackedRows(target, vocabulary, prompt_tokens)
         self.compiled: Any = None
 
     @torch.inference_mode()
@@ -136,10 +135,11 @@ class Batch:
         """Read the prompts, each shared beginning once, emit the first tokens, and drop the rows that are done."""
         prompts = [row.token_ids for row in self.rows]
         hidden, features = read_texts(self.target, prompts, self.caches[0], self.layer_ids)
+        # The drafter also reads the padding after shorter prompts. No slot sees it, and later tokens overwrite it.
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
-        self.read = [features, positions]
-        choices = self.target.logits(hidden).split(1)
-        drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, choices, strict=True)])
+        self.unread = [features, positions]
+        row_logits = self.target.logits(hidden).split(1)
+        drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, row_logits, strict=True)])
         for row, token in zip(self.rows, drawn.tolist(), strict=True):
             row.take(0, [token], width=0)
         self.drop_done()
@@ -149,29 +149,33 @@ class Batch:
         width = self.block_size
         if not self.is_compiled:
             if self.drafter is not None:
+                # The slots have the first columns, and then come the tokens before the anchors.
                 self.caches[1].end = width + max(row.start for row in self.rows)
                 width = min(width, 1 + max(row.remaining for row in self.rows))
+            # Up to the last slot of the longest text, at most to its limit, as `verify_step` places them.
             self.caches[0].end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
+        # One transfer to the device, (batch, 3), for the first three fields of the state.
         ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
-        state = State(*torch.tensor(ends, device=self.target.device).split(1, dim=1), *self.read)
+        state = State(*torch.tensor(ends, device=self.target.device).split(1, dim=1), *self.unread)
         draft_and_verify = self.compiled or self.draft_and_verify
-        blocks, drawn, self.read = draft_and_verify(state, width)
+        blocks, drawn, self.unread = draft_and_verify(state, width)
         if self.is_compiled:
             # A CUDA graph writes its results to the same place each time, and frees them before it runs again.
-            self.read = [tensor.clone() for tensor in self.read]
+            self.unread = [tensor.clone() for tensor in self.unread]
             # Only now, because the first step reads prompts, of any length, and makes the drafter's cache.
             self.compiled = self.compiled or torch.compile(self.draft_and_verify, mode="reduce-overhead", dynamic=False)
         if not self.is_greedy:
             drawn = torch.stack([row.draw(logits) for row, logits in zip(self.rows, drawn, strict=True)])
-        both = torch.stack([blocks, drawn], dim=1).tolist()  # the only wait for the device
-        for row, (block, tokens) in zip(self.rows, both, strict=True):
-            if not row.is_done:
+        # (batch, 2, width): the only wait for the device
+        token_ids = torch.stack([blocks, drawn], dim=1).tolist()
+        for row, (block, target_tokens) in zip(self.rows, token_ids, strict=True):
+            if not row.is_done:  # rows that are done stay where steps are compiled
                 draft = block[1 : row.remaining + 1]
-                row.take(verify_draft(draft, tokens), tokens, width=len(draft) + 1)
+                row.take(verify_draft(draft, target_tokens), target_tokens, width=len(draft) + 1)
         self.drop_done()
 
     def draft_and_verify(self, state: State, width: int) -> tuple[Int[Tensor, "batch width"], Tensor, Sequence[Tensor]]:
-        """Draft a block behind each text, and let the target verify it.
+        """Draft a block after each text, and let the target verify it.
 
         Args:
             state: where the texts end, and what the drafter reads.
@@ -184,20 +188,21 @@ class Batch:
         blocks = state.last_ids
         if self.drafter is not None:
             blocks, _ = draft_step(self.drafter, self.draft_rows, self.caches[1], state, width)
-        logits, *read = verify_step(self.target, self.caches[0], self.layer_ids, blocks, state.starts, state.limits)
-        drawn = argmax(logits.float()) if self.is_greedy else logits  # in fp32 several times faster than in bf16
-        return blocks, drawn, read
+        logits, *unread = verify_step(self.target, self.caches[0], self.layer_ids, blocks, state.starts, state.limits)
+        if self.is_greedy:
+            return blocks, argmax(logits.float()), unread  # in fp32 several times faster than in bf16
+        return blocks, logits, unread
 
     def drop_done(self) -> None:
         """Drop the rows that are done, here and in the caches; compiled steps end when all are."""
-        kept = fill_places([not row.is_done for row in self.rows])
-        if len(kept) == len(self.rows) or (kept and self.is_compiled):
+        open_rows = fill_places([not row.is_done for row in self.rows])
+        if len(open_rows) == len(self.rows) or (open_rows and self.is_compiled):
             return
-        self.rows = [self.rows[index] for index in kept]
+        self.rows = [self.rows[number] for number in open_rows]
         if self.rows:
-            self.read = [tensor[kept] for tensor in self.read]
+            self.unread = [tensor[open_rows] for tensor in self.unread]
             for cache in self.caches:
-                cache.keep_rows(kept)
+                cache.keep_rows(open_rows)
 
 
 class Decoder:
@@ -212,8 +217,8 @@ class Decoder:
     Args:
         target: the model whose text is kept.
         drafter: trained for this target; None decodes plainly.
-        width: see `generate`; compiled steps verify whole blocks.
-        compile: see `generate_batch`.
+        width: verification length of single prompts, as in `generate`; compiled steps verify whole blocks.
+        compile: compile the steps, as in `generate_batch`, and keep what was compiled.
         max_length: with `compile`, tokens of the longest prompt and response. Longer ones compile the steps again; by
             default that happens whenever a text is longer than all before.
         recall_mib: MiB of memory of answers, which single prompts with width `auto` copy from and are added to; 0 keeps
@@ -252,14 +257,15 @@ class Decoder:
         seed = options.get("seed")
         rows = []
         for number, token_ids in enumerate(prompts):
-            own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
-            rows.append(make_continuation(self.target, token_ids, **own))
+            if seed is not None:
+                options["seed"] = seed + number
+            rows.append(make_continuation(self.target, token_ids, **options))
         if not rows:
             return []
         caches = None
         if self.compile:
             self.make_room(1 + max(row.limit for row in rows))
-            # Those that are made have no memory until something is read.
+            # Caches have no memory until something is read: where old ones are found, the new ones cost nothing.
             caches = self._caches.setdefault(len(rows), make_caches(self.target, self.drafter, self.columns))
         batch = Batch(self.target, self.drafter, rows, caches)
         try:
@@ -271,7 +277,7 @@ class Decoder:
     def make_room(self, num_tokens: int) -> None:
         """Let the caches of compiled steps have room for texts of this length, and keep none that have not."""
         if num_tokens > self.columns:
-            self.columns = -(-num_tokens // COMPILED_COLUMNS) * COMPILED_COLUMNS
+            self.columns = math.ceil(num_tokens / COMPILED_COLUMNS) * COMPILED_COLUMNS
             self._caches.clear()
 
 
@@ -287,8 +293,8 @@ def generate_batch(
 
     Each step drafts a block for every row and verifies the whole blocks (`width="full"`, `verify_rule="equality"` of
     `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text
-    and accepted lengths are those of `generate`, above temperature 0 with the row's own seed; with a draft vocabulary,
-    tokens of other prompts may be drafted too. In low precision, rounding depends on the size of the batch.
+    and accepted lengths are as `generate` gives them, above temperature 0 with the row's own seed. With a draft
+    vocabulary, tokens of other prompts may be drafted too. In low precision, rounding depends on the size of the batch.
 
     Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits
     of one block a row.
@@ -299,10 +305,10 @@ def generate_batch(
         prompts: decoded all at once; memory limits their number.
         compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call
             takes a minute or more. For further calls take a `Decoder`, which keeps the caches that graphs refer to.
-        options: see `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
+        options: `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
 
     Returns:
-        One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
+        One `Generation` a prompt, in order. Each has the seconds of the whole batch: do not add them up.
 
     Raises:
         ValueError: as `generate`; also a layer without full attention, an attention implementation that accepts no 4-D

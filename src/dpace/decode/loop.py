@@ -7,6 +7,7 @@ plan, draft, verify, emit. `steps` has what the models compute in a step.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Unpack, get_args
 
 import torch
@@ -58,11 +59,11 @@ def generate(
             the draft and accepts by speculative sampling. Both are the same at temperature 0.
         paces: measurements, experience and answers of earlier calls with width `auto`; without it each call measures
             the machine again.
-        options: see `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up
-            to rounding.
+        options: `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up to
+            rounding.
 
     Returns:
-        See `Generation`.
+        The response with its verifications and times.
 
     Raises:
         ValueError: an empty or over-long prompt, an option outside its range, or a drafter for another target.
@@ -90,9 +91,11 @@ def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
     """Yield one token a step, decoded by the target alone."""
     cache = TextCache(target.config, text.limit + 1)
     inputs = torch.tensor([text.token_ids], device=target.device)
-    width = 0
+    width = 0  # of the step that reads the prompt
     while not text.is_done:
-        inputs = text.draw(target.logits(target.hidden(inputs, cache)[0, -1:]))[None]
+        hidden = target.hidden(inputs, cache)
+        # (1, 1): the token stays on the device, where the next step reads it.
+        inputs = text.draw(target.logits(hidden[0, -1:]))[None]
         yield text.take(0, inputs[0].tolist(), width=width)
         width = 1
 
@@ -147,8 +150,10 @@ class Speculation:
         vocabulary = drafter.vocabulary
         is_part = vocabulary is not None and len(vocabulary.token_ids) < len(target.head.weight)
         if is_part and self.samples_draft and text.sampler.processors:
-            vocabulary = None  # processors may allow only tokens outside of it, and then no draft could be drawn
+            # Processors may allow only tokens outside of the vocabulary, and then no draft could be drawn.
+            vocabulary = None
         self.draft_rows = PackedRows(target, vocabulary, text.token_ids)
+        # The text ends at position `limit`; after it there is room for the slots of a block.
         capacity = text.limit + 1 + size
         self.cache = TextCache(target.config, capacity)
         self.cache.activate_past_recording()
@@ -184,25 +189,24 @@ class Speculation:
         text = self.text
         plan = self.plan()
         copied = plan.copy.token_ids[: plan.width - 1]
+        # One transfer to the device: the position of the last token, then this token and the copied ones.
         row = torch.tensor([[text.start, text.token_ids[-1], *copied]], device=self.target.device)
         starts, block = row.tensor_split([1], dim=1)
         draft_probs = None
         if plan.is_drafted:
             plan, block, draft_probs = self.draft(plan, block, starts)
         width = block.shape[1]
-        can_rewind = self.target.cache_ability == "rewind" and width > 1
-        states = self.cache.recurrent_states() if can_rewind else []
+        recurrent_states = []
+        if self.target.cache_ability == "rewind" and width > 1:
+            recurrent_states = self.cache.recurrent_states()
         (logits,), features, _ = verify_step(self.target, self.cache, self.layer_ids, block, starts, self.limits)
         accepted, token_ids = self.accept(block[0, 1:], logits, draft_probs)
         step = text.take(accepted, token_ids, width=width, is_copied=not plan.is_drafted)
+        # Of the tokens that were read, as many stay as were emitted: the last emitted token is read in the next step.
         num_kept = len(step.token_ids)
-        num_rejected = width - num_kept
         self.unread.append(features[:, :num_kept])
-        if states and num_rejected and not text.is_done:
-            self.cache.rewind(states, width)
-            self.target.hidden(block[:, :num_kept], self.cache)
-            num_rejected = 0
-        self.cache.crop(-num_rejected)
+        if not text.is_done:
+            self.cache.take_back(self.target, block, num_kept, recurrent_states)
         if self.pace is not None:
             seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
             self.pace.learn(plan, step.token_ids, step.accepted, seconds=seconds, lookups=self.lookup.read())
@@ -212,6 +216,7 @@ class Speculation:
         """Choose between a draft, a copy of the tokens that followed the last ones before, and a plain step."""
         if self.pace is None:
             return Plan(is_drafted=True)
+        # The target adds a token of its own to those that are copied.
         count = min(self.drafter.block_size, self.text.remaining) - 1
         copies = [self.lookup.propose(count)]
         if self.recall:
@@ -229,8 +234,11 @@ class Speculation:
             from, None where they are not draws.
         """
         start = self.text.start
-        features = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
+        features = self.unread[0]
+        if len(self.unread) > 1:  # since the last draft there were steps without one
+            features = torch.cat(self.unread, dim=1)
         features = features[:, -self.drafter.num_context :]  # no layer sees what is before
+        # The features are of the last tokens before the anchor.
         positions = torch.arange(start - features.shape[1], start, device=features.device)[None]
         state = State(last_ids, starts, self.limits, features, positions)
         width = min(self.text.remaining + 1, self.max_width)
@@ -243,6 +251,7 @@ class Speculation:
         num_draft = block.shape[1] - 1
         if not self.samples_draft or not num_draft:
             return plan, block, None
+        # Only now, because the width has been chosen from the best tokens: it must not depend on what is drawn.
         selector = self.drafter.selector
         tokens, probs = selector.draw(draft, num_draft, self.draft_rows, self.text.token_ids, self.text.sampler)
         return plan, torch.cat([last_ids, tokens[None]], dim=1), probs
@@ -265,9 +274,11 @@ class Speculation:
             accepted, next_token = verify_sampled(draft, draft_probs, target_probs, text.sampler)
             return accepted, [*draft[:accepted], next_token]
         drawn = text.draw(logits, proposed.tolist() if text.sampler.processors else ())
-        both = torch.cat([proposed, drawn]).tolist()  # one wait for the device, beside the pace's
-        own = both[len(proposed) :]
-        return verify_draft(both[: len(proposed)], own), own
+        # Proposed and drawn tokens come in one copy, because each copy waits for the device.
+        token_ids = torch.cat([proposed, drawn]).tolist()
+        draft = token_ids[: len(proposed)]
+        target_tokens = token_ids[len(proposed) :]
+        return verify_draft(draft, target_tokens), target_tokens
 
 
 def stream(
@@ -305,18 +316,20 @@ class TextPieces:
     def __init__(self, tokenizer: Any):
         self.decode = partial(tokenizer.decode, skip_special_tokens=True)
         self.token_ids: list[int] = []
-        self.first = 0
+        # Tokens from `start` on are decoded again. The text of the first `num_shown` tokens is out.
+        self.start = 0
         self.num_shown = 0
 
     def add(self, token_ids: Sequence[int], *, is_last: bool = False) -> str:
         """Add tokens and return the text that they add; empty while a character is not whole."""
         self.token_ids += token_ids
-        text = self.decode(self.token_ids[self.first :])
-        if text.endswith("\ufffd") and not is_last:
+        text = self.decode(self.token_ids[self.start :])
+        if text.endswith("\ufffd") and not is_last:  # which stands for a character whose bytes are not whole
             return ""
-        piece = text[len(self.decode(self.token_ids[self.first : self.num_shown])) :]
+        shown = self.decode(self.token_ids[self.start : self.num_shown])
+        piece = text[len(shown) :]
         if piece:  # tokens without text do not keep the space that the next ones begin with
-            self.first = self.num_shown
+            self.start = self.num_shown
         self.num_shown = len(self.token_ids)
         return piece
 
@@ -367,9 +380,10 @@ def custom_generate(
             "guidance_scale": generation_config.guidance_scale not in (None, 1),
             "SynthID's watermark, which counts its calls": hasattr(generation_config.watermarking_config, "ngram_len"),
         }
-        if found := [name for name, is_asked in refused.items() if is_asked]:
+        asked = [feature for feature, is_asked in refused.items() if is_asked]
+        if asked:
             raise ValueError(
-                f"the call has {', '.join(found)}; a drafter decodes the tokens of one prompt for its target, and "
+                f"the call has {', '.join(asked)}; a drafter decodes the tokens of one prompt for its target, and "
                 "returns tokens: leave this out, or the drafter, and for several prompts call dpace.generate_batch"
             )
         prompt = input_ids[0].tolist()
@@ -382,7 +396,8 @@ def custom_generate(
         written = input_ids
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        for token in (token for step in speculation.steps() for token in step.token_ids):
+        # One token at a time: a criterion may end the text inside of what a step emits.
+        for token in chain.from_iterable(step.token_ids for step in speculation.steps()):
             written = torch.cat([written, written.new_tensor([[token]])], dim=1)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))

@@ -1,8 +1,8 @@
-"""One decoding step of any number of texts: draft a block behind each text, and let the target verify it.
+"""One decoding step of any number of texts: draft a block after each text, and let the target verify it.
 
-`loop` takes these steps for one text, `batch` for several at once, as they are or compiled. A row is a text. In go
-token ids and where each text ends; out come the tokens that the target is to verify, its logits, and the features that
-the drafter reads next.
+`loop` takes these steps for one text, `batch` for several at once, as they are or compiled. A row is a text. Token ids
+and where each text ends come in. The tokens that the target is to verify, its logits, and the features that the drafter
+reads next go out.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class State(NamedTuple):
 def draft_step(
     drafter: Drafter, rows: DraftRows, cache: TextCache | RaggedCache, state: State, width: int
 ) -> tuple[Int[Tensor, "batch width"], Draft]:
-    """Let the drafter read the features that it has not read, and draft a block behind each text.
+    """Let the drafter read the features that it has not read, and draft a block after each text.
 
     Args:
         drafter: drafts all slots of a block in one pass.
@@ -51,6 +51,7 @@ def draft_step(
         The last tokens, each followed by the draft; and the draft.
     """
     slots = torch.arange(drafter.num_slots, device=state.starts.device)
+    # The network reads the anchor, whose token is known, and a mask token in each further slot.
     masks = slots.new_full((len(state.starts), drafter.num_slots - 1), drafter.mask_token_id)
     drafted = draft_block(
         drafter,
@@ -61,15 +62,16 @@ def draft_step(
         attention_mask=cache.place_block(state.positions, state.starts),
         cache=cache,
     )
+    # The slots are drafted anew in the next step, with the features that the target computes for their tokens.
     cache.crop(-drafter.num_slots)
 
-    def newest() -> Tensor:
-        """Find the row of the token before each anchor, which stands at different places in the rows of a batch."""
-        place = (state.positions == state.starts - 1).int().argmax(-1)
-        return drafted.context[torch.arange(len(place), device=place.device), place]
+    def before() -> Tensor:
+        """Find what the drafter read of the token before each anchor; rows of a batch have it at different places."""
+        places = (state.positions == state.starts - 1).int().argmax(-1)
+        return drafted.context[torch.arange(len(places), device=places.device), places]
 
     hidden = to_predicted(drafted.hidden, drafter.first_slot)
-    draft = drafter.selector.propose(rows, hidden, state.last_ids[:, 0], newest, width)
+    draft = drafter.selector.propose(rows, hidden, state.last_ids[:, 0], before, width)
     return torch.cat([state.last_ids, draft.tokens], dim=1), draft
 
 
@@ -94,4 +96,6 @@ def verify_step(
     hidden, features = target.read(
         blocks, cache, layer_ids, attention_mask=cache.place(positions), position_ids=positions
     )
-    return target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape), features, positions
+    # The head takes (row, hidden), so that a packed one gets a plain matrix.
+    logits = target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
+    return logits, features, positions

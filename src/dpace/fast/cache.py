@@ -19,10 +19,10 @@ from dpace.blocks import FULL, Reach
 
 NUM_CONTEXT = 12
 """Tokens that `probe_cache` reads first."""
-NUM_KEPT = 2
-"""Tokens that it then accepts of a draft."""
+NUM_ACCEPTED = 2
+"""Tokens that `probe_cache` then accepts of a draft."""
 NUM_REJECTED = 2
-"""Tokens that it rejects behind them."""
+"""Tokens that `probe_cache` rejects after them."""
 UNSEEN = -(2**40)
 """Position of what a column holds that no slot may see: farther away than any reach."""
 
@@ -55,6 +55,7 @@ class TextCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 self.layers[number] = PreallocatedLayer(capacity)
             elif num_slots and type(layer) is DynamicSlidingWindowLayer:
+                # A window counts the slot itself, so `window - 1` tokens before the anchor are seen.
                 self.layers[number] = PreallocatedLayer(capacity, layer.sliding_window - 1 + num_slots)
 
     def place(self, positions: Int[Tensor, "1 new"]) -> None:
@@ -68,15 +69,32 @@ class TextCache(DynamicCache):
 
         Memory: the copies, which do not grow with the text.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        states = [state for layer in layers for state in layer.recurrent_states.values() if state is not None]
-        return [(state, state.clone()) for state in states]
+        states = []
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                states += [(state, state.clone()) for state in layer.recurrent_states.values() if state is not None]
+        return states
 
-    def rewind(self, states: list[tuple[Tensor, Tensor]], num_tokens: int) -> None:
-        """Take back all `num_tokens` tokens that were read since the states were copied."""
-        self.crop(-num_tokens)
-        for state, copied in states:
-            state.copy_(copied)
+    def take_back(
+        self, target: Any, block: Int[Tensor, "1 width"], num_kept: int, states: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Take back what the target has just read of a block, but for its first tokens.
+
+        Args:
+            target: a `dpace.target.Target`.
+            block: what it has read since the states were copied.
+            num_kept: number of first tokens that stay.
+            states: what `recurrent_states` returned.
+        """
+        num_rejected = block.shape[1] - num_kept
+        if states and num_rejected:
+            # No crop takes tokens out of a recurrent state: it is put back, and the kept tokens are read again.
+            self.crop(-block.shape[1])
+            for state, copied in states:
+                state.copy_(copied)
+            target.hidden(block[:, :num_kept], self)
+            num_rejected = 0
+        self.crop(-num_rejected)  # also where none is: once after each pass
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -98,18 +116,20 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind the old ones and return views of those that are read."""
+        """Write new keys and values after the old ones and return views of the last `num_read`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
+            for states in (key_states, value_states):
+                # (batch, head, token, dim)
+                self.buffers.append(states.new_empty(*states.shape[:2], self.capacity, states.shape[3]))
         start = self.length
-        count = key_states.shape[2]
+        num_new = key_states.shape[2]
         keys, values = self.buffers
-        keys.narrow(2, start, count).copy_(key_states)
-        values.narrow(2, start, count).copy_(value_states)
-        self.length = end = start + count
-        count = min(end, self.num_read)
-        return keys.narrow(2, end - count, count), values.narrow(2, end - count, count)
+        keys.narrow(2, start, num_new).copy_(key_states)
+        values.narrow(2, start, num_new).copy_(value_states)
+        self.length = end = start + num_new
+        num_read = min(end, self.num_read)
+        return keys.narrow(2, end - num_read, num_read), values.narrow(2, end - num_read, num_read)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens in the cache."""
@@ -126,7 +146,7 @@ class RaggedCache(DynamicCache):
     In a target's cache a token's column is its position, so there are no holes. A query sees the columns up to its own
     position. A rejected token lies above these until the next block, which begins there and is no shorter, overwrites
     it. A drafter's cache begins with `num_slots` columns for the slots of a block, which are never kept. A token's
-    column is its position behind these.
+    column is then `num_slots` plus its position.
 
     Memory: keys and values of `num_slots + capacity` tokens a row, allocated at the first pass.
 
@@ -169,26 +189,31 @@ class RaggedCache(DynamicCache):
             rows: numbers of the rows that the pass reads; all by default.
         """
         self.write_to(positions, rows)
+        # (batch, new, column)
         is_hidden = torch.arange(self.end, device=positions.device) > positions[..., None]
+        # Not minus infinity, which times the 0 of a visible column would be nan.
         return is_hidden[:, None].to(self.dtype) * torch.finfo(self.dtype).min
 
     def place_block(
         self, positions: Int[Tensor, "batch new"], starts: Int[Tensor, "batch 1"]
     ) -> dict[str, Bool[Tensor, "batch 1 _ column"]]:
-        """Write the next pass's features to their columns, its slots to those before; return masks by kind of layer.
+        """Write the next pass's features to their columns, its slots to the first ones; return masks by kind of layer.
 
-        A slot sees the features of its row's tokens, up to that before the anchor, and the slots, as far as the layer's
-        reach goes. Masks of layers with full attention are the same for all slots, and have one row.
+        A slot sees the features of its row's tokens up to the one before the anchor, and the slots, as far as the
+        layer's reach goes. Masks of layers with full attention are the same for all slots, and have one row.
         """
         slots = torch.arange(self.num_slots, device=starts.device)
         self.write_to(torch.cat([self.num_slots + positions, slots.expand(len(starts), -1)], dim=1))
         columns = torch.arange(self.end - self.num_slots, device=starts.device)
-        held = torch.where(columns < starts, columns, UNSEEN)
-        at = torch.cat([starts + slots, held], dim=1)  # position of what a column holds
+        # Columns from the anchor's on hold tokens of rejected drafts, or padding.
+        token_positions = torch.where(columns < starts, columns, UNSEEN)
+        # (batch, column): the position of what a column holds, first the slots and then the tokens
+        key_positions = torch.cat([starts + slots, token_positions], dim=1)
         masks = {}
         for kind, reach in self.reaches.items():
-            queries = starts + (slots if reach != FULL else slots[:1])
-            masks[kind] = reach.sees(queries[..., None] - at[:, None])[:, None]
+            query_positions = starts + (slots[:1] if reach == FULL else slots)
+            # (batch, 1, slot, column)
+            masks[kind] = reach.sees(query_positions[..., None] - key_positions[:, None])[:, None]
         return masks
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -196,12 +221,15 @@ class RaggedCache(DynamicCache):
 
     def write_to(self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None) -> None:
         """Make the next pass write its tokens to these columns, of all rows or of the given ones."""
-        device = columns.device
-        # All rows are counted on the device, which does not have to wait for the host.
-        numbers = torch.arange(len(columns), device=device) if rows is None else torch.tensor(rows, device=device)
+        if rows is None:
+            # Counted on the device, which does not have to wait for the host; and read without a copy.
+            row_numbers = torch.arange(len(columns), device=columns.device)
+            read_rows = slice(None)
+        else:
+            row_numbers = read_rows = torch.tensor(rows, device=columns.device)
         for layer in self.layers:
-            layer.rows = numbers[:, None]
-            layer.read_rows = slice(None) if rows is None else numbers
+            layer.rows = row_numbers[:, None]
+            layer.read_rows = read_rows
             layer.columns = columns
             layer.end = self.end
 
@@ -247,15 +275,16 @@ class RaggedLayer(PreallocatedLayer):
         """Write new keys and values to their columns and return views of the columns before `end`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            count = self.num_rows or len(key_states)
-            for x in (key_states, value_states):
-                buffer = x.new_zeros(count, x.shape[1], self.capacity, x.shape[-1])
+            num_rows = self.num_rows or len(key_states)
+            for states in (key_states, value_states):
+                buffer = states.new_zeros(num_rows, states.shape[1], self.capacity, states.shape[-1])
                 self.buffers.append(buffer)
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[self.rows, :, self.columns] = states.transpose(1, 2)
-        keys, values = (buffer[self.read_rows, :, : self.end] for buffer in self.buffers)
-        return keys, values
+        keys, values = self.buffers
+        # Indices around a slice put their axes first: (batch, new, head, dim).
+        keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
+        values[self.rows, :, self.columns] = value_states.transpose(1, 2)
+        return keys[self.read_rows, :, : self.end], values[self.read_rows, :, : self.end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns that are read, and the first of them."""
@@ -263,10 +292,14 @@ class RaggedLayer(PreallocatedLayer):
 
 
 def fill_places(is_kept: Sequence[bool]) -> list[int]:
-    """Return the numbers of the rows that are kept, where the last ones take the places of those that are not."""
-    kept = [number for number, is_one in enumerate(is_kept) if is_one]
-    last = reversed(kept)
-    return [number if is_kept[number] else next(last) for number in range(len(kept))]
+    """Return the numbers of the rows that are kept, where the last of them take the places of dropped rows."""
+    kept_rows = [row for row, is_row_kept in enumerate(is_kept) if is_row_kept]
+    last_rows = reversed(kept_rows)
+    places = []
+    for place in range(len(kept_rows)):
+        # Kept rows past the last place are as many as dropped rows before it.
+        places.append(place if is_kept[place] else next(last_rows))
+    return places
 
 
 def is_full_attention(cache: Any) -> bool:
@@ -285,27 +318,27 @@ def probe_cache(target: Any) -> CacheAbility:
     """
     if is_full_attention(TextCache(target.config, 1)):
         return "crop"
-    sizes = (NUM_CONTEXT, NUM_KEPT, NUM_REJECTED, NUM_REJECTED)
-    tokens = torch.randint(len(target.head.weight), (1, sum(sizes)), generator=torch.Generator().manual_seed(0))
-    context, kept, rejected, last = tokens.to(target.device).split(sizes, dim=1)
-    expected = target.hidden(torch.cat([context, kept, last], dim=1))[0, -NUM_REJECTED:]
-    cache = TextCache(target.config, sum(sizes))
+    # The last tokens are read where the rejected ones stood.
+    sizes = (NUM_CONTEXT, NUM_ACCEPTED, NUM_REJECTED, NUM_REJECTED)
+    num_tokens = sum(sizes)
+    tokens = torch.randint(len(target.head.weight), (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    context, accepted, rejected, last = tokens.to(target.device).split(sizes, dim=1)
+    expected = target.hidden(torch.cat([context, accepted, last], dim=1))[0, -NUM_REJECTED:]
+    cache = TextCache(target.config, num_tokens)
     cache.activate_past_recording()
     try:
         target.hidden(context, cache)
-        cache.crop(0)  # exactly once after each pass, as when decoding
+        cache.crop(0)  # once after each pass, as when decoding
         states = cache.recurrent_states()
-        target.hidden(torch.cat([kept, rejected], dim=1), cache)
-        if states:
-            cache.rewind(states, NUM_KEPT + NUM_REJECTED)
-            target.hidden(kept, cache)
-        cache.crop(0 if states else -NUM_REJECTED)
-        found = target.hidden(last, cache)[0]
+        block = torch.cat([accepted, rejected], dim=1)
+        target.hidden(block, cache)
+        cache.take_back(target, block, NUM_ACCEPTED, states)
+        hidden = target.hidden(last, cache)[0]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError):
         return "append"
-    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    errors = (hidden - expected).norm(dim=-1) / expected.norm(dim=-1)
     tolerance = 1e-3 if target.model.dtype == torch.float32 else 5e-2  # of hidden states, relative
     if float(errors.min()) > tolerance:  # at the best position: rounding may change a router's choice at some
         return "append"
