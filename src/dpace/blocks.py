@@ -149,7 +149,7 @@ def build_blocks(
 
 
 class Reach(NamedTuple):
-    """How far a layer lets a slot see; see `dpace.modeling_dflash.DFlashAttention`."""
+    """How far a layer lets a slot see: the rule that `dpace.modeling_dflash.DFlashAttention` follows."""
 
     window: int = 2**31 - 1
     """A slot sees positions that differ from its own by less than this, which is more than a block has slots.
@@ -197,7 +197,7 @@ def visibility(
         (key < anchors[batch, query // block_size])
         & is_block[batch, query // block_size]
         & sees(anchors[batch, query // block_size] + query % block_size - key),
-        # A slot: of the same block, where distances of positions are those of numbers.
+        # A slot: of the same block, in which positions are as far apart as numbers.
         ((key - num_context) // block_size == query // block_size) & sees(query - key + num_context),
     )
 

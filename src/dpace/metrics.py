@@ -187,22 +187,22 @@ def estimate(sides: Sequence[Sequence[Any]], statistic: Statistic = FIRST) -> tu
     return value, low, high
 
 
-def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[float, float, float]:
+def tau_gain(runs: Sequence[Acceptance], other_runs: Sequence[Acceptance]) -> tuple[float, float, float]:
     """Compute how much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:
-        ours: one for each training seed, each with one row a prompt.
-        theirs: of the same seeds and prompts, in the same order.
+        runs: one for each training seed, each with one row a prompt.
+        other_runs: of the same seeds and prompts, in the same order.
 
     Returns:
         The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification. The ends
         are nan for fewer than `MIN_PROMPTS`.
     """
-    return tau_estimate([ours, theirs], lambda taus: taus[0] / taus[1] - 1)
+    return tau_estimate([runs, other_runs], lambda taus: taus[0] / taus[1] - 1)
 
 
 def tau_estimate(sides: Sequence[Sequence[Acceptance]], statistic: Statistic = FIRST) -> tuple[float, float, float]:
-    """Compute a number from the taus of several sides, by default the first one's tau; see `estimate`.
+    """Compute a number from the taus of several sides, by default the first one's tau, with its interval of `estimate`.
 
     Args:
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.

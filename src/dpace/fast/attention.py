@@ -48,8 +48,10 @@ def grouped_attention(
     """
     heads, queries = query.shape[1:3]
     groups = heads // key.shape[1]
-    is_shared = queries == 1 if attention_mask is None else attention_mask.shape[1:3] == (1, queries)
-    has_more = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
+    is_shared = queries == 1  # without a mask it sees all keys; several queries would need a causal one
+    if attention_mask is not None:
+        is_shared = attention_mask.shape[1:3] == (1, queries)
+    has_more = kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None
     if groups == 1 or queries > MAX_QUERIES or not is_shared or has_more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend_in_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
@@ -71,11 +73,12 @@ def make_causal_mask(rows: Tensor, num_keys: int) -> Tensor:
     num_new = rows.shape[1]
     if has_causal_kernel(rows):
         return causal_lower_right(num_new, num_keys)
+    # Row `i` is the token of number `num_keys - num_new + i`; above this diagonal are the tokens after it.
     return rows.new_full((1, 1, num_new, num_keys), -torch.inf).triu_(num_keys - num_new + 1)
 
 
 def has_causal_kernel(rows: Tensor) -> bool:
-    """Return whether flash attention runs on these rows: on CUDA in 16 bits, from Ampere on."""
+    """Return whether flash attention runs on these rows: on CUDA in 16 bits, on Ampere or a later GPU."""
     is_on_cuda = rows.device.type == "cuda" and rows.element_size() == 2
     return is_on_cuda and torch.cuda.get_device_capability(rows.device) >= (8, 0)
 
@@ -85,7 +88,7 @@ def attend_in_groups(
 ) -> Tensor:
     """Attend with the query heads of a group as rows of one product.
 
-    Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
+    Shapes are as in `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
     With a `CausalBias`, in which the rows of a group would differ, and with many queries the kernel itself shares keys
     and values.
     """
@@ -94,12 +97,16 @@ def attend_in_groups(
     heads, queries = query.shape[1:3]
     if isinstance(mask, CausalBias) or queries > MAX_QUERIES:
         return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    # (batch, key_head, group x query, dim): the heads that share keys stand next to one another.
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    if mask is not None and (mask.shape[2] > 1 or query.device.type != "cpu"):
-        mask = _repeat_mask(mask, rows.shape[2] // queries if mask.shape[2] > 1 else 1, query.dtype)
+    if mask is not None and mask.shape[2] > 1:
+        mask = _repeat_mask(mask, heads // key.shape[1], query.dtype)
+    elif mask is not None and query.device.type != "cpu":
+        mask = _repeat_mask(mask, 1, query.dtype)  # its one row is broadcast, but has to be aligned
     out = attend(rows, key, value, attn_mask=mask, scale=scale)
     if queries == 1:
         return out.reshape(batch, 1, heads, -1)
+    # Back to (batch, query, key_head, group, dim).
     by_query = out.view(batch, key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4)
     return by_query.reshape(batch, queries, heads, -1)
 
@@ -113,16 +120,17 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     `torch.compile` nothing is kept: the compiler sees that all layers repeat the same.
     """
     is_compiling = torch.compiler.is_compiling()
-    made = {} if is_compiling else vars(mask).setdefault("repeated", {})
-    if num_groups not in made:
+    repeated_masks = {} if is_compiling else vars(mask).setdefault("repeated", {})
+    if num_groups not in repeated_masks:
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
         if mask.device.type != "cpu" and not is_compiling:
+            # A view of padded rows: the columns are the same, and the rows are farther apart in memory.
             columns = mask.shape[3]
             repeated = nn.functional.pad(repeated, (0, -columns % ALIGNMENT))[..., :columns]
-        made[num_groups] = repeated
-    return made[num_groups]
+        repeated_masks[num_groups] = repeated
+    return repeated_masks[num_groups]
 
 
 AttentionInterface.register(NAME, grouped_attention)
@@ -140,6 +148,7 @@ def group_heads(model: PreTrainedModel) -> bool:
         isinstance(decoder, PreTrainedModel)
         and decoder.config._attn_implementation == "sdpa"
         and decoder._can_set_attn_implementation()
+        # The model's code must not compare the name: it would take another path than for `sdpa`.
         and '"sdpa"' not in inspect.getsource(sys.modules[type(decoder).__module__])
     )
     if is_possible:

@@ -24,13 +24,6 @@ from dpace.modeling_dflash import DFlashLayer, Mask, Rope
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
-PRODUCTS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Linear layers that read the same rows and so become one product."""
 RECORDERS = (__name__, "transformers.utils.output_capturing")
 """Files whose hooks stay on layers, and record outputs in passes of the decoder's own code only."""
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -48,39 +41,46 @@ def fuse_layers(model: PreTrainedModel) -> bool:
     Memory: on a CPU one packed copy of the weights, in place of the packed copies of the single linear layers;
     elsewhere none. While the first layer is tried out, copies of it, of which one is in fp64 on the CPU.
     """
-    layers: list[Any] = [
-        layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer
-    ]
-    linears = [linear for layer in layers for names in _linears(layer) for linear in names]
-    if not layers or not all(_can_be_fused(linear) for linear in linears) or not _is_exact_enough(layers[0]):
+    layers: list[Any] = []
+    for module in model.modules():
+        if type(module).__name__ in LAYERS or type(module) is DFlashLayer:
+            layers.append(module)
+    if not layers or not all(map(_can_be_fused, layers)) or not _is_exact_enough(layers[0]):
         return False
     for layer in layers:
         _fuse(layer)
     return True
 
 
-def _linears(layer: Any) -> list[list[Any]]:
-    """Return the linear layers of each of `PRODUCTS`."""
-    return [[layer.get_submodule(name) for name in names] for names in PRODUCTS]
+def _linears(layer: Any) -> list[Any]:
+    """Return the linear layers: for query, key, value, output, gate, up and down."""
+    attention = layer.self_attn
+    mlp = layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _can_be_fused(linear: nn.Module) -> bool:
-    """Return whether a linear layer is packed, or plain on a device where nothing is packed."""
-    if type(linear) is nn.Linear:
-        return is_plain(linear.weight) and linear.weight.device.type != "cpu"
-    return type(linear) is PackedLinear
+def _can_be_fused(layer: Any) -> bool:
+    """Return whether the linear layers are packed, or plain on a device where nothing is packed."""
+    for linear in _linears(layer):
+        is_unpacked = type(linear) is nn.Linear and is_plain(linear.weight) and linear.weight.device.type != "cpu"
+        if type(linear) is not PackedLinear and not is_unpacked:
+            return False
+    return True
 
 
 def _fuse(layer: Any) -> None:
     """Let a layer compute with `FusedProducts`."""
     kind = type(layer)
     layer.fast = FusedProducts(layer)
+    # The class is exchanged, and not the module, so that names of parameters and references to it stay.
     layer.__class__ = FusedDraftLayer if kind is DFlashLayer else _fused_class(kind)
-    unpack(sum(_linears(layer), []))
+    unpack(_linears(layer))
 
 
 @functools.cache
 def _fused_class(kind: type) -> type:
+    """Make the class that computes with fused products for one of `LAYERS`, the same one for all of its layers."""
     return type(f"Fused{kind.__name__}", (FusedLayer, kind), {})
 
 
@@ -103,8 +103,8 @@ def _try_out(layer: Any) -> Tensor:
     random = torch.Generator().manual_seed(0)
     angles = torch.randn(1, 3, layer.self_attn.head_dim // 2, generator=random).repeat(1, 1, 2)
     inputs = torch.randn(1, 3, len(weight), generator=random), angles.cos(), angles.sin()
-    rows, *rope = (x.bfloat16().to(weight) for x in inputs)
-    return layer(rows, position_embeddings=tuple(rope)).to("cpu", torch.float64)
+    rows, cos, sin = (values.bfloat16().to(weight) for values in inputs)
+    return layer(rows, position_embeddings=(cos, sin)).to("cpu", torch.float64)
 
 
 class Rotation:
@@ -112,6 +112,7 @@ class Rotation:
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.half = sin.shape[-1] // 2
+        # (batch, 1, seq, dim). transformers negates half of each head; negating the sines instead, a roll is enough.
         first, second = sin.unsqueeze(1).chunk(2, -1)
         self.sin = torch.cat([-first, second], dim=-1)
         self.cos = cos.unsqueeze(1)
@@ -121,32 +122,34 @@ class Rotation:
         return heads.roll(self.half, -1).mul_(self.sin).add_(heads * self.cos)
 
 
-def inverse_rms(rows: Tensor, epsilon: Tensor, width: Tensor) -> Tensor:
-    """Compute what an RMSNorm multiplies rows with, in half as many operations as torch's, with the same bits."""
-    return torch.addcdiv(epsilon, (rows * rows).sum(-1, keepdim=True), width).rsqrt_()
-
-
 class FusedProducts(FastForm):
     """The fast form of a decoder layer: its combined products and what is needed around them."""
 
     def __init__(self, layer: Any):
-        self.qkv, self.out, self.gate_up, self.down = map(join, _linears(layer))
-        super().__init__(layer)  # after the weights were joined
+        query, key, value, out, gate, up, down = _linears(layer)
+        # Linear layers that read the same rows become one product.
+        self.qkv = join([query, key, value])
+        self.out = join([out])
+        self.gate_up = join([gate, up])
+        self.down = join([down])
+        super().__init__(layer)  # only now, because joining may move weights to other addresses
         attention = layer.self_attn
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
-        self.norms = [norm.weight for norm in norms]
+        self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        if "q_norm" in attention._modules:
+            self.norms += [attention.q_norm.weight, attention.k_norm.weight]
         self.dtype = self.norms[0].dtype
         self.epsilon = layer.input_layernorm.variance_epsilon
-        self.epsilons = torch.tensor(self.epsilon)
-        self.widths = torch.tensor(float(len(self.norms[0])))
+        # As tensors too, because `torch.addcdiv` takes no numbers.
+        self.epsilon_tensor = torch.tensor(self.epsilon)
+        self.width_tensor = torch.tensor(float(len(self.norms[0])))
         self.head_dim = attention.head_dim
         self.scaling = attention.scaling
-        self.sizes = [linear.out_features // self.head_dim for linear in (attention.q_proj, attention.k_proj)]
+        # Numbers of query heads and of key heads.
+        self.sizes = [query.out_features // self.head_dim, key.out_features // self.head_dim]
         self.activation = layer.mlp.act_fn.forward
 
     def step(self, hidden: Tensor, rotation: Rotation, mask: Tensor | None, cache: Any) -> Tensor:
-        """Compute the layer's output, with its own part of the cache."""
+        """Compute the layer's output, with its own layer of the cache."""
         query, key, value = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(key, value)
         return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling))
@@ -156,13 +159,15 @@ class FusedProducts(FastForm):
 
         Queries and keys have norms of their own in some families.
         """
+        # (batch, seq, head, dim), with the heads of queries, then of keys, then of values
         heads = self.qkv(rows).view(*rows.shape[:2], -1, self.head_dim)
         num_queries, num_keys = self.sizes
         to_rotate, value = heads.split((num_queries + num_keys, num_keys), 2)
         if len(self.norms) > 2:
+            # Normalized together, and then each part times its own weight, in place.
             to_rotate = torch.rms_norm(to_rotate, to_rotate.shape[-1:], None, self.epsilon)
-            for part, weight in zip(to_rotate.split(self.sizes, 2), self.norms[2:], strict=True):
-                part.mul_(weight)
+            for normalized, weight in zip(to_rotate.split(self.sizes, 2), self.norms[2:], strict=True):
+                normalized.mul_(weight)
         query, key = rotation.rotate(to_rotate.transpose(1, 2)).split(self.sizes, 1)
         return query, key, value.transpose(1, 2)
 
@@ -172,7 +177,10 @@ class FusedProducts(FastForm):
         if rows.device.type != "cpu":
             return torch.rms_norm(rows, weight.shape, weight, self.epsilon)
         if rows.dtype == torch.float32:
-            return (rows * inverse_rms(rows, self.epsilons, self.widths)).mul_(weight)
+            # 1 / sqrt(epsilon + sum of squares / width): half as many operations as torch's, and the same bits
+            squares = (rows * rows).sum(-1, keepdim=True)
+            inverse_rms = torch.addcdiv(self.epsilon_tensor, squares, self.width_tensor).rsqrt_()
+            return (rows * inverse_rms).mul_(weight)
         return weight * torch.rms_norm(rows, weight.shape, None, self.epsilon)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -198,7 +206,7 @@ class FusedLayer(FastModule):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute the layer's output, equal to that of its own class."""
+        """Compute the layer's output, equal to what its own class computes."""
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
         attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
@@ -233,13 +241,15 @@ class FusedDraftLayer(FastModule, DFlashLayer):
         rotation = Rotation(*rope)
 
         def attend(rows: Tensor) -> Tensor:
+            # One product for the context and the slots; the queries of the context are not used.
             query, key, value = fused.heads(torch.cat([context, rows], dim=1), rotation)
             if cache is not None:
                 key, value = cache.update(key, value, attention.layer_idx)
-            seen = attention.limit(mask, rows.shape[1], key)
-            return fused.out(attend_in_groups(query[:, :, context.shape[1] :], key, value, seen).flatten(2))
+            slot_queries = query[:, :, context.shape[1] :]
+            visible = attention.limit(mask, rows.shape[1], key)
+            return fused.out(attend_in_groups(slot_queries, key, value, visible).flatten(2))
 
-        norms = [functools.partial(fused.norm, index=index) for index in (0, 1)]
+        norms = [functools.partial(fused.norm, index=0), functools.partial(fused.norm, index=1)]
         return self.add_parts(hidden, norms, attend, fused.feed_forward, block_size)
 
 
@@ -254,7 +264,7 @@ def run_layers(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Run all layers of a decoder in one loop for a decoding step.
 
-    Results are those of the decoder's own code: bitwise on a CPU, and up to rounding elsewhere.
+    Results equal what the decoder's own code gives: bitwise on a CPU, and up to rounding elsewhere.
 
     Args:
         decoder: of a target.
@@ -262,7 +272,7 @@ def run_layers(
         cache: receives keys and values; used here only with full attention in all layers.
         layer_ids: the layers whose outputs are returned.
         mask: "batch 1 new key", added to the scores; with None each token sees those before it and itself.
-        position_ids: "batch new"; None for those behind the tokens in the cache.
+        position_ids: "batch new"; None for the positions after the tokens in the cache.
 
     Returns:
         The LM head's input and the outputs of the layers, each "batch new hidden". None where the decoder's own code
@@ -279,6 +289,7 @@ def run_layers(
     if not all(isinstance(layer, FusedLayer) and layer.fast and not _has_hooks(layer) for layer in layers):
         return None
     embedding = decoder.embed_tokens.weight
+    # One layer answers for all: they were fused together and have one dtype.
     if not layers[0].is_usable(embedding, layers[0].fast.dtype):
         return None
     hidden = nn.functional.embedding(token_ids, embedding)
@@ -289,11 +300,11 @@ def run_layers(
         mask = make_causal_mask(hidden, num_before + num_new)
     rotation = Rotation(*decoder.rotary_emb(hidden, position_ids))
     outputs = {}
-    for number, (layer, layer_cache) in enumerate(zip(layers, cache.layers, strict=True)):
+    for layer_id, (layer, layer_cache) in enumerate(zip(layers, cache.layers, strict=True)):
         hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
-        if number in layer_ids:
-            outputs[number] = hidden
-    return decoder.norm(hidden), [outputs[number] for number in layer_ids]
+        if layer_id in layer_ids:
+            outputs[layer_id] = hidden
+    return decoder.norm(hidden), [outputs[layer_id] for layer_id in layer_ids]
 
 
 class _StopForward(Exception):
@@ -310,37 +321,39 @@ class LayerOutputs:
     turn = threading.RLock()  # of all targets, since a copy of a model copies its hooks, and no lock can be copied
 
     def __init__(self):
-        self.found: dict[int, Tensor] | None = None
-        self.last: int | None = None
+        self.outputs: dict[int, Tensor] | None = None
+        self.last_layer: int | None = None
         self.hooked: set[int] = set()
 
     @contextmanager
     def record(
         self, layers: nn.ModuleList, layer_ids: Sequence[int], *, is_last: bool = False
     ) -> Iterator[dict[int, Tensor]]:
-        """Yield the outputs of layers by id; those of a pass inside the `with` block.
+        """Yield the outputs of layers by id, which a pass inside the `with` block fills in.
 
-        With `is_last` the pass and the block end behind the highest of these layers.
+        With `is_last` the pass and the block end after the highest of these layers.
         """
-        with nullcontext() if torch.compiler.is_compiling() else self.turn:
+        with nullcontext() if torch.compiler.is_compiling() else self.turn:  # no compiler traces a lock
             for layer_id in layer_ids:
                 if layer_id not in self.hooked:
                     self.hooked.add(layer_id)
                     layers[layer_id].register_forward_hook(self._make_hook(layer_id))
-            found = self.found = {}
-            self.last = max(layer_ids) if is_last else None
+            outputs = self.outputs = {}
+            self.last_layer = max(layer_ids) if is_last else None
             try:
-                yield found
+                yield outputs
             except _StopForward:
                 pass
             finally:
-                self.found = None
+                self.outputs = None
 
     def _make_hook(self, layer_id: int) -> Callable[..., None]:
+        """Make the hook of a layer, which does nothing outside of `record`."""
+
         def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Any, ...]) -> None:
-            if self.found is not None:
-                self.found[layer_id] = output[0] if isinstance(output, tuple) else output
-                if layer_id == self.last:
+            if self.outputs is not None:
+                self.outputs[layer_id] = output[0] if isinstance(output, tuple) else output
+                if layer_id == self.last_layer:
                     raise _StopForward
 
         return hook
@@ -348,6 +361,6 @@ class LayerOutputs:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks that are not `RECORDERS`."""
-    return bool(module._forward_pre_hooks) or any(
-        hook.__module__ not in RECORDERS for hook in module._forward_hooks.values()
-    )
+    if module._forward_pre_hooks:
+        return True
+    return any(hook.__module__ not in RECORDERS for hook in module._forward_hooks.values())

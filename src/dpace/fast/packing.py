@@ -1,8 +1,8 @@
 """Faster linear layers on a CPU: products with copies of their weights in a faster layout.
 
-`pack` takes a weight and returns its product, which equals that of `nn.Linear` up to rounding in half the time or less.
-`pack_linears` lets the linear layers of a model use such products, and `refresh_copies` drops what was made of weights
-that have changed since; decoding calls it once a request.
+`pack` takes a weight and returns its product. Up to rounding it equals the product of `nn.Linear`, in half the time or
+less. `pack_linears` lets the linear layers of a model use such products, and `refresh_copies` drops what was made of
+weights that have changed since; decoding calls it once a request.
 """
 
 import math
@@ -30,10 +30,14 @@ def pack_linears(module: nn.Module) -> bool:
     Memory: a second copy of the weights, or half of one, see `pack`.
     """
     layers = [layer for layer in module.modules() if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter]
-    is_room = 2 * sum(layer.weight.nbytes for layer in layers) <= psutil.virtual_memory().available
-    if not is_room or not layers or any(pack(layer.weight[:1, :1]) is None for layer in layers):
+    num_bytes = sum(layer.weight.nbytes for layer in layers)
+    if not layers or 2 * num_bytes > psutil.virtual_memory().available:
+        return False
+    # One number of each weight is packed for a try, since a weight's device and dtype decide.
+    if any(pack(layer.weight[:1, :1]) is None for layer in layers):
         return False
     for layer in layers:
+        # The class is exchanged, and not the module, so that names of parameters and references to it stay.
         layer.__class__ = PackedLinear
     return True
 
@@ -64,7 +68,7 @@ def weights_state(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
 class FastForm:
     """A form of a module's weights that its fast code reads, valid until a weight changes.
 
-    Copies of the module do not have it. A linear layer's is its product.
+    For a linear layer it is the product. A copy of the module has None in its place.
     """
 
     def __init__(self, module: nn.Module, product: "Product | None" = None):
@@ -72,11 +76,12 @@ class FastForm:
         self.product = product
 
     def __reduce__(self):
+        """Copy and pickle as None."""
         return type(None), ()
 
 
 class FastModule(nn.Module):
-    """A module that computes with a fast form of its weights, and with its own code where it has none."""
+    """A module that computes with a fast form of its weights, and with its own code while there is none."""
 
     fast: Any = None
 
@@ -127,8 +132,8 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
         product = _pack_in_16_bits(weight, bias)
         if product is not None:
             return product
-    is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_bf16())
-    if not is_multiplied or not torch.backends.mkldnn.is_available():
+    is_fast_bf16 = weight.dtype == torch.bfloat16 and has_fast_bf16()
+    if not (weight.dtype == torch.float32 or is_fast_bf16) or not torch.backends.mkldnn.is_available():
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -148,6 +153,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     if torch.backends.quantized.engine not in FBGEMM or not torch.cpu._is_avx2_supported():
         return None
     largest = float(weight.abs().max().nan_to_num())
+    # As they are, or with the largest value from 2 ** 14 to 2 ** 15: numbers of fp16 go up to nearly 2 ** 16.
     for exponent in (0, 15 - math.frexp(largest)[1]):
         scaled = weight * 2.0**exponent
         if torch.equal(scaled.half().float(), scaled):
@@ -158,14 +164,16 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     multiply = torch.ops.quantized.linear_dynamic_fp16.default._op  # without a check of fake weights, which takes long
 
     def product(rows: Tensor) -> Tensor:
-        out = multiply(rows * 2.0**-exponent if exponent else rows, packed)
+        if exponent:
+            rows = rows * 2.0**-exponent
+        out = multiply(rows, packed)
         return out if bias is None else out + bias
 
     return product
 
 
 def has_fast_bf16() -> bool:
-    """Find out whether products in bf16 are fast on this CPU: it has instructions for them, and oneDNN takes them.
+    """Find out whether products in bf16 are fast on this CPU: the CPU has instructions for them, and oneDNN takes them.
 
     oneDNN emulates bf16 on CPUs without such instructions, and refuses it where `ONEDNN_MAX_CPU_ISA` hides too much of
     the CPU.
@@ -183,17 +191,27 @@ def join(linears: Sequence[nn.Linear]) -> Product:
     """
     weights: list[Tensor] = [linear.weight for linear in linears]
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    joined = [torch.cat(parts).detach() for parts in (weights, biases) if parts]
-    product = pack(*joined)
+    weight = torch.cat(weights).detach()
+    bias = torch.cat(biases).detach() if biases else None
+    product = pack(weight, bias)
     if product is not None:
         return product
-    for parts, whole in zip((weights, biases), joined, strict=False):
-        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-            part.data = view
-    return lambda rows: nn.functional.linear(rows.flatten(0, -2), *joined).view(*rows.shape[:-1], -1)
+    _become_views(weights, weight)
+    if bias is not None:
+        _become_views(biases, bias)
+    # Of a plain matrix of rows, which takes torch one operation.
+    return lambda rows: nn.functional.linear(rows.flatten(0, -2), weight, bias).view(*rows.shape[:-1], -1)
+
+
+def _become_views(parameters: Sequence[Tensor], whole: Tensor) -> None:
+    """Let parameters be views of a tensor that holds their values one after the other, so that it is no second copy."""
+    views = whole.split([len(parameter) for parameter in parameters])
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = view
 
 
 def is_plain(weight: Any) -> bool:
     """Return whether a weight is a parameter of plain numbers, not of a quantized or distributed kind."""
-    is_own_kind = not isinstance(weight, nn.Parameter) or hasattr(weight, "__tensor_flatten__")
-    return not is_own_kind and weight.is_floating_point() and weight.element_size() > 1
+    if not isinstance(weight, nn.Parameter) or hasattr(weight, "__tensor_flatten__"):
+        return False  # which tensors of several parts have
+    return weight.is_floating_point() and weight.element_size() > 1

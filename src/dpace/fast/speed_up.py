@@ -20,9 +20,13 @@ def speed_up(model: PreTrainedModel) -> list[str]:
     """
     if any("_hf_hook" in vars(module) for module in model.modules()):
         return []
-    done = {
-        "packed weights": pack_linears(model.eval()),
-        "grouped heads": not isinstance(model, DFlashDraftModel) and group_heads(model),
-        "fused layers": fuse_layers(model),
-    }
-    return [name for name, is_done in done.items() if is_done]
+    done = []
+    if pack_linears(model.eval()):
+        done.append("packed weights")
+    # A drafter's own attention already reads keys once for all heads of a group.
+    if not isinstance(model, DFlashDraftModel) and group_heads(model):
+        done.append("grouped heads")
+    # Last, because fusing layers replaces their packed weights.
+    if fuse_layers(model):
+        done.append("fused layers")
+    return done

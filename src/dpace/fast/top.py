@@ -33,10 +33,13 @@ def topk(rows: Float[Tensor, "row number"], count: int) -> tuple[Float[Tensor, "
     num_groups, rest = divmod(rows.shape[-1], GROUP)
     if not _is_slow(rows) or 4 * count > num_groups:
         return rows.topk(count)
-    groups = rows[:, : num_groups * GROUP].unflatten(-1, (num_groups, GROUP)).amax(-1).topk(count).indices
+    # (row, group): a number among the highest `count` lies in one of the `count` groups with the highest numbers.
+    group_highest = rows[:, : num_groups * GROUP].unflatten(-1, (num_groups, GROUP)).amax(-1)
+    groups = group_highest.topk(count).indices
     places = (groups[..., None] * GROUP + torch.arange(GROUP)).flatten(1)
-    behind = torch.arange(rows.shape[-1] - rest, rows.shape[-1]).expand(len(rows), -1)
-    places = torch.cat([places, behind], dim=-1)
+    # The numbers after the last whole group are searched too.
+    rest_places = torch.arange(rows.shape[-1] - rest, rows.shape[-1]).expand(len(rows), -1)
+    places = torch.cat([places, rest_places], dim=-1)
     highest, index = rows.gather(-1, places).topk(count)
     return highest, places.gather(-1, index)
 
