@@ -153,7 +153,7 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     if torch.backends.quantized.engine not in FBGEMM or not torch.cpu._is_avx2_supported():
         return None
     largest = float(weight.abs().max().nan_to_num())
-    # As they are, or with the largest value just below 2 ** 15: numbers of fp16 go up to nearly 2 ** 16.
+    # As they are, or with the largest value from 2 ** 14 to 2 ** 15: numbers of fp16 go up to nearly 2 ** 16.
     for exponent in (0, 15 - math.frexp(largest)[1]):
         scaled = weight * 2.0**exponent
         if torch.equal(scaled.half().float(), scaled):
