@@ -40,6 +40,7 @@ from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
 from dpace.studies import demo
 from dpace.target import Target
+from tests.support.cases import wide
 from tests.support.files import make_prompts
 
 VOCAB = 64
@@ -152,7 +153,7 @@ class Oracle:
         monkeypatch.setattr(target, "logits", logits)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=wide(FAMILIES, "llama3.1", "qwen3", "smollm2", "gemma2"))  # test_families.py has a gemma3
 def family(request) -> str:
     return request.param
 
