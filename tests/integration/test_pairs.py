@@ -233,10 +233,6 @@ PAIRS |= {
         f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --dtypes float32 bfloat16",
         printed="passed",
     ),
-    "check, kept answers": Pair(
-        f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --responses {{out}}/responses.jsonl",
-        printed="passed",
-    ),
     "soft labels, overlap, options of the loss and of memory": Pair(
         f"train {RECIPE} --loss.token-loss lk --loss.confidence overlap --loss.alpha 0 --loss.alpha-end 0.1 "
         "--loss.chunk-mib 256 --train.no-group-by-length --train.save-steps 1 --train.max-grad-norm 0.5 "
@@ -435,7 +431,6 @@ COVER = (
     "own answers, data, train",
     "from a GGUF file",
     "a GGUF file as target, every verb",
-    "check, kept answers",
     "several widths, verify rules and drafters, report",
     "stream, speculative sampling",
     "bench in another dtype, card",

@@ -113,7 +113,7 @@ def test_llamacpp_answers_as_this_process_does(tmp_path):
     """A target with random weights, whose texts a small error would change; in fp32, with keys and values in f32."""
     target = make_target("qwen3")
     target.tokenizer = make_tokenizer()
-    texts = [f"w{i} w{7 * i % 50}" for i in range(24)]
+    texts = [f"w{i} w{7 * i % 50}" for i in range(12)]
     prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]] * (1 + i % 2)) for i, text in enumerate(texts)]
     config = RespondConfig(max_new_tokens=24, batch_size=4)
     own = write_responses(target, prompts, tmp_path / "here" / "responses.jsonl", config)

@@ -42,7 +42,7 @@ def next_of(printed: tuple[str, str]) -> str:
 def test_from_prompts_to_an_exported_drafter(
     run, language_folder, language_prompts, target_gguf, tmp_path, monkeypatch
 ):
-    write_prompts(tmp_path / "prompts.jsonl", language_prompts)
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts[:30])
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({"target": str(language_folder), "prompts": {"path": "prompts.jsonl"}, **TINY})
     )

@@ -1,4 +1,7 @@
-"""Tiny models of real config classes, built in memory, and a tiny target trained on a synthetic language."""
+"""Tiny models of real config classes, built in memory, and a tiny target trained on a synthetic language.
+
+`python -m tests.support.models` trains that target again.
+"""
 
 import os
 import random
@@ -20,6 +23,7 @@ from transformers import (
     Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -36,6 +40,7 @@ from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
 from dpace.studies import demo
 from dpace.target import Target
+from tests.support.cases import wide
 from tests.support.files import make_prompts
 
 VOCAB = 64
@@ -149,7 +154,7 @@ class Oracle:
         monkeypatch.setattr(target, "logits", logits)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=wide(FAMILIES, "llama3.1", "qwen3", "smollm2", "gemma2"))  # test_families.py has a gemma3
 def family(request) -> str:
     return request.param
 
@@ -220,11 +225,23 @@ def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
     return make
 
 
-def train_on_language(model, tokenizer) -> None:
+LANGUAGE_WEIGHTS = Path(__file__).with_name("language.safetensors")
+
+
+def make_language_model(family: str) -> PreTrainedModel:
+    """A model of the tokenizer, which has learned nothing yet."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]())
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    return model
+
+
+def train_on_language(model: PreTrainedModel) -> None:
     """Train on answers only, with a learning rate that ends at 0.
 
     Each CPU rounds in its own way, and gets other weights. Trained so, the target gives the right answers on all.
     """
+    tokenizer = make_tokenizer()
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
@@ -242,20 +259,12 @@ def train_on_language(model, tokenizer) -> None:
 
 
 @pytest.fixture(scope="session")
-def language_target(make_once) -> Target:
-    """A target that has learned the synthetic language, so that a drafter can."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"]())
-    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
-
-    def fill(folder: Path) -> None:
-        train_on_language(model, tokenizer)
-        save_file(model.state_dict(), folder / "weights.safetensors")
-
-    model.load_state_dict(load_file(make_once("language", fill) / "weights.safetensors"))
+def language_target() -> Target:
+    """A target that has learned the synthetic language, so that a drafter can: the weights that `main` has written."""
+    model = make_language_model("qwen3")
+    model.load_state_dict(load_file(LANGUAGE_WEIGHTS))
     speed_up(model)  # as `Target.load` does
-    return Target(model, tokenizer)
+    return Target(model, make_tokenizer())
 
 
 @pytest.fixture(scope="session")
@@ -438,3 +447,14 @@ def short_demo(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(demo.QUICK, "prompts", {"limit": 8})
     monkeypatch.setitem(demo.QUICK, "train", {"max_steps": 2, "eval_steps": 2})
     monkeypatch.setattr(demo, "QUICK_HELDOUT", 2)
+
+
+def main() -> None:
+    """Train the target of the tests and write its weights, where its language or its sizes are meant to change."""
+    model = make_language_model("qwen3")
+    train_on_language(model)
+    save_file(model.state_dict(), LANGUAGE_WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,7 @@ def answer_all(target: Target, responses: Sequence[Response], recipe: Recipe, fo
     """Answer the prompts again, greedily and sampled."""
     prompts = [Prompt(one.id, one.set, [[one.messages[0]]]) for one in responses]
     for temperature in (0.0, 1.0):
-        config = replace(recipe.respond, temperature=temperature, batch_size=2)
+        config = replace(recipe.respond, temperature=temperature, batch_size=2, max_new_tokens=12)
         found = write_responses(target, prompts, folder / f"answers-{temperature:g}" / "responses.jsonl", config)
         assert [one.id for one in found] == [prompt.id for prompt in prompts]
 

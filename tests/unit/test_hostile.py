@@ -91,17 +91,19 @@ ADDRESSES = [
 ]
 
 
-@pytest.mark.parametrize("address", ADDRESSES)
-@pytest.mark.parametrize(
-    "option", ["respond --respond.server", "train --train.feature-servers", "bench --bench.server"]
-)
-def test_no_spelling_of_an_address_hides_a_password(address, option, refused, tmp_path):
-    args = option.split()
-    refused([*args, address], f"{args[1]}[^:]* an address http://host:port")
-    refused([*args[:1], f"{args[1]}={address}"], "^((?!secret).)*$")
-    group, name = args[1].removeprefix("--").replace("-", "_").split(".")
+ASKED = [("respond --respond.server", address) for address in ADDRESSES]
+ASKED += [(option, ADDRESSES[0]) for option in ("train --train.feature-servers", "bench --bench.server")]
+"""Each spelling, and each option, whose type is the same."""
+
+
+@pytest.mark.parametrize(("option", "address"), ASKED)
+def test_no_spelling_of_an_address_hides_a_password(option, address, refused, tmp_path):
+    verb, flag = option.split()
+    refused([verb, flag, address], f"{flag}[^:]* an address http://host:port")
+    refused([verb, f"{flag}={address}"], "^((?!secret).)*$")
+    group, name = flag.removeprefix("--").replace("-", "_").split(".")
     (tmp_path / "r.yaml").write_text(f"{group}: {{{name}: {json.dumps(address)}}}")
-    refused([args[0], "r.yaml"], "^((?!secret).)*$")
+    refused([verb, "r.yaml"], "^((?!secret).)*$")
 
 
 def test_an_address_that_is_refused_for_another_reason_shows_no_password(refused, tmp_path):

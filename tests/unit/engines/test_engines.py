@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from llamacpp import run_llamacpp
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel
 
 import dpace.modeling_dflash
 from dpace.decode.batch import Decoder, generate_batch
@@ -24,15 +24,7 @@ from dpace.target import Target
 from dpace.training.run import make_datasets, train
 from tests.support.cases import wide
 from tests.support.files import read_json
-from tests.support.models import (
-    EOS,
-    FAMILIES,
-    PAD,
-    make_recipe,
-    make_tokenizer,
-    train_on_language,
-    write_target_gguf,
-)
+from tests.support.models import EOS, make_language_model, make_recipe, train_on_language, write_target_gguf
 from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps, quiet
 
 
@@ -141,10 +133,8 @@ def test_llamacpp_verifies_as_often_as_we_do(
 @pytest.mark.wide
 def test_llamacpp_drafts_for_a_llama_target(language_responses, questions, tmp_path):
     """The demo's target is one too."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES["smollm2"]())
-    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
-    train_on_language(model, make_tokenizer())
+    model = make_language_model("smollm2")
+    train_on_language(model)
     target = Target(model)
     recipe = make_recipe(max_steps=60)
     drafter = train(target, *make_datasets(target, language_responses, [], recipe), recipe, tmp_path / "drafter").eval()

@@ -80,15 +80,19 @@ def test_the_next_verb_is_told_the_same_settings(tmp_path):
     assert command("bench", *parse(OF_RECIPES, "train", args)[1].words) == expected
 
 
-def test_help_and_refusals_import_no_torch():
-    """They come at once."""
+def test_help_and_refusals_import_no_torch_and_no_bar_of_a_library_is_drawn():
+    """They come at once; transformers draws a bar for the tensors of a GGUF file with tqdm itself."""
     lines = [["--help"], ["respond", "--help"], ["train", "--train.seed", "-1"]]
     code = f"""import contextlib, sys, dpace.cli
 for args in {lines}:
     with contextlib.suppress(SystemExit):
         dpace.cli.main(args)
-assert not {{"torch", "transformers"}} & sys.modules.keys()"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+from tqdm.auto import tqdm
+list(tqdm("abc"))"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    (refusal,) = done.stderr.splitlines()
+    assert refusal.startswith("dpace train: --train.seed is -1")
 
 
 def test_bash_completes_verbs_and_all_flags_of_a_verb(capsys):

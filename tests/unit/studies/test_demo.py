@@ -1,8 +1,6 @@
 """The demo on the tiny target, through the command line."""
 
 import re
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -94,10 +92,3 @@ def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign,
     assert main([*line.split(), "--output", str(out)]) == 1
     refusals = "out: File exists; |was not written by dpace .*; |has no responses.meta.json .*; "
     assert re.search(refusals, capsys.readouterr().err)
-
-
-def test_no_bar_of_a_library_without_a_terminal():
-    """transformers draws one for the tensors of a GGUF file with tqdm itself."""
-    code = "from dpace.cli import main; main(['report', '--help']); from tqdm.auto import tqdm; list(tqdm('abc'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not done.stderr
