@@ -177,7 +177,7 @@ def openvino_rows(
         folder = job.folders["zlab"].with_name(f"openvino-{precision}")
         folder.mkdir(exist_ok=True)
         exports = [command.replace("int4", precision) for command in commands]
-        shared = {**job.request, "folder": folder, "commands": exports, "precision": precision}
+        shared = {**job.request, "place": folder, "commands": exports, "precision": precision}
         requests = {"plain": {**shared, "drafter": None}}
         for count in num_draft_tokens:
             requests[f"{count} drafts"] = {**shared, "drafter": drafter, "num_draft_tokens": count}

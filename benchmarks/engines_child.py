@@ -106,13 +106,15 @@ def run_openvino(request: dict) -> dict:
     import openvino_genai
     from openvino import Tensor
 
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    # offline, optimum-intel 2.2.0 ends with an error where it quantizes
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for command in request["commands"]:
         *_, output = shlex.split(command)
-        if not (Path(request["folder"]) / output).exists():
-            subprocess.run(shlex.split(command), cwd=request["folder"], env=environment, check=True)
+        if not (Path(request["place"]) / output).exists():
+            subprocess.run(shlex.split(command), cwd=request["place"], env=environment, check=True)
     target, drafter = (shlex.split(command)[-1] for command in request["commands"])
-    os.chdir(request["folder"])
+    os.chdir(request["place"])
     settings: dict = {"INFERENCE_NUM_THREADS": request.get("num_threads", 1)}
     if request["precision"] == "fp32":
         settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

@@ -62,7 +62,7 @@ def exporting(drafter: Path, target: Path, folder: Path) -> dict:
     """What OpenVINO's child is asked beside: the exporter's commands of the model card, in fp32."""
     commands = engine_of("openvino").command(read_folder(drafter)[0], str(drafter), str(target)).splitlines()[:2]
     commands = [command.replace("int4", "fp32").replace("drafter-openvino", drafter.name) for command in commands]
-    return {"commands": commands, "folder": str(folder), "precision": "fp32"}
+    return {"commands": commands, "place": str(folder), "precision": "fp32"}
 
 
 @pytest.mark.slow
