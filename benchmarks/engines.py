@@ -42,7 +42,7 @@ from dpace.config import ExportConfig
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
-from dpace.engines import engine_of
+from dpace.engines.openvino import ENGINE as OPENVINO, INT4
 from dpace.publish.export import export, import_drafter
 from dpace.report.tables import Section, console, section_table
 from dpace.target import Target
@@ -172,11 +172,11 @@ def openvino_rows(
         yield "OpenVINO GenAI", "not installed", None, None
         return
     drafter = str(job.folders["zlab"])
-    commands = engine_of("openvino").command(job.drafter.spec, drafter, job.request["target"]).splitlines()[:2]
+    commands = OPENVINO.command(job.drafter.spec, drafter, job.request["target"]).splitlines()[:2]
     for precision in precisions:
         folder = job.folders["zlab"].with_name(f"openvino-{precision}")
         folder.mkdir(exist_ok=True)
-        exports = [command.replace("int4", precision) for command in commands]
+        exports = [command.replace(INT4, INT4 if precision == "int4" else precision) for command in commands]
         shared = {**job.request, "place": folder, "commands": exports, "precision": precision}
         requests = {"plain": {**shared, "drafter": None}}
         for count in num_draft_tokens:
@@ -299,7 +299,7 @@ def main(
     precisions: tuple[str, ...] = ("float16",),
     vllm_python: str | None = None,
     openvino_python: str | None = None,
-    openvino_precisions: tuple[str, ...] = ("fp32", "fp16", "int8", "int4"),
+    openvino_precisions: tuple[str, ...] = ("fp32", "int8", "int4"),
     openvino_drafts: tuple[int, ...] = (5, 15),
     data: tuple[Path, ...] = (),
     prompts: int = 2,

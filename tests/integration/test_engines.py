@@ -21,7 +21,7 @@ from dpace.config import EngineName, ExportConfig
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
 from dpace.drafter.vocabulary import DraftVocabulary
-from dpace.engines import engine_of
+from dpace.engines.openvino import ENGINE as OPENVINO, INT4
 from dpace.publish.export import export, import_drafter
 from dpace.target import Target
 from tests.support.files import change_config, read_json
@@ -60,8 +60,8 @@ def write(to: EngineName, source: Path, target: Target, output: Path, target_nam
 
 def exporting(drafter: Path, target: Path, folder: Path) -> dict:
     """What OpenVINO's child is asked beside: the exporter's commands of the model card, in fp32."""
-    commands = engine_of("openvino").command(read_folder(drafter)[0], str(drafter), str(target)).splitlines()[:2]
-    commands = [command.replace("int4", "fp32").replace("drafter-openvino", drafter.name) for command in commands]
+    commands = OPENVINO.command(read_folder(drafter)[0], str(drafter), str(target)).splitlines()[:2]
+    commands = [command.replace(INT4, "fp32").replace("drafter-openvino", drafter.name) for command in commands]
     return {"commands": commands, "place": str(folder), "precision": "fp32"}
 
 

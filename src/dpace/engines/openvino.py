@@ -9,11 +9,14 @@ import shlex
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.engine import Engine
 
+INT4 = "int4 --group-size-fallback adjust"
+"""Format of the target's weights, also where a width is no multiple of 128."""
 RUN = """from openvino_genai import LLMPipeline, SchedulerConfig, draft_model
-options = {{"draft_model": draft_model("drafter-openvino"), "scheduler_config": SchedulerConfig()}}
-pipeline = LLMPipeline("target-openvino", "CPU", **options)
+drafter = draft_model("drafter-openvino", "CPU", INFERENCE_PRECISION_HINT="f32")
+pipeline = LLMPipeline("target-openvino", "CPU", draft_model=drafter, scheduler_config=SchedulerConfig())
 print(pipeline.generate("...", max_new_tokens=256, do_sample=False, num_assistant_tokens={count}))"""
-"""It refuses caches of prefixes, which it has without a `SchedulerConfig`; without a count it drafts 5 tokens."""
+"""It refuses the cache of prefixes, which it has without a `SchedulerConfig`. In bf16, the default on CPUs that have it,
+2026.4.1 ended with SIGFPE for models that are not quantized. Without a count it drafts 5 tokens."""
 
 
 class Openvino(Engine):
@@ -42,7 +45,7 @@ Try `--weight-format int8` and `fp16` for the target too.
         """See `Engine`: the exporter's two commands, and a prompt."""
         export = "optimum-cli export openvino --task text-generation-with-past"
         commands = (
-            f"{export} --model {shlex.quote(target)} --weight-format int4 target-openvino",
+            f"{export} --model {shlex.quote(target)} --weight-format {INT4} target-openvino",
             f"{export} --model {shlex.quote(drafter)} --trust-remote-code --disable-convert-tokenizer drafter-openvino",
             f"python -c {shlex.quote(RUN.format(count=spec.num_draft_tokens))}",
         )
