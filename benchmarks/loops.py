@@ -1,6 +1,7 @@
 """The loops that ours is compared with, on a model in this process: transformers' generation and z-lab's package."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ Way = Callable[[list[int], int], list[int]]
 INSTALL_ZLAB = "pip install --no-deps --target /tmp/dflash dflash==0.1.0, and set PYTHONPATH=/tmp/dflash"
 
 
-def demo_questions(target: Target, num_prompts: int) -> list[tuple[str, list[int]]]:
-    """Take the first held-out prompts of each of the demo's sets: the set, and token ids."""
-    chosen = first_of_each_set(read_prompts(demo_path("heldout")), num_prompts)
+def demo_questions(target: Target, num_prompts: int, *files: Path) -> list[tuple[str, list[int]]]:
+    """Take the first held-out prompts of each of the demo's sets, and of more files: the set, and token ids."""
+    prompts = [prompt for file in (demo_path("heldout"), *files) for prompt in read_prompts(file)]
+    chosen = first_of_each_set(prompts, num_prompts)
     return [(prompt.set, encode_chat(target, prompt.turns[0])) for prompt in chosen]
 
 

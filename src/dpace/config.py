@@ -151,7 +151,7 @@ SelectorName = Literal["lilicorr", "candidate_selector"]
 """Selectors, each a file of `dpace.drafter`."""
 WALKED = ("lilicorr",)
 """Selectors that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
-EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "gguf"]
+EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "openvino", "gguf"]
 """Engines, each a file of `dpace.engines`, in the order of the model card; gguf is llama.cpp's."""
 HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
 

@@ -1,7 +1,8 @@
 r"""Engines that need an environment of their own, which is named by a variable:
 
     DPACE_VLLM_PYTHON=/tmp/vllm/bin/python DPACE_MLX_PYTHON=/tmp/mlx/bin/python \
-        DPACE_SPECULATORS_PYTHON=/tmp/spec/bin/python pytest -m slow tests/integration/test_engines.py
+        DPACE_SPECULATORS_PYTHON=/tmp/spec/bin/python DPACE_OPENVINO_PYTHON=/tmp/openvino/bin/python \
+        pytest -m slow tests/integration/test_engines.py
 
 CONTRIBUTING.md has the commands that make them.
 """
@@ -20,6 +21,7 @@ from dpace.config import EngineName, ExportConfig
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
 from dpace.drafter.vocabulary import DraftVocabulary
+from dpace.engines.openvino import ENGINE as OPENVINO, INT4
 from dpace.publish.export import export, import_drafter
 from dpace.target import Target
 from tests.support.files import change_config, read_json
@@ -56,8 +58,15 @@ def write(to: EngineName, source: Path, target: Target, output: Path, target_nam
     return output
 
 
+def exporting(drafter: Path, target: Path, folder: Path) -> dict:
+    """What OpenVINO's child is asked beside: the exporter's commands of the model card, in fp32."""
+    commands = OPENVINO.command(read_folder(drafter)[0], str(drafter), str(target)).splitlines()[:2]
+    commands = [command.replace(INT4, "fp32").replace("drafter-openvino", drafter.name) for command in commands]
+    return {"commands": commands, "place": str(folder), "precision": "fp32"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["vllm", "mlx"])
+@pytest.mark.parametrize("engine", ["vllm", "mlx", "openvino"])
 def test_engine_verifies_as_often_as_we_do(
     engine, language_target, language_folder, language_drafter_folder, questions, tmp_path
 ):
@@ -65,14 +74,18 @@ def test_engine_verifies_as_often_as_we_do(
     python_of(engine)
     drafter = load_drafter(language_drafter_folder, language_target, all_tokens=True)
     ours = decode_whole(language_target, drafter, questions, max_new_tokens=40)
-    formats = {"vllm": ["vllm", "speculators"], "mlx": ["zlab"]}[engine]
+    formats = {"vllm": ["vllm", "speculators"], "mlx": ["zlab"], "openvino": ["openvino"]}[engine]
+    (made := tmp_path / "made").mkdir()
     for to, offset in [*((to, 0) for to in formats), (formats[0], -1), (formats[0], 1)]:
         out = tmp_path / f"dflash-{to}{offset:+d}"
         write(to, language_drafter_folder, language_target, out, offset=offset)
-        found = ask(engine, tmp_path, target=str(language_folder), prompts=questions, drafter=str(out), **SETTINGS)
+        request = {"target": str(language_folder), "prompts": questions, "drafter": str(out), **SETTINGS}
+        if engine == "openvino":
+            request |= exporting(out, language_folder, made)
+        found = ask(engine, tmp_path, **request)
         assert found["texts"] == [mine.token_ids for mine in ours]
         differences = [abs(steps - len(mine.widths)) for steps, mine in zip(found["steps"], ours, strict=True)]
-        allowed = {"vllm": 1, "mlx": 0}[engine]  # vLLM drafts once more, or not, where a response ends
+        allowed = {"vllm": 1, "mlx": 0, "openvino": 0}[engine]  # vLLM drafts once more, or not, where a response ends
         assert (max(differences) > allowed) == bool(offset)
 
 

@@ -42,7 +42,9 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
         assert json.loads(shlex.split(command("vllm", each))[-1])["num_speculative_tokens"] == 5
     for name in ("transformers", "zlab"):
         compile(command(name), name, "eval")
-    published = {"vllm", "sglang", "tensorrt", "transformers"}
+    assert "num_assistant_tokens=5" in command("openvino")
+    assert "input_embedding_scale is 2.0" in engine_of("openvino").fault(replace(spec, input_embedding_scale=2.0))
+    published = {"vllm", "sglang", "tensorrt", "transformers", "openvino"}
     scaled = make_drafter(make_target("llama3.1")).spec
     for each, names in ((spec, published), (own, {"vllm"}), (scaled, published)):
         first, *others = engine_sections("published", each, "d", "t")

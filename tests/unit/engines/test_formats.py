@@ -30,11 +30,15 @@ REFUSED = {
     ("zlab", "small"): "draft_vocab_size",
     ("zlab", "own"): "has_own_embed_tokens",
     ("vllm", "anchored"): "the drafter has sample_from_anchor",
+    ("openvino", "causal windows"): "is_causal is True, and OpenVINO GenAI takes it for False",
+    ("openvino", "convolutions"): "DFlash2DraftModel, which OpenVINO GenAI does not read",
+    ("openvino", "own"): "has_own_embed_tokens",
 }
 """What an engine does not read, with the engines that do."""
 TO = ("zlab", "speculators", "gguf")
 CASES = [(to, kind, "keep") for to in TO for kind in ("causal windows", "mixed layers", "convolutions", *LAYOUTS)]
 CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *LILICORR)] + [(to, "lilicorr", "keep") for to in TO[1:]]
+CASES += [("openvino", kind, "keep") for kind in ("causal windows", "convolutions", "own", "windows")]
 CASES += [(to, "trained", "bfloat16") for to in TO]
 LIKE_THESE = [(to, *case) for to in TO for case in (("windows", "keep"), ("causal", "keep"), ("trained", "float16"))]
 """They take the same branches."""
