@@ -392,7 +392,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
         "drafter": drafter,
         "other": shutil.copytree(drafter, folder / "other" / "drafter"),
         "gguf": target_gguf,
-        "file": f"dflash-{language_folder.name}-bfloat16.gguf",
+        "file": f"dflash-{language_folder.name}-BF16.gguf",
         "quantized": write_fp8(language_folder, folder / "quantized"),
         "adapter": write_adapter(shutil.copytree(language_folder, folder / "base"), width=48),
     }
