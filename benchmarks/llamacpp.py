@@ -1,4 +1,4 @@
-"""Run llama.cpp on GGUF files in a process of its own: its answers, accepted drafts and seconds.
+"""Run llama.cpp on GGUF files in a process of its own: its answers, accepted drafts and seconds, or its server.
 
 This needs `pip install xllamacpp`, which has llama.cpp's server as a library. ggml ends its process where it meets
 something that it does not know, so it gets one of its own.
@@ -10,7 +10,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,18 +81,22 @@ def make_server(
     drafter: str | None = None,
     *,
     num_draft_tokens: int = 0,
+    p_min: float = 0.0,
     from_anchor: bool = False,
     num_threads: int = 1,
     is_exact: bool = False,
+    port: int = 0,
 ) -> Any:
     """Make a server of xllamacpp in this process.
 
     Its threads slow down those of torch: call this in a process without torch's work. Arguments as in `run_llamacpp`;
-    `is_exact` keeps keys and values in f32, as this process does, and not in llama.cpp's default, f16.
+    `p_min` ends a draft at a token of a lower probability; `is_exact` keeps keys and values in f32, as this process
+    does, and not in llama.cpp's default, f16; `port` is a free one by default.
     """
     xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
     params.model.path = target
+    params.port = port
     params.n_ctx = 2048
     params.n_parallel = 1
     params.n_gpu_layers = 0
@@ -106,7 +111,20 @@ def make_server(
         params.speculative.types = [dspark if from_anchor else kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
         params.speculative.draft.mparams.path = drafter
         params.speculative.draft.n_max = num_draft_tokens
+        params.speculative.draft.p_min = p_min
     return xllamacpp.Server(params)
+
+
+@contextmanager
+def serving(target: str | Path, **options: Any) -> Iterator[str]:
+    """Give the address of a server in a process of its own, until it is left; options as in `make_server`."""
+    command = [sys.executable, __file__, "serve", json.dumps({"target": str(target), **options})]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            yield next(line.strip() for line in process.stdout or () if line.startswith("http"))
+        finally:
+            process.kill()
 
 
 def answer(server: Any, token_ids: Sequence[int], max_new_tokens: int) -> Answer:
@@ -126,4 +144,9 @@ def _serve(request: dict) -> list[Answer]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(_serve(json.load(sys.stdin))))
+    if sys.argv[1] == "serve":
+        running = make_server(**json.loads(sys.argv[2]))
+        print(running.listening_address, flush=True)
+        sys.stdin.read()
+    else:
+        Path(sys.argv[1]).write_text(json.dumps(_serve(json.load(sys.stdin))))

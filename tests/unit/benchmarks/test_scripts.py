@@ -14,6 +14,8 @@ from tests.support.scripts import run_script
 DECODE = "decode.py {target} {drafter} --rounds 1 --prompts 1 --tokens 4"
 DECODE += " --ways 'dpace, width' 'random drafter' T=1 transformers 'drafts alone'"
 ENGINES = "engines.py {target} {drafter} --gguf {gguf} --rounds 1 --prompts 1 --tokens 6 --precisions float16"
+DEPTHS = "depths.py {gguf} {drafter_gguf} --depths 1 3@0.5 --port 8470 --bench --target {target} --sets gsm8k"
+DEPTHS += " --sets-dir {data} --output {out} --temperatures 0 --bench.max-new-tokens 4"
 LOSS = "loss.py --shape 8192 64 32 --rounds 1"
 SERVER = "respond.py --seconds 0.001 --concurrencies 1 2"
 BEGINNINGS = "respond.py --beginnings --target {target} --prompts 6 --tokens 4 --batch-size 4"
@@ -29,6 +31,7 @@ PRINTED = {
         *(f" {way}[ ,]" for way in ("dpace, width 2", "T=1: dpace, auto", "transformers, DFlash")),
     ],
     ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],
+    DEPTHS: ["Depth: .* llama.cpp .* best depth: gsm8k"],
     LOSS: [" 8192 64 32 frozen-head ", "frozen-head over checkpointed: time"],
     SERVER: [r" 1 [\d.]+ 1\.00 2 [\d.]+ [\d.]+$"],
     BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
@@ -45,14 +48,21 @@ REFUSED = {
 
 
 @pytest.fixture
-def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatch, capsys):
+def run(endless_folder, random_drafter_folder, random_drafter_gguf, target_gguf, tmp_path, monkeypatch, capsys):
     """Run a script, and give what it printed."""
     (data := tmp_path / "data").mkdir()
     for name in "gsm8k math500 humaneval mbpp mt_bench alpaca".split():
         write_rows(data / f"{name}.jsonl", [{"turns": [f"w{i} w50"]} for i in range(3)])
     for name in ("gsm8k", "math", "mbpp"):
         write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])
-    names = {"target": endless_folder, "drafter": random_drafter_folder, "gguf": target_gguf, "data": data}
+    (tmp_path / "drafter.gguf").write_bytes(random_drafter_gguf)
+    names = {
+        "drafter_gguf": tmp_path / "drafter.gguf",
+        "target": endless_folder,
+        "drafter": random_drafter_folder,
+        "gguf": target_gguf,
+        "data": data,
+    }
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(command: str) -> str:
