@@ -143,6 +143,16 @@ TokenLoss = Literal["nll", "kl", "lk"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full", "copies"] | Count
+
+
+def _refuse_other_depth(depth: str) -> str:
+    """Refuse another form than that of a depth with a p-min; the message ends the list of forms."""
+    if not re.fullmatch(r"[1-9]\d*@0?\.\d+", depth):
+        raise ValueError("NUMBER@P with a p-min P below 1")
+    return depth
+
+
+Depth = Count | Annotated[str, AfterValidator(_refuse_other_depth), Field(description="NUMBER@P")]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
@@ -398,8 +408,12 @@ class BenchConfig:
     compiled: Literal["auto", "always", "never"] = "auto"
     """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
     auto: on an accelerator only."""
-    server: Url | None = None
-    """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
+    server: Entries[Url] = ()
+    """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter.
+    Several are compared, each with its own number of draft tokens; see depths."""
+    depths: Entries[Depth] = ()
+    """Draft tokens that each server of --bench.server was started with, in the same order, to find the best number.
+    7@0.5 is 7 with a p-min of 0.5: llama.cpp ends a draft at a token of a lower probability."""
     plain_server: Url | None = None
     """Address of a server of the same target without a drafter, for --bench.server to compare with; asked twice."""
     seed: Seed = 0

@@ -332,9 +332,9 @@ PAIRS |= {
         "generate --target {served} --drafter {out}/new/drafter --prompt w1 --max-new-tokens 4; "
         "explain --drafter {out}/new/drafter --target {served} --prompts {prompts} --num-prompts 1 --max-new-tokens 8; "
         "export {out}/new/drafter --target {served} --to gguf --output {out}/gguf; "
-        "import {out}/gguf/dflash-served-bfloat16.gguf --target {served} --output {out}/ours",
+        "import {out}/gguf/dflash-served-BF16.gguf --target {served} --output {out}/ours",
         "gguf/README.md",
-        printed="llama-server -m served.gguf -md .*dflash-served-bfloat16.gguf --spec-type draft-dflash",
+        printed="llama-server -m served.gguf -md .*dflash-served-BF16.gguf --spec-type draft-dflash",
     ),
     "an adapter, every verb": Pair(
         f"plan {ADAPTER}; respond {ADAPTER}; data {ADAPTER}; train {ADAPTER}; bench {ADAPTER}; "
@@ -404,7 +404,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
         "served": write_target_gguf(
             make_target("qwen3", vocab_size=len(BYTE_TOKENS)), folder / "served.gguf", **BYTE_TOKENIZER
         ),
-        "file": f"dflash-{language_folder.name}-bfloat16.gguf",
+        "file": f"dflash-{language_folder.name}-BF16.gguf",
         "quantized": write_fp8(language_folder, folder / "quantized"),
         "adapter": write_adapter(shutil.copytree(language_folder, folder / "base"), width=48),
     }

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 import tenacity
+from llamacpp import serving
 
+from dpace.cli import main
 from dpace.config import BenchConfig, ExportConfig, RespondConfig
-from dpace.measure.results import ServerRow
+from dpace.measure.results import ServerRow, read_results
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
@@ -26,29 +27,11 @@ from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
-from tests.support.files import make_prompts
+from tests.support.files import make_prompts, write_prompts
 from tests.support.models import decode_whole, make_target, make_tokenizer, write_target_gguf
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SERVE = """
-import json, sys
-from llamacpp import make_server
-server = make_server(**json.loads(sys.argv[1]))
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def llamacpp(target: Path, **options) -> Iterator[str]:
-    """The address of llama.cpp's server in a process of its own."""
-    command = [sys.executable, "-c", SERVE, json.dumps({"target": str(target), **options})]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, cwd=BENCHMARKS, **pipes) as process:
-        try:
-            yield next(line.strip() for line in process.stdout or () if line.startswith("http"))
-        finally:
-            process.kill()
+ASKED = {"speculative.n_max": 1, "speculative.p_min": 0.99}
+"""Fields of a request that llama.cpp's documentation has, and that b11549 does not read."""
 
 
 @contextmanager
@@ -78,7 +61,7 @@ def measure(
 ) -> ServerRow:
     """The row of a server with a drafter; all prompts in one."""
     prompts = [replace(prompt, set="all") for prompt in prompts]
-    config = BenchConfig(temperatures=(0.0,), max_new_tokens=count, server=address, plain_server=plain)
+    config = BenchConfig(temperatures=(0.0,), max_new_tokens=count, server=(address,), plain_server=plain)
     (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), prompts, config, folder).rows
     return row
 
@@ -95,8 +78,8 @@ def test_llamacpp_reports_what_we_count(
     names = {"drafter": "x", "target": "x", "output": str(tmp_path / "gguf"), "target_gguf": str(target_gguf)}
     drafter = str(export(language_drafter_folder, language_target, ExportConfig(to="gguf", **names)))
     prompts = make_prompts(language_prompts[50:56])
-    served = llamacpp(target_gguf, drafter=drafter, num_draft_tokens=5)
-    with served as address, llamacpp(target_gguf) as plain:
+    served = serving(target_gguf, drafter=drafter, num_draft_tokens=5)
+    with served as address, serving(target_gguf) as plain:
         row = measure(language_target, prompts, address, plain, tmp_path, 40)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
     ours = decode_whole(language_target, language_drafter, encoded, max_new_tokens=40)
@@ -109,6 +92,33 @@ def test_llamacpp_reports_what_we_count(
     assert row.tau[0] == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau, rel=0.05)
 
 
+def test_llamacpp_drafts_as_many_tokens_as_its_server_was_started_with(
+    language_folder, random_drafter_gguf, language_prompts, target_gguf, tmp_path, capsys
+):
+    """And as many as no request asks for."""
+    drafter = tmp_path / "drafter.gguf"
+    drafter.write_bytes(random_drafter_gguf)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4])
+    heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:52])
+    command = f"bench --target {language_folder} --prompts.path {prompts} --prompts.heldout-path {heldout}"
+    command += f" --output {tmp_path / 'out'} --temperatures 0 --bench.max-new-tokens 24"
+    options = {"drafter": str(drafter)}
+    with (
+        serving(target_gguf) as plain,
+        serving(target_gguf, num_draft_tokens=1, **options) as one,
+        serving(target_gguf, num_draft_tokens=4, **options) as four,
+    ):
+        command += f" --plain-server {plain} --server {one} {four}"
+        assert main(f"{command} --depths 4 1".split()) == 1
+        assert f"{four} drafted" in capsys.readouterr().err
+        assert main(f"{command} --depths 1 4".split()) == 0
+        body = {"prompt": [5, 6, 7], "n_predict": 16, "temperature": 0, "cache_prompt": False}
+        asked = [httpx.post(f"{four}/completion", json=body | more).json()["timings"] for more in ({}, ASKED)]
+    drafted = [row.num_drafted / row.num_verifications for row in read_results(tmp_path / "out" / "servers.json").rows]
+    assert drafted[0] <= 1 and 2 < drafted[1] <= 4
+    assert asked[0]["draft_n"] == asked[1]["draft_n"] > 0
+
+
 def test_llamacpp_answers_as_this_process_does(tmp_path):
     """A target with random weights, whose texts a small error would change; in fp32, with keys and values in f32."""
     target = make_target("qwen3")
@@ -117,7 +127,7 @@ def test_llamacpp_answers_as_this_process_does(tmp_path):
     prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]] * (1 + i % 2)) for i, text in enumerate(texts)]
     config = RespondConfig(max_new_tokens=24, batch_size=4)
     own = write_responses(target, prompts, tmp_path / "here" / "responses.jsonl", config)
-    with llamacpp(write_target_gguf(target, tmp_path / "target.gguf"), is_exact=True) as address:
+    with serving(write_target_gguf(target, tmp_path / "target.gguf"), is_exact=True) as address:
         path = tmp_path / "there" / "responses.jsonl"
         assert write_responses(target, prompts, path, replace(config, server=(address,))) == own
 

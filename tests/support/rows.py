@@ -105,7 +105,11 @@ def make_compare(*rows: ComparedRow, **changes: Any) -> CompareResults:
 def make_servers(*rows: ServerRow) -> ServerResults:
     address = ServerAddress(url="http://localhost:8001", engine="vllm", model=None, version=None)
     return ServerResults(
-        **_SETUP, servers={"drafter": address}, max_new_tokens=9, tau_in_training=None, rows=list(rows)
+        **_SETUP,
+        servers={row.depth or "drafter": address for row in rows},
+        max_new_tokens=9,
+        tau_in_training=None,
+        rows=list(rows),
     )
 
 

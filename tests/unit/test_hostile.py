@@ -109,8 +109,8 @@ def test_no_spelling_of_an_address_hides_a_password(option, address, refused, tm
 def test_an_address_that_is_refused_for_another_reason_shows_no_password(refused, tmp_path):
     twice = ["http://u:secret@h:1"] * 2
     refused(["respond", "--respond.server", *twice], "^((?!secret).)*http://h:1' twice((?!secret).)*$")
-    (tmp_path / "r.yaml").write_text(f"bench: {{server: {twice[:1]}}}")
-    refused("bench r.yaml", "bench.server is ((?!secret).)*$")
+    (tmp_path / "r.yaml").write_text(f"bench: {{plain_server: {twice[:1]}}}")
+    refused("bench r.yaml", "bench.plain_server is ((?!secret).)*$")
 
 
 OBJECTIVES = {

@@ -114,9 +114,12 @@ class Gguf(Engine):
 {command}
 ```
 
-On a CPU measure first: it was slower than without the drafter in all our runs there, and the more so the longer the
-drafts. By default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a
-lower probability; try a few values on your prompts.
+On a CPU measure first, with `dpace bench --server`: long drafts were slower than no drafter in all our runs there. By
+default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a lower
+probability; try a few values on your prompts.
+
+From the Hub: `llama-server -hf OWNER/TARGET-GGUF -hfd OWNER/REPOSITORY` finds this file by its name, in any repository.
+Beside the target's GGUF file, `-hf` finds it with the `--spec-type` of the command, and Unsloth's studio by itself.
 
 With a quantized target, such as Q8_0 or Q4_1, the text will differ from what the same target writes without a drafter:
 llama.cpp rounds a block of tokens and a single one differently. With a target in f16, bf16 or f32 the text stays.
@@ -174,9 +177,11 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         return super().cast(tensor, dtype if tensor.dim() == 2 else "float32")
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
-        """See `Engine`."""
+        """See `Engine`; llama.cpp and Unsloth's studio find the file by the two ends of its name."""
+        kind = "dspark" if drafter.spec.sample_from_anchor else "dflash"
         name = Path(config.served_target).resolve().name.removesuffix(".gguf")
-        path = folder / f"dflash-{name}-{config.dtype}.gguf"
+        precision = TENSOR_TYPES[getattr(torch, config.dtype)].name
+        path = folder / f"{kind}-{name}-{precision}.gguf"
         write_gguf(path, drafter, str(config.served_gguf))
         return path
 

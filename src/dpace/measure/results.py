@@ -96,7 +96,7 @@ class ServerSetup(Setup):
     """What made the numbers of running servers."""
 
     servers: dict[str, ServerAddress]
-    """By side, `drafter` and `plain`."""
+    """By side: `plain`, and `drafter` or the depths that were compared."""
 
 
 @json_object
@@ -175,7 +175,8 @@ class ServedRecord(PromptRecord):
     """A prompt that servers answered; a line of servers-*.jsonl."""
 
     turns: list[dict[str, ServedAnswer]]
-    """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
+    """For each turn the answers by side: `drafter` or the depths, and `plain` and `plain again` where there is such a
+    server."""
 
 
 @json_object
@@ -259,16 +260,26 @@ class ComparedRow(DraftedRow):
     """Tau over the baseline's, as a ratio minus 1."""
 
 
+def split_depth(depth: str) -> tuple[int, str]:
+    """Return the number of draft tokens of a depth, and its p-min, which is empty where it has none."""
+    count, _, p_min = depth.partition("@")
+    return int(count), p_min
+
+
 @json_object
 class ServerRow:
     """A server with a drafter, on one set at one temperature; `plain_` is the one without."""
 
     set: str
     temperature: float
+    depth: str | None = None
+    """Draft tokens that the server was started with, of several that are compared; `7@0.5` has a p-min of 0.5."""
     num_responses: int
     tau: Estimate
     """None where the server does not report verifications, as is the next one."""
     num_verifications: int | None
+    num_drafted: int | None = None
+    """Draft tokens of these verifications; None where the server does not say, and in older files."""
     tau_here: Estimate
     """Tau of whole drafts in this process, on the prompts that both have; from results.json."""
     tau_over_here: Estimate
@@ -319,6 +330,10 @@ class ServerResults(ServerSetup):
     schema_version: Literal[3] = 3
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
+    drafter_sha256: str | None = None
+    """Hash of the weights of `drafter` in the same folder, where depths were compared; None where it has none."""
+    hardware: Hardware | None = None
+    """Of this machine, where the servers ran on it too."""
     rows: Annotated[list[ServerRow], NOT_EMPTY]
     """One for each set and temperature."""
 

@@ -1,8 +1,9 @@
-"""Measure running servers, one with a drafter and one without, and write servers.json.
+"""Measure running servers, some with a drafter and one without, and write servers.json.
 
 In come their addresses and prompts. All get the same token ids, one prompt at a time; the server without a drafter gets
 them twice, and its second pass is the control for equal texts. Out come rows with the tau that the server reports,
-beside that of this process and of training, with speeds and with the number of equal texts.
+beside that of this process and of training, with speeds and with the number of equal texts; or a row for each depth,
+where several servers draft different numbers of tokens.
 """
 
 import sys
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
@@ -27,23 +29,27 @@ from dpace.measure.results import (
     nullable,
     read_log,
     read_results,
+    split_depth,
     write_results,
 )
 from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
+from dpace.system.device import find_device
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
-from dpace.system.provenance import same_run
+from dpace.system.provenance import find_hardware, hash_file, same_run
 from dpace.target.chat import ChatTokenizer, encode_chat
 
 DRAFTER = "drafter"
-"""Name of the side with the drafter; the one without is `PLAIN`."""
+"""Name of the side with the drafter, unless depths name several; the one without is `PLAIN`."""
 CONTROL = "plain again"
 """Name of the second pass of the server without a drafter."""
 SERVERS_FILE = "servers.json"
 """What the rows are written to."""
+THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
+"""Hosts of servers that run where they are asked."""
 Totals = dict[tuple[float, str, str], list[int]]
 """Emitted tokens and verifications, by temperature and prompt."""
 
@@ -51,7 +57,7 @@ Totals = dict[tuple[float, str, str], list[int]]
 def bench_servers(
     chat: ChatTokenizer, prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
 ) -> ServerResults:
-    """Send every prompt to a server with a drafter and twice to one without, and write `servers.json`.
+    """Send every prompt to each server with a drafter and twice to one without, and write `servers.json`.
 
     All sides get the same token ids, in turn. Prompt `i` draws with `seed + i` on each. Each finished prompt is kept in
     `servers-*.jsonl`, a file for each way to measure; an interrupted call goes on after it. What stands beside the
@@ -68,10 +74,12 @@ def bench_servers(
         What `servers.json` holds.
 
     Raises:
-        ValueError: a server that does not answer, refuses a request, or is of no known kind; or an over-long prompt.
+        ValueError: a server that does not answer, refuses a request, drafts more than its depth, or is of no known
+            kind; or an over-long prompt.
     """
     folder = Path(folder)
-    urls = {PLAIN: config.plain_server, DRAFTER: config.server}
+    names = [str(depth) for depth in config.depths] or [DRAFTER]
+    urls = {PLAIN: config.plain_server} | dict(zip(names, config.server, strict=True))
     sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items() if url}
     addresses = {side: _address_of(server) for side, server in sides.items()}
     known = setup_of(chat, config)
@@ -82,10 +90,11 @@ def bench_servers(
     refuse_long_prompts(chat, prompts, config.max_new_tokens)
     here = {}
     try:
-        here = totals_here(folder / "results.json", known)
+        here = {} if config.depths else totals_here(folder / "results.json", known)
     except (OSError, ValueError) as error:
         print(f"tau here is not known: {error}", file=sys.stderr)
     drafter = folder / "drafter"
+    weights = drafter / "model.safetensors"
     log = read_log(drafter) if (drafter / "trainer_state.json").exists() else []
     tau_in_training = max((entry["eval_tau"] for entry in log if "eval_tau" in entry), default=None)
     jobs = list(product(config.temperatures, prompts))
@@ -93,8 +102,10 @@ def bench_servers(
     if missing:  # a warm-up, which is not counted
         temperature, prompt = missing[0][1]
         first_turn = encode_chat(chat, prompt.turns[0])
-        for server in sides.values():
-            server.answer(first_turn, 16, temperature, config.seed)
+        for side, server in sides.items():
+            answer = _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
+            if config.depths and side != PLAIN and answer.counts:
+                _refuse_deeper_drafts(side, server, answer.counts)
     else:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
     ways = {side: partial(_ask_server, server) for side, server in sides.items()}
@@ -112,8 +123,14 @@ def bench_servers(
         )
         answers = [of_turn for _, of_turn in turns]
         records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers))
-    rows = make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs], here)
-    results = ServerResults(**vars(setup), tau_in_training=tau_in_training, rows=rows)
+    is_here = all(urlsplit(server.url).hostname in THIS_MACHINE for server in sides.values())
+    results = ServerResults(
+        **vars(setup),
+        tau_in_training=tau_in_training,
+        drafter_sha256=hash_file(weights) if config.depths and weights.exists() else None,
+        hardware=find_hardware(find_device()) if is_here else None,
+        rows=make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs], here, names),
+    )
     write_results(folder / SERVERS_FILE, results)
     return results
 
@@ -122,6 +139,16 @@ def _address_of(server: Server) -> ServerAddress:
     """Return where a server is, and what it says of itself, as short texts without password and key."""
     model, version = (server.address.short(said) if said else None for said in (server.model, server.version))
     return ServerAddress(url=server.url, engine=server.engine, model=model, version=version)
+
+
+def _refuse_deeper_drafts(depth: str, server: Server, counts: Counts) -> None:
+    """Refuse a server that drafts more tokens than its depth; its number of verifications may be wrong by one."""
+    most, _ = split_depth(depth)
+    if counts.num_drafted > most * (counts.num_verifications + 1):
+        raise ValueError(
+            f"{server.url} drafted {counts.num_drafted} tokens in {counts.num_verifications} verifications, expected "
+            f"at most {most} in each, as --bench.depths says; name the depths in the order of --bench.server"
+        )
 
 
 def totals_here(path: Path, known: JsonObject) -> Totals:
@@ -167,31 +194,36 @@ def _ask_server(
     return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.decode_seconds, counts=counts)
 
 
-def make_rows(records: Sequence[ServedRecord], here: Totals) -> list[ServerRow]:
-    """Pool prompts into one row for each temperature and set, beside what this process emitted."""
+def make_rows(records: Sequence[ServedRecord], here: Totals, sides: Sequence[str] = (DRAFTER,)) -> list[ServerRow]:
+    """Pool prompts into one row for each temperature, set and side, beside what this process emitted."""
     groups = group_by(records, attrgetter("temperature", "set"))
-    drafts = any(answer.counts for answer in _answers(records, DRAFTER))
-    return [_pool_prompts(groups[key], here, drafts=drafts) for key in sorted(groups)]
+    drafts = {side: any(answer.counts for answer in _answers(records, side)) for side in sides}
+    keys = product(sorted(groups), sides)
+    return [_pool_prompts(groups[key], here, side, drafts=drafts[side]) for key, side in keys]
 
 
-def _pool_prompts(records: Sequence[ServedRecord], here: Totals, *, drafts: bool) -> ServerRow:
+def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, *, drafts: bool) -> ServerRow:
     """Pool the prompts of one row; intervals resample them.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports. Where it reports some, an
     answer without any had no drafts: each pass of the target then emitted one token.
     """
-    served = {(record.temperature, record.set, record.id): _emitted(record) for record in records} if drafts else {}
+    emitted = {(record.temperature, record.set, record.id): _emitted(record, side) for record in records}
+    served = emitted if drafts else {}
     common = [key for key in served if key in here]
     paired = [[[side[key] for key in common]] for side in (served, here)]
-    drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
-    num_same, num_control, gain = _same_texts(records) if plain else (None, None, (None, None, None))
-    by_prompt = [[_answers([record], side) for record in records] for side in (DRAFTER, PLAIN)]
+    drafted = _answers(records, side)
+    plain = _answers(records, PLAIN)
+    num_same, num_control, gain = _same_texts(records, side) if plain else (None, None, (None, None, None))
+    by_prompt = [[_answers([record], name) for record in records] for name in (side, PLAIN)]
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
+        depth=None if side == DRAFTER else side,
         num_responses=len(drafted),
         tau=nullable(estimate([[list(served.values())]])),
         num_verifications=sum(number for _, number in served.values()) if drafts else None,
+        num_drafted=sum(answer.counts.num_drafted for answer in drafted if answer.counts) or None,
         tau_here=nullable(estimate(paired[1:])),
         tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),
         tokens_per_second=defined(tokens_per_second(drafted)),
@@ -208,21 +240,21 @@ def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
     return [turn[side] for record in records for turn in record.turns if side in turn]
 
 
-def _emitted(record: ServedRecord) -> list[int]:
+def _emitted(record: ServedRecord, side: str) -> list[int]:
     """Count emitted tokens and verifications of all turns; without drafts, both are the tokens after the first."""
-    counts = [answer.counts or Counts(answer.num_decode_tokens, 0) for answer in _answers([record], DRAFTER)]
+    counts = [answer.counts or Counts(answer.num_decode_tokens, 0) for answer in _answers([record], side)]
     return [sum(one.num_emitted for one in counts), sum(one.num_verifications for one in counts)]
 
 
-def _same_texts(records: Iterable[ServedRecord]) -> tuple[int, int, Estimate]:
+def _same_texts(records: Iterable[ServedRecord], drafter: str) -> tuple[int, int, Estimate]:
     """Count the turns with the text of the plain server's first pass.
 
     Returns:
-        The numbers of the server with the drafter and of the plain server's second pass, the control; and the
+        The numbers of the server with a drafter and of the plain server's second pass, the control; and the
         difference of their shares.
     """
     shares = []
-    for side in (DRAFTER, CONTROL):
+    for side in (drafter, CONTROL):
         turns_of = [[turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns] for record in records]
         shares.append([(sum(is_same), len(is_same)) for is_same in turns_of])
     num_same, num_control = (sum(same for same, _ in side) for side in shares)

@@ -4,9 +4,10 @@ In come results, as other verbs wrote them; out come sections, which the termina
 """
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
-from dpace.measure.records import spread_evenly
+from dpace.measure.records import group_by, spread_evenly
 from dpace.measure.results import (
     BenchResults,
     ComparedRow,
@@ -98,7 +99,7 @@ def served_verdict(row: ServerRow) -> str:
 def tables_of(results: Results) -> Iterator[Section]:
     """Yield all tables of results, in the order in which they are read."""
     if isinstance(results, ServerResults):
-        yield servers(results)
+        yield depths(results) if results.rows[0].depth else servers(results)
         return
     if isinstance(results, ExplainResults):
         yield losses_by_set(results)
@@ -319,6 +320,54 @@ def servers(results: ServerResults) -> Section:
     trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
     note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
     return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=3, note=note)
+
+
+def depths(results: ServerResults) -> Section:
+    """Make the table of servers that draft different numbers of tokens."""
+    text = (
+        "Depth is the number of draft tokens that the server was started with, and drafted is how many it drafted in a "
+        "verification, on average. decode_speedup divides its tokens a second, one request at a time, by those of the "
+        "server without a drafter, which stand in brackets. tau is the mean acceptance length that the server reports."
+    )
+    rows = []
+    for row in results.rows:
+        drafted = row.num_drafted / row.num_verifications if row.num_drafted and row.num_verifications else None
+        rows.append(
+            {
+                "verdict": verdict(row.decode_speedup),
+                "set": row.set,
+                "T": f"{row.temperature:g}",
+                "depth": f"{row.depth}",
+                "decode_speedup [95 %]": with_interval(*row.decode_speedup),
+                "tok/s (plain)": _rates(row),
+                "tau [95 %]": with_interval(*row.tau),
+                "drafted": with_interval(drafted, form=".1f"),
+            }
+        )
+    server = results.servers[f"{results.rows[0].depth}"]
+    title = f"Depth: {Path(results.target).name}, {server.engine} {server.version or ''}"
+    return Section(title, text, rows, num_texts=3, note=f"best depth: {depths_note(results.rows)}")
+
+
+def best_depths(rows: Sequence[ServerRow]) -> dict[tuple[str, float], ServerRow | None]:
+    """Find the fastest depth of each set and temperature; None where none is clearly faster than no drafter."""
+    best = {}
+    for key, of_set in group_by(rows, attrgetter("set", "temperature")).items():
+        faster = [row for row in of_set if verdict(row.decode_speedup) == "faster"]
+        best[key] = max(faster, key=attrgetter("decode_speedup"), default=None)
+    return best
+
+
+def depths_note(rows: Sequence[ServerRow]) -> str:
+    """Say which depth is best for each set and temperature, with its speedup."""
+    parts = []
+    is_judged = all(verdict(row.decode_speedup) != "too few prompts" for row in rows)
+    for (name, temperature), row in best_depths(rows).items():
+        found = "none: do not draft" if is_judged else "too few prompts"
+        if row:
+            found = f"{row.depth}, {with_interval(*row.decode_speedup)} times as fast"
+        parts.append(f"{name} (T={temperature:g}) {found}")
+    return "; ".join(parts)
 
 
 def texts_note(rows: Sequence[ServerRow]) -> str:

@@ -31,6 +31,8 @@ class Counts:
     num_verifications: NonNegativeInt
     num_accepted: NonNegativeInt
     """Draft tokens."""
+    num_drafted: NonNegativeInt = 0
+    """Draft tokens, accepted or not; 0 where the server does not say."""
 
     @property
     def num_emitted(self) -> int:
@@ -39,7 +41,11 @@ class Counts:
 
     def __sub__(self, before: "Counts") -> "Counts":
         """What came after an earlier reading of the same counters."""
-        return Counts(self.num_verifications - before.num_verifications, self.num_accepted - before.num_accepted)
+        return Counts(
+            self.num_verifications - before.num_verifications,
+            self.num_accepted - before.num_accepted,
+            self.num_drafted - before.num_drafted,
+        )
 
 
 class Reply(BaseModel):
@@ -241,7 +247,8 @@ class VllmServer(Server):
         usage = event.get("usage") or {}
         counts = None
         if spec := (event.get("metrics") or {}).get("speculative_decoding"):
-            counts = Counts(spec["num_spec_steps"], spec["num_accepted_draft_tokens"])
+            accepted = spec["num_accepted_draft_tokens"]
+            counts = Counts(spec["num_spec_steps"], accepted, spec.get("num_draft_tokens", 0))
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
@@ -261,10 +268,12 @@ class VllmServer(Server):
         except Refused:  # by a proxy
             return None
         totals: Counter[str] = Counter()
-        line = r"^vllm:spec_decode_num_(drafts|accepted_tokens)_total(?:\{.*\})? ([0-9.e+]+)$"
+        line = r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)_total(?:\{.*\})? ([0-9.e+]+)$"
         for name, value in re.findall(line, page, re.MULTILINE):
             totals[name] += round(float(value))
-        return Counts(totals["drafts"], totals["accepted_tokens"]) if "drafts" in totals else None
+        if "drafts" not in totals:
+            return None
+        return Counts(totals["drafts"], totals["accepted_tokens"], totals["draft_tokens"])
 
 
 class SglangServer(Server):
@@ -357,7 +366,7 @@ def _count_drafts(predicted_n: int, draft_n: int, draft_n_accepted: int, *, is_e
     if is_eos and draft_n % verifications:
         # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
         verifications += draft_n % (verifications + 1) == 0
-    return Counts(verifications, max(0, emitted - verifications))
+    return Counts(verifications, max(0, emitted - verifications), draft_n)
 
 
 PROBES = (

@@ -16,6 +16,8 @@ from tests.support.scripts import run_script
 DECODE = "decode.py {target} {drafter} --rounds 1 --prompts 1 --tokens 4"
 DECODE += " --ways 'dpace, width' 'random drafter' T=1 transformers 'drafts alone'"
 ENGINES = "engines.py {target} {drafter} --gguf {gguf} --rounds 1 --prompts 1 --tokens 6 --precisions float16"
+DEPTHS = "depths.py {gguf} {drafter_gguf} --depths 1 3@0.5 --port 8470 --bench --target {target} --sets gsm8k"
+DEPTHS += " --sets-dir {data} --output {out} --temperatures 0 --bench.max-new-tokens 4"
 LOSS = "loss.py --shape 8192 64 32 --rounds 1"
 GGUF = "gguf_target.py {served} --data {data} --sets gsm8k --num-prompts 3 --max-new-tokens 6"
 SERVER = "respond.py --seconds 0.001 --concurrencies 1 2"
@@ -35,6 +37,7 @@ PRINTED = {
     ],
     ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],
     GGUF: ["llama.cpp that dpace chooses too: .* dpace: ./3 texts equal .* llama.cpp, 4 at a time: ./3 texts equal"],
+    DEPTHS: ["Depth: .* llama.cpp .* best depth: gsm8k"],
     LOSS: [" 8192 64 32 frozen-head ", "frozen-head over checkpointed: time"],
     SERVER: [r" 1 [\d.]+ 1\.00 2 [\d.]+ [\d.]+$"],
     BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
@@ -52,7 +55,7 @@ REFUSED = {
 
 
 @pytest.fixture
-def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatch, capsys):
+def run(endless_folder, random_drafter_folder, random_drafter_gguf, target_gguf, tmp_path, monkeypatch, capsys):
     """Run a script, and give what it printed."""
     (data := tmp_path / "data").mkdir()
     for name in "gsm8k math500 humaneval mbpp mt_bench alpaca".split():
@@ -60,9 +63,17 @@ def run(endless_folder, random_drafter_folder, target_gguf, tmp_path, monkeypatc
     for name in ("gsm8k", "math", "mbpp"):
         write_rows(data / f"{name}_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(8)])
     write_rows(data / "prompts.jsonl", [{"id": f"code/{i}", "prompt": f"w{i} w52"} for i in range(40)])
-    names = {"target": endless_folder, "drafter": random_drafter_folder, "gguf": target_gguf, "data": data}
-    names["served"] = tmp_path / "served.gguf"
-    write_target_gguf(make_target("qwen3", vocab_size=len(BYTE_TOKENS)), names["served"], **BYTE_TOKENIZER)
+    (tmp_path / "drafter.gguf").write_bytes(random_drafter_gguf)
+    served = tmp_path / "served.gguf"
+    write_target_gguf(make_target("qwen3", vocab_size=len(BYTE_TOKENS)), served, **BYTE_TOKENIZER)
+    names = {
+        "drafter_gguf": tmp_path / "drafter.gguf",
+        "target": endless_folder,
+        "drafter": random_drafter_folder,
+        "gguf": target_gguf,
+        "served": served,
+        "data": data,
+    }
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
 

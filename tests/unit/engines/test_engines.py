@@ -121,6 +121,7 @@ def test_llamacpp_verifies_as_often_as_we_do(
     """In another precision, as often as with the drafter that is read back; llama.cpp rounds inputs too."""
     kind, dtype = case
     path = do_export("gguf", kind, dtype=dtype)
+    assert path.name.startswith("dspark-" if kind == "anchored" else "dflash-")
     ours = expected[kind]
     if dtype != "keep":
         import_drafter(path, tmp_path / "in", target=str(language_folder))

@@ -42,7 +42,7 @@ KEYS = {
     "num_copied decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
     "set drafter temperature num_prompts block_size histogram tau tau_by_seed reach_rate gain": COMPARE.rows[0],
-    "set temperature num_responses tau num_verifications tau_here tau_over_here tokens_per_second "
+    "set temperature depth num_responses tau num_verifications num_drafted tau_here tau_over_here tokens_per_second "
     "plain_tokens_per_second decode_speedup num_same_text control_same_text same_text_gain": SERVERS.rows[0],
 }
 

@@ -1,10 +1,11 @@
 """Tables fit 80 columns with the verdict first, whatever the names are; advice follows from the verdicts."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, verdict
+from dpace.report.sections import advice, comparison, depths, pairs, servers, slots, speeds, verdict
 from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
     make_bench,
@@ -52,6 +53,10 @@ def tables():
         num_responses=880,
     )
     yield servers(make_servers(served))
+    depth = replace(
+        served, depth="15@0.75", num_verifications=1000, num_drafted=12345, decode_speedup=(12.34, *INTERVAL)
+    )
+    yield depths(make_servers(depth))
 
 
 @pytest.mark.parametrize("table", list(tables()), ids=lambda table: table.title)

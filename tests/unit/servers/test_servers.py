@@ -12,7 +12,7 @@ from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN
 from dpace.measure.results import ServedAnswer, ServedRecord, read_results, write_results
 from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
-from dpace.report.sections import served_verdict, servers, texts_note
+from dpace.report.sections import depths_note, served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.support.files import make_prompts, write_prompts
@@ -28,6 +28,7 @@ vllm:spec_decode_num_drafts_total{{engine="0"}} {:.1f}
 vllm:spec_decode_num_drafts_total{{engine="1"}} 2.0e+00
 vllm:spec_decode_num_drafts_created{{engine="0"}} 1.7e+09
 vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {:.1f}
+vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {:.1f}
 vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} 5.0
 """
 SALTS = {"vllm": "cache_salt", "sglang": "extra_key"}
@@ -35,14 +36,14 @@ GREEDY = BenchConfig(temperatures=(0.0,), max_new_tokens=9, seed=7)
 PROMPTS = make_prompts(f"w{i} w0" for i in range(8))
 
 
-def events(engine: str, tokens: list[int], drafts: bool):
-    """A response in an engine's words, those that are read."""
+def events(engine: str, tokens: list[int], depth: int):
+    """A response in an engine's words, those that are read; 0 without drafts."""
     if engine == "vllm":
         for part in (tokens[:1], tokens[1:4], tokens[4:]):
             yield {"choices": [{"token_ids": part}]}
         yield {"choices": [{"finish_reason": "length"}], "usage": {"completion_tokens": len(tokens)}}
     elif engine == "sglang":
-        spec = {"spec_verify_ct": len(ACCEPTED)} if drafts else {}
+        spec = {"spec_verify_ct": len(ACCEPTED)} if depth else {}
         for end in (1, 4, len(tokens)):
             reason = {"type": "length"} if end == len(tokens) else None
             meta = {"completion_tokens": end, "finish_reason": reason, **spec}
@@ -50,16 +51,17 @@ def events(engine: str, tokens: list[int], drafts: bool):
     else:
         for token in tokens:
             yield {"tokens": [token]}
-        spec = {"draft_n": 9, "draft_n_accepted": sum(ACCEPTED)} if drafts else {}
+        spec = {"draft_n": len(ACCEPTED) * depth, "draft_n_accepted": sum(ACCEPTED)} if depth else {}
         yield {"stop": True, "timings": {"predicted_n": len(tokens), **spec}}
 
 
 class Fake(StubServer):
     """Speaks one engine's dialect; a response is made from the prompt, so that both sides give the same."""
 
-    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False):
+    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False, depth: int = 3):
         super().__init__(self.page, self.answer)
-        self.engine, self.drafts, self.tells = engine, drafts, tells
+        self.engine, self.tells = engine, tells
+        self.depth = depth if drafts else 0
 
     @property
     def bodies(self) -> list[dict]:
@@ -69,14 +71,15 @@ class Fake(StubServer):
         if request.path != "/metrics":
             return pages(PAGES[self.engine])(request)
         count = 3 * len(self.requests)
-        request.send(COUNTERS.format(count, count).encode() if self.drafts else b"vllm:prompt_tokens_total 5.0")
+        said = COUNTERS.format(count, count, self.depth * count)
+        request.send(said.encode() if self.depth else b"vllm:prompt_tokens_total 5.0")
 
     def answer(self, request):
         prompt = request.body.get("prompt") or request.body["input_ids"]
-        said = list(events(self.engine, [(sum(prompt) + i) % 50 for i in range(NUM_TOKENS)], self.drafts))
+        said = list(events(self.engine, [(sum(prompt) + i) % 50 for i in range(NUM_TOKENS)], self.depth))
         if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
             accepted = [max(0, count - sum(prompt) % 2) for count in ACCEPTED]  # requests differ in it
-            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted)}
+            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "num_draft_tokens": 3 * self.depth}
             said[-1]["metrics"] = {"speculative_decoding": spec}
         request.send("".join(f"data: {json.dumps(event)}\n\n" for event in said).encode() + b"data: [DONE]\n\n")
 
@@ -108,7 +111,7 @@ def measure(tmp_path):
     """The rows of servers."""
 
     def rows(drafter: Fake, plain: Fake | None, prompts, config=GREEDY):
-        asked = replace(config, server=drafter.url, plain_server=plain and plain.url)
+        asked = replace(config, server=(drafter.url,), plain_server=plain and plain.url)
         return bench_servers(CHAT, prompts, asked, tmp_path).rows
 
     return rows
@@ -120,6 +123,7 @@ def test_every_dialect_gives_the_same_numbers(engine, pair, measure, tmp_path):
     drafter, plain = pair(engine)
     (row,) = measure(drafter, plain, PROMPTS[:3])
     assert row.tau[0] == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
+    assert row.num_drafted == (None if engine == "sglang" else 3 * row.num_verifications)
     assert row.num_same_text == row.control_same_text == row.num_responses == 3
     expected = [(encode_chat(CHAT, prompt.turns[0]), 7 + i) for i, prompt in enumerate(PROMPTS[:3])]
     for server, num_passes in ((drafter, 1), (plain, 2)):
@@ -337,11 +341,56 @@ def test_what_a_server_calls_itself_is_a_text_without_its_password(
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [("--plain-server", "--bench.server"), ("--verify-rules speculative --server", "--bench.verify-rules is not read")],
+    [
+        (
+            "--plain-server http://h:9",
+            "--bench.plain-server is for servers; name the one with a drafter by --bench.server",
+        ),
+        ("--depths 3", "--bench.depths is for servers; name"),
+        ("--verify-rules speculative --server http://127.0.0.1:9", "--bench.verify-rules is not read"),
+        ("--server http://h:9 --depths 1 3", "names 1 servers and --bench.depths 2 depths, expected as many"),
+        ("--server http://h:8 http://h:9", "names 2 servers and --bench.depths 0 depths, expected as many"),
+        ("--server http://h:9 --depths 3", "name a server without one by --bench.plain-server"),
+        (
+            "--server http://h:9 --depths 3@1.5",
+            "bench.depths is '3@1.5', expected a valid integer or NUMBER@P with a p-min P below 1",
+        ),
+        ("--server http://h:9 --depths 0", "bench.depths is 0, expected "),
+    ],
 )
 def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said, bench, capsys):
-    assert main(f"{bench} {flags} http://127.0.0.1:9".split()) == 1
+    assert main(f"{bench} {flags}".split()) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_the_verb_compares_depths(start, bench, tmp_path, capsys):
+    """A server for each; one that drafts more than was said is refused, and a lower p-min may draft less."""
+    plain, *drafters = (start("llama.cpp", drafts=bool(depth), depth=depth) for depth in (0, 1, 3))
+    urls = " ".join(server.url for server in drafters)
+    command = f"{bench} --output {tmp_path} --temperatures 0 --respond.max-new-tokens 12 --plain-server {plain.url}"
+    assert main(f"{command} --server {urls} --depths 3 1".split()) == 1
+    said = capsys.readouterr().err
+    assert f"{drafters[1].url} drafted 9 tokens in 3 verifications, expected at most 1 in each" in said
+    assert main(f"{command} --server {urls} --depths 1 5@0.5".split()) == 0
+    printed, said = capsys.readouterr()
+    assert "tau here" not in printed + said
+    results = read_results(tmp_path / "servers.json")
+    assert [(row.depth, row.num_drafted, row.num_responses) for row in results.rows] == [("1", 24, 8), ("5@0.5", 72, 8)]
+    assert results.hardware and results.drafter_sha256 is None
+    best = depths_note(results.rows)
+    assert f"best depth: {best}" in " ".join(printed.split()) and best.startswith("heldout (T=0) ")
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"best depth: {best}" in (tmp_path / "report.html").read_text()
+
+
+def test_the_best_depth_is_the_fastest_that_is_clearly_faster():
+    def rows(name: str, **speedups):
+        return [make_served(set=name, depth=depth[1:], decode_speedup=ends) for depth, ends in speedups.items()]
+
+    pays = rows("code", d1=(1.2, 1.1, 1.3), d3=(1.5, 0.9, 2.1), d7=(1.3, 1.2, 1.4))
+    loses = rows("notes", d1=(0.9, 0.8, 0.95), d3=(1.1, 0.9, 1.3))
+    assert depths_note(pays + loses) == "code (T=0) 7, 1.30 [1.20, 1.40] times as fast; notes (T=0) none: do not draft"
+    assert depths_note(rows("few", d1=(1.5, None, None))) == "few (T=0) too few prompts"
 
 
 @pytest.mark.parametrize(
@@ -356,4 +405,4 @@ def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said
 def test_llamacpp_verifications_without_a_bonus_token_are_counted(stop, drafted, expected):
     timings = {"predicted_n": 25, "draft_n": drafted, "draft_n_accepted": 18}
     counts = LlamacppServer("http://x").read({"stop": True, "stop_type": stop, "timings": timings}).counts
-    assert counts == Counts(*expected)
+    assert counts == Counts(*expected, drafted)
