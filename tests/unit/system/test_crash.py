@@ -58,7 +58,7 @@ def runs(
         "export gguf": f"{export} gguf --target-gguf {target_gguf}",
         "export over another": f"{export} zlab --dtype bfloat16",
         **{f"import {to}": f"import {folder / to}" for to in ("zlab", "speculators")},
-        "import gguf": f"import {folder}/gguf/dflash-{language_folder.name}-bfloat16.gguf",
+        "import gguf": f"import {folder}/gguf/dflash-{language_folder.name}-BF16.gguf",
     }
 
     def run_train(output: Path) -> None:
