@@ -446,7 +446,8 @@ def short_demo(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(RECIPES, "demo-cpu", path)
     monkeypatch.setitem(demo.QUICK, "prompts", {"limit": 8})
     monkeypatch.setitem(demo.QUICK, "train", {"max_steps": 2, "eval_steps": 2})
-    monkeypatch.setattr(demo, "QUICK_HELDOUT", 2)
+    for name, value in {"QUICK_HELDOUT": 2, "OF_EACH_KIND": 1, "KINDS_TOKENS": 8}.items():
+        monkeypatch.setattr(demo, name, value)
 
 
 def main() -> None:
