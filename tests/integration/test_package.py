@@ -54,7 +54,7 @@ def test_the_archives_are_complete(built):
 
 def test_the_wheel_works_without_the_repository(built, tmp_path):
     """Only the dependencies come from here."""
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, built)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--target", tmp_path, built)
     options = {"env": CLEAN | {"PYTHONPATH": str(tmp_path)}, "cwd": tmp_path}
     program = tmp_path / "bin" / "dpace"
     assert run(program, "--version", **options) == f"dpace {dpace.__version__}\n"

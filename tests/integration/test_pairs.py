@@ -184,7 +184,7 @@ PAIRS = {
         printed=r"w\d+",
     ),
     "several widths, verify rules and drafters, report": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 0.7 1 "
+        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 0.7 "
         "--widths 4 auto; report {out}",
         "report.html",
     ),

@@ -336,6 +336,7 @@ def write_target_gguf(
         getattr(writer, f"add_{name}")(value)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     tensor_names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
+    qwen3_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)  # also under another name
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in target.model.named_parameters():
         module, _, suffix = name.rpartition(".")
@@ -343,7 +344,7 @@ def write_target_gguf(
         kind = module.rpartition(".")[2]
         if architecture == "llama" and kind in num_heads:  # llama.cpp rotates neighbours, not halves
             weight = weight.unflatten(0, (num_heads[kind], 2, -1)).transpose(1, 2).flatten(0, 2)
-        theirs = f"{tensor_names.get_name(module)}.{suffix}"
+        theirs = f"{tensor_names.get_name(module) or qwen3_names.get_name(module)}.{suffix}"
         if kind == quantized_kind:
             writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), Q8_0), raw_dtype=Q8_0)
         else:
@@ -446,7 +447,8 @@ def short_demo(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(RECIPES, "demo-cpu", path)
     monkeypatch.setitem(demo.QUICK, "prompts", {"limit": 8})
     monkeypatch.setitem(demo.QUICK, "train", {"max_steps": 2, "eval_steps": 2})
-    monkeypatch.setattr(demo, "QUICK_HELDOUT", 2)
+    for name, value in {"QUICK_HELDOUT": 2, "OF_EACH_KIND": 1, "KINDS_TOKENS": 8}.items():
+        monkeypatch.setattr(demo, name, value)
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         if config.served_gguf is None:
             raise ValueError(
                 "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
-                "--target or --target-gguf"
+                "--target-gguf, or as the --target"
             )
         target = open_target_gguf(config.served_gguf, spec)
         if fault := self.target_fault(target.fields["general.architecture"].contents()):

@@ -17,13 +17,9 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.integrations.gguf import (
-    GGUF_CONFIG_ARCHS,
-    GgufHeader,
-    load_gguf_state_dict,
-    read_gguf_metadata,
-)
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
 from dpace.system.ledger import UNFINISHED, JsonObject, refuse_endless, remove_unfinished
