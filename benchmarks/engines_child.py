@@ -99,7 +99,7 @@ def run_openvino(request: dict) -> dict:
     """Export by the commands of the model card where that was not done yet, and decode greedily.
 
     A target in fp32 is computed so, its cache too, and others as OpenVINO does by default. The drafter is in fp32: in
-    bf16, the default on CPUs that have it, 2026.4.1 ended with SIGFPE for all models that were not quantized.
+    bf16, the default on a CPU with AMX, 2026.4.1 ended with SIGFPE for it, and for a target in fp16.
     """
     import importlib.metadata
 

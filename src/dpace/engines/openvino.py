@@ -15,8 +15,8 @@ RUN = """from openvino_genai import LLMPipeline, SchedulerConfig, draft_model
 drafter = draft_model("drafter-openvino", "CPU", INFERENCE_PRECISION_HINT="f32")
 pipeline = LLMPipeline("target-openvino", "CPU", draft_model=drafter, scheduler_config=SchedulerConfig())
 print(pipeline.generate("...", max_new_tokens=256, do_sample=False, num_assistant_tokens={count}))"""
-"""It refuses the cache of prefixes, which it has without a `SchedulerConfig`. In bf16, the default on CPUs with AMX,
-2026.4.1 ended with SIGFPE for models that are not quantized. Without a count it drafts 5 tokens."""
+"""It refuses the cache of prefixes, which it has without a `SchedulerConfig`. In bf16, the default on a CPU with AMX,
+2026.4.1 ended with SIGFPE for a drafter, and for a target in fp16. Without a count it drafts 5 tokens."""
 
 
 class Openvino(Engine):
