@@ -103,7 +103,7 @@ def _find_folder(path: Path, cache: Path, _size: int, _changed: int) -> str:
         return str(folder)
     num_weights = _refuse_unreadable(path)
     cache.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_name(f"{folder.name}.lock")):
+    with WeakFileLock(cache.with_suffix(".lock")):  # one at a time, since each needs much memory
         if not (folder / "config.json").exists():  # another process may have made it meanwhile
             gib = 4 * num_weights / 2**30
             free_gib = shutil.disk_usage(cache).free / 2**30
@@ -132,17 +132,20 @@ def _refuse_unreadable(path: Path) -> int:
     """
     values, header = read_header(path)
     architecture = values.get("general.architecture")
-    faults = {
-        "is one part of a split file; join the parts with llama-gguf-split --merge": values.get("split.count", 0) > 1,
-        "holds a drafter; name the target's file with --target, and this one with --drafter": architecture in DRAFTERS,
-        f"has no tokenizer; {AGAIN}": "tokenizer.ggml.tokens" not in values,
-        f"has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; {OTHERWISE}": (
-            architecture not in GGUF_CONFIG_ARCHS and _settings_read(str(architecture)) is None
-        ),
-    }
-    for fault, is_found in faults.items():
-        if is_found:
-            raise ValueError(f"{path} {fault}")
+    fault = ""
+    if values.get("split.count", 1) not in (0, 1):
+        fault = "is one part of a split file; join the parts with llama-gguf-split --merge"
+    elif architecture in DRAFTERS:
+        fault = "holds a drafter; name the target's file with --target, and this one with --drafter"
+    elif architecture not in GGUF_CONFIG_ARCHS and _settings_read(str(architecture)) is None:
+        fault = (
+            f"has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; "
+            f"{OTHERWISE}"
+        )
+    elif "tokenizer.ggml.tokens" not in values:
+        fault = f"has no tokenizer; {AGAIN}"
+    if fault:
+        raise ValueError(f"{path} {fault}")
     if "tokenizer.chat_template" not in values:
         note(f"{path.name} has no chat template: messages are encoded as they are, one on each line")
     split = values.get("tokenizer.ggml.pre", "default")
