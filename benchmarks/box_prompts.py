@@ -5,9 +5,10 @@
     dpace respond recipe.yaml
     dpace train recipe.yaml
 
-DATA has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train`; prompts like those of `mbpp` and
-`humaneval` in it are left out. FOLDER gets `prompts.jsonl`: word problems, mathematics, tasks of programming and the
-demo's notes. Most tasks are put together from the pools below, because there are only 370 others.
+With a third argument 10 it writes twice as many parts, 6,005 prompts, as `study.py --prompts` read them. DATA has
+JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train`; prompts like those of `mbpp` and `humaneval`
+in it are left out. FOLDER gets `prompts.jsonl`: word problems, mathematics, tasks of programming and the demo's
+notes. Most tasks are put together from the pools below, because there are only 370 others.
 """
 
 import json
@@ -118,7 +119,7 @@ def draw(path, rng):
     return texts
 
 
-def main(data, folder):
+def main(data, folder, num_parts):
     """Write the prompts."""
     rng = random.Random(0)
     measured = {key_of(text) for name in ("mbpp", "humaneval") for text in read_turns(data / f"{name}.jsonl")}
@@ -133,7 +134,7 @@ def main(data, folder):
     kinds = {kind: [[{"role": "user", "content": text}] for text in of_kind] for kind, of_kind in texts.items()}
     kinds["notes"] = [row["messages"] for row in make("notes", "train", 2500)]
     rows = []
-    for part in range(NUM_PARTS):
+    for part in range(num_parts):
         for kind, share in SHARES.items():
             start = part * share
             for number, messages in enumerate(kinds[kind][start : start + share], start):
@@ -143,6 +144,6 @@ def main(data, folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python benchmarks/box_prompts.py DATA FOLDER")
-    main(*map(Path, sys.argv[1:]))
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python benchmarks/box_prompts.py DATA FOLDER [PARTS]")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) == 4 else NUM_PARTS)

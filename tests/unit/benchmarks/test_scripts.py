@@ -118,7 +118,7 @@ def test_box_prompts_are_of_all_kinds_and_none_is_measured(run, tmp_path):
     cubes = [row for row in rows if "compute the cube of a number" in row["messages"][0]["content"]]
     assert len(rows) == len({row["id"] for row in rows}) and len(cubes) == 1
     write_rows(tmp_path / "data" / "mbpp.jsonl", [{"turns": [task]}])
-    run("box_prompts.py {data} {out}")
+    run("box_prompts.py {data} {out} 1")
     assert "compute the cube of a number" not in (tmp_path / "out" / "prompts.jsonl").read_text()
 
 
