@@ -129,6 +129,17 @@ def test_the_pages_numbers_follow_from_the_records(tmp_path):
         assert f"| {' | '.join(cells)} |".replace("| - |", "| |") in page
 
 
+def test_the_page_says_what_6005_prompts_gave(tmp_path):
+    """Where no answer is read more than three times."""
+    kept, page = unpack_records("study-6005-prompts.tar.gz", tmp_path)
+    kinds = ("", *study.KINDS, study.APART)
+    gains = [percent(kept.gain("dpace", "dflash", 16, 1500, kind)).replace(" %", "") for kind in kinds]
+    assert f"| D-PACE over the decay | {' | '.join(gains)} |" in page
+    for name, shown in (("dflash", "tau, the decay"), ("dpace", "tau, D-PACE")):
+        taus = [kept.acceptances(name, 16, 1500, [0], kind)[0].tau for kind in kinds]
+        assert f"| {shown} | {' | '.join(f'{tau:.2f}' for tau in taus)} |" in page
+
+
 def test_the_papers_matrix_draws_prompts_with_their_turns():
     """Turns differ, and prompts do not."""
     turns = [make_response(id=str(i // 2), turn=i % 2, accepted_lengths=[2 * (i % 2)]) for i in range(8)]

@@ -86,7 +86,7 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     path = do_export("zlab", target=language_folder.name, name=None)
     text = (path / "README.md").read_text()
-    assert f"`{language_folder.name}` is a folder: elsewhere, put the target's Hub id" in text
+    assert f"`{language_folder.name}` is a place on the machine that wrote this card: elsewhere, put" in text
     assert "base_model" not in text and f"vllm serve {language_folder.name} " in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     capsys.readouterr()
