@@ -104,6 +104,8 @@ def test_copies_alone_never_draft(monkeypatch):
     drafter = make_drafter(target)
     options = {"max_new_tokens": 40, "stop_token_ids": []}
     plain = generate_plain(target, PROMPT[:5] * 4, **options)
+    costs = StepCosts([1.0, 1.1, 1.2, 1.3], 0.3)  # of a quiet machine, where copies pay
+    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: costs)
     monkeypatch.setattr("dpace.decode.loop.draft_step", lambda *_: pytest.fail("a block was drafted"))
     ours = generate(target, drafter, PROMPT[:5] * 4, width="copies", **options)
     assert ours.token_ids == plain.token_ids and ours.num_copied == sum(ours.accepted_lengths) > 0
