@@ -23,7 +23,7 @@ from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_di
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
 from dpace.system.ledger import UNFINISHED, JsonObject, refuse_endless, remove_unfinished
-from dpace.system.loading import refuse_infinite, refuse_mismatch, translate_library_errors
+from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.system.progress import describe_error, note, quoted
 from dpace.system.provenance import hash_file
 
@@ -197,10 +197,12 @@ def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> No
     with torch.device("meta"):  # a fresh one, since what was quantized refuses to be saved
         model: Any = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict(), assign=True)
+    model.tie_weights()  # a table that embedding and head share is written once
     model.to(dtype or _exact_dtype(model.state_dict().values()))
     model.generation_config.eos_token_id = _stop_tokens(values)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_library():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _read_tokenizer(path: Path) -> Any:

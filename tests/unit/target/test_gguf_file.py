@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpace.target import Target
 from dpace.target.locate import find_target
@@ -75,10 +76,11 @@ def test_the_target_is_the_file(name, tmp_path, cache, capsys):
 
 
 def test_weights_that_fit_into_16_bits_stay_in_16_bits(tmp_path):
-    target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS))
+    target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS), tie_word_embeddings=True)
     target.model.bfloat16()
     folder = find_target(str(write_target_gguf(target, tmp_path / "x.gguf", **BYTE_TOKENIZER)))
     config = json.loads((Path(folder) / "config.json").read_text())
+    assert "lm_head.weight" not in load_file(f"{folder}/model.safetensors")
     assert config["dtype"] == "bfloat16" and Target.load(folder).model.dtype == torch.float32
 
 
