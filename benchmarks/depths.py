@@ -27,11 +27,11 @@ class Options:
     drafter: tyro.conf.Positional[str]
     """The GGUF file of its drafter."""
     depths: tuple[str, ...] = ("1", "3", "7", "15")
-    """As of `dpace bench`."""
+    """Numbers of draft tokens, as `dpace bench` takes them."""
     threads: int = 1
-    """Of each server; one works at a time."""
+    """Threads of each server; one works at a time."""
     port: int = 8390
-    """Of the server without a drafter; the others have the next ones."""
+    """Port of the server without a drafter; the others have the next ones."""
 
 
 def main(options: Options, bench: list[str]) -> int:

@@ -333,7 +333,7 @@ class ServerResults(ServerSetup):
     drafter_sha256: str | None = None
     """Hash of the weights of `drafter` in the same folder, where depths were compared; None where it has none."""
     hardware: Hardware | None = None
-    """Of this machine, where the servers ran on it too."""
+    """This machine, where the servers ran on it too; None where one ran elsewhere."""
     rows: Annotated[list[ServerRow], NOT_EMPTY]
     """One for each set and temperature."""
 
