@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to_device, set_seed
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,19 +31,16 @@ from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
-from dpace.system.loading import LIBRARY_ERRORS, refuse_infinite
+from dpace.system.loading import refuse_infinite
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import TINY
 from dpace.training.checkpoints import (
-    MOMENTS,
     WEIGHTS,
     TrainingState,
-    are_moments,
     checkpoint_folder,
     read_optimizer,
-    read_shapes,
     read_state,
     write_checkpoint,
 )
@@ -191,20 +187,6 @@ class TrainingLoop:
         warmup = min(math.ceil(num_steps * self.config.warmup_ratio), num_steps - 1)
         # An epoch of torch's schedules is one of our steps.
         return get_cosine_schedule_with_warmup(self.optimizer, warmup, num_steps, last_epoch=self.state.global_step - 1)
-
-    def fits(self, folder: Path) -> bool:
-        """Return whether this training can read a checkpoint; one of another version may have other contents."""
-        weight_shapes = {name: list(tensor.shape) for name, tensor in self.drafter.state_dict().items()}
-        try:
-            state = read_state(folder)
-            StepLog(self.drafter.block_size, torch.device("cpu")).go_on(state.unlogged)  # fails on other contents
-            return (
-                state.max_steps == self.state.max_steps
-                and read_shapes(folder / WEIGHTS) == weight_shapes
-                and are_moments(read_shapes(folder / MOMENTS), self.optimizer)
-            )
-        except (*LIBRARY_ERRORS, OSError, SafetensorError):
-            return False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Open the precision of products for a `with` block: accelerate's, and on a CPU `--train.products`."""

@@ -361,7 +361,7 @@ def train(
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
-        newest = ranks.from_first(lambda: find_newest(loop.checkpoints, loop.fits))
+        newest = ranks.from_first(lambda: find_newest(loop.checkpoints))
         reset_peak_memory(target.device)
         loop.run(newest)
         write_finished(folder, loop, run.facts)
