@@ -26,7 +26,7 @@ from dpace.blocks import Blocks, block_sizes
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden
-from dpace.loss import SlotScores, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.loss import SlotScores, Weigh, block_loss, frozen_head_nll
 from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
@@ -308,11 +308,11 @@ class TrainingLoop:
             inputs["text"] = batch["token_ids"]  # on the host, where the target looks for shared beginnings
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)
-                # Divided by the step's items below, when they are known.
-                loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
-                loss.backward()
-            num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]
-            totals[:2] += torch.stack([loss.detach(), num_items])
+                loss, num_items = block_loss(
+                    out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction
+                )
+                loss.backward()  # divided by the step's items below, when they are known
+            totals[:2] += torch.stack([loss.detach(), num_items * batch["counts"]])
             self.log.add_batch(out, blocks.is_scored)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = ranks.whole(get_total_norm(gradients))
