@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.config import Reduction, TokenLoss
-from dpace.loss.head_scores import TokenLosses, default_chunk_bytes
+from dpace.loss.head_scores import CPU_CHUNK_BYTES, TokenLosses
 from dpace.target.head import LmHead
 from dpace.weights import uniform_weights
 
@@ -73,7 +73,7 @@ def frozen_head_nll(
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
     scored_rows: Int[Tensor, " row"] | None = None,
-    chunk_bytes: int | None = None,
+    chunk_bytes: int = CPU_CHUNK_BYTES,
     num_candidates: int = 1,
 ) -> SlotScores:
     """Compute the weighted loss of each block.
@@ -107,8 +107,7 @@ def frozen_head_nll(
             `Slots.overlap` does not need it.
         scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host
             waits for the device.
-        chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
-            rounding only.
+        chunk_bytes: size of the logits that exist at once; changes results by rounding only.
         num_candidates: number of best tokens to find, exactly; 1 with `target_hidden`.
 
     Returns:
@@ -119,10 +118,6 @@ def frozen_head_nll(
     """
     if token_loss != "nll" and target_hidden is None:
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
-    if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(
-            head.weight, is_cpu=head.weight.device.type == "cpu", is_soft=target_hidden is not None
-        )
     if scored_rows is None:
         scored_rows = is_scored.flatten().nonzero()[:, 0]
     # By position, since autograd functions take no keywords.

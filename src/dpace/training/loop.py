@@ -27,6 +27,7 @@ from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden
 from dpace.loss import SlotScores, Weigh, block_loss, frozen_head_nll
+from dpace.loss.head_scores import chunk_bytes_of
 from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
@@ -78,17 +79,17 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
     config = scorer.loss
     # The target's may be there for a selector's loss alone; with it, token losses take a slower path.
     target_hidden = drafted.target_hidden if config.needs_target_probs else None
-    chunk_bytes = None if config.chunk_mib is None else config.chunk_mib * 2**20
+    head = scorer.rows.head
     scores = frozen_head_nll(
         drafted.hidden,
-        scorer.rows.head,
+        head,
         scorer.rows.index(blocks.labels),
         blocks.is_scored,
         weigh=scorer.weigh,
         token_loss=config.token_loss,
         target_hidden=target_hidden,
         scored_rows=batch.get("scored_rows"),
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=chunk_bytes_of(config, head.weight, is_cpu=head.weight.is_cpu),
         num_candidates=drafter.selector.num_candidates,
     )
     return drafter.selector.add_loss(scores, drafted, scorer), blocks

@@ -12,6 +12,8 @@ from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_weights, medusa_weights
 from tests.support.losses import frozen_head_nll_reference
 
+ALL = 2**22
+"""Bytes that all logits of a test fit into."""
 HEADS = {"plain": (1.0, None), "capped": (1.0, 5.0), "scaled": (0.25, None), "both": (0.5, 3.0)}
 
 
@@ -46,7 +48,7 @@ def compare(data, chunk_bytes, **options):
 
 @pytest.mark.parametrize(
     ("head", "chunk_bytes", "num_candidates"),
-    [("plain", None, 1), ("capped", 300, 1), ("scaled", 4, 1), ("both", 4, 8), ("both", 300, 2), ("both", None, 8)],
+    [("plain", ALL, 1), ("capped", 300, 1), ("scaled", 4, 1), ("both", 4, 8), ("both", 300, 2), ("both", ALL, 8)],
 )
 def test_equals_the_plain_reference(head, chunk_bytes, num_candidates):
     """For every kind of head, for tiles of one logit, of a few and of all, and with the best tokens of each slot."""
@@ -81,7 +83,7 @@ def test_the_compiled_tile_equals_the_plain_reference(monkeypatch, unchecked_typ
     is_one[0, 0, 1] = True
     for needs_grad in (True, False):
         for rows in (is_scored, is_one):
-            for chunk_bytes in (4 * int(is_scored.sum()) * (len(head.weight) - 1), 300, None):
+            for chunk_bytes in (4 * int(is_scored.sum()) * (len(head.weight) - 1), 300, ALL):
                 with torch.set_grad_enabled(needs_grad):
                     frozen_head_nll(states.clone().requires_grad_(), head, labels, rows, chunk_bytes=chunk_bytes)
     assert 1 <= counter.frame_count <= 4
