@@ -12,7 +12,6 @@ import time
 from collections.abc import Generator, Iterator
 
 import httpx
-from pydantic import HttpUrl, ValidationError
 
 from dpace.system.progress import one_line
 
@@ -45,21 +44,18 @@ class Address:
 
     No proxy is used: the environment's settings of httpx are not read, since prompts and the key are for this server.
 
+    Args:
+        url: of the form that `dpace.config.Url` has.
+
     Raises:
-        ValueError: no `http://host:port`, or a key that cannot be sent.
+        ValueError: a host or a port that none can have, or a key that cannot be sent.
     """
 
     def __init__(self, url: str):
         try:
-            parsed = HttpUrl(url.strip())
-        except ValidationError:  # whose message may show a password
-            parsed = None
-        if parsed is None or parsed.query is not None or parsed.fragment is not None:
-            raise ValueError(
-                "the server's address is none with a scheme, a host and a port alone; give http://host:port, without "
-                "? and #"
-            )
-        address = httpx.URL(str(parsed))
+            address = httpx.URL(url.strip())
+        except httpx.InvalidURL as error:  # which shows no password
+            raise ValueError(f"a server's address is none ({error}); give http://host:port") from error
         self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
         key = os.environ.get(API_KEY, "").strip()
         if not key.isascii() or not key.isprintable():
