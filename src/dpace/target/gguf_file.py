@@ -9,7 +9,6 @@ import functools
 import math
 import shutil
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-from dpace.system.ledger import UNFINISHED, JsonObject, refuse_endless, remove_unfinished
+from dpace.system.ledger import JsonObject, filling, refuse_endless, remove_unfinished
 from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.system.progress import describe_error, note, quoted
 from dpace.system.provenance import hash_file
@@ -116,11 +115,7 @@ def _find_folder(path: Path, cache: Path, _size: int, _changed: int) -> str:
                 f"first use of {path.name}: its {num_weights / 1e6:,.0f} million weights are written to {folder}, "
                 f"{gib:.1f} GiB, with {2 * gib:.1f} GiB of memory"
             )
-            remove_unfinished(cache)  # what killed processes left
-            with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=cache) as name:
-                dequantize(path, Path(name) / "target")
-                shutil.rmtree(folder, ignore_errors=True)
-                (Path(name) / "target").rename(folder)
+            dequantize(path, folder)
     return str(folder)
 
 
@@ -168,7 +163,7 @@ def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> No
 
     Args:
         path: the file.
-        folder: a new one.
+        folder: is written all or nothing; the caller holds its lock.
         dtype: of the weights; by default the narrowest that holds them all exactly.
 
     Raises:
@@ -200,9 +195,10 @@ def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> No
     model.tie_weights()  # a table that embedding and head share is written once
     model.to(dtype or _exact_dtype(model.state_dict().values()))
     model.generation_config.eos_token_id = _stop_tokens(values)
-    with quiet_library():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    remove_unfinished(folder)  # what killed processes left
+    with filling(folder) as aside, quiet_library():
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def _read_tokenizer(path: Path) -> Any:
