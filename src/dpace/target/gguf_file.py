@@ -9,6 +9,7 @@ import functools
 import math
 import shutil
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,9 @@ def _refuse_unreadable(path: Path) -> int:
 
 def _settings_read(architecture: str) -> JsonObject | None:
     """Return the settings of an architecture that transformers' older reader takes over; None where it has none."""
-    wanted = architecture.replace("-", "").replace("_", "")
+    plain_name = architecture.replace("-", "").replace("_", "")
     for name, settings in GGUF_TO_TRANSFORMERS_MAPPING["config"].items():
-        if name.replace("_", "") == wanted:
+        if name.replace("_", "") == plain_name:
             return settings
     return None
 
@@ -223,15 +224,14 @@ def _complete_config(config: Any, values: JsonObject, header: GgufHeader) -> Non
     known = _settings_read(architecture)
     if architecture in GGUF_CONFIG_ARCHS or known is None:
         return  # transformers' newer reader takes over all settings
-    settings = {
-        name.removeprefix(f"{architecture}."): value
-        for name, value in values.items()
-        if name.startswith(f"{architecture}.")
-    }
-    unread = {name: value for name, value in settings.items() if known.get(name) is None}
-    for name, ours in SETTINGS.items():
-        if name in unread and hasattr(config, ours):
-            setattr(config, ours, unread.pop(name))
+    unread = {}
+    for key, value in values.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name != key and known.get(name) is None:
+            unread[name] = value
+    for name, config_name in SETTINGS.items():
+        if name in unread and hasattr(config, config_name):
+            setattr(config, config_name, unread.pop(name))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     is_scaled = unread.get("rope.scaling.type", "none") != "none" and architecture != "gpt-oss"
     for name, value in unread.items():
@@ -256,11 +256,11 @@ def _set_scaling(config: Any, path: str, factors: Tensor, head_dim: int) -> None
     """
     scaling = LLAMA3_SCALING | {"factor": float(factors.max())}
     wavelengths = 2 * math.pi * config.rope_parameters["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
-    low, high, length = (
-        scaling[name] for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    num_waves = scaling["original_max_position_embeddings"] / wavelengths  # in a text of the first length
     # 0 where a wave is long and is stretched by the whole factor, 1 where it is short and stays
-    share = ((length / wavelengths - low) / (high - low)).clamp(0, 1)
+    share = ((num_waves - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - share) / scaling["factor"] + share)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
         raise ValueError(f"{path} scales its rotary embedding in a way that is not Llama 3.1's; {OTHERWISE}")
@@ -289,9 +289,8 @@ def _refuse_left_out(header: GgufHeader, model: Any) -> None:
         )
 
 
-def _exact_dtype(tensors: Any) -> torch.dtype:
+def _exact_dtype(tensors: Collection[Tensor]) -> torch.dtype:
     """Return the narrowest dtype in which no number of these tensors is rounded."""
-    tensors = list(tensors)
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in tensors):
             return dtype
@@ -300,6 +299,8 @@ def _exact_dtype(tensors: Any) -> torch.dtype:
 
 def _stop_tokens(values: JsonObject) -> list[int]:
     """Return the tokens that end a text, and those that end a turn."""
-    names = ("eos_token_id", "eot_token_id")
-    tokens = [values[f"tokenizer.ggml.{name}"] for name in names if f"tokenizer.ggml.{name}" in values]
-    return list(dict.fromkeys(tokens))
+    tokens = []
+    for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+        if name in values and values[name] not in tokens:
+            tokens.append(values[name])
+    return tokens
