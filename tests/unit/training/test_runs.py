@@ -78,7 +78,7 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         assert files_of(copied) == before
 
     refuse("train.seed 42, not 7", seed=7)
-    refuse(r"max_steps 4, not 6; to train it further, run `mv (\S+) (\S+)`, then add --drafter.init \2", max_steps=6)
+    refuse("max_steps 4, not 6; to train it further, .* --drafter.init", max_steps=6)
     with monkeypatch.context() as patch:
         patch.setattr(language_target, "thinking", True)
         refuse("thinking false, not true")
@@ -90,9 +90,6 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         weight.copy_(kept)
     (copied / "provenance.json").unlink()
     refuse("other training answers", start=1)
-    refuse(
-        r"not 6; .* finish it first, or copy responses.jsonl and .* --output, .* with --drafter.init, or", max_steps=6
-    )
     assert read_drafter(copied / "checkpoints" / "checkpoint-4").spec.block_size == 6, "which is one to start from"
 
 
