@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
     Estimate,
@@ -33,7 +33,7 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import estimate
-from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
 from dpace.system.device import find_device
