@@ -59,17 +59,13 @@ class SlotScores(NamedTuple):
     """The drafter's best tokens, best first; -1 where not scored."""
 
 
-def _uniform(slots: Slots) -> Tensor:
-    return uniform_weights(slots.is_scored)
-
-
 def frozen_head_nll(
     hidden: Float[Tensor, "batch block slot hidden"],
     head: LmHead,
     labels: Int[Tensor, "batch block slot"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,
-    weigh: Weigh = _uniform,
+    weigh: Weigh = lambda slots: uniform_weights(slots.is_scored),
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
     scored_rows: Int[Tensor, " row"] | None = None,
