@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dpace.config import CountOrZero, Width
+from dpace.config import CountOrZero, Width, options as json_object
 from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.servers.apis import Counts
 from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import Hardware, Versions
-from dpace.system.validation import from_json, json_object, to_json
+from dpace.system.validation import from_json, to_json
 
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
 """Names under which results are found in a folder."""
