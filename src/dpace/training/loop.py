@@ -309,9 +309,7 @@ class TrainingLoop:
             inputs["text"] = batch["token_ids"]  # on the host, where the target looks for shared beginnings
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)
-                loss, num_items = block_loss(
-                    out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction
-                )
+                loss, num_items = block_loss(out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction)
                 loss.backward()  # divided by the step's items below, when they are known
             totals[:2] += torch.stack([loss.detach(), num_items * batch["counts"]])
             self.log.add_batch(out, blocks.is_scored)

@@ -239,7 +239,7 @@ class Toy(Engine):
         return DrafterSpec.from_config(read_json(path / "toy.json")), read_tensors(path)
 
 
-def test_files_of_an_engine_are_named_and_no_later_export_leaves_them(folder, tmp_path, monkeypatch):
+def test_files_of_an_engine_are_named_and_no_later_export_leaves_them(folder, tmp_path, capsys, monkeypatch):
     toy = Toy()
     monkeypatch.setattr("dpace.engines.zlab.ENGINE", toy)
     line = f"export {folder} --target t --target-name o/t --output {tmp_path}/out --to"
