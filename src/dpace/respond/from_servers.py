@@ -139,16 +139,10 @@ class ServerAnswers:
         while (prompt := self._waiting.get()) and server not in self._given_up:
             try:
                 result = self._ask(server, prompt)
-            except Unavailable as error:
+            except Exception as error:
                 result = self._judge(server, error)
                 if result is None:
                     break
-            except Refused as error:
-                result = error
-                if error.status in OF_PROMPT:
-                    result = LeftOut(f"refused by the server with status {error.status}", error)
-            except Exception as error:  # a left-out prompt, or what ends the call
-                result = error
             self._results.put((prompt, result))
         # The prompt goes to another server's worker, or the None that ends all of them to the next one.
         self._waiting.put(prompt)
@@ -173,8 +167,15 @@ class ServerAnswers:
             conversation.add(token_ids, tokens_of_answer(answer, stops, config.max_new_tokens))
         return conversation.response
 
-    def _judge(self, server: Server, error: Unavailable) -> Exception | None:
-        """Tell a prompt that fails from a server that does, by a prompt of one token; None where others take it."""
+    def _judge(self, server: Server, error: Exception) -> Exception | None:
+        """Return what becomes of a prompt after an error: it is left out, or the call ends; None where others take it.
+
+        A prompt of one token tells a prompt that fails from a server that does.
+        """
+        if isinstance(error, Refused) and error.status in OF_PROMPT:
+            return LeftOut(f"refused by the server with status {error.status}", error)
+        if not isinstance(error, Unavailable):
+            return error
         try:
             server.answer([0], 1, 0.0, 0, stream=False)
         except ValueError:
