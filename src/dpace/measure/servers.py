@@ -106,7 +106,8 @@ def bench_servers(
         tau_in_training = max(taus, default=None)
     jobs = list(product(config.temperatures, prompts))
     missing = records.missing(jobs)
-    if missing:  # a warm-up, which is not counted
+    if missing:
+        # A warm-up, which is not counted; it also shows how many tokens a server drafts.
         temperature, prompt = missing[0][1]
         first_turn = encode_chat(chat, prompt.turns[0])
         for side, server in sides.items():

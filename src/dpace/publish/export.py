@@ -99,7 +99,7 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     engine = engine_of(config.to)
     source = check_export(folder, config)
     source.check_target(target)
-    source.share_tables(target)
+    source.share_tables(target)  # engines take them from the target
     spec = replace(source.spec, **scales_of(target))
     tensors = source.state_dict()
     if config.plain:
@@ -155,6 +155,7 @@ def _replacing(output: Path) -> Iterator[Path]:
     with lock_folder(output):
         with filling(output) as aside:
             yield aside
+            # Registered before they move, so that after a kill too dpace knows them as its own.
             files = [file.name for file in aside.iterdir()]
             register_files(output, *files)
         old = remove_files(output, patterns, keep=files)
