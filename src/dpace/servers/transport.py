@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Iterator
 
 import httpx
+from pydantic import HttpUrl, ValidationError
 
 from dpace.system.progress import one_line
 
@@ -53,9 +54,11 @@ class Address:
 
     def __init__(self, url: str):
         try:
-            address = httpx.URL(url.strip())
-        except httpx.InvalidURL as error:  # which shows no password
-            raise ValueError(f"a server's address is none ({error}); give http://host:port") from error
+            address = httpx.URL(str(HttpUrl(url.strip())))
+        except ValidationError as error:  # whose message may show a password
+            raise ValueError(
+                "a server's address has a host or a port that none can have; give http://host:port"
+            ) from error
         self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
         key = os.environ.get(API_KEY, "").strip()
         if not key.isascii() or not key.isprintable():
