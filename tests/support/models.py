@@ -5,6 +5,7 @@
 
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dpace.cli import main as run_cli
 from dpace.config import DrafterConfig, ExportConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
@@ -171,6 +173,19 @@ def _seed(monkeypatch):
     monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 4)
     monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
     monkeypatch.setattr("dpace.plan.TIMING_SECONDS", 0.02)
+
+
+@pytest.fixture
+def run_line(capsys):
+    """Run a command line of dpace, which ends with this code; give what it printed."""
+
+    def run(line: str | list[str], code: int = 0):
+        found = run_cli(shlex.split(line) if isinstance(line, str) else line)
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        return printed
+
+    return run
 
 
 @pytest.fixture
@@ -410,9 +425,10 @@ LANGUAGE_RECIPE = Recipe(
 )
 
 
-def make_recipe(**train) -> Recipe:
-    """The same with other options of training."""
-    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **train))
+def make_recipe(drafter: dict | None = None, **train) -> Recipe:
+    """The same with other options of the drafter and of training."""
+    sizes = replace(LANGUAGE_RECIPE.drafter, **(drafter or {}))
+    return replace(LANGUAGE_RECIPE, drafter=sizes, train=replace(LANGUAGE_RECIPE.train, **train))
 
 
 @pytest.fixture(scope="session")

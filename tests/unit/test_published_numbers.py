@@ -5,31 +5,21 @@ They are copied as data, from these files at these commits:
 * D-PACE, the author's code: Lucas-TY/D-PACE f36bad6e6b0f, tests/test_utils/test_dflash_losses.py
 * Model-Optimizer: NVIDIA/Model-Optimizer a2fbac7bad8a, tests/unit/torch/speculative/plugins/test_hf_dflash.py
 * SpecForge: sgl-project/SpecForge a6b6b0230009, tests/test_utils/test_dflash_losses.py and test_dflash_mask.py;
-  187edb9ec5ed (pull request 880), tests/test_utils/test_dflash_walk.py;
-  611df5430bdd (pull request 874, open), tests/test_utils/test_dflash_opd.py
+  187edb9ec5ed (pull request 880), tests/test_utils/test_dflash_walk.py
 * TorchSpec: lightseekorg/TorchSpec 6f21829cd0e3, tests/test_dflash.py
-* speculators: vllm-project/speculators c05b95b303f7, tests/unit/models/test_dflash_attention.py, test_dflash_utils.py
-  and test_sample_from_anchor.py
-* optimum-intel: huggingface/optimum-intel e1de5beecfd0, optimum/exporters/openvino/model_patcher.py
+* speculators: vllm-project/speculators c05b95b303f7, tests/unit/models/test_dflash_attention.py
 """
-
-import math
-from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen3Config
 
 from dpace.blocks import FULL, Reach, build_blocks, build_target_layer_ids, dense_mask, sample_anchors
 from dpace.config import LossConfig
 from dpace.loss import block_loss, frozen_head_nll
-from dpace.loss.objective import make_weigh, with_objective
+from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import walk
-from dpace.metrics import Acceptance
-from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target.head import LmHead
-from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights, spec_auf_weights
-from tests.support.models import make_drafter, make_target
+from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights
 
 
 def row(*values):
@@ -37,15 +27,11 @@ def row(*values):
     return torch.tensor([[values]])
 
 
-def cut_blocks(length, anchors, block_size=4):
-    """Blocks of a text of one response."""
-    token_ids = torch.zeros(1, length, dtype=torch.long)
-    return build_blocks(token_ids, token_ids == 0, [torch.tensor(anchors)], block_size)
-
-
 def seen_keys(num_context, anchors, reach=FULL):
-    """The keys that each slot sees, in blocks of 4."""
-    mask = dense_mask(cut_blocks(num_context, anchors), num_context, reach)
+    """The keys that each slot sees, in blocks of 4 of a text of one response."""
+    token_ids = torch.zeros(1, num_context, dtype=torch.long)
+    blocks = build_blocks(token_ids, token_ids == 0, [torch.tensor(anchors)], 4)
+    mask = dense_mask(blocks, num_context, reach)
     return [keys.nonzero().flatten().tolist() for keys in mask[0, 0]]
 
 
@@ -105,30 +91,6 @@ def test_losses(objective, reduction, expected, gradient):
     assert logits.grad.norm().item() == pytest.approx(gradient, rel=1e-5)
 
 
-def test_overlap():
-    """SpecForge's Draft-OPD: three slots of overlap 0.7.
-
-    Its loss is `1 - (sum of products) / slots`. `dpace+lk+overlap` at alpha 0 has its gradient times the slots, and
-    another value, because its weights are constants and its losses logarithms. The weight of the first slot is that
-    sum. Its mask up to the first rejection is Spec-AUF's.
-    """
-    target_hidden = torch.tensor([0.2, 0.6, 0.2]).log().repeat(1, 1, 4, 1)
-    hidden = torch.tensor([0.0, 0.0, -40.0]).repeat(1, 1, 4, 1).requires_grad_()
-    is_scored = row(False, True, True, True)
-    config = with_objective(LossConfig(alpha=0.0), "dpace+lk+overlap")
-    options = {"weigh": make_weigh(config, 4), "token_loss": config.token_loss, "target_hidden": target_hidden}
-    scores = frozen_head_nll(hidden, LmHead(torch.eye(3)), is_scored.long(), is_scored, **options)
-    scores.losses.sum().backward()
-    assert 1 - scores.weights[0, 0, 1].item() / 3 == pytest.approx(1 - (0.7 + 0.49 + 0.343) / 3)
-    expected = [0.25 * (1 + 0.7 + 0.49) / 3, 0.25 * (0.7 + 0.49) / 3, 0.25 * 0.49 / 3]
-    assert hidden.grad is not None
-    assert (hidden.grad[0, 0, 1:, 0] / 3).tolist() == pytest.approx(expected)
-    slots = torch.arange(8)
-    is_scored = (slots > 0) & (slots <= torch.tensor([7, 7, 7, 7, 3, 0])[:, None])
-    is_match = is_scored & (slots <= torch.tensor([0, 1, 6, 7, 7, 0])[:, None])
-    assert spec_auf_weights(is_match[None], is_scored[None]).sum(-1).tolist() == [[1, 2, 7, 7, 3, 0]]
-
-
 def test_anchors():
     """SpecForge's, with the one target of a block that begins at the last token but one.
 
@@ -141,13 +103,6 @@ def test_anchors():
     tail = build_blocks(token_ids, token_ids > 0, [torch.tensor([2])], block_size=5)
     assert tail.labels[tail.is_scored].tolist() == [4] and tail.is_scored[0, 0, 1]
     assert sample_anchors([True] * 4).tolist() == [0, 1, 2]
-
-
-def test_positions():
-    """TorchSpec's and speculators'."""
-    assert cut_blocks(32, [5, 20]).position_ids.flatten().tolist() == [5, 6, 7, 8, 20, 21, 22, 23]
-    expected = [0, 1, 2, 5, 6, 7, 10, 11, 12]
-    assert cut_blocks(13, [0, 5, 10], block_size=3).position_ids.flatten().tolist() == expected
 
 
 def test_what_slots_see():
@@ -168,11 +123,10 @@ def test_what_slots_see():
 
 
 def test_accepted_lengths():
-    """SpecForge's walks and Model-Optimizer's rates.
+    """SpecForge's walks.
 
     SpecForge goes from one sampled anchor to the next. Here every token of a response is an anchor, so a gap between
-    sampled ones is the end of a response. Model-Optimizer does not count the token that corrects a draft, but the one
-    before each draft; here it is the other way round.
+    sampled ones is the end of a response.
     """
     walks = [
         ({0: 2, 1: 0, 2: 5, 3: 1, 4: 0, 5: 3}, [(0, 10)], (9, 3)),
@@ -183,42 +137,3 @@ def test_accepted_lengths():
     for accepted_from, spans, expected in walks:
         found = walk(accepted_from, spans, block_size=6)
         assert (found.emitted_tokens.sum(), found.counts.sum()) == expected
-    assert Acceptance.from_lengths([2], block_size=3).tau == 3.0
-    assert Acceptance.from_lengths([0, 0], block_size=3).tau == 1.0
-
-
-def test_draft_tokens_of_a_block():
-    """speculators': 7 tokens in a block of 8, and 8 where the anchor's slot predicts. Its DSpark always does."""
-    spec = make_drafter(make_target("qwen3"), block_size=8).spec
-    assert not spec.sample_from_anchor and spec.num_draft_tokens == 7
-    assert replace(spec, sample_from_anchor=True).num_draft_tokens == 8
-
-
-def waves(*shape, start=0.0):
-    """Numbers that no generator draws."""
-    places = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
-    return torch.sin(start + 1.7 * places).float().view(shape)
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("full", [1.16546, 0.86043, 0.06377]), ("sliding", [2.0961, 1.11614, 1.07705])]
-)
-@torch.no_grad()
-def test_the_network(kind, expected):
-    """The first number of each slot from optimum-intel's `Qwen3DFlashDraftModel` with these weights.
-
-    Names and shapes of its tensors are the same.
-    Its slots see all slots of their block, with windows too. Here a config says so by `is_causal`; without that word
-    sliding layers are causal, as in z-lab's code.
-    """
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    reach = {"layer_types": [f"{kind}_attention"] * 2, "use_sliding_window": True, "sliding_window": 5}
-    own = {"block_size": 3, "mask_token_id": 0, "target_layer_ids": [0, 1]}
-    config = Qwen3Config(**sizes, **heads, **reach, **{"is_causal": False, "dflash_config": own})
-    network = DFlashDraftModel(config)
-    for number, (name, weight) in enumerate(sorted(network.named_parameters())):
-        drawn = waves(*weight.shape, start=number)
-        weight.copy_(1 + 0.3 * drawn if "norm" in name else drawn / 2)
-    out = network(waves(1, 3, 8, start=0.5), waves(1, 7, 16, start=0.25), torch.arange(10)[None])
-    torch.testing.assert_close(out.last_hidden_state[0, :, 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)

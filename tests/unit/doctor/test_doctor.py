@@ -10,7 +10,6 @@ import torch
 
 import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
-from dpace.cli import main
 from dpace.doctor import RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
@@ -327,18 +326,16 @@ def test_a_text_that_the_drafter_changes_is_named(dtype, result, tmp_path, monke
     assert found.result == result and "0 of 3 texts" in found.found
 
 
-def test_the_verb_passes_a_trained_drafter(folder, language_folder, language_responses, capsys, monkeypatch):
+def test_the_verb_passes_a_trained_drafter(folder, language_folder, language_responses, run_line, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     responses = folder.parents[1] / "responses.jsonl"
     write_rows(responses, map(asdict, language_responses))
     command = f"doctor {folder} --target {language_folder}"
-    assert main(f"{command} --engine vllm".split()) == 0
-    printed = capsys.readouterr()
+    printed = run_line(f"{command} --engine vllm")
     parts = '"num_speculative_tokens": 5', "next: dpace check", "on the responses of the training"
     assert all(text in printed.out for text in (*RUN, *parts))
     assert all(words in printed.err for words in ("decoding prompts: 3 of 3", "measuring tau: 1 of "))
     assert "fails" not in printed.out.lower() and "warns" not in printed.out
     change_config(folder, is_causal=True)
-    assert main(f"{command} --responses {responses.rename(folder.parent / 'mine.jsonl')}".split()) == 1
-    printed = capsys.readouterr()
+    printed = run_line(f"{command} --responses {responses.rename(folder.parent / 'mine.jsonl')}", 1)
     assert "FAILS" in printed.out and "failed: accepted length, measured is_causal" in printed.err
