@@ -173,9 +173,9 @@ PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silv
 
 
 def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
-    """Where 13 words in a row are the same; a phrase of many public prompts counts only alone."""
+    """Where 13 words in a row are the same; a phrase of two public prompts counts only alone."""
     phrase = "please think about it step by step and then put your answer into a box"
-    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?", phrase])
+    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", "How many?", "Why?", phrase])
     rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?", phrase]
     path = write_prompts(tmp_path / "p.jsonl", rows)
     config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)
