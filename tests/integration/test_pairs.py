@@ -257,6 +257,13 @@ PAIRS |= {
         "train {recipe} --output {out}/c --drafter.init {out}/g/{file}",
         "c/drafter/provenance.json",
     ),
+    "DSpark, out and in again": Pair(
+        f"train {RECIPE} --drafter.selector markov_head --drafter.selector-width 16; "
+        "doctor {out}/drafter --target {target} --engine vllm; respond {recipe} --output {out}/c; "
+        "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
+        "train {recipe} --output {out}/c --drafter.init {out}/g/{file}",
+        "c/drafter/provenance.json",
+    ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         f"train {RECIPE} --drafter.init {{out}}/g/{{file}}",

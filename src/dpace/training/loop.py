@@ -84,8 +84,8 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
     target_hidden = drafted.target_hidden if config.needs_target_probs else None
     chunk_bytes = None if config.chunk_mib is None else config.chunk_mib * 2**20
     scores = frozen_head_nll(
-        drafted.hidden,
-        scorer.rows.head,
+        drafter.selector.states(drafted),
+        drafter.selector.head(scorer.rows),
         scorer.rows.index(blocks.labels),
         blocks.is_scored,
         weigh=scorer.weigh,
