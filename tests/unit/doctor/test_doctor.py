@@ -25,8 +25,8 @@ from tests.support.models import (
     make_target,
     make_tokenizer,
     make_with_candidate_selector,
-    make_with_markov_head,
     make_with_convolutions,
+    make_with_markov_head,
     make_with_selector,
 )
 from tests.unit.target.test_target_files import write_fp8

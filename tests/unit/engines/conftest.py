@@ -89,8 +89,9 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
 
     def fill(made: Path) -> None:
         torch.manual_seed(0)
-        markov = {"markov": {"selector": "markov_head"}, "markov, anchored": {"selector": "markov_head", "block_size": 5}}
-        for kind, options in {**KINDS, **LILICORR, "anchored": {"block_size": 5}, **markov}.items():
+        anchored, markov = {"block_size": 5}, {"selector": "markov_head"}
+        others = {"anchored": anchored, "markov": markov, "markov, anchored": anchored | markov}
+        for kind, options in {**KINDS, **LILICORR, **others}.items():
             make = make_with_selector if kind in LILICORR else make_drafter
             drafter = make(language_target, **{"block_size": 6, **options}).requires_grad_(False)
             if kind != "random" and kind not in LILICORR:

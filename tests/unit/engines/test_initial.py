@@ -20,8 +20,8 @@ from tests.support.models import (
     make_recipe,
     make_target,
     make_with_candidate_selector,
-    make_with_markov_head,
     make_with_convolutions,
+    make_with_markov_head,
     make_with_selector,
 )
 
