@@ -116,6 +116,11 @@ def make_with_candidate_selector(target: Target, **options) -> Drafter:
     return make_with_selector(target, selector="candidate_selector", **options)
 
 
+def make_with_markov_head(target: Target, **options) -> Drafter:
+    """The same with DSpark's head."""
+    return make_with_selector(target, selector="markov_head", **options)
+
+
 @torch.no_grad()
 def _stir(drafter: Drafter, part: str) -> Drafter:
     for name, parameter in drafter.named_parameters():

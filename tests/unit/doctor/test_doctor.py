@@ -25,6 +25,7 @@ from tests.support.models import (
     make_tokenizer,
     make_with_candidate_selector,
     make_with_convolutions,
+    make_with_markov_head,
     make_with_selector,
 )
 from tests.unit.target.test_target_files import write_fp8
@@ -148,7 +149,8 @@ def test_a_block_size_is_needed_in_one_place(more, result, folder, language_targ
 @pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
 def test_good_drafters_pass(random_target, tmp_path):
     random_target.tokenizer = make_tokenizer()
-    for make in (make_drafter, make_with_convolutions, make_with_selector, make_with_candidate_selector):
+    with_selectors = make_with_selector, make_with_candidate_selector, make_with_markov_head
+    for make in (make_drafter, make_with_convolutions, *with_selectors):
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
 

@@ -22,7 +22,7 @@ from tests.support.families import make_sharp_target
 from tests.support.files import read_json
 from tests.support.models import make_drafter, make_target, make_tokenizer, write_target_gguf
 from tests.support.rows import make_bench, make_row, make_served, make_servers
-from tests.unit.engines.conftest import quiet
+from tests.unit.engines.conftest import MARKOV, quiet
 from tests.unit.target.test_target_files import write_adapter
 
 
@@ -36,6 +36,12 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
     assert command("sglang").endswith("--speculative-dflash-block-size 6")
     assert "--spec-type draft-dflash --spec-draft-n-max 5" in command("gguf")
     assert "--spec-type draft-dspark --spec-draft-n-max 5" in command("gguf", anchored)
+    markov, from_anchor = (read_folder(folders[kind])[0] for kind in MARKOV)
+    for each in (markov, from_anchor):
+        assert "--spec-type draft-dspark --spec-draft-n-max 5" in command("gguf", each)
+        assert json.loads(shlex.split(command("vllm", each))[-1]).items() >= {
+            "method": "dspark", "num_speculative_tokens": 5
+        }.items()  # fmt: skip
     assert "max_draft_len: 5" in command("tensorrt")
     for each in (spec, anchored):
         assert json.loads(shlex.split(command("vllm", each))[-1])["num_speculative_tokens"] == 5

@@ -20,6 +20,7 @@ from tests.support.models import (
     make_target,
     make_with_candidate_selector,
     make_with_convolutions,
+    make_with_markov_head,
     make_with_selector,
 )
 
@@ -109,11 +110,11 @@ def test_a_drafter_for_another_target_or_without_its_init_is_refused(
 
 
 def test_more_tokens_in_the_target_do_not_matter():
-    """Fine-tuning often adds some; only DFlash2's selector has tables of its own, which then have more rows.
+    """Fine-tuning often adds some; only selectors may have tables of their own, which then have more rows.
 
     The new ones are the same for a seed, whatever was drawn before.
     """
-    for make in (make_with_convolutions, make_with_candidate_selector):
+    for make in (make_with_convolutions, make_with_markov_head, make_with_candidate_selector):
         drafter = make(make_target("qwen3")).bfloat16()
         drafter.config.dpace = {"tau": 2.0}
         start = drafter.start_for(make_target("qwen3", vocab_size=72))

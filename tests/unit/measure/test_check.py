@@ -21,12 +21,14 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
+from tests.support.cases import wide
 from tests.support.files import change_json, make_prompts, write_prompts, write_rows
 from tests.support.models import (
     EOS,
     make_drafter,
     make_target,
     make_with_candidate_selector,
+    make_with_markov_head,
     make_with_selector,
 )
 
@@ -50,8 +52,9 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
     assert not failed(check(language_target, untrained, prompts[:1], max_new_tokens=12))
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("make", [make_with_selector, make_with_candidate_selector])
+@pytest.mark.parametrize(
+    "make", wide([make_with_selector, make_with_candidate_selector, make_with_markov_head], make_with_markov_head)
+)
 def test_a_drafter_with_a_head_passes(make, language_target, prompts):
     """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
     drafter = make(language_target, block_size=5)

@@ -15,7 +15,12 @@ from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
 from tests.support.files import write_prompts, write_rows
-from tests.support.models import make_drafter, make_with_candidate_selector, make_with_selector
+from tests.support.models import (
+    make_drafter,
+    make_with_candidate_selector,
+    make_with_markov_head,
+    make_with_selector,
+)
 
 CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
@@ -110,7 +115,9 @@ def test_continuations_have_the_distribution_of_their_text(language_target, ques
         assert torch.allclose(own, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [make_drafter, make_with_selector, make_with_candidate_selector])
+@pytest.mark.parametrize(
+    "make", [make_drafter, make_with_selector, make_with_candidate_selector, make_with_markov_head]
+)
 def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions, make):
     drafter = make(language_target, block_size=5)
     rows = PackedRows(language_target, drafter.vocabulary, questions[0])
