@@ -301,7 +301,8 @@ def main(
         rounds: of which the fastest counts.
     """
     loaded = Target.load(str(Path(target).resolve()))
-    ours = load_drafter(drafter, loaded, all_tokens=True)
+    ours = load_drafter(drafter, loaded)
+    ours.vocabulary = None  # engines draft any token
     request = {
         "target": loaded.name,
         "prompts": [ids for _, ids in demo_questions(loaded, prompts, *data)],

@@ -18,7 +18,7 @@ import tyro
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dpace.loss import Slots, block_loss, frozen_head_nll
+from dpace.loss import Slots, frozen_head_nll
 from dpace.system.device import find_device, synchronize
 from dpace.target.head import LmHead
 from dpace.training.progress import peak_memory, reset_peak_memory
@@ -67,7 +67,7 @@ def checkpointed(hidden, head, labels, is_scored):
 
 def run(method, hidden, head, labels, is_scored):
     hidden.grad = None
-    block_loss(method(hidden, head, labels, is_scored), is_scored).backward()
+    method(hidden, head, labels, is_scored).sum().backward()
 
 
 def measure(

@@ -82,7 +82,7 @@ class Step:
             hidden, blocks = blocks_hidden(self.drafter, self.target, self.batch)[:2]
         yield "drafter"
         out = frozen_head_nll(hidden.float(), head, blocks.labels, blocks.is_scored, weigh=weigh)
-        loss = block_loss(out.losses, blocks.is_scored)
+        loss, _ = block_loss(out.losses, blocks.is_scored, out.weights)
         yield "loss"
         loss.backward()
         yield "backward pass"

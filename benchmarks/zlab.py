@@ -32,7 +32,8 @@ def main(target: tyro.conf.Positional[str], drafter: tyro.conf.Positional[str], 
     except ImportError as error:
         sys.exit(str(error))
     loaded = Target.load(target)
-    ours = load_drafter(drafter, loaded, all_tokens=True)
+    ours = load_drafter(drafter, loaded)
+    ours.vocabulary = None  # engines draft any token
     theirs = zlab_drafter(drafter, loaded.model)
     zlab._cuda_time = time.perf_counter  # its clock needs a GPU
     questions = demo_questions(loaded, sys.maxsize)

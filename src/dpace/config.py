@@ -25,7 +25,10 @@ MAX_TOKENS = 2**31
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(kind: Any) -> Any:
-    """Make a dataclass of options from a class; what an instance holds is checked, and does not change."""
+    """Make a dataclass from a class of options, or of the keys of a JSON object.
+
+    What an instance holds is checked, and does not change.
+    """
     return dataclass(kind, frozen=True, kw_only=True, config=STRICT)
 
 

@@ -26,7 +26,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.loss.head_scores import default_chunk_bytes
+from dpace.loss.head_scores import chunk_bytes_of
 from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
 from dpace.recipes import TARGETS
 from dpace.respond.responses import iterate_responses, load_examples, read_meta
@@ -184,7 +184,6 @@ class TrainingPlan:
         """
         num_tokens, num_slots = self.sizes(np.max)
         head = self.target.head.weight
-        loss = self.recipe.loss
         of_target = self.target.model.num_parameters()
         of_drafter = self.drafter.num_parameters()
         item_bytes = products_dtype(self.recipe.train, self.device).itemsize
@@ -199,9 +198,7 @@ class TrainingPlan:
         if self.recipe.train.gradient_checkpointing:
             # One layer at a time is computed again, from the states before it.
             activations = activations / num_layers + num_layers * states
-        chunk_bytes = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
-        if loss.chunk_mib:
-            chunk_bytes = loss.chunk_mib * 2**20
+        chunk_bytes = chunk_bytes_of(self.recipe.loss, head, is_cpu=is_cpu)
         tile_bytes = min(chunk_bytes, 4 * slots * self.num_rows)  # of logits, in fp32
         # The weights are in fp32; for products in 16 bits there is a copy of them.
         weight_bytes = 4

@@ -23,8 +23,6 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
     """Compute `(1 - alpha) q + alpha` in fp32, and 1 at slots that are not scored."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
     # 1 is neutral in a product, so slots that are not scored change no other slot's weight.
     return torch.where(is_scored, (1 - alpha) * token_probs.float() + alpha, 1.0)
 
@@ -47,9 +45,6 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
     Returns:
         fp32 weights, detached, not normalized.
 
-    Raises:
-        ValueError: `alpha` outside [0, 1].
-
     Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
     """
     products = dpace_confidence_only_weights(token_probs, is_scored, alpha)
@@ -61,7 +56,7 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
 def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by the probability that the block is accepted up to it.
 
-    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments, returns and errors as in
+    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments and returns as in
     `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), ablation "cumulative confidence only".
@@ -74,8 +69,7 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
     """Weigh each slot by how much accepted text follows once it is accepted.
 
     `w[j] = 1 + sum over m > j of (product over j < i <= m of q~[i])`, the factor `dpace_weights / P`. It is computed by
-    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments, returns and errors as in
-    `dpace_weights`.
+    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments and returns as in `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
     """
@@ -97,7 +91,7 @@ def bv_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5)
     `w[j] = dpace_weights[j] / sum over m of P[m]`: at `alpha = 0` the gradient of `log(sum over m of P[m])` with
     respect to `log q[j]`, which for a greedy target is the loss of BV at its end. It begins with a linear decay, which
     is `alpha = 1`. The first scored slot always weighs 1, so a block that is rejected at once counts as much as one
-    that is accepted whole. Arguments, returns and errors as in `dpace_weights`.
+    that is accepted whole. Arguments and returns as in `dpace_weights`.
 
     Source: BV (arXiv 2609.34832), with greedy verification; the relation to D-PACE is ours.
     """

@@ -76,7 +76,8 @@ def test_blocks_mask_loss_and_gradients(pair):
     hidden = blocks_hidden(read, target, {"token_ids": token_ids, "features": features[None], **vars(blocks)}).hidden
     weigh = make_weigh(LossConfig(), one_page.BLOCK_SIZE)
     out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored, weigh=weigh)
-    loss = block_loss(out.losses, blocks.is_scored, reduction="anchors")
+    loss, num_items = block_loss(out.losses, blocks.is_scored, out.weights, reduction="anchors")
+    loss = loss / num_items
     loss.backward()
     assert_close(loss, expected)
     ours = {name: parameter.grad for name, parameter in read.named_parameters()}

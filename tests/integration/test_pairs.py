@@ -396,6 +396,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
 @pytest.fixture
 def out(files, tmp_path, monkeypatch) -> Path:
     """A copy of the answers and of what they gave, which the test changes; dpace's cache is empty."""
+    monkeypatch.chdir(tmp_path)  # some commands choose a folder for their output
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shutil.copytree(files["out"], tmp_path / "out")
 

@@ -73,13 +73,16 @@ _UNKNOWN = (None, None, None)
 _SERVED = ServerRow(
     set="s",
     temperature=0.0,
+    depth=None,
     num_responses=1,
     tau=_UNKNOWN,
     num_verifications=None,
+    num_drafted=None,
     tau_here=_UNKNOWN,
     tau_over_here=_UNKNOWN,
     tokens_per_second=1.0,
     plain_tokens_per_second=None,
+    decode_speedup=_UNKNOWN,
     num_same_text=None,
     control_same_text=None,
     same_text_gain=_UNKNOWN,
@@ -109,6 +112,8 @@ def make_servers(*rows: ServerRow) -> ServerResults:
         servers={row.depth or "drafter": address for row in rows},
         max_new_tokens=9,
         tau_in_training=None,
+        drafter_sha256=None,
+        hardware=None,
         rows=list(rows),
     )
 

@@ -82,6 +82,8 @@ ADDRESSES = [
     r"http:\\u:secret@h",
     "http:u:secret@h",
     "http:/u:secret@h",
+    "127.0.0.1:9",
+    "file:///etc/passwd",
     "http:///u:secret@h",
     "ht\ttp://u:secret@h",
     "http://u:secret@h\t:1",

@@ -15,7 +15,7 @@ import torch
 
 from dpace.blocks import FULL, Reach, build_blocks, build_target_layer_ids, dense_mask, sample_anchors
 from dpace.config import LossConfig
-from dpace.loss import block_loss, count_items, frozen_head_nll
+from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import walk
 from dpace.target.head import LmHead
@@ -83,8 +83,8 @@ def test_losses(objective, reduction, expected, gradient):
     blocks = build_blocks(token_ids, is_response, [torch.tensor([0, 3]), torch.tensor([1])], block_size=5)
     weigh = make_weigh(LossConfig(objective=objective, gamma=7.0), block_size=5)
     scores = frozen_head_nll(logits, LmHead(torch.eye(13)), blocks.labels, blocks.is_scored, weigh=weigh)
-    num_items = count_items(blocks.is_scored, reduction, scores.weights)
-    loss = block_loss(scores.losses, blocks.is_scored, reduction=reduction, num_items=num_items)
+    loss, num_items = block_loss(scores.losses, blocks.is_scored, scores.weights, reduction=reduction)
+    loss = loss / num_items
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert logits.grad is not None

@@ -300,38 +300,20 @@ def stream(
     """
     text = make_continuation(target, token_ids, **options)
     speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
-    pieces = TextPieces(target.tokenizer)
+    decode = partial(target.tokenizer.decode, skip_special_tokens=True)
+    # The text up to `end` is out. Tokens from `start` on are decoded again with the next piece, because their text may
+    # depend on the tokens before them.
+    start = end = text.num_prompt
     for step in speculation.steps():
         on_step(step)
-        if piece := pieces.add(step.token_ids, is_last=text.is_done):
-            yield piece
-
-
-class TextPieces:
-    """A converter of tokens to text, piece by piece.
-
-    Some tokens are decoded again with the next piece, because their text may depend on the tokens before them.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.decode = partial(tokenizer.decode, skip_special_tokens=True)
-        self.token_ids: list[int] = []
-        # Tokens from `start` on are decoded again. The text of the first `num_shown` tokens is out.
-        self.start = 0
-        self.num_shown = 0
-
-    def add(self, token_ids: Sequence[int], *, is_last: bool = False) -> str:
-        """Add tokens and return the text that they add; empty while a character is not whole."""
-        self.token_ids += token_ids
-        text = self.decode(self.token_ids[self.start :])
-        if text.endswith("\ufffd") and not is_last:  # which stands for a character whose bytes are not whole
-            return ""
-        shown = self.decode(self.token_ids[self.start : self.num_shown])
-        piece = text[len(shown) :]
+        new = decode(text.token_ids[start:])
+        if new.endswith("\ufffd") and not text.is_done:  # which stands for a character whose bytes are not whole
+            continue
+        piece = new[len(decode(text.token_ids[start:end])) :]
         if piece:  # tokens without text do not keep the space that the next ones begin with
-            self.start = self.num_shown
-        self.num_shown = len(self.token_ids)
-        return piece
+            start = end
+            yield piece
+        end = len(text.token_ids)
 
 
 def custom_generate(

@@ -139,19 +139,6 @@ def choose_mask_token(target: Target) -> int:
     return free_ids[0]
 
 
-def check_mask_token(token_id: int, target: Target) -> None:
-    """Refuse a mask token that the target reads or writes; `DrafterSpec.check` refuses one outside the embedding.
-
-    Raises:
-        ValueError: padding, a stop or special token in use, in the chat template, or ordinary text.
-    """
-    if use := _use_of(token_id, target):
-        raise ValueError(
-            f"mask token {token_id} {use}; it must be a reserved token that no text contains: "
-            "name another one, or leave it out to have one chosen"
-        )
-
-
 def _use_of(token_id: int, target: Target) -> str:
     """Say what a target uses a token for; empty where it uses it for nothing."""
     tokenizer = target.tokenizer
@@ -360,7 +347,11 @@ class Drafter(DFlashDraftModel):
                 "it cannot verify drafts: decode it without a drafter"
             )
         spec.check()
-        check_mask_token(self.mask_token_id, target)
+        if use := _use_of(self.mask_token_id, target):
+            raise ValueError(
+                f"mask token {self.mask_token_id} {use}; it must be a reserved token that no text contains: "
+                "name another one, or leave it out to have one chosen"
+            )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
@@ -452,7 +443,7 @@ def find_shared_tables(tensors: Mapping[str, Tensor], target: Target) -> dict[st
     return are_shared
 
 
-def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:
+def load_drafter(folder: str | Path, target: Target) -> Drafter:
     """Read a drafter's folder for decoding with a target.
 
     The drafter gets the target's dtype and device, and is in eval mode.
@@ -460,7 +451,6 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     Args:
         folder: of the drafter.
         target: its target.
-        all_tokens: draft any token, as other engines do, also where the folder has a draft vocabulary that pays here.
 
     Raises:
         ValueError: no such folder, damaged weights, or a drafter for another target.
@@ -478,7 +468,7 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
         if drafter.spec.draft_vocab_size > 0:
             token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist()
         drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
-    elif vocabulary is not None and not all_tokens and vocabulary.pays(target):
+    elif vocabulary is not None and vocabulary.pays(target):
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():

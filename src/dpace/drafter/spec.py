@@ -30,7 +30,6 @@ from dpace.drafter.values import (
     LayerCount,
     Scale,
     StrictCount,
-    adapter,
     read_either,
     read_group,
     read_values,
@@ -38,6 +37,7 @@ from dpace.drafter.values import (
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
 from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import read_config, refuse_mismatch, translate_library_errors
+from dpace.system.validation import adapter
 
 WHAT = "the drafter of this config"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -3,14 +3,13 @@
 Each is checked by pydantic, and refused in a line that names it.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict, ValidationError
 
 from dpace.system.ledger import JsonObject
-from dpace.system.validation import describe_invalid
+from dpace.system.validation import adapter, describe_invalid
 
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 MAX_LAYERS = 1000
@@ -22,9 +21,6 @@ LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
 Flag = Annotated[bool, Strict()]
 Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
 Made = TypeVar("Made")
-
-adapter = functools.cache(TypeAdapter)
-"""Makes what checks and writes the values of a class."""
 
 
 def read_values(kind: type[Made], values: JsonObject, prefix: str = "") -> Made:

@@ -45,12 +45,8 @@ def traits_of(spec: DrafterSpec) -> list[str]:
     """
     traits = [spec.architecture]
     for option in fields(spec):
-        default = option.default
-        if option.default_factory is not MISSING:
-            default = option.default_factory()
-        if default is MISSING or option.name in EVERYWHERE:
-            continue  # every drafter has it
-        if getattr(spec, option.name) != default:
+        is_everywhere = option.default is MISSING or option.name in EVERYWHERE  # every drafter has it
+        if not is_everywhere and getattr(spec, option.name) != option.default:
             traits.append(option.name)
     return traits
 

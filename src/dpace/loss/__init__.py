@@ -6,6 +6,5 @@ from dpace.loss.loss import (
     Weigh,
     block_loss,
     candidate_logits,
-    count_items,
     frozen_head_nll,
 )

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpace.config import TokenLoss
+from dpace.config import LossConfig, TokenLoss
 from dpace.fast.top import argmax, topk
 from dpace.system.device import TILED
 from dpace.target.head import TINY, LmHead
@@ -240,18 +240,20 @@ class TokenLosses(torch.autograd.Function):
         return hidden_grad, *[None] * 8  # nothing for the other arguments of `forward`
 
 
-def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, is_soft: bool) -> int:
-    """Choose how many bytes of fp32 logits exist at once: the amount that makes the products fast.
+def chunk_bytes_of(config: LossConfig, weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool) -> int:
+    """Choose how many bytes of fp32 logits exist at once: what the options say, or what makes the products fast.
 
     It does not depend on free memory, so that a resumed run computes the same bits.
 
     Args:
+        config: of the loss.
         weight: the head's weight, which may be on paper.
         is_cpu: whether a CPU computes.
-        is_soft: whether the loss compares with the target's distribution.
     """
+    if config.chunk_mib:
+        return config.chunk_mib * 2**20
     chunk_bytes = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
-    if is_soft:
+    if config.needs_target_probs:
         bytes_of_row = 4 * SOFT_COPIES * len(weight)  # fp32
         chunk_bytes = max(chunk_bytes, MIN_SOFT_ROWS * bytes_of_row)
     return chunk_bytes

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.config import Reduction, TokenLoss
-from dpace.loss.head_scores import TokenLosses, default_chunk_bytes
-from dpace.target.head import TINY, LmHead
+from dpace.loss.head_scores import CPU_CHUNK_BYTES, TokenLosses
+from dpace.target.head import LmHead
 from dpace.weights import uniform_weights
 
 
@@ -59,21 +59,17 @@ class SlotScores(NamedTuple):
     """The drafter's best tokens, best first; -1 where not scored."""
 
 
-def _uniform(slots: Slots) -> Tensor:
-    return uniform_weights(slots.is_scored)
-
-
 def frozen_head_nll(
     hidden: Float[Tensor, "batch block slot hidden"],
     head: LmHead,
     labels: Int[Tensor, "batch block slot"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,
-    weigh: Weigh = _uniform,
+    weigh: Weigh = lambda slots: uniform_weights(slots.is_scored),
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
     scored_rows: Int[Tensor, " row"] | None = None,
-    chunk_bytes: int | None = None,
+    chunk_bytes: int = CPU_CHUNK_BYTES,
     num_candidates: int = 1,
 ) -> SlotScores:
     """Compute the weighted loss of each block.
@@ -107,8 +103,7 @@ def frozen_head_nll(
             `Slots.overlap` does not need it.
         scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host
             waits for the device.
-        chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
-            rounding only.
+        chunk_bytes: size of the logits that exist at once; changes results by rounding only.
         num_candidates: number of best tokens to find, exactly; 1 with `target_hidden`.
 
     Returns:
@@ -119,10 +114,6 @@ def frozen_head_nll(
     """
     if token_loss != "nll" and target_hidden is None:
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
-    if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(
-            head.weight, is_cpu=head.weight.device.type == "cpu", is_soft=target_hidden is not None
-        )
     if scored_rows is None:
         scored_rows = is_scored.flatten().nonzero()[:, 0]
     # By position, since autograd functions take no keywords.
@@ -146,43 +137,18 @@ def candidate_logits(
     return head.finish((rows @ hidden.float()[..., None])[..., 0])
 
 
-def count_items(
-    is_scored: Bool[Tensor, "batch block slot"],
-    reduction: Reduction,
-    weights: Float[Tensor, "batch block slot"] | None = None,
-) -> Int[Tensor, ""] | Float[Tensor, ""]:
-    """Count the items that a reduction divides by.
-
-    Items are sequences for `batch`, sequences with an anchor for `anchors`, scored slots for `slots`, and for
-    `weights` the sum of `SlotScores.weights`.
-
-    Raises:
-        ValueError: the reduction `weights` without them.
-    """
-    if reduction == "batch":
-        return torch.tensor(len(is_scored), device=is_scored.device)
-    if reduction == "anchors":
-        return is_scored.flatten(1).any(-1).sum()
-    if reduction == "slots":
-        return is_scored.sum()
-    if weights is None:
-        raise ValueError(
-            "the reduction `weights` divides by the sum of SlotScores.weights; pass that to block_loss as num_items"
-        )
-    return weights.sum()
-
-
 def block_loss(
     losses: Float[Tensor, "batch block"],
     is_scored: Bool[Tensor, "batch block slot"],
+    weights: Float[Tensor, "batch block slot"],
     *,
     reduction: Reduction = "anchors",
-    num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
-) -> Float[Tensor, ""]:
-    """Reduce the losses of blocks to the scalar that training minimizes.
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""] | Float[Tensor, ""]]:
+    """Reduce the losses of blocks to a sum, and count the items that divide it.
 
-    `l[b, n]` is the weighted loss of block `n` of sequence `b`, and `A[b]` the number of its blocks with a scored slot.
-    Sums run over all data of one optimizer step.
+    Training minimizes the first over the second, both summed over all data of an optimizer step: over all ranks and
+    accumulated micro-batches. So the loss does not depend on how the step is split. `l[b, n]` is the weighted loss of
+    block `n` of sequence `b`, and `A[b]` the number of its blocks with a scored slot.
 
     - `anchors`: `sum over b of (sum over n of l[b, n]) / A[b] / sequences with an anchor`. Every sequence counts the
       same (SpecForge since #848).
@@ -194,25 +160,18 @@ def block_loss(
     Args:
         losses: from `frozen_head_nll`.
         is_scored: slots that count.
+        weights: from `frozen_head_nll`.
         reduction: one of the names above.
-        num_items: `count_items` summed over the whole step (all ranks, all accumulated micro-batches); for `weights`,
-            the sum of `SlotScores.weights`. The results of all parts then add up to the loss of the whole step, for any
-            split. By default the items of this batch alone are counted, which `weights` does not allow.
 
     Returns:
-        A scalar in nats, 0 (with a zero gradient) for a batch without a scored slot.
-
-    Raises:
-        ValueError: the reduction `weights` without `num_items`.
+        The sum in nats, with the gradient; and the number of items, which may be 0.
     """
-    if num_items is None:
-        num_items = count_items(is_scored, reduction)
-    if reduction == "anchors":
-        # (batch, 1): blocks of each sequence that have a scored slot.
-        num_blocks = is_scored.any(-1).sum(-1, keepdim=True)
-        losses = losses / num_blocks.clamp_min(1)
-    # TINY keeps a batch without items at 0 instead of NaN.
-    if isinstance(num_items, Tensor):
-        return losses.sum() / num_items.float().clamp_min(TINY)
-    # A number stays one: as a tensor it would be copied to the device, and the host would wait.
-    return losses.sum() / max(num_items, TINY)
+    if reduction == "batch":
+        return losses.sum(), torch.tensor(len(is_scored), device=is_scored.device)
+    if reduction == "slots":
+        return losses.sum(), is_scored.sum()
+    if reduction == "weights":
+        return losses.sum(), weights.sum()
+    # (batch, 1): blocks of each sequence that have a scored slot.
+    num_blocks = is_scored.any(-1).sum(-1, keepdim=True)
+    return (losses / num_blocks.clamp_min(1)).sum(), (num_blocks > 0).sum()

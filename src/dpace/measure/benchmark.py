@@ -20,7 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
+from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     SPECULATIVE,
     BenchRecord,
@@ -34,7 +34,7 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import Acceptance, tau_estimate, tau_gain
-from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name

@@ -66,7 +66,7 @@ def measure_vocabularies(
     dataset: ResponseDataset,
     vocabularies: Sequence[Tensor | None],
     *,
-    visit: Visit | None = None,
+    visit: Visit = lambda *_: None,
     title: str = "",
 ) -> list[Acceptance]:
     """Do what `heldout_acceptance` does for several `token_ids`, with one forward pass of the drafter.
@@ -108,7 +108,7 @@ def walk_conversation(
     dataset: ResponseDataset,
     index: int,
     draft_rows: Sequence[DraftRows],
-    visit: Visit | None,
+    visit: Visit,
 ) -> list[list[Acceptance]]:
     """Draft the blocks of a conversation, and follow greedy decoding through its responses.
 
@@ -147,15 +147,13 @@ def walk_conversation(
         for number, rows in enumerate(draft_rows):
             states, is_accepted = drafter.selector.match(hidden, rows)  # the flags are (way, block, slot)
             accepted_lengths[number].append(is_accepted.sum(-1))
-            if visit is not None:
-                is_drafted = is_accepted[:1]
-                # Decoding reaches the accepted slots, which come after the anchor, and the first wrong one.
-                is_reached = blocks["is_scored"] & (slots <= is_drafted.sum(-1, keepdim=True) + 1)
-                reached[number].append((states[is_reached], is_drafted[is_reached]))
-    if visit is not None:
-        for number, chunks in enumerate(reached):
-            states, is_right = zip(*chunks, strict=True)
-            visit(number, torch.cat(states), torch.cat(is_right))
+            is_drafted = is_accepted[:1]
+            # Decoding reaches the accepted slots, which come after the anchor, and the first wrong one.
+            is_reached = blocks["is_scored"] & (slots <= is_drafted.sum(-1, keepdim=True) + 1)
+            reached[number].append((states[is_reached], is_drafted[is_reached]))
+    for number, chunks in enumerate(reached):
+        states, is_right = zip(*chunks, strict=True)
+        visit(number, torch.cat(states), torch.cat(is_right))
     spans = [(start, min(end, dataset.max_length)) for start, end in dataset.examples[index].spans]
     acceptances = []
     for chunks in accepted_lengths:

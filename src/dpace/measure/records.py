@@ -18,7 +18,7 @@ import numpy as np
 from dpace.config import BenchConfig, ExplainConfig, RespondConfig
 from dpace.measure.results import Estimate, PromptRecord, ResponseRecord, ServedAnswer, Setup, nullable
 from dpace.metrics import estimate, ratio
-from dpace.prompts.prompts import Prompt
+from dpace.prompts.prompts import Prompt, group_by
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
 from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
@@ -35,7 +35,6 @@ COMPILED = "plain, compiled"
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")
-Key = TypeVar("Key")
 MeasuredAnswer = ResponseRecord | ServedAnswer
 Record = TypeVar("Record", bound=PromptRecord)
 Job = tuple[float, Prompt]
@@ -85,14 +84,6 @@ def ask_in_turn(
         # In the order of `ways` again, so that a file does not tell which way was first here.
         yield token_ids, {way: answers[way] for way in ways}
         conversation.add(token_ids, answers[first_way].token_ids)
-
-
-def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Group items that have the same key, in the order in which they come."""
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def group_by_set(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dpace.config import CountOrZero, Width
+from dpace.config import CountOrZero, Width, options as json_object
 from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.servers.apis import Counts
 from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import Hardware, Versions
-from dpace.system.validation import from_json, json_object, to_json
+from dpace.system.validation import from_json, to_json
 
 RESULT_FILES = ("results.json", "servers.json", "explain.json")
 """Names under which results are found in a folder."""
@@ -272,14 +272,14 @@ class ServerRow:
 
     set: str
     temperature: float
-    depth: str | None = None
+    depth: str | None
     """Draft tokens that the server was started with, of several that are compared; `7@0.5` has a p-min of 0.5."""
     num_responses: int
     tau: Estimate
     """None where the server does not report verifications, as is the next one."""
     num_verifications: int | None
-    num_drafted: int | None = None
-    """Draft tokens of these verifications; None where the server does not say, and in older files."""
+    num_drafted: int | None
+    """Draft tokens of these verifications; None where the server does not say."""
     tau_here: Estimate
     """Tau of whole drafts in this process, on the prompts that both have; from results.json."""
     tau_over_here: Estimate
@@ -288,8 +288,8 @@ class ServerRow:
     """Rate of a request after its first token; None where all tokens came at once."""
     plain_tokens_per_second: float | None
     """None without a plain server, as are the next ones."""
-    decode_speedup: Estimate = (None, None, None)
-    """Ratio of these two rates; older files lack it."""
+    decode_speedup: Estimate
+    """Ratio of these two rates."""
     num_same_text: int | None
     """Responses with the plain server's text."""
     control_same_text: int | None
@@ -330,9 +330,9 @@ class ServerResults(ServerSetup):
     schema_version: Literal[3] = 3
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
-    drafter_sha256: str | None = None
+    drafter_sha256: str | None
     """Hash of the weights of `drafter` in the same folder, where depths were compared; None where it has none."""
-    hardware: Hardware | None = None
+    hardware: Hardware | None
     """This machine, where the servers ran on it too; None where one ran elsewhere."""
     rows: Annotated[list[ServerRow], NOT_EMPTY]
     """One for each set and temperature."""

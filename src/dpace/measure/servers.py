@@ -9,13 +9,13 @@ where several servers draft different numbers of tokens.
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from operator import attrgetter
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, Records, ask_in_turn, group_by, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
     Estimate,
@@ -33,7 +33,7 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import estimate
-from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
 from dpace.system.device import find_device
@@ -78,28 +78,36 @@ def bench_servers(
             kind; or an over-long prompt.
     """
     folder = Path(folder)
-    names = [str(depth) for depth in config.depths] or [DRAFTER]
-    urls = {PLAIN: config.plain_server} | dict(zip(names, config.server, strict=True))
-    sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items() if url}
-    addresses = {side: _address_of(server) for side, server in sides.items()}
+    drafting_sides = list(map(str, config.depths)) or [DRAFTER]
+    sides: dict[str, Server] = {}
+    addresses = {}
+    # The plain server comes first: later turns of a prompt see its answers, on all sides.
+    for side, url in zip([PLAIN, *drafting_sides], [config.plain_server, *config.server], strict=True):
+        if url:
+            sides[side] = connect(url, len(chat.tokenizer))
+            addresses[side] = _address_of(sides[side])
     known = setup_of(chat, config)
     setup = ServerSetup(**known, servers=addresses)
     register_files(folder, SERVERS_FILE)
     records = Records(folder / "servers.jsonl", ServedRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(chat, prompts, config.max_new_tokens)
-    here = {}
-    try:
-        here = {} if config.depths else totals_here(folder / "results.json", known)
-    except (OSError, ValueError) as error:
-        print(f"tau here is not known: {error}", file=sys.stderr)
+    here: Totals = {}
+    if not config.depths:  # this process drafts whole blocks only
+        try:
+            here = totals_here(folder / "results.json", known)
+        except (OSError, ValueError) as error:
+            print(f"tau here is not known: {error}", file=sys.stderr)
     drafter = folder / "drafter"
     weights = drafter / "model.safetensors"
-    log = read_log(drafter) if (drafter / "trainer_state.json").exists() else []
-    tau_in_training = max((entry["eval_tau"] for entry in log if "eval_tau" in entry), default=None)
+    tau_in_training = None
+    if (drafter / "trainer_state.json").exists():
+        taus = [entry["eval_tau"] for entry in read_log(drafter) if "eval_tau" in entry]
+        tau_in_training = max(taus, default=None)
     jobs = list(product(config.temperatures, prompts))
     missing = records.missing(jobs)
-    if missing:  # a warm-up, which is not counted
+    if missing:
+        # A warm-up, which is not counted; it also shows how many tokens a server drafts.
         temperature, prompt = missing[0][1]
         first_turn = encode_chat(chat, prompt.turns[0])
         for side, server in sides.items():
@@ -121,15 +129,16 @@ def bench_servers(
             temperature=temperature,
             seed=records.seeds[prompt.id],
         )
-        answers = [of_turn for _, of_turn in turns]
-        records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers))
+        answers_by_turn = [answers for _, answers in turns]
+        records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers_by_turn))
+    measured = [records.rows[temperature, prompt.id] for temperature, prompt in jobs]
     is_here = all(urlsplit(server.url).hostname in THIS_MACHINE for server in sides.values())
     results = ServerResults(
         **vars(setup),
         tau_in_training=tau_in_training,
         drafter_sha256=hash_file(weights) if config.depths and weights.exists() else None,
         hardware=find_hardware(find_device()) if is_here else None,
-        rows=make_rows([records.rows[temperature, prompt.id] for temperature, prompt in jobs], here, names),
+        rows=make_rows(measured, here, drafting_sides),
     )
     write_results(folder / SERVERS_FILE, results)
     return results
@@ -137,8 +146,13 @@ def bench_servers(
 
 def _address_of(server: Server) -> ServerAddress:
     """Return where a server is, and what it says of itself, as short texts without password and key."""
-    model, version = (server.address.short(said) if said else None for said in (server.model, server.version))
-    return ServerAddress(url=server.url, engine=server.engine, model=model, version=version)
+    shorten = server.address.short
+    return ServerAddress(
+        url=server.url,
+        engine=server.engine,
+        model=shorten(server.model) if server.model else None,
+        version=shorten(server.version) if server.version else None,
+    )
 
 
 def _refuse_deeper_drafts(depth: str, server: Server, counts: Counts) -> None:
@@ -176,8 +190,9 @@ def totals_here(path: Path, known: JsonObject) -> Totals:
     totals: Totals = {}
     for row in rows:
         for name, turns in group_by(row.responses, attrgetter("id")).items():
+            num_emitted = sum(turn.num_decode_tokens for turn in turns)
             num_verifications = sum(len(turn.accepted_lengths) for turn in turns)
-            totals[row.temperature, row.set, name] = [sum(turn.num_decode_tokens for turn in turns), num_verifications]
+            totals[row.temperature, row.set, name] = [num_emitted, num_verifications]
     return totals
 
 
@@ -197,65 +212,81 @@ def _ask_server(
 def make_rows(records: Sequence[ServedRecord], here: Totals, sides: Sequence[str] = (DRAFTER,)) -> list[ServerRow]:
     """Pool prompts into one row for each temperature, set and side, beside what this process emitted."""
     groups = group_by(records, attrgetter("temperature", "set"))
-    drafts = {side: any(answer.counts for answer in _answers(records, side)) for side in sides}
-    keys = product(sorted(groups), sides)
-    return [_pool_prompts(groups[key], here, side, drafts=drafts[side]) for key, side in keys]
+    rows = []
+    for key, side in product(sorted(groups), sides):
+        # Whether it drafts at all shows in the answers to all sets.
+        has_counts = any(answer.counts for answer in chain.from_iterable(_answers(records, side)))
+        rows.append(_pool_prompts(groups[key], here, side, has_counts))
+    return rows
 
 
-def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, *, drafts: bool) -> ServerRow:
+def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, has_counts: bool) -> ServerRow:
     """Pool the prompts of one row; intervals resample them.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports. Where it reports some, an
     answer without any had no drafts: each pass of the target then emitted one token.
     """
-    emitted = {(record.temperature, record.set, record.id): _emitted(record, side) for record in records}
-    served = emitted if drafts else {}
+    drafted_by_prompt = _answers(records, side)
+    plain_by_prompt = _answers(records, PLAIN)
+    drafted = list(chain.from_iterable(drafted_by_prompt))
+    plain = list(chain.from_iterable(plain_by_prompt))
+    served: Totals = {}
+    num_verifications = None
+    if has_counts:
+        for record, answers in zip(records, drafted_by_prompt, strict=True):
+            served[record.temperature, record.set, record.id] = _emitted(answers)
+        num_verifications = sum(number for _, number in served.values())
     common = [key for key in served if key in here]
-    paired = [[[side[key] for key in common]] for side in (served, here)]
-    drafted = _answers(records, side)
-    plain = _answers(records, PLAIN)
-    num_same, num_control, gain = _same_texts(records, side) if plain else (None, None, (None, None, None))
-    by_prompt = [[_answers([record], name) for record in records] for name in (side, PLAIN)]
+    # On the prompts that both have, with an axis of one seed.
+    common_served = [[served[key] for key in common]]
+    common_here = [[here[key] for key in common]]
+    num_same = num_control = None
+    same_text_gain: Estimate = (None, None, None)
+    if plain:
+        same = _same_texts(records, side)
+        control = _same_texts(records, CONTROL)
+        num_same = sum(number for number, _ in same)
+        num_control = sum(number for number, _ in control)
+        same_text_gain = nullable(estimate([[same], [control]], lambda shares: shares[0] - shares[1]))
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
         depth=None if side == DRAFTER else side,
         num_responses=len(drafted),
         tau=nullable(estimate([[list(served.values())]])),
-        num_verifications=sum(number for _, number in served.values()) if drafts else None,
+        num_verifications=num_verifications,
         num_drafted=sum(answer.counts.num_drafted for answer in drafted if answer.counts) or None,
-        tau_here=nullable(estimate(paired[1:])),
-        tau_over_here=nullable(estimate(paired, lambda taus: taus[0] / taus[1] - 1)),
+        tau_here=nullable(estimate([common_here])),
+        tau_over_here=nullable(estimate([common_served, common_here], lambda taus: taus[0] / taus[1] - 1)),
         tokens_per_second=defined(tokens_per_second(drafted)),
         plain_tokens_per_second=defined(tokens_per_second(plain)),
-        decode_speedup=speedup(*by_prompt),
+        decode_speedup=speedup(drafted_by_prompt, plain_by_prompt),
         num_same_text=num_same,
         control_same_text=num_control,
-        same_text_gain=gain,
+        same_text_gain=same_text_gain,
     )
 
 
-def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
-    """Return what one side answered, turn by turn; nothing where there is no such side."""
-    return [turn[side] for record in records for turn in record.turns if side in turn]
+def _answers(records: Iterable[ServedRecord], side: str) -> list[list[ServedAnswer]]:
+    """Return what one side answered to each prompt, turn by turn; no turns where there is no such side."""
+    return [[turn[side] for turn in record.turns if side in turn] for record in records]
 
 
-def _emitted(record: ServedRecord, side: str) -> list[int]:
-    """Count emitted tokens and verifications of all turns; without drafts, both are the tokens after the first."""
-    counts = [answer.counts or Counts(answer.num_decode_tokens, 0) for answer in _answers([record], side)]
-    return [sum(one.num_emitted for one in counts), sum(one.num_verifications for one in counts)]
+def _emitted(answers: Iterable[ServedAnswer]) -> list[int]:
+    """Count emitted tokens and verifications of a prompt; without drafts, both are the tokens after the first."""
+    num_accepted = 0
+    num_verifications = 0
+    for answer in answers:
+        counts = answer.counts or Counts(answer.num_decode_tokens, 0)
+        num_accepted += counts.num_accepted
+        num_verifications += counts.num_verifications
+    return [num_accepted + num_verifications, num_verifications]  # a verification emits one token of the target's own
 
 
-def _same_texts(records: Iterable[ServedRecord], drafter: str) -> tuple[int, int, Estimate]:
-    """Count the turns with the text of the plain server's first pass.
-
-    Returns:
-        The numbers of the server with a drafter and of the plain server's second pass, the control; and the
-        difference of their shares.
-    """
+def _same_texts(records: Iterable[ServedRecord], side: str) -> list[tuple[int, int]]:
+    """Count for each prompt the turns with the text of the plain server's first pass, and all its turns."""
     shares = []
-    for side in (drafter, CONTROL):
-        turns_of = [[turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns] for record in records]
-        shares.append([(sum(is_same), len(is_same)) for is_same in turns_of])
-    num_same, num_control = (sum(same for same, _ in side) for side in shares)
-    return num_same, num_control, nullable(estimate([[share] for share in shares], lambda each: each[0] - each[1]))
+    for record in records:
+        num_same = sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns)
+        shares.append((num_same, len(record.turns)))
+    return shares

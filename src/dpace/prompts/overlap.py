@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
@@ -16,37 +16,35 @@ MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
 """Accents and vowel signs that are parts of words, with the scripts of India."""
 
 
-class PublicTexts:
-    """The word runs of public sets, each with the prompt that has it.
+def find_repeats(prompts: Iterable[Prompt], names: Sequence[str]) -> dict[str, str]:
+    """Find the prompts that share a run of words with a prompt of public sets; return the ids of both.
 
     A run that several prompts of a set have, such as "Please reason step by step", tells nothing and is left out.
     """
-
-    def __init__(self, names: Sequence[str]):
-        self._owners: dict[tuple[str, ...], str] = {}
-        # Whole texts too: a short one is no run of a longer prompt that begins with it.
-        self._whole: dict[tuple[str, ...], str] = {}
-        common = set()
-        for name in names:
-            prompts = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
-            # Prompts with the same words count once, so that their runs are not taken for a set's common ones.
-            texts = {_split_words(_user_text(prompt)): prompt.id for prompt in prompts}
-            counts = Counter()
-            for words, owner in texts.items():
-                runs = _runs(words)
-                counts.update(runs)
-                self._owners |= dict.fromkeys(runs, owner)
-            common.update(run for run, count in counts.items() if count > 1)
-            self._whole |= texts
-        for run in common:
-            self._owners.pop(run, None)
-
-    def find(self, prompt: Prompt) -> str | None:
-        """Return the id of the public prompt that shares a run of words with a prompt; None where there is none."""
+    owners: dict[tuple[str, ...], str] = {}
+    # Whole texts too: a short one is no run of a longer prompt that begins with it.
+    whole: dict[tuple[str, ...], str] = {}
+    common = set()
+    for name in names:
+        public = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
+        # Prompts with the same words count once, so that their runs are not taken for a set's common ones.
+        texts = {_split_words(_user_text(prompt)): prompt.id for prompt in public}
+        counts = Counter()
+        for words, owner in texts.items():
+            runs = _runs(words)
+            counts.update(runs)
+            owners |= dict.fromkeys(runs, owner)
+        common.update(run for run, count in counts.items() if count > 1)
+        whole |= texts
+    repeats = {}
+    for prompt in prompts:
         words = _split_words(_user_text(prompt))
-        if owner := self._whole.get(words):
-            return owner
-        return next((self._owners[run] for run in _runs(words) if run in self._owners), None)
+        for run in _runs(words) - common:
+            if run in owners:
+                repeats[prompt.id] = owners[run]
+        if words in whole:
+            repeats[prompt.id] = whole[words]
+    return repeats
 
 
 def _user_text(prompt: Prompt) -> str:

@@ -6,17 +6,19 @@ import json
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, read_prompts
-from dpace.prompts.overlap import PublicTexts
+from dpace.prompts.overlap import find_repeats
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, note
 
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 MOST_MARKS = 2000
 """Characters in a row that are brought into one order; the time grows with the square of the marks among them."""
 
@@ -68,7 +70,7 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
         path = demo_path("train")
         heldout_path = heldout_path or demo_path("heldout")
     prompts = read_prompts(path)
-    groups = _group(prompts)
+    groups = group_by(prompts, hash_text)  # prompts that say the same
     if heldout_path is None:
         measured = _take_out(groups, config.num_heldout, seed=0)
         if not measured:
@@ -85,7 +87,8 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
                     f"the held-out prompt {prompt.id!r} of {heldout_path} is also a training prompt, {same[0].id!r} of "
                     f"{path}; remove it from one of the files"
                 )
-        measured = list(_group(_rename(heldout, (prompt.id for prompt in prompts))).values())
+        renamed = _rename(heldout, [prompt.id for prompt in prompts])
+        measured = list(group_by(renamed, hash_text).values())
     chosen = _take_out(groups, config.num_validation, seed=1)
     # What is measured or chosen by counts each text once; training keeps the copies that its file has.
     copies = {}
@@ -96,10 +99,7 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
     train = [prompt for prompt in prompts if prompt.id in left]
     in_public_sets = {}
     if config.decontaminate:
-        public = PublicTexts(config.decontaminate)
-        for prompt in (*validation, *train):
-            if like := public.find(prompt):
-                in_public_sets[prompt.id] = like
+        in_public_sets = find_repeats([*validation, *train], config.decontaminate)
     parts = PromptParts(
         [prompt for prompt in train if prompt.id not in in_public_sets][: config.limit],
         [prompt for prompt in validation if prompt.id not in in_public_sets],
@@ -129,11 +129,11 @@ def _clean(value: object) -> str:
     return " ".join(words).strip()
 
 
-def _group(prompts: Iterable[Prompt]) -> dict[bytes, list[Prompt]]:
-    """Put prompts that say the same together, in their order."""
-    groups: dict[bytes, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(hash_text(prompt), []).append(prompt)
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Group items that have the same key, in the order in which they come."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 

@@ -50,13 +50,14 @@ def engine_sections(
     for engine in all_engines():
         if not engine.card or engine.layout != layout or engine.fault(spec):
             continue
-        depth = (spec.num_draft_tokens, "")
+        num_drafts = spec.num_draft_tokens
+        p_min = ""
         note = ""
         if served and _server_of(served).engine in (engine.name, engine.title):
-            best = [split_depth(row.depth) for row in best_depths(served.rows).values() if row and row.depth]
-            depth = min(best, default=depth)
             note = f"\n\n{_depth_note(served)}"
-        num_drafts, p_min = depth
+            best_rows = filter(None, best_depths(served.rows).values())
+            depths = [split_depth(f"{row.depth}") for row in best_rows]
+            num_drafts, p_min = min(depths, default=(num_drafts, p_min))
         command = engine.command(_with_drafts(spec, num_drafts), drafter, target)
         if p_min:
             command += f" --spec-draft-p-min {p_min}"
@@ -102,12 +103,20 @@ def write_card(
     engine = engine_of(config.to)
     gguf = engine_of("gguf")
     served = path.name if path.is_file() else config.served_name
+    served_target = config.served_target
+    if config.served_gguf:
+        served_target = Path(config.served_gguf).name
     recipe = _read_beside(folder / "recipe.yaml", read_recipe)
-    results = None if config.plain else _measured(folder, source)
-    whole = [row for row in results.rows if row.width == "full" and row.tokens_per_second] if results else []
-    num_drafts = max(1, min(map(paying_drafts, whole), default=spec.num_draft_tokens))  # one number for all sets
-    served_depths = None if config.plain else _served(folder)
-    served_target = Path(config.served_gguf).name if config.served_gguf else config.served_target
+    results = None
+    served_depths = None
+    if not config.plain:  # without its selector the drafter was not measured
+        results = _measured(folder, source)
+        served_depths = _served(folder)
+    whole_drafts = []
+    if results:
+        whole_drafts = [row for row in results.rows if row.width == "full" and row.tokens_per_second]
+    # One number for all sets: what pays on each of them.
+    num_drafts = max(1, min(map(paying_drafts, whole_drafts), default=spec.num_draft_tokens))
     sections = engine_sections(
         engine.layout, _with_drafts(spec, num_drafts), served, served_target, served=served_depths
     )
@@ -126,7 +135,7 @@ def write_card(
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),
         sections=sections,
         fits_gguf=not (gguf.fault(replace(spec, selector=None)) or gguf.target_fault(target.model.config.model_type)),
-        verdicts=[verdict(row.decode_speedup) for row in whole],
+        verdicts=[verdict(row.decode_speedup) for row in whole_drafts],
         num_drafts=num_drafts,
         measured_engine=served_depths and _server_of(served_depths).engine,
         recipe=recipe,
@@ -142,6 +151,7 @@ def paying_drafts(row: Row) -> int:
     shares, is what a draft token costs: it pays where it is accepted in a larger share of the verifications.
     """
     rates = row.reach_rate
+    # What a draft emits on average, times the plain seconds of a token over its own seconds of one.
     plain_tokens = (1 + sum(rates)) * row.plain_tokens_per_second / row.tokens_per_second
     cost = (plain_tokens - 1) / len(rates)
     return sum(rate > cost for rate in rates)
@@ -161,8 +171,10 @@ def _measured(folder: Path, drafter: Drafter) -> BenchResults | None:
     if not isinstance(results, BenchResults):
         return None
     weights = fingerprint(drafter, dtype=results.dtype)  # they may have been loaded in another one here
-    rows = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
-    return replace(results, rows=rows) if rows else None
+    rows_of_drafter = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
+    if not rows_of_drafter:
+        return None
+    return replace(results, rows=rows_of_drafter)
 
 
 def _served(folder: Path) -> ServerResults | None:
@@ -171,12 +183,16 @@ def _served(folder: Path) -> ServerResults | None:
     if not isinstance(results, ServerResults) or not results.rows[0].depth:
         return None
     weights = folder / "model.safetensors"
-    is_same = weights.exists() and results.drafter_sha256 == hash_file(weights)
-    return results if is_same else None
+    if not weights.exists() or results.drafter_sha256 != hash_file(weights):
+        return None
+    return results
 
 
 def _repeat(recipe: Recipe) -> str:
     """Write the recipe of `dpace train` again, without the places of files and servers."""
-    groups = {name: to_json(getattr(recipe, name)) for name in ("respond", "drafter", "loss", "train")}
-    kept = {name: {key: value for key, value in group.items() if key not in PLACES} for name, group in groups.items()}
-    return yaml.safe_dump(kept, sort_keys=False).replace("```", "~~~")
+    groups = {}
+    for group in ("respond", "drafter", "loss", "train"):
+        settings = to_json(getattr(recipe, group))
+        groups[group] = {key: value for key, value in settings.items() if key not in PLACES}
+    # Backticks would end the block of code in which the card has it.
+    return yaml.safe_dump(groups, sort_keys=False).replace("```", "~~~")

@@ -78,7 +78,8 @@ def check_export(folder: Path, config: ExportConfig) -> Drafter:
     source = read_drafter(folder)
     spec = source.spec
     spec.check()
-    spec = without_selector(spec) if config.plain else spec
+    if config.plain:
+        spec = without_selector(spec)
     engine_of(config.to).check(config, replace(spec, has_own_embed_tokens=False, has_own_lm_head=False))
     return source
 
@@ -98,14 +99,17 @@ def export(folder: str | Path, target: Target, config: ExportConfig) -> Path:
     engine = engine_of(config.to)
     source = check_export(folder, config)
     source.check_target(target)
-    source.share_tables(target)
+    source.share_tables(target)  # engines take them from the target
     spec = replace(source.spec, **scales_of(target))
     tensors = source.state_dict()
     if config.plain:
         spec = without_selector(spec)
         zeros = tensors["norm.weight"].new_zeros  # for DFlash2's selector, which convolutions alone come with
-        own = {name: tensor for name, tensor in tensors.items() if tensor.shape == spec.shapes.get(name)}
-        tensors = {name: zeros(shape) for name, shape in spec.shapes.items()} | own
+        plain_tensors = {}
+        for name, shape in spec.shapes.items():
+            tensor = tensors.get(name)
+            plain_tensors[name] = tensor if tensor is not None and tensor.shape == shape else zeros(shape)
+        tensors = plain_tensors
     engine.check(config, spec)
     spec, tensors = engine.adapt(spec, tensors, folder, target)
     cast = {name: engine.cast(tensor, config.dtype) for name, tensor in tensors.items()}
@@ -151,6 +155,7 @@ def _replacing(output: Path) -> Iterator[Path]:
     with lock_folder(output):
         with filling(output) as aside:
             yield aside
+            # Registered before they move, so that after a kill too dpace knows them as its own.
             files = [file.name for file in aside.iterdir()]
             register_files(output, *files)
         old = remove_files(output, patterns, keep=files)
@@ -159,7 +164,9 @@ def _replacing(output: Path) -> Iterator[Path]:
 
 
 def _check_written(path: Path, engine: Engine, drafter: Drafter, output: Path) -> None:
-    """Refuse files from which the drafter is not read back bit for bit, or that a later export would leave.
+    """Refuse files from which the drafter is not read back bit for bit.
+
+    An engine has to name all that it writes, so that a later export leaves none of it.
 
     Args:
         path: what was written, the folder or a file in it.
@@ -168,12 +175,11 @@ def _check_written(path: Path, engine: Engine, drafter: Drafter, output: Path) -
         output: the folder that they would go to.
 
     Raises:
-        ValueError: a file differs from what was to be written, or is none of these.
+        ValueError: a file differs from what was to be written.
     """
     folder = path if path.is_dir() else path.parent
     for file in folder.iterdir():
-        if not any(file.match(pattern) for pattern in engine.files):
-            raise ValueError(f"{file.name} is not among the `files` of {type(engine).__name__}; add a pattern for it")
+        assert any(map(file.match, engine.files)), f"{file.name} needs a pattern in `files` of {type(engine).__name__}"
     again = read_drafter(path, num_target_layers=drafter.spec.num_target_layers)
     if again.spec != drafter.spec or fingerprint(again) != fingerprint(drafter):
         raise ValueError(f"{output} does not read back as it was written; do not serve it")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from dpace.measure.records import group_by, spread_evenly
+from dpace.measure.records import spread_evenly
 from dpace.measure.results import (
     BenchResults,
     ComparedRow,
@@ -21,6 +21,7 @@ from dpace.measure.results import (
     ServerRow,
     SlotLoss,
 )
+from dpace.prompts.prompts import group_by
 from dpace.report.tables import Section
 
 MAX_SLOTS = 15

@@ -82,15 +82,15 @@ def answer_prompts(
         meta = find_meta(target, config)
         by_id = {prompt.id: prompt for prompt in prompts}
         # Rank 0 alone changes the file; all ranks share what it finds.
-        first_turns = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
+        waiting = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
         left_out: Counter[str] = Counter()
-        if first_turns:
-            servers = ServerAnswers(target, config, first_turns) if config.server else None
+        if waiting:
+            servers = ServerAnswers(target, config) if config.server else None
             if servers:
                 meta["servers"] = sorted({server.engine for server in servers.servers})
                 left_out = servers.left_out  # filled while the answers come
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
-            rank_prompts = [by_id[prompt_id] for prompt_id in ranks.share(list(first_turns))]
+            rank_prompts = [by_id[prompt_id] for prompt_id in ranks.share(waiting)]
             rank_path = path
             if ranks.num_ranks() > 1:
                 rank_path = path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
@@ -100,7 +100,7 @@ def answer_prompts(
                 if servers:
                     answers = servers.answers(rank_prompts)
                 else:
-                    answers = answer_batches(target, rank_prompts, first_turns, config, show)
+                    answers = answer_batches(target, rank_prompts, config, show)
                 _append_answers(answers, rank_path, show)
         # `gather` also waits until every rank has written its file.
         all_left_out = dict(sum(ranks.gather(left_out), Counter()))
@@ -110,8 +110,8 @@ def answer_prompts(
 
 def _find_waiting(
     target: Target | ChatTokenizer, by_id: dict[str, Prompt], path: Path, config: RespondConfig, meta: JsonObject
-) -> dict[str, array]:
-    """Check what is there, and return the tokens of the first turn of each prompt that waits for an answer, by its id.
+) -> list[str]:
+    """Check what is there, and return the ids of the prompts that wait for an answer.
 
     Those that begin alike are neighbours, and the short ones come first otherwise.
     """
@@ -122,7 +122,8 @@ def _find_waiting(
     if path.exists():
         answered = {response.id for response in answers_to(path, by_id.values())}
     waiting = [prompt for prompt in by_id.values() if prompt.id not in answered]
-    first_turns = [Conversation(target, prompt, config).check() for prompt in waiting]
+    # 4 bytes a token, since there may be many prompts.
+    first_turns = [array("i", Conversation(target, prompt, config).check()) for prompt in waiting]
     old_meta = read_meta(path)
     # While prompts wait, lines are added and the hash is written anew; else the file has to be as it was.
     is_done = answered and not waiting and old_meta.get("complete")
@@ -132,7 +133,7 @@ def _find_waiting(
             "again"
         )
     order, _ = find_shared(first_turns)
-    return {waiting[place].id: first_turns[place] for place in order}
+    return [waiting[place].id for place in order]
 
 
 def _complete(prompts: Sequence[Prompt], path: Path, meta: JsonObject, left_out: dict[str, int]) -> None:

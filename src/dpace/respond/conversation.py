@@ -1,8 +1,7 @@
 """A prompt that is being answered, turn by turn: token ids of each turn go out, answers come in, a response results."""
 
 import hashlib
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from dpace.config import RespondConfig
@@ -23,18 +22,10 @@ class Conversation:
         target: the model, or its tokenizer.
         prompt: what is answered.
         config: how.
-        first_turn: its token ids, where they are known, as `check` gives them.
     """
 
-    def __init__(
-        self,
-        target: Target | ChatTokenizer,
-        prompt: Prompt,
-        config: RespondConfig,
-        first_turn: Sequence[int] | None = None,
-    ):
+    def __init__(self, target: Target | ChatTokenizer, prompt: Prompt, config: RespondConfig):
         self.target = target
-        self.first_turn = first_turn
         self.prompt = prompt
         self.config = config
         self.messages: list[JsonObject] = []
@@ -59,7 +50,7 @@ class Conversation:
         """The conversation so far."""
         return Response(self.prompt.id, self.prompt.set, self.messages, self.token_ids, self.spans)
 
-    def check(self) -> array:
+    def check(self) -> list[int]:
         """Return the tokens of the first turn, and refuse a prompt that may pass the target's context.
 
         All its turns count, and their answers as long as they may be.
@@ -71,7 +62,7 @@ class Conversation:
         first_turn = self._encode(encode_chat, turns[0])
         if self.config.source == "own":
             self._check_length(self._encode(encode_chat, self.prompt.own_messages()), 0)
-            return array("i", first_turn)
+            return first_turn
         all_turns = first_turn
         if len(turns) > 1:
             messages = list(turns[0])
@@ -80,7 +71,7 @@ class Conversation:
                 messages += [{"role": "assistant", "content": "."}, *turn]
             all_turns = self._encode(encode_chat, messages)
         self._check_length(all_turns, len(turns))
-        return array("i", first_turn)
+        return first_turn
 
     def ask(self) -> list[int]:
         """Return the token ids of the next turn, with all that came before it.
@@ -88,10 +79,7 @@ class Conversation:
         Raises:
             ValueError: read again through the template, the text has grown past the target's context.
         """
-        if self.first_turn is not None and self.num_answers == 0:  # a template takes longer than a copy
-            token_ids = list(self.first_turn)
-        else:
-            token_ids = self._encode(encode_chat, [*self.messages, *self.prompt.turns[self.num_answers]])
+        token_ids = self._encode(encode_chat, [*self.messages, *self.prompt.turns[self.num_answers]])
         self._check_length(token_ids, 1)
         return token_ids
 

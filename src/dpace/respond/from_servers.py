@@ -7,7 +7,7 @@ prompt whose answer is not known to be what the target would have kept is left o
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import tenacity
 
@@ -83,16 +83,14 @@ class ServerAnswers:
     Args:
         target: its tokenizer and its chat template make the prompts; the servers get and give token ids.
         config: addresses, requests at once, length, temperature, seed.
-        first_turns: token ids of each prompt's first turn, by its id.
 
     Raises:
         ValueError: an address that is none, a server that does not answer or is of no known kind.
     """
 
-    def __init__(self, target: Target | ChatTokenizer, config: RespondConfig, first_turns: Mapping[str, Sequence[int]]):
+    def __init__(self, target: Target | ChatTokenizer, config: RespondConfig):
         self.target = target
         self.config = config
-        self.first_turns = first_turns
         self.servers = [connect(url, len(target.tokenizer)) for url in config.server]
         self.left_out: Counter[str] = Counter()
         """Prompts without an answer, by the reason."""
@@ -141,16 +139,10 @@ class ServerAnswers:
         while (prompt := self._waiting.get()) and server not in self._given_up:
             try:
                 result = self._ask(server, prompt)
-            except Unavailable as error:
-                result = self._judge(server, prompt, error)
+            except Exception as error:
+                result = self._judge(server, error)
                 if result is None:
                     break
-            except Refused as error:
-                result = error
-                if error.status in OF_PROMPT:
-                    result = LeftOut(f"refused by the server with status {error.status}", error)
-            except Exception as error:  # a left-out prompt, or what ends the call
-                result = error
             self._results.put((prompt, result))
         # The prompt goes to another server's worker, or the None that ends all of them to the next one.
         self._waiting.put(prompt)
@@ -166,7 +158,7 @@ class ServerAnswers:
             reraise=True,
         )
         stops = list(self.target.stop_token_ids)
-        conversation = Conversation(self.target, prompt, config, self.first_turns[prompt.id])
+        conversation = Conversation(self.target, prompt, config)
         while not conversation.is_answered:
             token_ids = conversation.ask()
             answer = ask(
@@ -175,10 +167,17 @@ class ServerAnswers:
             conversation.add(token_ids, tokens_of_answer(answer, stops, config.max_new_tokens))
         return conversation.response
 
-    def _judge(self, server: Server, prompt: Prompt, error: Unavailable) -> Exception | None:
-        """Tell a prompt that fails from a server that does, by a prompt of one token; None where others take it."""
+    def _judge(self, server: Server, error: Exception) -> Exception | None:
+        """Return what becomes of a prompt after an error: it is left out, or the call ends; None where others take it.
+
+        A prompt of one token tells a prompt that fails from a server that does.
+        """
+        if isinstance(error, Refused) and error.status in OF_PROMPT:
+            return LeftOut(f"refused by the server with status {error.status}", error)
+        if not isinstance(error, Unavailable):
+            return error
         try:
-            server.answer(list(self.first_turns[prompt.id][:1]), 1, 0.0, 0, stream=False)
+            server.answer([0], 1, 0.0, 0, stream=False)
         except ValueError:
             self._given_up.add(server)
             if len(self._given_up) < len(self.servers):

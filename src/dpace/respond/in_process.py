@@ -1,6 +1,6 @@
 """Let the target answer prompts in this process, a batch at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from dpace.target.chat import ChatTokenizer
 def answer_batches(
     target: Target | ChatTokenizer,
     prompts: Sequence[Prompt],
-    first_turns: Mapping[str, Sequence[int]],
     config: RespondConfig,
     show: Callable[..., object],
 ) -> Iterator[list[Response]]:
@@ -32,7 +31,6 @@ def answer_batches(
     Args:
         target: the model; its tokenizer is enough for answers that are given.
         prompts: what is answered.
-        first_turns: token ids of each prompt's first turn, by its id.
         config: length, temperature, batch size, seed.
         show: gets, after each token, an `info` that says where the batch stands.
     """
@@ -45,7 +43,7 @@ def answer_batches(
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
     for start in range(0, len(prompts), config.batch_size):
         chosen = prompts[start : start + config.batch_size]
-        batch = [Conversation(target, prompt, config, first_turns[prompt.id]) for prompt in chosen]
+        batch = [Conversation(target, prompt, config) for prompt in chosen]
         # One round a turn: conversations with fewer turns leave the batch before the others.
         while active := [conversation for conversation in batch if not conversation.is_answered]:
             encoded = [conversation.ask() for conversation in active]

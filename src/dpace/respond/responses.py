@@ -256,18 +256,20 @@ def load_examples(path: Path, config: PromptsConfig) -> tuple[list[Example], lis
     """Read the answers to the prompts of training and of validation, in the order of the prompts.
 
     Raises:
-        ValueError: prompts or responses that cannot be read.
+        ValueError: prompts or responses that cannot be read, or none to train on.
     """
     parts, _ = split_and_explain(config)
     train, validation = read_examples(path, [parts.train, parts.validation])
+    if not train:
+        raise ValueError(f"{path} has no answers to these prompts; write them first with `dpace respond`")
     num_missing = len(parts.train) + len(parts.validation) - len(train) - len(validation)
     if num_missing:
         note(f"{count(num_missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
     return train, validation
 
 
-class Answers:
-    """The answers in a recipe's folder, and what made them.
+def find_answers(recipe: Recipe, respond: str) -> JsonObject:
+    """Find the answers in a recipe's folder, and return what made them.
 
     Args:
         recipe: names the folder and the prompts.
@@ -277,50 +279,39 @@ class Answers:
         ValueError: there are none, not all prompts are answered, it is not known what made the answers, they were
             changed, or they were made with another `thinking`.
     """
+    path = recipe.responses_path
+    if not path.exists():
+        split_and_explain(recipe.prompts)  # refuses a missing file before the advice to answer it
+        raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
+    meta = read_meta(path)
+    fault = None
+    if not meta:
+        fault = "has no meta file beside it that says which target made the answers"
+    elif not meta.get("complete"):
+        fault = "holds the answers of an interrupted `dpace respond`"
+    elif meta.get("responses_sha256") != hash_file(path):
+        fault = "was changed after `dpace respond` wrote it"
+    if fault:
+        raise ValueError(f"{path} {fault}; run `{respond}`, which goes on with it or says what to do")
+    refuse_other_answers(path, meta, {"thinking": recipe.thinking})
+    return meta
 
-    def __init__(self, recipe: Recipe, respond: str):
-        self.prompts = recipe.prompts
-        self.respond = respond
-        self.path = recipe.responses_path
-        if not self.path.exists():
-            split_and_explain(recipe.prompts)  # refuses a missing file before the advice to answer it
-            raise ValueError(self._no_answers())
-        self.meta = read_meta(self.path)
-        fault = None
-        if not self.meta:
-            fault = "has no meta file beside it that says which target made the answers"
-        elif not self.meta.get("complete"):
-            fault = "holds the answers of an interrupted `dpace respond`"
-        elif self.meta.get("responses_sha256") != hash_file(self.path):
-            fault = "was changed after `dpace respond` wrote it"
-        if fault:
-            raise ValueError(f"{self.path} {fault}; run `{respond}`, which goes on with it or says what to do")
-        self.refuse_others({"thinking": recipe.thinking})
 
-    def _no_answers(self) -> str:
-        return f"{self.path} has no answers to these prompts; write them first with `{self.respond}`"
+def refuse_other_answers(path: Path, meta: JsonObject, known: JsonObject) -> None:
+    """Refuse answers that another target gave, or that were made in another way.
 
-    def load(self) -> tuple[list[Example], list[Example]]:
-        """Read the answers to train on and those to validate with, as `load_examples` does.
+    Args:
+        path: of the answers.
+        meta: what made them.
+        known: the same of this training, as far as it is known.
 
-        Raises:
-            ValueError: none to train on.
-        """
-        train, validation = load_examples(self.path, self.prompts)
-        if not train:
-            raise ValueError(self._no_answers())
-        return train, validation
-
-    def refuse_others(self, known: JsonObject) -> None:
-        """Refuse answers that another target gave, or that were made in another way.
-
-        Raises:
-            ValueError: names the first thing that differs, with both values.
-        """
-        # Answers of servers lack some facts, such as the precision.
-        compared = {fact: value for fact, value in known.items() if fact in self.meta}
-        way_out = (
-            "train on the target's own answers: set --target, --dtype and --thinking as they were, or write new "
-            f"answers into another folder with `{self.respond}`"
-        )
-        same_run(self.meta, compared, f"the answers in {self.path} were made", way_out)
+    Raises:
+        ValueError: names the first thing that differs, with both values.
+    """
+    # Answers of servers lack some facts, such as the precision.
+    compared = {fact: value for fact, value in known.items() if fact in meta}
+    way_out = (
+        "train on the target's own answers: set --target, --dtype and --thinking as they were, or write new answers "
+        "with `dpace respond` into another folder"
+    )
+    same_run(meta, compared, f"the answers in {path} were made", way_out)

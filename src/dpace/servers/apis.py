@@ -9,7 +9,6 @@ import json
 import re
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,11 +32,6 @@ class Counts:
     """Draft tokens."""
     num_drafted: NonNegativeInt = 0
     """Draft tokens, accepted or not; 0 where the server does not say."""
-
-    @property
-    def num_emitted(self) -> int:
-        """Tokens, one more than was accepted for each verification."""
-        return self.num_accepted + self.num_verifications
 
     def __sub__(self, before: "Counts") -> "Counts":
         """What came after an earlier reading of the same counters."""
@@ -80,11 +74,11 @@ class Answer:
     """The last event: it tells the number of tokens, and the stop token where one is named."""
 
 
-class Server(ABC):
+class Server:
     """A running server; it always gets token ids, so that every engine sees the same prompt.
 
     Args:
-        url: its address.
+        address: where it is.
         vocab_size: tokens of the target's tokenizer; an answer has no others.
     """
 
@@ -93,26 +87,26 @@ class Server(ABC):
     """What the server calls its model, where it says so; it may be anything."""
     version: object = None
 
-    def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
-        self.address = Address(url)
-        self.url = self.address.url
+    def __init__(self, address: Address, vocab_size: int):
+        self.address = address
+        self.url = address.url
         self.vocab_size = vocab_size
 
     def find_model(self, page: dict) -> object:
         """Return what the server calls its model; `page` is what it says of itself."""
         return next((page[key] for key in MODEL_KEYS if page.get(key)), None)
 
-    @abstractmethod
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """Return path and body of a request for plain sampling at a temperature, without any filter."""
+        raise NotImplementedError
 
-    @abstractmethod
     def read(self, event: dict) -> Reply:
         """Take an event apart.
 
         Raises:
             ValueError: what is none of this engine's; or another one of `UNREADABLE`.
         """
+        raise NotImplementedError
 
     def measured(self) -> dict:
         """Return what a measured request adds to the body; by default nothing.
@@ -150,7 +144,9 @@ class Server(ABC):
             ValueError: it sends no token, more than asked or one outside the vocabulary.
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
-        body |= {"stream": stream} | (self.measured() if stream else {})
+        body["stream"] = stream
+        if stream:
+            body |= self.measured()
         with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
             answer = self._collect(events, max_new_tokens)
         if not answer.token_ids and (stream or not answer.last.num_tokens):
@@ -170,17 +166,25 @@ class Server(ABC):
         counts = end = None
         reply = Reply()
         for event in events:
-            reply = self._read(event)
+            try:
+                reply = self.read(event)
+            except UNREADABLE as error:
+                raise ValueError(
+                    f"{self.url} sent {self.address.short(json.dumps(event))}, which {self.engine} does not send "
+                    f"({self.address.short(error)}); see the server's log, and which version runs"
+                ) from error
             if reply.is_all:
                 tokens.clear()
             tokens += reply.tokens or ()
-            if (count := len(tokens) or reply.num_tokens or 0) > max_new_tokens:
+            num_tokens = len(tokens) or reply.num_tokens or 0
+            if num_tokens > max_new_tokens:
                 raise ValueError(
-                    f"{self.url} sent {count} tokens, expected at most {max_new_tokens}, as it was asked for; see "
+                    f"{self.url} sent {num_tokens} tokens, expected at most {max_new_tokens}, as it was asked for; see "
                     "which version runs"
                 )
             last = time.perf_counter()
-            first = first or (last if tokens else 0.0)
+            if tokens and not first:  # events before the first token are of the prompt
+                first = last
             counts = reply.counts or counts
             end = reply.end or end
         if end in (None, "abort", "error"):
@@ -189,16 +193,6 @@ class Server(ABC):
                 "running?"
             )
         return Answer(tokens, last - first, counts, end in ("stop", "eos"), reply)
-
-    def _read(self, event: dict) -> Reply:
-        """Refuse what is no event of this engine."""
-        try:
-            return self.read(event)
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{self.url} sent {self.address.short(json.dumps(event))}, which {self.engine} does not send "
-                f"({self.address.short(error)}); see the server's log, and which version runs"
-            ) from error
 
 
 MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
@@ -348,15 +342,13 @@ class LlamacppServer(Server):
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")
         counts = None
-        timings = event.get("timings") or {}
-        if event.get("stop") and "draft_n" in timings:
-            counts = _count_drafts(**timings, is_eos=event.get("stop_type") == "eos")
-        return Reply(
-            tokens=event.get("tokens"),
-            end=(event.get("stop_type") or "done") if event.get("stop") else None,
-            num_tokens=event.get("tokens_predicted"),
-            counts=counts,
-        )
+        end = None
+        if event.get("stop"):
+            end = event.get("stop_type") or "done"
+            timings = event.get("timings") or {}
+            if "draft_n" in timings:
+                counts = _count_drafts(**timings, is_eos=end == "eos")
+        return Reply(tokens=event.get("tokens"), end=end, num_tokens=event.get("tokens_predicted"), counts=counts)
 
 
 def _count_drafts(predicted_n: int, draft_n: int, draft_n_accepted: int, *, is_eos: bool, **_: object) -> Counts:
@@ -399,7 +391,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
         except (json.JSONDecodeError, RecursionError):
             continue  # a server, but not this one
         if isinstance(answer, dict) and (not key or key in answer):
-            server = kind(url, vocab_size)
+            server = kind(address, vocab_size)
             server.model = server.find_model(answer)
             server.version = answer.get("version") or answer.get("build_info")
             return server

@@ -45,21 +45,20 @@ class Address:
 
     No proxy is used: the environment's settings of httpx are not read, since prompts and the key are for this server.
 
+    Args:
+        url: of the form that `dpace.config.Url` has.
+
     Raises:
-        ValueError: no `http://host:port`, or a key that cannot be sent.
+        ValueError: a host or a port that none can have, or a key that cannot be sent.
     """
 
     def __init__(self, url: str):
         try:
-            parsed = HttpUrl(url.strip())
-        except ValidationError:  # whose message may show a password
-            parsed = None
-        if parsed is None or parsed.query is not None or parsed.fragment is not None:
+            address = httpx.URL(str(HttpUrl(url.strip())))
+        except ValidationError as error:  # whose message may show a password
             raise ValueError(
-                "the server's address is none with a scheme, a host and a port alone; give http://host:port, without "
-                "? and #"
-            )
-        address = httpx.URL(str(parsed))
+                "a server's address has a host or a port that none can have; give http://host:port"
+            ) from error
         self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
         key = os.environ.get(API_KEY, "").strip()
         if not key.isascii() or not key.isprintable():

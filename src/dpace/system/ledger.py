@@ -330,8 +330,10 @@ def filling(folder: str | Path, *, last: str = "config.json") -> Iterator[Path]:
             yield Path(aside)
             # True sorts after False: `last` stands at the end.
             files = sorted(Path(aside).iterdir(), key=lambda file: (file.name == last, file.name))
+            mask = os.umask(0)  # it can only be read by setting another one
+            os.umask(mask)
             for file in files:
-                make_readable(file)
+                file.chmod(0o666 & ~mask)  # some libraries write for the owner alone
                 sync(file)
             if files[-1].name == last:
                 (folder / last).unlink(missing_ok=True)
@@ -342,10 +344,3 @@ def filling(folder: str | Path, *, last: str = "config.json") -> Iterator[Path]:
         with contextlib.suppress(OSError):
             folder.rmdir()  # where nothing is in it
         raise
-
-
-def make_readable(path: Path) -> None:
-    """Let others read a file as the umask says; some libraries write for the owner alone."""
-    mask = os.umask(0)  # it can only be read by setting another one
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

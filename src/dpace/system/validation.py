@@ -9,14 +9,14 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from dpace.config import STRICT, without_passwords
+from dpace.config import without_passwords
 from dpace.system.progress import quoted
 
 Kind = TypeVar("Kind")
@@ -27,10 +27,8 @@ class UsageError(ValueError):
     """A flag that is unknown, or whose value is none of its values."""
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def json_object(kind: Any) -> Any:
-    """Make a dataclass from a class whose fields are the keys of an object in a file, with their types."""
-    return dataclass(kind, frozen=True, kw_only=True)
+adapter = cache(TypeAdapter)
+"""Makes what checks and writes the values of a class; making it takes milliseconds."""
 
 
 def to_json(value: object) -> Any:
@@ -45,7 +43,8 @@ def from_json(kind: type[Kind], value: object) -> Kind:
     `pydantic.Field` in the annotations. A key whose field has a default may be missing, and others may not be there.
 
     Args:
-        kind: a dataclass of str, int, float, bool, None, Literal, list, dict, tuple and dataclasses, at any depth.
+        kind: made by `dpace.config.options`, of str, int, float, bool, None, Literal, list, dict, tuple and such
+            dataclasses, at any depth.
         value: what was read.
 
     Raises:
@@ -54,29 +53,21 @@ def from_json(kind: type[Kind], value: object) -> Kind:
     """
     try:
         # Through JSON once more: only there does the strict mode of pydantic take a list for a tuple.
-        (checked,) = _adapter(kind).validate_json(json.dumps([value], ensure_ascii=False).encode())
+        return adapter(kind).validate_json(json.dumps(value, ensure_ascii=False).encode())
     except ValidationError as error:
-        raise ValueError(describe_invalid(error, kind, skip=1)) from error
-    return checked
+        raise ValueError(describe_invalid(error, kind)) from error
 
 
-@cache
-def _adapter(kind: type) -> TypeAdapter:
-    """Return the checks of a list of one dataclass, which hands its config on to it; making them takes milliseconds."""
-    return TypeAdapter(tuple[kind], config=STRICT)
-
-
-def describe_invalid(error: ValidationError, kind: Any, *, skip: int = 0) -> str:
+def describe_invalid(error: ValidationError, kind: Any) -> str:
     """Return in one line what is wrong first, in the words of pydantic.
 
     Args:
         error: of pydantic.
         kind: the dataclass that was checked.
-        skip: number of keys that lead to it.
     """
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda found: found["type"] == "missing")  # a typo says more
-    place = first["loc"][skip:]
+    place = first["loc"]
     name = _name(place)
     match first["type"]:
         case "missing":
@@ -86,7 +77,7 @@ def describe_invalid(error: ValidationError, kind: Any, *, skip: int = 0) -> str
         case "value_error":  # of a check in dpace.config, whose message goes on from the name
             return f"{name} {first.get('ctx', {})['error']}"
     # Each type of a union gives an error of its own for the same key.
-    messages = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"][skip:]) == name)
+    messages = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"]) == name)
     reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", message) for message in messages]
     return f"{name or 'the file'} is {quoted(without_passwords(first['input']))}, expected {' or '.join(reasons)}"
 

@@ -24,7 +24,7 @@ PASS_TOKENS = 1024
 
 
 class Shared(NamedTuple):
-    """A part that several texts share, behind the parts that they share with others too."""
+    """A part that several texts share, after the parts that they share with others too."""
 
     rows: list[int]
     start: int
@@ -40,31 +40,38 @@ def find_shared(texts: Sequence[Any]) -> tuple[list[int], list[Shared]]:
 
     Returns:
         Numbers of the texts, in an order in which those that begin alike are neighbours, and short ones come first
-        otherwise; and the parts that are worth a pass, each behind those before it in the texts.
+        otherwise; and the parts that are worth a pass, each after the parts before it in the texts.
     """
-    order = sorted(range(len(texts)), key=texts.__getitem__)
+    # In the order of a dictionary, texts that begin alike are neighbours.
+    by_tokens = sorted(range(len(texts)), key=texts.__getitem__)
     # Number of first tokens that each text shares with the one before it in this order.
-    alike = {pair[1]: len(commonprefix([list(texts[row][:-1]) for row in pair])) for pair in pairwise(order)}
-    placed: list[int] = []
+    num_alike: dict[int, int] = {}
+    for before, row in pairwise(by_tokens):
+        num_alike[row] = len(commonprefix([list(texts[before][:-1]), list(texts[row][:-1])]))
+    order: list[int] = []
     shared = []
-    waiting = [(order, 0)]
+    # Texts that may share something after their first tokens, whose number is known to be shared.
+    waiting = [(by_tokens, 0)]
     while waiting:
         rows, num_read = waiting.pop()
         if len(rows) < 2:
-            placed += rows
+            order += rows
             continue
-        depth = min(alike[row] for row in rows[1:])
-        if depth - num_read >= MIN_SHARED and (depth - num_read) * (len(rows) - 1) >= MIN_SAVED_TOKENS:
+        depth = min(num_alike[row] for row in rows[1:])  # what all of them share
+        num_new = depth - num_read
+        if num_new >= MIN_SHARED and num_new * (len(rows) - 1) >= MIN_SAVED_TOKENS:
             shared.append(Shared(rows, num_read, depth))
             num_read = depth
-        parts = [rows[:1]]
+        # Neighbours that share more than all do stay together.
+        groups = [rows[:1]]
         for row in rows[1:]:
-            if alike[row] < depth + MIN_SHARED:
-                parts.append([])
-            parts[-1].append(row)
-        parts.sort(key=lambda part: max(len(texts[row]) for row in part), reverse=True)
-        waiting += [(part, num_read) for part in parts]
-    return placed, shared
+            if num_alike[row] < depth + MIN_SHARED:
+                groups.append([])
+            groups[-1].append(row)
+        # The last group is taken first: the one of short texts.
+        groups.sort(key=lambda group: max(len(texts[row]) for row in group), reverse=True)
+        waiting += [(group, num_read) for group in groups]
+    return order, shared
 
 
 def read_texts(
@@ -84,30 +91,36 @@ def read_texts(
         layer_ids: layers whose outputs are the features.
 
     Returns:
-        The LM head's input for the last token of each text; and the features of all, 0 behind a text's end.
+        The LM head's input for the last token of each text; and the features of all, 0 after a text's end.
     """
     device = target.device
-    last = torch.empty(len(texts), target.hidden_size, dtype=target.model.dtype, device=device)
-    features = last.new_zeros(len(texts), max(map(len, texts)), len(layer_ids) * target.hidden_size)
-    starts = torch.zeros(len(texts), dtype=torch.long)
-    shared = find_shared(texts)[1]
+    lengths = torch.tensor([len(text) for text in texts])
+    last_hidden = torch.empty(len(texts), target.hidden_size, dtype=target.model.dtype, device=device)
+    features = last_hidden.new_zeros(len(texts), int(lengths.max()), len(layer_ids) * target.hidden_size)
+    starts = torch.zeros_like(lengths)  # up to where each text is read
+    _, shared = find_shared(texts)
     capacity = cache.end
     for layer in cache.layers:
         layer.num_rows = len(texts)
 
     def read(rows: Sequence[int], end: int | None = None) -> None:
         """Read these rows from where they are read to, up to a place or to their ends."""
-        parts = [torch.tensor(texts[row][starts[row] : end]) for row in rows]
-        padded = pad_sequence(parts, batch_first=True).to(device)
-        places = starts[rows, None] + torch.arange(padded.shape[1])
+        tokens = [torch.tensor(texts[row][starts[row] : end]) for row in rows]
+        padded = pad_sequence(tokens, batch_first=True).to(device)
+        places = starts[rows, None] + torch.arange(padded.shape[1])  # (row, new)
         places = places.clamp(max=capacity - 1)  # padding's only, and no token of a prompt is there
         cache.end = int(places.max()) + 1
         positions = places.to(device)
-        mask = cache.place(positions, rows) if starts[rows].any() else cache.write_to(positions, rows)
+        mask = None  # texts that are read from their first tokens on need none
+        if starts[rows].any():
+            mask = cache.place(positions, rows)
+        else:
+            cache.write_to(positions, rows)
         hidden, outputs = target.read(padded, cache, layer_ids, attention_mask=mask, position_ids=positions)
-        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
-            last[row] = hidden[number, len(part) - 1]
-            features[row, starts[row] :][: len(part)] = outputs[number, : len(part)]
+        for number, row in enumerate(rows):
+            num_new = len(tokens[number])
+            last_hidden[row] = hidden[number, num_new - 1]
+            features[row, starts[row] :][:num_new] = outputs[number, :num_new]
 
     for part in shared:
         first, *others = part.rows
@@ -115,13 +128,14 @@ def read_texts(
         cache.copy_columns(first, others, part.start, part.end)
         features[others, part.start : part.end] = features[first, part.start : part.end]
         starts[part.rows] = part.end
-    left = (torch.tensor([len(text) for text in texts]) - starts).tolist()
+    num_left = (lengths - starts).tolist()
     together: list[int] = []
-    for row in sorted(range(len(texts)), key=left.__getitem__):
-        if together and (len(together) + 1) * left[row] > PASS_TOKENS:
+    for row in sorted(range(len(texts)), key=num_left.__getitem__):
+        # Ascending, so this row is the longest of the pass, and all others are padded to it.
+        if together and (len(together) + 1) * num_left[row] > PASS_TOKENS:
             read(together)
             together = []
         together.append(row)
     read(together)
     cache.end = capacity
-    return last, features
+    return last_hidden, features

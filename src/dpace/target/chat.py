@@ -64,7 +64,13 @@ def encode_chat(
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise ValueError("the target has no tokenizer, which text needs; pass one to Target")
-    words = {key for message in messages for key in message} | {message["role"] for message in messages}
+    words = set()
+    tools = None
+    template_messages = []
+    for message in messages:
+        words.update(message, [message["role"]])
+        tools = tools or message.get("tools")
+        template_messages.append({key: value for key, value in message.items() if key != "tools"})
     for word in ("tools", "tool_calls", "tool"):
         if word in words and word not in str(tokenizer.chat_template):
             raise ValueError(
@@ -76,8 +82,8 @@ def encode_chat(
             token_ids = tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
         else:
             token_ids = tokenizer.apply_chat_template(
-                [{key: value for key, value in message.items() if key != "tools"} for message in messages],
-                tools=next((message["tools"] for message in messages if "tools" in message), None),
+                template_messages,
+                tools=tools,
                 add_generation_prompt=not is_answered,
                 enable_thinking=target.thinking,
                 return_dict=False,
@@ -105,7 +111,7 @@ def encode_answer(
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation up to an answer, and a given answer as if the target had written it.
 
-    The answer is what the chat template puts behind the text before it, up to and with the first stop token. A template
+    The answer is what the chat template puts after the text before it, up to and with the first stop token. A template
     that writes that text in another way where an answer follows leaves the answer's own tokens and a stop token.
 
     Returns:

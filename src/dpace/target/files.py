@@ -67,8 +67,10 @@ def find_target_files(name: str) -> TargetFiles:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if generation is not None:
         read_object(Path(generation), FIX)
-    has_tokenizer = folder is not None and (folder / "tokenizer_config.json").exists()
-    return TargetFiles(config, base, folder, str(folder) if has_tokenizer else base)
+    tokenizer = base
+    if folder is not None and (folder / "tokenizer_config.json").exists():
+        tokenizer = str(folder)
+    return TargetFiles(config, base, folder, tokenizer)
 
 
 def count_layers(target: str) -> int:
@@ -140,7 +142,9 @@ def open_target(
     is_quantized = getattr(config, "quantization_config", None) is not None
     _refuse_kind(what, files, device_map, shard)
     tokenizer = read_tokenizer(name, files)
-    spread: Any = device_map or ({"": device} if is_quantized else None)
+    spread: Any = device_map
+    if is_quantized and not device_map:
+        spread = {"": device}  # quantized weights are put there as they are read
     config.transformers_weights = None  # may name a pickle
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the Hub's bot converts one, and its proposal is loaded
     auto = auto_class(config)
@@ -165,7 +169,9 @@ def open_target(
     if files.adapter:
         model = _merge_adapter(what, model, files.adapter)
         model.config._name_or_path = name
-    return model if spread or over_ranks else model.to(device), tokenizer
+    if not spread and not over_ranks:
+        model = model.to(device)
+    return model, tokenizer
 
 
 def _refuse_kind(what: str, files: TargetFiles, device_map: DeviceMap, shard: TargetShard) -> None:

@@ -9,10 +9,12 @@ import functools
 import math
 import shutil
 import struct
-import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
@@ -22,7 +24,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-from dpace.system.ledger import UNFINISHED, JsonObject, refuse_endless, remove_unfinished
+from dpace.system.ledger import JsonObject, filling, refuse_endless, remove_unfinished
 from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.system.progress import describe_error, note, quoted
 from dpace.system.provenance import hash_file
@@ -116,11 +118,7 @@ def _find_folder(path: Path, cache: Path, _size: int, _changed: int) -> str:
                 f"first use of {path.name}: its {num_weights / 1e6:,.0f} million weights are written to {folder}, "
                 f"{gib:.1f} GiB, with {2 * gib:.1f} GiB of memory"
             )
-            remove_unfinished(cache)  # what killed processes left
-            with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=cache) as name:
-                dequantize(path, Path(name) / "target")
-                shutil.rmtree(folder, ignore_errors=True)
-                (Path(name) / "target").rename(folder)
+            dequantize(path, folder)
     return str(folder)
 
 
@@ -156,19 +154,35 @@ def _refuse_unreadable(path: Path) -> int:
 
 def _settings_read(architecture: str) -> JsonObject | None:
     """Return the settings of an architecture that transformers' older reader takes over; None where it has none."""
-    wanted = architecture.replace("-", "").replace("_", "")
+    plain_name = architecture.replace("-", "").replace("_", "")
     for name, settings in GGUF_TO_TRANSFORMERS_MAPPING["config"].items():
-        if name.replace("_", "") == wanted:
+        if name.replace("_", "") == plain_name:
             return settings
     return None
 
 
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Let transformers read a file's metadata once, and llama.cpp's names of weights.
+
+    Without it both are read again for config, weights and tokenizer, and the names for each module of the network:
+    most of the time of a first use.
+    """
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, kept)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kept
+
+
+@_reading_once()
 def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write weights, tokenizer and chat template of a GGUF file as a folder of transformers.
 
     Args:
         path: the file.
-        folder: a new one.
+        folder: is written all or nothing; the caller holds its lock.
         dtype: of the weights; by default the narrowest that holds them all exactly.
 
     Raises:
@@ -200,9 +214,10 @@ def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> No
     model.tie_weights()  # a table that embedding and head share is written once
     model.to(dtype or _exact_dtype(model.state_dict().values()))
     model.generation_config.eos_token_id = _stop_tokens(values)
-    with quiet_library():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    remove_unfinished(folder)  # what killed processes left
+    with filling(folder) as aside, quiet_library():
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def _read_tokenizer(path: Path) -> Any:
@@ -227,15 +242,14 @@ def _complete_config(config: Any, values: JsonObject, header: GgufHeader) -> Non
     known = _settings_read(architecture)
     if architecture in GGUF_CONFIG_ARCHS or known is None:
         return  # transformers' newer reader takes over all settings
-    settings = {
-        name.removeprefix(f"{architecture}."): value
-        for name, value in values.items()
-        if name.startswith(f"{architecture}.")
-    }
-    unread = {name: value for name, value in settings.items() if known.get(name) is None}
-    for name, ours in SETTINGS.items():
-        if name in unread and hasattr(config, ours):
-            setattr(config, ours, unread.pop(name))
+    unread = {}
+    for key, value in values.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name != key and known.get(name) is None:
+            unread[name] = value
+    for name, config_name in SETTINGS.items():
+        if name in unread and hasattr(config, config_name):
+            setattr(config, config_name, unread.pop(name))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     is_scaled = unread.get("rope.scaling.type", "none") != "none" and architecture != "gpt-oss"
     for name, value in unread.items():
@@ -260,11 +274,11 @@ def _set_scaling(config: Any, path: str, factors: Tensor, head_dim: int) -> None
     """
     scaling = LLAMA3_SCALING | {"factor": float(factors.max())}
     wavelengths = 2 * math.pi * config.rope_parameters["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
-    low, high, length = (
-        scaling[name] for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    num_waves = scaling["original_max_position_embeddings"] / wavelengths  # in a text of the first length
     # 0 where a wave is long and is stretched by the whole factor, 1 where it is short and stays
-    share = ((length / wavelengths - low) / (high - low)).clamp(0, 1)
+    share = ((num_waves - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - share) / scaling["factor"] + share)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
         raise ValueError(f"{path} scales its rotary embedding in a way that is not Llama 3.1's; {OTHERWISE}")
@@ -293,9 +307,8 @@ def _refuse_left_out(header: GgufHeader, model: Any) -> None:
         )
 
 
-def _exact_dtype(tensors: Any) -> torch.dtype:
+def _exact_dtype(tensors: Collection[Tensor]) -> torch.dtype:
     """Return the narrowest dtype in which no number of these tensors is rounded."""
-    tensors = list(tensors)
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in tensors):
             return dtype
@@ -304,6 +317,8 @@ def _exact_dtype(tensors: Any) -> torch.dtype:
 
 def _stop_tokens(values: JsonObject) -> list[int]:
     """Return the tokens that end a text, and those that end a turn."""
-    names = ("eos_token_id", "eot_token_id")
-    tokens = [values[f"tokenizer.ggml.{name}"] for name in names if f"tokenizer.ggml.{name}" in values]
-    return list(dict.fromkeys(tokens))
+    tokens = []
+    for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+        if name in values and values[name] not in tokens:
+            tokens.append(values[name])
+    return tokens

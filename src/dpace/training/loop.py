@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to_device, set_seed
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,24 +26,22 @@ from dpace.blocks import Blocks, block_sizes
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden
-from dpace.loss import SlotScores, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.loss import SlotScores, Weigh, block_loss, frozen_head_nll
+from dpace.loss.head_scores import chunk_bytes_of
 from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
-from dpace.system.loading import LIBRARY_ERRORS, refuse_infinite
+from dpace.system.loading import refuse_infinite
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import TINY
 from dpace.training.checkpoints import (
-    MOMENTS,
     WEIGHTS,
     TrainingState,
-    are_moments,
     checkpoint_folder,
     read_optimizer,
-    read_shapes,
     read_state,
     write_checkpoint,
 )
@@ -82,17 +79,17 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
     config = scorer.loss
     # The target's may be there for a selector's loss alone; with it, token losses take a slower path.
     target_hidden = drafted.target_hidden if config.needs_target_probs else None
-    chunk_bytes = None if config.chunk_mib is None else config.chunk_mib * 2**20
+    head = scorer.rows.head
     scores = frozen_head_nll(
         drafted.hidden,
-        scorer.rows.head,
+        head,
         scorer.rows.index(blocks.labels),
         blocks.is_scored,
         weigh=scorer.weigh,
         token_loss=config.token_loss,
         target_hidden=target_hidden,
         scored_rows=batch.get("scored_rows"),
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=chunk_bytes_of(config, head.weight, is_cpu=head.weight.is_cpu),
         num_candidates=drafter.selector.num_candidates,
     )
     return drafter.selector.add_loss(scores, drafted, scorer), blocks
@@ -191,20 +188,6 @@ class TrainingLoop:
         warmup = min(math.ceil(num_steps * self.config.warmup_ratio), num_steps - 1)
         # An epoch of torch's schedules is one of our steps.
         return get_cosine_schedule_with_warmup(self.optimizer, warmup, num_steps, last_epoch=self.state.global_step - 1)
-
-    def fits(self, folder: Path) -> bool:
-        """Return whether this training can read a checkpoint; one of another version may have other contents."""
-        weight_shapes = {name: list(tensor.shape) for name, tensor in self.drafter.state_dict().items()}
-        try:
-            state = read_state(folder)
-            StepLog(self.drafter.block_size, torch.device("cpu")).go_on(state.unlogged)  # fails on other contents
-            return (
-                state.max_steps == self.state.max_steps
-                and read_shapes(folder / WEIGHTS) == weight_shapes
-                and are_moments(read_shapes(folder / MOMENTS), self.optimizer)
-            )
-        except (*LIBRARY_ERRORS, OSError, SafetensorError):
-            return False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Open the precision of products for a `with` block: accelerate's, and on a CPU `--train.products`."""
@@ -326,11 +309,9 @@ class TrainingLoop:
             inputs["text"] = batch["token_ids"]  # on the host, where the target looks for shared beginnings
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)
-                # Divided by the step's items below, when they are known.
-                loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
-                loss.backward()
-            num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]
-            totals[:2] += torch.stack([loss.detach(), num_items])
+                loss, num_items = block_loss(out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction)
+                loss.backward()  # divided by the step's items below, when they are known
+            totals[:2] += torch.stack([loss.detach(), num_items * batch["counts"]])
             self.log.add_batch(out, blocks.is_scored)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = ranks.whole(get_total_norm(gradients))

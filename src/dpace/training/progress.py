@@ -31,9 +31,6 @@ PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
 SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
 
-STEP_NUMBERS = ("loss", "grad_norm", "learning_rate", "seconds")
-"""What `StepLog` keeps of an optimizer step."""
-
 
 class Interrupt:
     """Asks a training to end after the current step at Ctrl-C or SIGTERM; a second signal ends it at once.
@@ -95,7 +92,7 @@ class StepLog:
         self._sums[:, : is_scored.shape[-1]] += sums  # blocks that grow are shorter at first
 
     def add_step(self, **numbers: float) -> None:
-        """Add the `STEP_NUMBERS` of an optimizer step."""
+        """Add loss, gradient norm, learning rate and seconds of an optimizer step."""
         self._steps.append(numbers)
 
     def unlogged(self, accelerator: Accelerator) -> JsonObject:
@@ -105,11 +102,9 @@ class StepLog:
 
     def go_on(self, unlogged: JsonObject) -> None:
         """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = []
-        for step in unlogged.get("steps", []):
-            self._steps.append({name: float(step[name]) for name in STEP_NUMBERS})
+        self._steps = unlogged["steps"]
         # They are of all ranks already, and will be added up over the ranks again.
-        if self._steps and ranks.is_first():
+        if ranks.is_first():
             self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
 
     def entry(self, accelerator: Accelerator) -> dict[str, float]:

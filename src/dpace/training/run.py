@@ -6,7 +6,6 @@ change results. A folder with another run is refused.
 
 import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +52,13 @@ NO_RESULT = {
 }
 """Settings that change no result: a run goes on with other values of them."""
 OTHER_RUN = "name another folder with --output, or delete that one"
+LONGER = "to train it further, finish it, rename its folder, and name that with --drafter.init (docs/train.md)"
+WAYS_OUT = {
+    STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks",
+    "train.max_steps": LONGER,
+    "train.num_epochs": LONGER,
+}
+"""What can be done first where these settings differ."""
 FILES = (
     "config.json",
     "model.safetensors",
@@ -149,21 +155,8 @@ class Run:
         written_facts = read_run(folder)
         if written_facts is None:
             return False
-        here = shlex.quote(str(folder))
-        aside = shlex.quote(f"{folder}-before")
-        longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
-        if not is_finished(folder):
-            longer = (
-                "to train it further, finish it first, or copy responses.jsonl and responses.meta.json into a new "
-                f"folder, name that with --output, and the newest folder in {here}/checkpoints with --drafter.init"
-            )
-        ways = {
-            STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks",
-            "train.max_steps": longer,
-            "train.num_epochs": longer,
-        }
         written_facts = settings_of(Recipe()) | written_facts  # defaults of what an older version did not have
-        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
+        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN, WAYS_OUT)
         return True
 
     def is_finished_in(self, folder: str | Path) -> bool:
@@ -222,10 +215,9 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
         if selector not in readers:
             flag = f"--{name.replace('_', '-')}"
-            other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
-                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; {other}leave {flag} "
-                "out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; take "
+                f"--drafter.selector {' or '.join(readers)}, or leave {flag} out"
             )
     if selector and recipe.loss.needs_target_probs:
         raise ValueError(
@@ -361,7 +353,7 @@ def train(
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
-        newest = ranks.from_first(lambda: find_newest(loop.checkpoints, loop.fits))
+        newest = ranks.from_first(lambda: find_newest(loop.checkpoints))
         reset_peak_memory(target.device)
         loop.run(newest)
         write_finished(folder, loop, run.facts)

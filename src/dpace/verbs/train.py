@@ -16,7 +16,7 @@ def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace train`."""
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
-    from dpace.respond.responses import Answers
+    from dpace.respond.responses import find_answers, load_examples, refuse_other_answers
     from dpace.target.files import find_target_files
     from dpace.target.locate import find_target
     from dpace.training.initial import start_from
@@ -32,8 +32,9 @@ def run(recipe: Recipe, given: Given) -> None:
 
     run = Run(*start_from(recipe, given.names))
     check_trackers(recipe.train.report_to)
-    answers = Answers(recipe, command("respond", *given.words))
-    dataset, validation = choose_conversations(*answers.load(), run.recipe)
+    path = recipe.responses_path
+    meta = find_answers(recipe, command("respond", *given.words))
+    dataset, validation = choose_conversations(*load_examples(path, recipe.prompts), run.recipe)
     run.facts |= data_facts(dataset, validation)
     folder = Path(recipe.output) / "drafter"
     refuse_foreign_files(folder, *FILES)
@@ -44,10 +45,10 @@ def run(recipe: Recipe, given: Given) -> None:
     note("\n".join(training_lines(plan, [folder])))
     target = load_target(recipe, place, shard=recipe.train.target_shard)
     facts = target_facts(target)
-    answers.refuse_others(facts)
+    refuse_other_answers(path, meta, facts)
     run.facts |= facts
     # One rank alone cannot read with a target that is spread over all of them.
-    if answers.meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
+    if meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
         note(
             f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the "
             "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "

@@ -2,6 +2,7 @@
 
 import string
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
     TextStreamer,
 )
 
-from dpace.decode.loop import TextPieces, custom_generate, generate, stream
+from dpace.decode.loop import custom_generate, generate, stream
 from tests.support.models import make_drafter, make_target
 
 
@@ -37,15 +38,33 @@ WORDS = SimpleNamespace(
 """One of words that strips the first space; token 0 is special."""
 
 
-def test_characters_are_whole_and_spaces_are_kept():
-    pieces, text = TextPieces(BYTES), "a\u00e9\u4e2d\U0001f600!"
-    shown = [pieces.add([byte]) for byte in text.encode()]
-    assert "".join(shown) == text and all("\ufffd" not in piece for piece in shown)
-    cut = TextPieces(BYTES)
-    first, second = "\u4e2d".encode()[:2]
-    assert [cut.add([first]), cut.add([second], is_last=True)] == ["", "\ufffd"]
-    words = TextPieces(WORDS)
-    assert "".join(words.add([token]) for token in (1, 0, 2)) == "w1 w2"  # behind a special token
+@pytest.fixture
+def pieces_of(monkeypatch):
+    """The pieces of a response that comes in these groups of tokens."""
+
+    def pieces(tokenizer, groups) -> list[str]:
+        text = SimpleNamespace(token_ids=[], num_prompt=0, is_done=False)
+
+        def steps():
+            for number, group in enumerate(groups, start=1):
+                text.token_ids += group
+                text.is_done = number == len(groups)
+                yield group
+
+        monkeypatch.setattr("dpace.decode.loop.make_continuation", lambda *_: text)
+        monkeypatch.setattr("dpace.decode.loop.Speculation", lambda *_, **__: SimpleNamespace(steps=steps))
+        target: Any = SimpleNamespace(tokenizer=tokenizer)
+        drafter: Any = None
+        return list(stream(target, drafter, []))
+
+    return pieces
+
+
+def test_characters_are_whole_and_spaces_are_kept(pieces_of):
+    text = "a\u00e9\u4e2d\U0001f600!"
+    assert pieces_of(BYTES, [[byte] for byte in text.encode()]) == list(text)
+    assert pieces_of(BYTES, [[byte] for byte in "\u4e2d".encode()[:2]]) == ["\ufffd"], "at its end"
+    assert "".join(pieces_of(WORDS, [[1], [0], [2]])) == "w1 w2"  # after a special token
 
 
 IDS = torch.tensor([[4, 9, 12, 7]])

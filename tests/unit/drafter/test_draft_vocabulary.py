@@ -53,9 +53,9 @@ def test_training_writes_it_where_it_loses_no_tau(language_target, language_resp
     path = tmp_path / VOCABULARY_FILE
     written = read_json(path)
     assert written["token_ids"] == sorted(seen | set(language_target.stop_token_ids))
-    for least, all_tokens, is_used in ((0.5, False, False), (-1.0, True, False), (-1.0, False, True)):
+    for least, is_used in ((0.5, False), (-1.0, True)):
         monkeypatch.setattr("dpace.drafter.vocabulary.MIN_SAVING", least)
-        ours = load_drafter(tmp_path, language_target, all_tokens=all_tokens)
+        ours = load_drafter(tmp_path, language_target)
         assert (ours.vocabulary is not None) == is_used
     assert ours.vocabulary.token_ids.tolist() == written["token_ids"]
     data = measured(parts[1])

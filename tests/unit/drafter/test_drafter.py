@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from dpace.blocks import build_blocks
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.drafter import check_mask_token, choose_mask_token
+from dpace.drafter.drafter import choose_mask_token
 from dpace.drafter.spec import SCALES
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashConvolution, _small_tiles
@@ -101,11 +101,11 @@ def test_the_mask_token_is_one_that_no_text_contains(target):
     uses = {0: "padding", 1: "ends", 2: "begins or ends", 10: "ordinary text"}
     for token_id, use in uses.items():
         with pytest.raises(ValueError, match=use):
-            check_mask_token(token_id, target)
+            make_drafter(target, mask_token_id=token_id)
     larger = make_target("qwen3", vocab_size=70)
     larger.tokenizer = target.tokenizer
     assert choose_mask_token(larger) == 64
-    check_mask_token(64, larger)
+    make_drafter(larger, mask_token_id=64)
     target.tokenizer.chat_template += "<|reserved_0|>"
     with pytest.raises(ValueError, match="no token of"):
         choose_mask_token(target)

@@ -7,6 +7,7 @@ import pytest
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.prompts.prompts import demo_path, read_prompts
+from dpace.recipes.recipe_file import read_recipe
 from dpace.studies.demo import KINDS
 from dpace.system.provenance import hash_file
 from dpace.target import Target
@@ -29,6 +30,12 @@ def test_its_card_has_the_hash_of_its_weights(name):
     folder = DRAFTERS[name]
     (found,) = re.findall(r"model\.safetensors, sha256 \| `(\w+)`", (folder / "README.md").read_text())
     assert found == hash_file(folder / "model.safetensors")
+
+
+@by_name
+def test_its_recipe_is_one_of_today(name):
+    recipe = read_recipe(DRAFTERS[name] / "recipe.yaml")
+    assert (recipe.target, recipe.loss.objective) == (TARGET_ID, "dpace")
 
 
 @pytest.mark.slow

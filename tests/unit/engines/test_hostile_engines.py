@@ -243,7 +243,8 @@ def test_files_of_an_engine_are_named_and_no_later_export_leaves_them(folder, tm
     toy = Toy()
     monkeypatch.setattr("dpace.engines.zlab.ENGINE", toy)
     line = f"export {folder} --target t --target-name o/t --output {tmp_path}/out --to"
-    refused(f"{line} zlab", capsys, "toy.json is not among the `files` of Toy; add a pattern")
+    with pytest.raises(AssertionError, match="toy.json needs a pattern in `files` of Toy"):
+        main(f"{line} zlab".split())
     assert not (tmp_path / "out" / "toy.json").exists()
     monkeypatch.setattr(toy, "files", ("toy.json", *Engine.files))
     assert main(f"{line} zlab".split()) == 0 and (tmp_path / "out" / "toy.json").exists()

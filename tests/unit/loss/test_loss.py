@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dpace.config import LossConfig, TokenLoss
+from dpace.config import LossConfig, Reduction, TokenLoss
 from dpace.loss import Slots, block_loss, frozen_head_nll, head_scores
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_weights, medusa_weights
 from tests.support.losses import frozen_head_nll_reference
 
+ALL = 2**22
+"""Bytes that all logits of a test fit into."""
 HEADS = {"plain": (1.0, None), "capped": (1.0, 5.0), "scaled": (0.25, None), "both": (0.5, 3.0)}
 
 
@@ -29,7 +31,7 @@ def problem(dtype=torch.float32, batch=3, blocks=5, slots=6, hidden=16, vocab=50
 def run(function, states, head, labels, is_scored, **options):
     states = states.clone().requires_grad_()
     out = function(states, head, labels, is_scored, **options)
-    block_loss(out.losses, is_scored).backward()
+    out.losses.sum().backward()
     return out, states.grad
 
 
@@ -46,7 +48,7 @@ def compare(data, chunk_bytes, **options):
 
 @pytest.mark.parametrize(
     ("head", "chunk_bytes", "num_candidates"),
-    [("plain", None, 1), ("capped", 300, 1), ("scaled", 4, 1), ("both", 4, 8), ("both", 300, 2), ("both", None, 8)],
+    [("plain", ALL, 1), ("capped", 300, 1), ("scaled", 4, 1), ("both", 4, 8), ("both", 300, 2), ("both", ALL, 8)],
 )
 def test_equals_the_plain_reference(head, chunk_bytes, num_candidates):
     """For every kind of head, for tiles of one logit, of a few and of all, and with the best tokens of each slot."""
@@ -81,7 +83,7 @@ def test_the_compiled_tile_equals_the_plain_reference(monkeypatch, unchecked_typ
     is_one[0, 0, 1] = True
     for needs_grad in (True, False):
         for rows in (is_scored, is_one):
-            for chunk_bytes in (4 * int(is_scored.sum()) * (len(head.weight) - 1), 300, None):
+            for chunk_bytes in (4 * int(is_scored.sum()) * (len(head.weight) - 1), 300, ALL):
                 with torch.set_grad_enabled(needs_grad):
                     frozen_head_nll(states.clone().requires_grad_(), head, labels, rows, chunk_bytes=chunk_bytes)
     assert 1 <= counter.frame_count <= 4
@@ -131,7 +133,7 @@ def test_the_gradient_of_a_sure_row_does_not_cancel(dtype):
     states = 12 * head.weight[labels]
     exact = states.double().requires_grad_()
     nll = -exact.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    block_loss(nll.where(is_scored, 0.0).sum(-1), is_scored).backward()
+    nll[is_scored].sum().backward()
     assert nll[is_scored].max() < 1e-2
     _, grad = run(frozen_head_nll, states, head, labels, is_scored, chunk_bytes=300)
     assert (grad - exact.grad).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * exact.grad.norm()
@@ -156,10 +158,8 @@ def test_reductions_by_hand():
     losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
     is_scored = torch.zeros(2, 3, 3, dtype=torch.bool)
     is_scored[0, :, 1] = is_scored[0, 0, 2] = is_scored[1, 0, 1] = True
-    assert block_loss(losses, is_scored, reduction="batch") == 10 / 2
-    assert block_loss(losses, is_scored, reduction="anchors") == (6 / 3 + 4 / 1) / 2
-    assert block_loss(losses, is_scored, reduction="slots") == 10 / 5
-    assert block_loss(losses, is_scored, reduction="weights", num_items=torch.tensor(0.25)) == 10 / 0.25
-    assert block_loss(torch.zeros(2, 3), is_scored & False, num_items=0) == 0
-    with pytest.raises(ValueError, match="pass that to block_loss as num_items"):
-        block_loss(losses, is_scored, reduction="weights")
+    weights = torch.full((2, 3, 3), 0.25)
+    expected = {"batch": (10, 2), "anchors": (6 / 3 + 4 / 1, 2), "slots": (10, 5), "weights": (10, 18 * 0.25)}
+    for reduction in get_args(Reduction):
+        assert block_loss(losses, is_scored, weights, reduction=reduction) == expected[reduction]
+    assert block_loss(torch.zeros(2, 3), is_scored & False, weights) == (0, 0)

@@ -9,7 +9,7 @@ import make_prompts
 import pytest
 
 from dpace.config import PromptsConfig
-from dpace.prompts.overlap import PublicTexts, _split_words
+from dpace.prompts.overlap import _split_words, find_repeats
 from dpace.prompts.prompts import (
     Prompt,
     demo_path,
@@ -201,13 +201,13 @@ def test_a_prompt_of_two_public_sets_is_found(tmp_path):
     both = [write_prompts(tmp_path / name, [PUBLIC]) for name in ("a.jsonl", "b.jsonl")]
     more = write_prompts(tmp_path / "c.jsonl", [f"Please answer. {PUBLIC}"])
     prompt = Prompt("a", "s", [[user(f"A note says: {PUBLIC}.")]])
-    assert all(PublicTexts(names).find(prompt) == "1" for names in (both, [*both, more]))
+    assert all(find_repeats([prompt], names) == {"a": "1"} for names in (both, [*both, more]))
 
 
 def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
-    public = PublicTexts([write_prompts(tmp_path / "a.jsonl", [PUBLIC])])
+    public = [write_prompts(tmp_path / "a.jsonl", [PUBLIC])]
     chat = [user(PUBLIC), REPLY, user("Go on.")]
-    assert public.find(Prompt("a", "s", [chat], REPLY)) == "1", "a reply to it is trained on"
-    assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
+    assert find_repeats([Prompt("a", "s", [chat], REPLY)], public) == {"a": "1"}, "a reply to it is trained on"
+    assert not find_repeats([Prompt("a", "s", [chat])], public), "only the last message is answered"
     result = {"role": "tool", "content": PUBLIC}
-    assert public.find(Prompt("a", "s", [[user("Go on."), result]])) is None, "which the user did not say"
+    assert not find_repeats([Prompt("a", "s", [[user("Go on."), result]])], public), "which the user did not say"

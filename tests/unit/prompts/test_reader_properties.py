@@ -74,7 +74,7 @@ def test_events_of_servers(kind, is_stream, events, monkeypatch):
     monkeypatch.setattr(Address, "get", lambda *_: '{"data": [{"id": "m"}]}')
     monkeypatch.setattr(Address, "events", lambda *_: (event for event in events))
     try:
-        answer = kind("http://x", 64).answer([1, 2], 8, 0.0, 0, stream=is_stream)
+        answer = kind(Address("http://x"), 64).answer([1, 2], 8, 0.0, 0, stream=is_stream)
     except ValueError as error:
         assert "http://x" in str(error) and "\n" not in str(error)
     else:

@@ -13,7 +13,15 @@ from dpace.config import PromptsConfig, Recipe
 from dpace.prompts.prompts import read_prompts, split_and_explain
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
-from dpace.respond.responses import Answers, Example, Response, load_examples, read_examples, read_responses
+from dpace.respond.responses import (
+    Example,
+    Response,
+    find_answers,
+    load_examples,
+    read_examples,
+    read_responses,
+    refuse_other_answers,
+)
 from dpace.system.provenance import hash_file
 from tests.support.files import write_rows
 from tests.support.models import make_tokenizer
@@ -85,8 +93,8 @@ def test_answers_that_are_not_the_targets_are_refused(files):
     def refuse(message, **changes):
         meta.write_text(json.dumps({**whole, "responses_sha256": hash_file(path), **changes}))
         with pytest.raises(ValueError, match=message):
-            answers = Answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
-            answers.refuse_others({"target_sha256": "1", "dtype": "bfloat16"})
+            found = find_answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
+            refuse_other_answers(path, found, {"target_sha256": "1", "dtype": "bfloat16"})
 
     refuse("an interrupted `dpace respond`; run `dpace respond`", complete=False)
     refuse("was changed", responses_sha256="0")
@@ -95,7 +103,7 @@ def test_answers_that_are_not_the_targets_are_refused(files):
     refuse("thinking true, not false", thinking=True)
     meta.unlink()
     with pytest.raises(ValueError, match="no meta file .* which target made"):
-        Answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
+        find_answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
 
 
 def test_one_page_says_what_is_there(files, capsys):

@@ -132,20 +132,6 @@ def test_answers_are_those_of_plain_decoding_with_the_prompts_seed(temperature, 
     assert len(set(seeds)) == len(seeds) == sum(len(prompt.turns) for prompt in PROMPTS)
 
 
-def test_a_first_turn_is_encoded_once(target, start, answer, tmp_path, monkeypatch):
-    """In this process and for servers; its tokens are known since the check of lengths."""
-    asked = []
-
-    def note(chat, messages):
-        asked.append(messages)
-        return encode_chat(chat, messages)
-
-    monkeypatch.setattr("dpace.respond.conversation.encode_chat", note)
-    write_responses(target, PROMPTS, tmp_path / "here.jsonl", CONFIG)
-    answer(start("vllm"))
-    assert [asked.count(prompt.turns[0]) for prompt in PROMPTS] == [2] * len(PROMPTS)
-
-
 @pytest.mark.parametrize("engine", PAGES)
 def test_servers_give_what_this_process_gives(engine, start, answer, own, tmp_path):
     """Also sampled, since each prompt has its seed; several servers share the prompts, and none is asked twice."""

@@ -98,20 +98,11 @@ def test_what_is_no_server_is_an_error(expected, refused):
     refused(PAGES[expected], events(TOKEN, END), expected)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1:9",
-        "file:///etc/passwd",
-        "http://user:secret",
-        "http://127.0.0.1:99999",
-        "http://a:9?key=secret",
-        "http://a:9?",
-    ],
-)
-def test_addresses_that_are_none_are_refused_and_show_no_password(address):
+@pytest.mark.parametrize("host", ["127.0.0.1:99999", "[1:2]:9"])
+def test_addresses_that_no_host_has_are_refused_and_show_no_password(host):
+    """Their form is that of an address, which the options check."""
     with pytest.raises(ValueError, match="give http://host:port") as error:
-        Address(address)
+        Address(f"http://user:secret@{host}")
     assert "secret" not in str(error.value)
 
 

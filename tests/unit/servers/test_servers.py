@@ -13,6 +13,7 @@ from dpace.measure.results import ServedAnswer, ServedRecord, read_results, writ
 from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
 from dpace.report.sections import depths_note, served_verdict, servers, texts_note
 from dpace.servers.apis import Counts, LlamacppServer
+from dpace.servers.transport import Address
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.support.files import make_prompts, write_prompts
 from tests.support.models import make_tokenizer
@@ -399,5 +400,5 @@ def test_the_best_depth_is_the_fastest_that_is_clearly_faster():
 )
 def test_llamacpp_verifications_without_a_bonus_token_are_counted(stop, drafted, expected):
     timings = {"predicted_n": 25, "draft_n": drafted, "draft_n_accepted": 18}
-    counts = LlamacppServer("http://x").read({"stop": True, "stop_type": stop, "timings": timings}).counts
+    counts = LlamacppServer(Address("http://x"), 50).read({"stop": True, "stop_type": stop, "timings": timings}).counts
     assert counts == Counts(*expected, drafted)

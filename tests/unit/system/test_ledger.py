@@ -13,7 +13,6 @@ from dpace.system.ledger import (
     cut_unfinished_line,
     filling,
     lock_folder,
-    make_readable,
     read_jsonl,
     register_files,
     remove_files,
@@ -122,9 +121,8 @@ def test_a_full_disk_names_the_folder_whoever_meets_it(error, tmp_path):
 def test_others_can_read_what_is_written(tmp_path):
     before = os.umask(0o027)
     try:
-        path = tmp_path / "weights"
-        path.touch(0o600)
-        make_readable(path)
+        with filling(tmp_path / "drafter") as aside:
+            (aside / "weights").touch(0o600)
     finally:
         os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "drafter" / "weights").stat().st_mode & 0o777 == 0o640

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from dpace.engines.read import read_drafter
-from dpace.training.checkpoints import _file_entry, is_whole
+from dpace.training.checkpoints import is_whole
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import make_datasets, train
-from tests.support.files import HOLD, change_json, changed_json, changed_weights, read_json
+from tests.support.files import HOLD, changed_json, read_json
 from tests.support.models import make_recipe
 
 
@@ -78,7 +78,7 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         assert files_of(copied) == before
 
     refuse("train.seed 42, not 7", seed=7)
-    refuse(r"max_steps 4, not 6; to train it further, run `mv (\S+) (\S+)`, then add --drafter.init \2", max_steps=6)
+    refuse("max_steps 4, not 6; to train it further, .* --drafter.init", max_steps=6)
     with monkeypatch.context() as patch:
         patch.setattr(language_target, "thinking", True)
         refuse("thinking false, not true")
@@ -90,9 +90,6 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         weight.copy_(kept)
     (copied / "provenance.json").unlink()
     refuse("other training answers", start=1)
-    refuse(
-        r"not 6; .* finish it first, or copy responses.jsonl and .* --output, .* with --drafter.init, or", max_steps=6
-    )
     assert read_drafter(copied / "checkpoints" / "checkpoint-4").spec.block_size == 6, "which is one to start from"
 
 
@@ -147,58 +144,6 @@ def test_a_damaged_checkpoint_is_not_taken(unfinished, run, finished, capsys):
     run(unfinished)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err and is_whole(last)
     assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
-
-
-def state(**changes):
-    return lambda last: change_json(last / "trainer_state.json", **changes)
-
-
-def raw(name: str, data: bytes):
-    return lambda last: (last / name).write_bytes(data)
-
-
-def tensors(name: str, change):
-    def write(last):
-        with changed_weights(last, name) as found:
-            change(found, next(key for key in found if found[key].ndim == 2))
-
-    return write
-
-
-MOMENTS, WEIGHTS = "optimizer.safetensors", "model.safetensors"
-OTHERS = {
-    "a key more": state(new=1),
-    "a key less": raw("trainer_state.json", b'{"global_step": 4}'),
-    "null": raw("trainer_state.json", b"null"),
-    "deep": raw("trainer_state.json", b"[" * 200_000),
-    "a log of numbers": state(log_history=[5]),
-    "no steps": state(max_steps=0),
-    "no best": state(best_global_step=0),
-    "steps without numbers": state(unlogged={"steps": [{}], "sums": []}),
-    "sums of other blocks": state(
-        unlogged={"steps": [dict.fromkeys(("loss", "grad_norm", "learning_rate", "seconds"), 1.0)], "sums": [[1.0] * 5]}
-    ),
-    "damaged moments": raw(MOMENTS, b"{"),
-    "no moments": tensors(MOMENTS, lambda found, _: found.clear()),
-    "a moment less": tensors(MOMENTS, lambda found, key: found.pop(key)),
-    "a moment of another shape": tensors(MOMENTS, lambda found, key: found.update({key: torch.zeros(2, 2)})),
-    "damaged weights": raw(WEIGHTS, b"{"),
-    "a weight less": tensors(WEIGHTS, lambda found, key: found.pop(key)),
-    "a weight of another shape": tensors(WEIGHTS, lambda found, key: found.update({key: torch.zeros(2, 2)})),
-    "a file less": lambda last: (last / MOMENTS).unlink(),
-}
-"""Checkpoints whose files are as they were written, by another version."""
-
-
-@pytest.mark.parametrize("what", OTHERS)
-def test_a_checkpoint_of_another_version_is_not_taken(what, unfinished, run, finished, capsys):
-    last = unfinished / "checkpoints" / "checkpoint-4"
-    manifest = last / "manifest.json"
-    OTHERS[what](last)
-    change_json(manifest, files={path.name: _file_entry(path) for path in last.iterdir() if path != manifest})
-    assert is_whole(last)
-    run(unfinished)
-    assert "checkpoint-4 is not whole" in capsys.readouterr().err and weights_of(unfinished) == weights_of(finished)
 
 
 def test_without_validation_answers_the_last_checkpoint_is_taken(tmp_path, run, capsys):
