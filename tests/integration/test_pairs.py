@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dpace.cli import main
 from tests.support.cases import wide
-from tests.support.files import change_config, changed_weights, write_prompts, write_rows
+from tests.support.files import change_config, changed_weights, read_json, write_prompts, write_rows
 from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, make_target, write_target_gguf
 from tests.unit.respond.test_respond import Stub
 from tests.unit.target.test_target_files import write_adapter, write_fp8
@@ -114,6 +114,14 @@ PAIRS = {
         f"train {RECIPE} --drafter.init {{drafter}} --train.feature-files {{out}}/states --train.feature-dtype float8",
         "drafter/provenance.json",
     ),
+    "accumulation, division by the weights, seen tokens": Pair(
+        f"train {RECIPE} --train.gradient-accumulation-steps 2 --loss.reduction weights --loss.vocabulary seen",
+        "drafter/provenance.json",
+    ),
+    "Muon, checkpointing, soft labels": Pair(
+        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss kl",
+        "drafter/provenance.json",
+    ),
     "convolutions, draft vocabulary, export": Pair(
         f"train {RECIPE} --drafter.conv-kernel-size 2; "
         "export {out}/drafter --target {target} --to zlab --output {out}/zlab; "
@@ -148,6 +156,11 @@ PAIRS = {
     "plan, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
     ),
+    "several drafters in folders of one name, several sets, report": Pair(
+        f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "
+        "report {out}",
+        "report.html",
+    ),
     "servers, hidden states on disk": Pair(
         "respond {recipe} --output {out}/new --respond.server {server}; "
         "train {recipe} --output {out}/new --train.feature-files {out}/states",
@@ -159,6 +172,11 @@ PAIRS = {
         "train {recipe} --prompts.path {own} --output {out}/new",
         "new/drafter/provenance.json",
         printed=r"\n\d{1,2}% of the tokens of the given answers, in a sample",
+    ),
+    "sampled answers, batches, train": Pair(
+        "respond {recipe} --output {out}/new --respond.temperature 0.7 --respond.seed 3 --respond.batch-size 7; "
+        "train {recipe} --output {out}/new",
+        "new/drafter/provenance.json",
     ),
     "stream, speculative sampling": Pair(
         f"generate {TARGET} --prompt 'w3 w51' --stream --temperature 0.8 --seed 1 --verify-rule speculative "
@@ -473,6 +491,19 @@ def test_a_compiled_training_gives_the_same_weights(files, out, monkeypatch):
     folders = (out / "drafter", Path(files["drafter"]))
     found, plain = (load_file(folder / "checkpoints" / "checkpoint-3" / "model.safetensors") for folder in folders)
     torch.testing.assert_close(found, plain)
+
+
+def test_an_interrupted_bench_goes_on(files, tmp_path):
+    """What was measured is kept, and a line that is not whole is measured again."""
+    command = f"bench {{recipe}} --drafters {{drafter}} --num-prompts 2 --output {tmp_path}"
+    run(command, files)
+    (path,) = tmp_path.glob("bench-*.jsonl")
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join(whole)[: -len(whole[-1]) // 2])
+    run(command, files)
+    again = path.read_text().splitlines()
+    assert len(whole) == len(again) == 1 + 2 and again[:2] == whole[:2], "the last prompt is measured again"
+    assert read_json(tmp_path / "results.json")["rows"][0]["num_responses"] == 2
 
 
 def test_tables_of_the_target_are_left_out_of_an_export(files, language_target, tmp_path):

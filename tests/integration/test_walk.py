@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import yaml
 
+from dpace.cli import main
 from dpace.measure.results import read_results
 from dpace.recipes.recipe_file import read_settings
 from dpace.target.locate import find_target
@@ -15,16 +16,20 @@ from dpace.training.run import check_recipe
 from tests.support.files import write_prompts
 from tests.unit.test_pages import TINY
 
+CHECK = "--prompts prompts.jsonl --num-prompts 1 --max-new-tokens 6"
+
 
 @pytest.fixture
-def run(run_line, tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, capsys):
     """Run a line of the shell in a folder of its own; give what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def run(line: str, code: int = 0) -> tuple[str, str]:
         dpace, *words = shlex.split(line)
-        assert dpace == "dpace"
-        return run_line(words, code)
+        found = main(words)
+        printed = capsys.readouterr()
+        assert dpace == "dpace" and found == code, f"{line}\n{printed.err}"
+        return printed
 
     return run
 
@@ -34,7 +39,9 @@ def next_of(printed: tuple[str, str]) -> str:
     return printed[0].rpartition("next: ")[2].strip()
 
 
-def test_from_prompts_to_a_drafter_that_answers(run, language_folder, language_prompts, tmp_path, monkeypatch):
+def test_from_prompts_to_an_exported_drafter(
+    run, language_folder, language_prompts, target_gguf, tmp_path, monkeypatch
+):
     write_prompts(tmp_path / "prompts.jsonl", language_prompts[:30])
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({"target": str(language_folder), "prompts": {"path": "prompts.jsonl"}, **TINY})
@@ -74,7 +81,17 @@ def test_from_prompts_to_a_drafter_that_answers(run, language_folder, language_p
     generate = next_of(printed)
     rows = read_results(tmp_path / "dpace-out" / "results.json").rows
     assert len(rows) == 2 and all(row.num_same_text == row.num_responses == 1 for row in rows)
+    assert run(f"dpace check --target {language_folder} --drafter dpace-out/drafter {CHECK}")[0].endswith("passed\n")
+
+    export = f"dpace export dpace-out/drafter --target {language_folder}"
+    assert "is the drafter's own folder" in run(f"{export} --to vllm --output dpace-out/drafter", code=1)[1]
+    run(f"{export} --to vllm --output served")
+    assert "removed from served, where" in run(f"{export} --to gguf --target-gguf {target_gguf} --output served")[1]
+    (made,) = (tmp_path / "served").glob("*.gguf")
+    assert "own folder" in run(f"dpace import {made} --target {language_folder} --output served", code=1)[1]
+
     prompt = language_prompts[-1]
     options = f"--prompt '{prompt}' --max-new-tokens 24"
     plain = run(f"dpace generate --target {language_folder} {options}")[0]
     assert run(f"{generate} {options}")[0] == plain
+    assert re.search(r"--spec-draft-n-max [1-5]\b", (tmp_path / "served" / "README.md").read_text())

@@ -22,7 +22,9 @@ from tests.support.memory import peak_bytes
 IS_RESPONSE = [False, False, True, True, True, False, True, False, True, True]
 
 
-def test_more_features_than_layers_are_refused():
+def test_published_layer_ids():
+    assert build_target_layer_ids(32, 5) == [1, 8, 15, 22, 29]
+    assert build_target_layer_ids(30, 1) == [15]
     with pytest.raises(ValueError, match="--drafter.num-features to 3"):
         build_target_layer_ids(6, 5)
 
@@ -34,10 +36,12 @@ def test_blocks_grow_from_halves():
         block_sizes(7, is_growing=True)
 
 
-def test_anchors_are_drawn_with_a_fixed_seed():
+def test_anchors_have_a_supervised_successor_and_a_fixed_seed():
+    assert sample_anchors(IS_RESPONSE).tolist() == [2, 3, 8]
     draws = [sample_anchors([True] * 50, num_anchors=10, seed=(0, epoch, "a")).tolist() for epoch in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert draws[0] == sorted(set(draws[0])) and len(draws[0]) == 10
+    assert sample_anchors([True, False]).tolist() == []
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from dpace.weights import (
     bv_weights,
     dflash_gamma,
     dflash_weights,
+    dpace_confidence_only_weights,
+    dpace_continuation_only_weights,
     dpace_weights,
     medusa_weights,
     spec_auf_weights,
@@ -31,6 +33,19 @@ def scored(flags):
 
 def published(mask):
     return block(Q), scored(map(int, mask))
+
+
+@pytest.mark.parametrize(
+    ("weigh", "alpha", "mask", "expected"),
+    [
+        (dpace_weights, 0.5, "1111", [2.453375, 1.503375, 0.790875, 0.363375]),
+        (dpace_confidence_only_weights, 0.5, "1101", [0.95, 0.7125, 0, 0.605625]),
+        (dpace_continuation_only_weights, 0.5, "1101", [2.3875, 1.85, 0, 1]),
+        (bv_weights, 1.0, "1111", [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_published_vectors(weigh, alpha, mask, expected):
+    assert weigh(*published(mask), alpha)[0, 0, 1:].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @given(blocks, st.floats(0, 1))
@@ -85,7 +100,6 @@ def test_schedules():
     assert dflash_weights(flags, gamma=4.0)[0, 0].tolist() == pytest.approx([0, 1, e(-1 / 4), 0, e(-3 / 4)])
     assert medusa_weights(flags)[0, 0].tolist() == pytest.approx([0, 0.8, 0.64, 0, 0.8**4])
     assert uniform_weights(flags)[0, 0].tolist() == [0, 1, 1, 0, 1]
-    assert bv_weights(*published("1111"), 1.0)[0, 0].tolist() == pytest.approx([0, 1, 0.75, 0.5, 0.25])
     assert [dflash_gamma(size) for size in (16, 10, 8, 4)] == [7, 5, 4, 2.5]
 
 

@@ -88,6 +88,13 @@ def test_a_study_in_other_products_is_refused(tmp_path):
         study.refuse_other_study(plan)
 
 
+def test_the_kind_that_is_kept_apart_counts_in_no_other_number(output):
+    found = study_report.Study(output)
+    assert len(found.ids) == 10 and found.tau("dpace", 16, 100)[0] == LENGTHS[100]
+    assert study.APART in study_report.kinds(found, ["dpace"], 16).rows[0]
+    assert found.gain("dpace", "dflash", 16, 100, study.APART)[0] == 0
+
+
 def test_the_report_has_every_objective_and_the_figure(output):
     text = study_report.write_report(output, list(study.CANDIDATES)).read_text()
     assert text.count("| spec-auf |") == 3 + 3 * 2

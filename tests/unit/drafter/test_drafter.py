@@ -32,6 +32,21 @@ def hidden_of_blocks(drafter, target, token_ids, features, *anchors, model=None)
     return blocks_hidden(drafter, target, inputs, model=model).hidden
 
 
+@torch.no_grad()
+def test_no_leak_from_the_anchor_on_or_from_other_blocks(random_target):
+    drafter = make_drafter(random_target)
+    token_ids = torch.randint(4, 64, (1, 24))
+    features = random_target.features(token_ids, drafter.target_layer_ids)
+    (before,) = hidden_of_blocks(drafter, random_target, token_ids, features, [8, 10, 20])
+    (alone,) = hidden_of_blocks(drafter, random_target, token_ids, features, [10])
+    torch.testing.assert_close(alone[0], before[1], rtol=1e-4, atol=1e-5)
+    token_ids[0, 9:] = torch.randint(4, 64, (15,))
+    features[0, 8:] += 1
+    (after,) = hidden_of_blocks(drafter, random_target, token_ids, features, [8, 10, 20])
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+
+
 @pytest.mark.wide
 def test_compiled_training_makes_few_graphs(target):
     """Batches of any length, the last and smaller one of an epoch among them: at most three graphs."""

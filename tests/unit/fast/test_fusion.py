@@ -137,6 +137,7 @@ def exchange_module(layer):
 
 
 CHANGES = {
+    "in place": lambda layer: layer.self_attn.k_proj.weight.mul_(2),
     "adapter": exchange_module,
     "data": lambda layer: setattr(layer.self_attn.o_proj.weight, "data", 2 * layer.self_attn.o_proj.weight.data),
 }
