@@ -26,7 +26,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.loss.head_scores import MIN_SOFT_ROWS, default_chunk_bytes
+from dpace.loss.head_scores import default_chunk_bytes
 from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
 from dpace.recipes import TARGETS
 from dpace.respond.responses import iterate_responses, load_examples, read_meta
@@ -202,9 +202,6 @@ class TrainingPlan:
         chunk_bytes = default_chunk_bytes(head, is_cpu=is_cpu, is_soft=loss.needs_target_probs)
         if loss.chunk_mib:
             chunk_bytes = loss.chunk_mib * 2**20
-        head_bytes = 0  # of the copy beside a table that is trained, and of what its gradient takes
-        if self.recipe.drafter.selector == "markov_head":
-            head_bytes = self.num_rows * (self.target.hidden_size * head.itemsize + 8 * MIN_SOFT_ROWS)
         tile_bytes = min(chunk_bytes, 4 * slots * self.num_rows)  # of logits, in fp32
         # The weights are in fp32; for products in 16 bits there is a copy of them.
         weight_bytes = 4
@@ -220,7 +217,7 @@ class TrainingPlan:
             "hidden states": batch_size * num_tokens * self.token_bytes(),
             "hidden states that are kept": 0,
             "activations of the drafter": activations,
-            "loss through the head": 3 * states + 2 * tile_bytes + head_bytes,
+            "loss through the head": 3 * states + 2 * tile_bytes,
             "libraries": CONTEXT_BYTES,
         }
         if is_cpu:
