@@ -98,8 +98,10 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
                 drafter.load_state_dict(language_drafter.state_dict(), strict=False)
             for name, parameter in drafter.named_parameters():
                 parameter.mul_(1.001)
-                if "successor" in name or "markov_w2" in name:
+                if "successor" in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
+                if "markov_w2" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=15)  # other drafts than without
                 if "_conv." in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
             if kind == "anchored":

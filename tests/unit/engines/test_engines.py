@@ -61,6 +61,8 @@ def test_all_kinds_but_the_random_one_accept_drafts_and_keep_the_text(expected, 
         assert list(texts) == plain
         tau = sum(len(text) - 1 for text in texts) / sum(steps)
         assert (tau > 1.3) == (kind != "random"), kind
+    for kind, without in (("markov", "trained"), ("markov, anchored", "anchored")):
+        assert distance(expected[kind], expected[without]) > len(prompts), "more than near ties"
 
 
 @pytest.mark.parametrize(

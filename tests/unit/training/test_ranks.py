@@ -110,8 +110,9 @@ def test_accumulation_gives_the_same_steps(on_one_rank, language_target, respons
     assert len({read_log(on_one_rank / name)[0]["loss"] for name in ranks.JOBS}) == len(ranks.JOBS)
 
 
-def test_a_heads_step_is_the_same_however_it_is_split(language_target, responses, tmp_path):
-    recipe = replace(RECIPE, drafter=replace(RECIPE.drafter, selector="lilicorr", selector_candidates=4))
+@pytest.mark.parametrize("options", [{"selector": "lilicorr", "selector_candidates": 4}, {"selector": "markov_head"}])
+def test_a_heads_step_is_the_same_however_it_is_split(options, language_target, responses, tmp_path):
+    recipe = replace(RECIPE, drafter=replace(RECIPE.drafter, **options))
     for size in (8, 1):
         job = ranks.make_job(recipe, "anchors", size)
         train(language_target, *ranks.make_datasets(responses, job), job, tmp_path / str(size))
