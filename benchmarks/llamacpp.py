@@ -39,7 +39,7 @@ def run_llamacpp(
     max_new_tokens: int,
     drafter_gguf: str | Path | None = None,
     num_draft_tokens: int = 0,
-    from_anchor: bool = False,
+    is_dspark: bool = False,
     num_threads: int = 1,
 ) -> list[Answer]:
     """Answer prompts greedily, one after the other, after a first answer that is not counted.
@@ -50,7 +50,7 @@ def run_llamacpp(
         max_new_tokens: longest response in tokens.
         drafter_gguf: the drafter; plain decoding without it.
         num_draft_tokens: draft tokens of a block, `block_size - 1`.
-        from_anchor: whether the drafter's slots begin at the anchor; llama.cpp then runs it as DSpark without a head.
+        is_dspark: whether the drafter has DSpark's head, or slots that begin at the anchor.
         num_threads: more than one is slow where other programs want the cores too.
 
     Raises:
@@ -60,7 +60,7 @@ def run_llamacpp(
         "target": str(target_gguf),
         "drafter": str(drafter_gguf or ""),
         "num_draft_tokens": num_draft_tokens,
-        "from_anchor": from_anchor,
+        "is_dspark": is_dspark,
         "num_threads": num_threads,
     }
     request = {"server": server, "prompts": list(prompts), "max_new_tokens": max_new_tokens}
@@ -82,7 +82,7 @@ def make_server(
     *,
     num_draft_tokens: int = 0,
     p_min: float = 0.0,
-    from_anchor: bool = False,
+    is_dspark: bool = False,
     num_threads: int = 1,
     num_parallel: int = 1,
     is_exact: bool = False,
@@ -109,7 +109,7 @@ def make_server(
     if drafter:
         kinds = xllamacpp.common_speculative_type
         dspark = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK
-        params.speculative.types = [dspark if from_anchor else kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
+        params.speculative.types = [dspark if is_dspark else kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
         params.speculative.draft.mparams.path = drafter
         params.speculative.draft.n_max = num_draft_tokens
         params.speculative.draft.p_min = p_min

@@ -160,7 +160,7 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
-SelectorName = Literal["lilicorr", "candidate_selector"]
+SelectorName = Literal["lilicorr", "candidate_selector", "markov_head"]
 """Selectors, each a file of `dpace.drafter`."""
 WALKED = ("lilicorr",)
 """Selectors that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
@@ -193,16 +193,17 @@ class DrafterConfig:
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
     selector: SelectorName | None = None
-    """What chooses tokens that follow one another, among the best of each slot.
-    candidate_selector: DFlash2's, two tables of tokens. lilicorr: a small network.
+    """What chooses tokens that follow one another.
+    candidate_selector: DFlash2's, two tables of tokens. lilicorr: a small network. Both choose among each slot's best.
+    markov_head: DSpark's, two tables that add to the logits of all tokens, one slot after the other.
     By default each slot takes its own best token, as in DFlash."""
     selector_candidates: Literal[2, 4, 8, 16] | None = None
     """Best tokens of each slot that the selector chooses from; engines take no other numbers.
     By default 8 for LiLiCorr and 16 for DFlash2's, as published; half where the target is narrower than 1024."""
     selector_width: Annotated[int, integer(8, 2**16)] | None = None
     """Length of the vectors whose products are the selector's scores, and width of LiLiCorr.
-    By default 256 for DFlash2's, as published, and a quarter of the target's width for LiLiCorr; 64 and a sixth
-    where the target is narrower than 1024."""
+    By default 256 for DFlash2's and DSpark's, as published, and a quarter of the target's width for LiLiCorr; 64 and a
+    sixth where the target is narrower than 1024."""
     sliding_window: Annotated[int, integer(2)] | None = None
     """Tokens that a layer sees at most, its own slot included; all by default (speculators: 2048).
     The time of a draft then stops growing with the text, where one prompt is decoded at a time."""

@@ -402,8 +402,8 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
             if are_servable(layer_ids, spec.num_target_layers):
                 values.append(layer_ids)
         return values
-    if key == "sample_from_anchor" and spec.selector:
-        return []  # a selector has no vector for the slot that blocks would have more
+    if spec.selector and key in spec.selector.refused:
+        return []  # such a selector has no vector for the slot that blocks would have more
     return [not getattr(spec, key)]
 
 

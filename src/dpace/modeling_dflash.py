@@ -221,6 +221,31 @@ class CandidateSelectorNetwork(nn.Module):
         return (queries @ nn.functional.embedding(candidates, self.successor_codebook).mT).float()
 
 
+class MarkovHead(nn.Module):
+    """DSpark's head, which adds to a token's logit how well it follows the token before.
+
+    After token `a`, token `b` gets `<W1[a], W2[b]>` more. At first `W2` is 0, and no choice changes.
+
+    Source: DSpark (arXiv 2607.05147), `VanillaMarkov` of deepseek-ai/DeepSpec.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        rank = config.dflash_config["markov_rank"]
+        self.markov_w1 = nn.Embedding(config.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
+
+    @staticmethod
+    def is_in(nested: Mapping[str, object]) -> bool:
+        """Return whether a `dflash_config` has one; DeepSpec writes rank 0 for none."""
+        return bool(nested.get("markov_rank"))
+
+    def initialize(self):
+        """Let it change nothing, with a gradient for the second table."""
+        init.normal_(self.markov_w1.weight)
+        init.zeros_(self.markov_w2.weight)
+
+
 class DFlashLayer(GradientCheckpointingLayer):
     """A pre-norm decoder layer; the features enter its attention without the input norm."""
 
@@ -417,10 +442,19 @@ class LiLiCorrNetwork(nn.Module):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
-SELECTOR_NETWORKS = {"lilicorr": LiLiCorrNetwork, "candidate_selector": CandidateSelectorNetwork}
+SELECTOR_NETWORKS = {
+    "lilicorr": LiLiCorrNetwork,
+    "candidate_selector": CandidateSelectorNetwork,
+    "markov_head": MarkovHead,
+}
 """Networks of selectors. A drafter has one as an attribute of this name where its config has it."""
-TOKEN_TABLES = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
-"""Parameters with a row for each token, which no product multiplies as a whole: Muon leaves them to AdamW."""
+TOKEN_TABLES = (
+    "candidate_selector.predecessor_codebook",
+    "candidate_selector.successor_codebook",
+    "markov_head.markov_w1.weight",
+    "markov_head.markov_w2.weight",
+)
+"""Parameters with a row for each token; Muon leaves them to AdamW."""
 
 
 def published(config: Any) -> dict[str, Any]:
@@ -432,17 +466,11 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
     """Refuse the config of a drafter that this network would compute wrongly.
 
     Raises:
-        ValueError: biases, sinks or scales of attention, windows in MiMo's spelling, a head that reads the token before
-            (DSpark), interleaved rotation, or another activation.
+        ValueError: biases, sinks or scales of attention, windows in MiMo's spelling, another head of DSpark than its
+            plain one, interleaved rotation, or another activation.
     """
-    keys = (
-        "attention_bias",
-        "use_swa",
-        "attention_sink_bias",
-        "attention_value_scale",
-        "markov_rank",
-        "rope_interleaved",
-    )
+    keys = ("attention_bias", "use_swa", "attention_sink_bias", "attention_value_scale", "rope_interleaved")
+    usual = {"hidden_act": "silu", "is_neox_style": True, "rope_is_neox_style": True, "markov_head_type": "vanilla"}
     nested = config.get("dflash_config") or {}
     unknown = {}
     for prefix, group in (("", config), ("dflash_config.", nested)):
@@ -451,13 +479,14 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
             # A scale of 1.0 changes nothing, but True, which equals it, turns something on.
             if value is True or value not in (None, False, 1.0):
                 unknown[prefix + key] = value
-    for name, expected in (("hidden_act", "silu"), ("is_neox_style", True)):
-        if config.get(name) not in (None, expected):
-            unknown[name] = config[name]
+        for name, expected in usual.items():
+            if group.get(name) not in (None, expected):
+                unknown[prefix + name] = group[name]
     if unknown:
         raise ValueError(
             f"the drafter's config has {unknown}; this network supports only attention without biases, sinks and "
-            "scales, NeoX's rotation, silu, and no head of DSpark: serve this drafter with the project that trained it"
+            "scales, NeoX's rotation, silu, and of DSpark's heads the vanilla one: serve this drafter with the project "
+            "that trained it"
         )
 
 

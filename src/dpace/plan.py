@@ -26,7 +26,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.loss.head_scores import chunk_bytes_of
+from dpace.loss.head_scores import MIN_SOFT_ROWS, chunk_bytes_of
 from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
 from dpace.recipes import TARGETS
 from dpace.respond.responses import iterate_responses, load_examples, read_meta
@@ -199,6 +199,9 @@ class TrainingPlan:
             # One layer at a time is computed again, from the states before it.
             activations = activations / num_layers + num_layers * states
         chunk_bytes = chunk_bytes_of(self.recipe.loss, head, is_cpu=is_cpu)
+        head_bytes = 0  # of the copy beside a table that is trained, and of what its gradient takes
+        if self.recipe.drafter.selector == "markov_head":
+            head_bytes = self.num_rows * (self.target.hidden_size * head.itemsize + 8 * MIN_SOFT_ROWS)
         tile_bytes = min(chunk_bytes, 4 * slots * self.num_rows)  # of logits, in fp32
         # The weights are in fp32; for products in 16 bits there is a copy of them.
         weight_bytes = 4
@@ -214,7 +217,7 @@ class TrainingPlan:
             "hidden states": batch_size * num_tokens * self.token_bytes(),
             "hidden states that are kept": 0,
             "activations of the drafter": activations,
-            "loss through the head": 3 * states + 2 * tile_bytes,
+            "loss through the head": 3 * states + 2 * tile_bytes + head_bytes,
             "libraries": CONTEXT_BYTES,
         }
         if is_cpu:

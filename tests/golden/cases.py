@@ -74,6 +74,8 @@ KINDS = {
     "lilicorr": Case(LILICORR),
     "lilicorr seen": Case({**LILICORR, "conv_kernel_size": 2}, LossConfig(selector_penalty=0.0, vocabulary="seen")),
     "candidate selector": Case({"selector": "candidate_selector", "selector_candidates": 4, "conv_kernel_size": 2}),
+    "markov head": Case({"selector": "markov_head", "selector_width": 16}),
+    "markov head seen": Case({"selector": "markov_head", "selector_width": 16}, LossConfig(vocabulary="seen")),
     "from anchor": Case(from_anchor=True),
     "causal": Case({"causal": True}),
     "window": Case({"sliding_window": 9, "full_layers": (0,)}),

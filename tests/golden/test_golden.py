@@ -43,7 +43,7 @@ def check_texts(outcome: Outcome) -> None:
     assert outcome.accepted["batch"] == outcome.accepted["greedy"]
 
 
-LIKE_OTHERS = {"convolutions", "lilicorr seen", "window", "causal", "vocabulary", "from anchor"}
+LIKE_OTHERS = {"convolutions", "lilicorr seen", "markov head seen", "window", "causal", "vocabulary", "from anchor"}
 """Others and the tests of these parts take the same branches."""
 
 

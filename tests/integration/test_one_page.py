@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from dpace import load_drafter
 from dpace.blocks import build_blocks, build_target_layer_ids, dense_mask
-from dpace.cli import main
 from dpace.config import LossConfig
 from dpace.decode import generate
 from dpace.drafter.views import blocks_hidden
@@ -99,15 +98,16 @@ def test_text_and_accepted_lengths(pair):
     assert ours.acceptance.histogram.tolist() == expected.histogram.tolist()
 
 
-def test_the_page_runs_and_bench_reads_its_drafter(language_folder, language_prompts, tmp_path, monkeypatch, capsys):
+def test_the_page_runs_and_bench_reads_its_drafter(
+    language_folder, language_prompts, run_line, tmp_path, monkeypatch, capsys
+):
     for name, value in {"PROMPTS": language_prompts[:8], "STEPS": 2, "ANSWER_TOKENS": 12}.items():
         monkeypatch.setattr(one_page, name, value)
     output = tmp_path / "drafter"
     one_page.main(str(language_folder), str(output))
     assert re.search(r"^same text; \d+ passes gave \d\.\d\d tokens each", capsys.readouterr().out, re.MULTILINE)
-    options = "--num-prompts 1 --max-new-tokens 8 --temperatures 0 --widths full".split()
-    folders = ["--target", str(language_folder), "--drafters", str(output), "--output", str(tmp_path / "bench")]
-    assert main(["bench", *folders, *options]) == 0
+    options = "--num-prompts 1 --max-new-tokens 8 --temperatures 0 --widths full"
+    run_line(f"bench --target {language_folder} --drafters {output} --output {tmp_path / 'bench'} {options}")
 
 
 def test_the_page_is_one_page():

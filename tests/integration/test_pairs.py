@@ -257,6 +257,13 @@ PAIRS |= {
         "train {recipe} --output {out}/c --drafter.init {out}/g/{file}",
         "c/drafter/provenance.json",
     ),
+    "DSpark, out and in again": Pair(
+        f"train {RECIPE} --drafter.selector markov_head --drafter.selector-width 16; "
+        "doctor {out}/drafter --target {target} --engine vllm; respond {recipe} --output {out}/c; "
+        "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
+        "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark}",
+        "c/drafter/provenance.json",
+    ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         f"train {RECIPE} --drafter.init {{out}}/g/{{file}}",
@@ -405,6 +412,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
             make_target("qwen3", vocab_size=len(BYTE_TOKENS)), folder / "served.gguf", **BYTE_TOKENIZER
         ),
         "file": f"dflash-{language_folder.name}-BF16.gguf",
+        "dspark": f"dspark-{language_folder.name}-BF16.gguf",
         "quantized": write_fp8(language_folder, folder / "quantized"),
         "adapter": write_adapter(shutil.copytree(language_folder, folder / "base"), width=48),
     }
@@ -414,6 +422,7 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
 @pytest.fixture
 def out(files, tmp_path, monkeypatch) -> Path:
     """A copy of the answers and of what they gave, which the test changes; dpace's cache is empty."""
+    monkeypatch.chdir(tmp_path)  # some commands choose a folder for their output
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shutil.copytree(files["out"], tmp_path / "out")
 

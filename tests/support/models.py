@@ -5,6 +5,7 @@
 
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dpace.cli import main as run_cli
 from dpace.config import DrafterConfig, ExportConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
@@ -114,6 +116,11 @@ def make_with_candidate_selector(target: Target, **options) -> Drafter:
     return make_with_selector(target, selector="candidate_selector", **options)
 
 
+def make_with_markov_head(target: Target, **options) -> Drafter:
+    """The same with DSpark's head."""
+    return make_with_selector(target, selector="markov_head", **options)
+
+
 @torch.no_grad()
 def _stir(drafter: Drafter, part: str) -> Drafter:
     for name, parameter in drafter.named_parameters():
@@ -171,6 +178,19 @@ def _seed(monkeypatch):
     monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 4)
     monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
     monkeypatch.setattr("dpace.plan.TIMING_SECONDS", 0.02)
+
+
+@pytest.fixture
+def run_line(capsys):
+    """Run a command line of dpace, which ends with this code; give what it printed."""
+
+    def run(line: str | list[str], code: int = 0):
+        found = run_cli(shlex.split(line) if isinstance(line, str) else line)
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        return printed
+
+    return run
 
 
 @pytest.fixture
@@ -410,9 +430,10 @@ LANGUAGE_RECIPE = Recipe(
 )
 
 
-def make_recipe(**train) -> Recipe:
-    """The same with other options of training."""
-    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **train))
+def make_recipe(drafter: dict | None = None, **train) -> Recipe:
+    """The same with other options of the drafter and of training."""
+    sizes = replace(LANGUAGE_RECIPE.drafter, **(drafter or {}))
+    return replace(LANGUAGE_RECIPE, drafter=sizes, train=replace(LANGUAGE_RECIPE.train, **train))
 
 
 @pytest.fixture(scope="session")

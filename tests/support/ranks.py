@@ -33,12 +33,12 @@ FSDP = {USE_FSDP: "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING":
 """What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
 JOBS = {
     "anchors": {},
-    "batch": {"optimizer": "muon"},
-    "slots": {"grow_blocks": True},
+    "batch": {},
+    "slots": {"optimizer": "muon", "grow_blocks": True},
     "weights": {"gradient_checkpointing": True, "max_grad_norm": 0.1},
 }
 """Options of training, with each reduction."""
-STOPPED = ("batch", "slots")
+STOPPED = ("slots",)
 """Jobs that are ended by a signal, and go on."""
 
 

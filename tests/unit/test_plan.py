@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
@@ -166,10 +165,9 @@ def answered(tmp_path) -> list[str]:
     return ["--target", str(tmp_path / "target"), "--output", str(out), "--prompts.path", path]
 
 
-def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsys):
+def test_plan_needs_no_weights_and_says_what_to_change(answered, run_line, tmp_path):
     def plan(*options: str) -> str:
-        assert main(["plan", *answered, *options]) == 0, capsys.readouterr().err
-        return capsys.readouterr().out
+        return run_line(["plan", *answered, *options]).out
 
     said = plan("--memory", "20MiB", "--device", "cpu")
     assert "does not fit in 20.0 MiB: lower " in said and "largest --train.batch-size that fits: 0" in said
@@ -190,8 +188,7 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
         *_, line, next_line = plan("--minutes", str(minutes)).splitlines()
         assert re.fullmatch(rf"in {minutes:g} minutes: --train\.max-steps \d+ --train\.eval-steps \d+", line)
         assert "--minutes" not in next_line
-    assert main(["plan", *answered, *line.split(": ")[1].split()]) == 0
-    assert re.search(r"training: about (0:59:59|1:00:00|0:59:5\d)", capsys.readouterr().out)
+    assert re.search(r"training: about (0:59:59|1:00:00|0:59:5\d)", plan(*line.split(": ")[1].split()))
     said = plan(*other, "--prompts.path", str(tmp_path / "none.jsonl"))
     assert "prompts are not on this machine" in said and "of 74.5 GiB\n" in said
     assert "2 conversations of 3,072 tokens" in said
@@ -207,14 +204,13 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("recipe", PARAMETERS)
-def test_the_recipes_of_dpace_are_planned_without_a_network(recipe, tmp_path, monkeypatch, capsys):
+def test_the_recipes_of_dpace_are_planned_without_a_network(recipe, run_line, tmp_path, monkeypatch):
     """The sizes of their targets come with dpace, which is said; no training takes them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError))
-    assert main(["plan", recipe, "--memory", "80GB", "--device", "cpu", "--dtype", "float32"]) == 0
-    printed, said = capsys.readouterr()
+    printed, said = run_line(f"plan {recipe} --memory 80GB --device cpu --dtype float32")
     target = read_recipe(RECIPES[recipe]).target
     assert f"{target} is not on this machine; the plan takes its sizes, which come with dpace" in said
     of_target = size(4 * PARAMETERS[recipe])

@@ -4,29 +4,36 @@ They are copied as data, from these files at these commits:
 
 * D-PACE, the author's code: Lucas-TY/D-PACE f36bad6e6b0f, tests/test_utils/test_dflash_losses.py
 * Model-Optimizer: NVIDIA/Model-Optimizer a2fbac7bad8a, tests/unit/torch/speculative/plugins/test_hf_dflash.py
-* SpecForge: sgl-project/SpecForge a6b6b0230009, tests/test_utils/test_dflash_losses.py and test_dflash_mask.py;
+* SpecForge: sgl-project/SpecForge a6b6b0230009, tests/test_utils/test_dflash_losses.py and test_dflash_mask.py,
+  specforge/algorithms/common/dflash_family_model.py and specforge/modeling/draft/dspark.py;
   187edb9ec5ed (pull request 880), tests/test_utils/test_dflash_walk.py;
   611df5430bdd (pull request 874, open), tests/test_utils/test_dflash_opd.py
 * TorchSpec: lightseekorg/TorchSpec 6f21829cd0e3, tests/test_dflash.py
-* speculators: vllm-project/speculators c05b95b303f7, tests/unit/models/test_dflash_attention.py, test_dflash_utils.py
-  and test_sample_from_anchor.py
+* speculators: vllm-project/speculators c05b95b303f7, tests/unit/models/test_dflash_attention.py, test_dflash_utils.py,
+  test_sample_from_anchor.py, test_dspark_metrics.py and test_dspark_model_definitions.py, and the code that these test
+* DeepSpec: deepseek-ai/DeepSpec afdfa7c9382a, deepspec/modeling/dspark/markov_head.py
 * optimum-intel: huggingface/optimum-intel e1de5beecfd0, optimum/exporters/openvino/model_patcher.py
 """
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import Qwen3Config
 
-from dpace.blocks import FULL, Reach, build_blocks, build_target_layer_ids, dense_mask, sample_anchors
+from dpace.blocks import FULL, Blocks, Reach, build_blocks, build_target_layer_ids, dense_mask, sample_anchors
 from dpace.config import LossConfig
+from dpace.drafter.markov_head import MarkovSelector
+from dpace.drafter.views import BlocksHidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.heldout import walk
 from dpace.metrics import Acceptance
-from dpace.modeling_dflash import DFlashDraftModel
+from dpace.modeling_dflash import DFlashDraftModel, MarkovHead
+from dpace.target.draft_rows import DraftRows
 from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights, spec_auf_weights
 from tests.support.models import make_drafter, make_target
@@ -222,3 +229,62 @@ def test_the_network(kind, expected):
         weight.copy_(1 + 0.3 * drawn if "norm" in name else drawn / 2)
     out = network(waves(1, 3, 8, start=0.5), waves(1, 7, 16, start=0.25), torch.arange(10)[None])
     torch.testing.assert_close(out.last_hidden_state[0, :, 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def dspark():
+    """DSpark's head of rank 3 beside a target of 11 tokens, the rows of its LM head, and two blocks of 3 drafts."""
+    network = MarkovHead(SimpleNamespace(vocab_size=11, dflash_config={"markov_rank": 3})).requires_grad_(False)
+    network.markov_w1.weight.copy_(waves(11, 3, start=0.2))
+    network.markov_w2.weight.copy_(waves(11, 3, start=0.3))
+    head = LmHead(waves(11, 6, start=0.1))
+    rows = Mock(spec=DraftRows, head=head, token_ids=None, logits=head.logits, tokens=lambda index: index)
+    labels = torch.tensor([[[7, 2, 5, 9], [3, 3, 0, 10]]])
+    is_scored = torch.tensor([[[0, 1, 1, 1], [0, 1, 1, 0]]]).bool()
+    anchors = torch.tensor([[0, 4]])
+    hidden = waves(1, 2, 4, 6, start=0.4)
+    drafted = BlocksHidden(hidden, Blocks(anchors, labels, is_scored, anchors >= 0), hidden[:, :, 0], None, None)
+    return MarkovSelector(Mock(spec=DFlashDraftModel, markov_head=network)), rows, drafted
+
+
+def test_the_loss_of_dsparks_head(dspark):
+    """speculators' means of "ce" over 5 slots, as sums, and SpecForge's sum; and what the head adds to 4 tokens."""
+    selector, rows, drafted = dspark
+    network, blocks = selector.network, drafted.blocks
+    added = network.markov_w2(network.markov_w1(blocks.labels[0, 0, 0]))
+    torch.testing.assert_close(added[:4], torch.tensor([-0.496993, 0.652061, 0.989922, 0.096276]), rtol=1e-4, atol=1e-5)
+    states, head = selector.states(drafted), selector.head(rows)
+    for weigh, expected in (
+        (lambda slots: dflash_weights(slots.is_scored, gamma=4.0), 20.31904),
+        (lambda slots: dpace_weights(slots.token_probs, slots.is_scored, alpha=0.5), 5 * 2.252317),
+    ):
+        found = frozen_head_nll(states, head, blocks.labels, blocks.is_scored, weigh=weigh)
+        assert float(found.losses.sum()) == pytest.approx(expected, rel=1e-4)
+    by_slot = found.nll.sum((0, 1))
+    torch.testing.assert_close(by_slot, torch.tensor([0.0, 8.468887, 10.017456, 6.674941]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_drafts_of_dsparks_head(dspark):
+    """SpecForge's and DeepSpec's tokens, and the first logit of each slot."""
+    selector, rows, drafted = dspark
+    draft = selector.propose(rows, drafted.hidden[0], drafted.blocks.labels[0, :, 0], lambda: drafted.before[0], 4)
+    assert draft.tokens.tolist() == [[1, 7, 8], [8, 3, 4]]
+    expected = [[-2.213072, 0.123303, 2.308403], [0.136741, -1.116235, -4.424423]]
+    torch.testing.assert_close(draft.scores[..., 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("ids", "slots", "overlap", "length"), [
+    ([0, 1, 0, 2], [0, 1], 1.0, 2.0), ([0, 1, 0, 2], [1, 1], 1.0, 3.0), ([0, 3, 0, 4], [0, 1], 0.0, 1.0),
+])  # fmt: skip
+def test_how_much_of_dsparks_drafts_is_accepted(ids, slots, overlap, length):
+    """speculators': a sure draft of tokens 1 and 2, for a target that is sure of these or of others."""
+    theirs, ours = (10 * torch.eye(8)[torch.tensor(tokens)].view(1, 2, 2, 8) for tokens in (ids, [0, 1, 0, 2]))
+    is_scored = torch.tensor(slots).bool().expand(1, 2, 2)
+    seen = []
+    weigh = lambda slots: seen.append(slots) or torch.ones(1, 2, 2)  # noqa: E731
+    labels = theirs.argmax(-1)
+    out = frozen_head_nll(ours, LmHead(10 * torch.eye(8)), labels, is_scored, weigh=weigh, target_hidden=theirs)
+    assert seen[0].overlap[is_scored].mean() == pytest.approx(overlap, abs=1e-2)
+    accepted = seen[0].overlap.where(is_scored, 1.0).cumprod(-1).where(is_scored, 0.0).sum(-1)
+    assert float(1 + accepted.mean()) == pytest.approx(length, abs=1e-2)
+    assert (float(out.nll.sum()) < 1e-2) == (overlap == 1.0)

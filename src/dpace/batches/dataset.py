@@ -8,7 +8,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -176,8 +175,11 @@ def compute_features(
 ) -> list[Features]:
     """Compute the features of each of several texts, on the CPU; see `Target.read_features`."""
     padded = target.read_features(pad(texts), layer_ids, with_head_input=with_head_input).change(Tensor.cpu)
-    # Without the padding.
-    return [padded.change(itemgetter((row, slice(len(text))))) for row, text in enumerate(texts)]
+    features = []
+    for row, text in enumerate(texts):
+        head_input = None if padded.head_input is None else padded.head_input[row, : len(text)]
+        features.append(Features(padded.layers[row, : len(text)], head_input))
+    return features
 
 
 def redraw(row: Inputs, num_anchors: int) -> Inputs:

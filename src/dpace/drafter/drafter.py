@@ -22,7 +22,7 @@ from dpace.drafter.spec import (
     SCALES,
     SELECTORS,
     SPECIAL_TOKENS,
-    TARGET_TABLES,
+    UNREAD,
     DrafterSpec,
     as_float32,
     read_folder,
@@ -308,7 +308,7 @@ class Drafter(DFlashDraftModel):
             drafter: Any = Drafter(spec.config())
         new_weights = drafter.state_dict()
         for name, trained in self.named_parameters():
-            if name not in TARGET_TABLES:
+            if name not in UNREAD:
                 # The target may have more tokens than before, or fewer: the rows that both have are copied.
                 new_weights[name][: len(trained)].copy_(trained.detach()[: len(new_weights[name])])
         drafter.check_target(target)
@@ -401,7 +401,7 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
         ValueError: tensors that are missing, unknown, of another shape, no numbers with a point, or not finite.
     """
     shapes = spec.shapes
-    unused = TARGET_TABLES - shapes.keys()
+    unused = UNREAD - shapes.keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     mismatched = []
     for name, tensor in tensors.items():

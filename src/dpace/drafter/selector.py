@@ -21,6 +21,7 @@ from dpace.loss.scorer import Scorer
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.ledger import JsonObject
 from dpace.target.draft_rows import DraftRows
+from dpace.target.head import LmHead
 
 SCORED_ROWS = 128
 """Number of slots whose logits exist at once where known responses are measured."""
@@ -69,6 +70,11 @@ class Selector:
     def __init__(self, drafter: DFlashDraftModel):
         self.drafter = drafter
 
+    @property
+    def network(self) -> Any:
+        """Its network in the drafter."""
+        return getattr(self.drafter, self.name)
+
     def add_loss(self, scores: SlotScores, drafted: BlocksHidden, scorer: Scorer) -> SlotScores:
         """Add the loss that the selector itself is trained with; this one has nothing to train.
 
@@ -78,6 +84,14 @@ class Selector:
             scorer: of the training.
         """
         return scores
+
+    def states(self, drafted: BlocksHidden) -> Float[Tensor, "batch block slot state"]:
+        """Return what `head` and `scores` read of each slot."""
+        return drafted.hidden
+
+    def head(self, rows: DraftRows) -> LmHead:
+        """Return the head that states are trained with."""
+        return rows.head
 
     def propose(
         self,
@@ -141,6 +155,7 @@ class Selector:
             States of the slots, "1 block slot state", which `scores` turns into scores of a draft; and the accepted
             slots, first as they are drafted, then in the other ways of `Acceptance.bounds`.
         """
+        all_states = self.states(drafted)
         labels = drafted.blocks.labels
         is_scored = drafted.blocks.is_scored
         is_match = torch.zeros_like(is_scored)
@@ -150,14 +165,14 @@ class Selector:
             tried = slice(start, 2 * start)
             is_tried = is_right[..., None] & is_scored[..., tried]
             tokens = []
-            for states in drafted.hidden[..., tried, :][is_tried].split(SCORED_ROWS):
-                tokens.append(rows.tokens(argmax(rows.logits(states).float())))
+            for states in all_states[..., tried, :][is_tried].split(SCORED_ROWS):
+                tokens.append(rows.tokens(argmax(self.scores(states, rows).float())))
             is_match[..., tried][is_tried] = torch.cat(tokens) == labels[..., tried][is_tried]
             is_right = is_match[..., tried].all(-1)
             start *= 2
         is_accepted = is_match[..., 1:].int().cumprod(-1).bool()
         # The anchor is no draft.
-        return drafted.hidden, nn.functional.pad(is_accepted, (1, 0))
+        return all_states, nn.functional.pad(is_accepted, (1, 0))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Turn states of `match` into scores of a `Draft`."""
@@ -219,11 +234,6 @@ class LatticeSelector(Selector):
     def __init__(self, drafter: DFlashDraftModel):
         super().__init__(drafter)
         self.num_candidates = self.network.num_candidates
-
-    @property
-    def network(self) -> Any:
-        """Its network in the drafter."""
-        return getattr(self.drafter, self.name)
 
     def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
         """Compute `Lattice.scores`."""
@@ -357,6 +367,10 @@ class SelectorSizes:
     selector: ClassVar[type[Selector]]
     reads: ClassVar[tuple[str, ...]] = ()
     """Options that it reads of those whose names begin with `selector_`; others are refused with it."""
+    refused: ClassVar[tuple[str, ...]] = ("sample_from_anchor", "draft_vocab_size")
+    """Fields of a `DrafterSpec` that have their default beside it."""
+    from_anchor: ClassVar[bool] = False
+    """`DrafterSpec.sample_from_anchor` where a file does not say; True in DSpark's layout."""
     older_names: ClassVar[dict[str, str]] = {}
     """Names that parts of its network may have in files, and the names that are written."""
 

@@ -45,13 +45,32 @@ FROM_ANCHOR = "query_zero_predicts_next"
 """Another name of `sample_from_anchor` in published configs."""
 SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
 """What the target does to embeddings and logits; z-lab's code looks into `dflash_config`, others at the top level."""
-EITHER = ("block_size", "mask_token_id", "target_layer_ids", "sample_from_anchor", FROM_ANCHOR, *SCALES)
+EITHER = (
+    "block_size",
+    "mask_token_id",
+    "target_layer_ids",
+    "num_target_layers",
+    "sample_from_anchor",
+    FROM_ANCHOR,
+    *SCALES,
+)
 """Keys that stand in `dflash_config` or at the top level."""
 LAYER_SIZES = ("conv_kernel_size", "conv_group_size")
 """Sizes in `dflash_config` of what a layer has beside DFlash's; 0 or missing in a layer without it."""
 FIX = "copy config and weights again, or `dpace import` the drafter if another program wrote it"
-TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
-"""Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
+UNREAD = {
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "t2d",
+    "verifier_norm.weight",
+    "verifier_lm_head.weight",
+    "confidence_head.proj.weight",
+    "confidence_head.proj.bias",
+    "conf_proj.weight",
+    "conf_proj.bias",
+}
+"""Tensors that may be left out: tables that the config calls the target's, what speculators trains with, and DSpark's
+head for confidences, in safetensors and GGUF, in whose place dpace has calibrated probabilities."""
 SELECTORS: dict[str, type[SelectorSizes]] = {
     name: import_module(f"dpace.drafter.{name}").SIZES for name in get_args(SelectorName)
 }
@@ -202,14 +221,18 @@ class DrafterSpec:
             "rope_parameters": rope | {"rope_theta": numbers.rope_theta},
             "special_token_ids": {name: values[name] for name in SPECIAL_TOKENS if name in values},
         }
+        selector = values.get("selector")
+        if selector and values.get("sample_from_anchor") is None:
+            objects["sample_from_anchor"] = selector.from_anchor
         spec = read_values(cls, values | objects)
         if spec.selector:
             spec.selector.check(spec.hidden_size)
-            for key in ("sample_from_anchor", "draft_vocab_size"):
-                if value := getattr(spec, key):
+            for key in spec.selector.refused:
+                value = getattr(spec, key)
+                if value != getattr(cls, key):
                     raise ValueError(
-                        f"{key} is {value}, which dpace does not run with a selector; serve this drafter with the "
-                        "project that trained it"
+                        f"{key} is {value}, which dpace does not run with the selector {spec.selector.name}; take "
+                        "another one, or serve this drafter with the project that trained it"
                     )
         # One spelling for layers without a window: files say it in several ways.
         if "sliding_attention" not in spec.layer_types:
@@ -247,7 +270,7 @@ class DrafterSpec:
         if config.get("draft_vocab_size") not in (None, config.get("vocab_size")):
             values["draft_vocab_size"] = config["draft_vocab_size"]
             values["has_own_lm_head"] = False
-        values["selector"] = read_sizes(config, nested)
+        values["selector"] = read_sizes(config, nested | {"markov_rank": read_either(config, nested, "markov_rank")})
         values["rope_parameters"] = read_rope(config)
         values["is_causal"] = _read_causality(config, nested)
         spec = cls.from_values(values)
@@ -265,6 +288,11 @@ class DrafterSpec:
         values = adapter(DrafterSpec).dump_python(
             self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
         )
+        if self.selector and self.selector.from_anchor:
+            # vLLM looks here. Its older versions read the last key.
+            begins = self.sample_from_anchor
+            values |= {"sample_from_anchor": begins, "markov_head_type": "vanilla", **self.selector.config_keys()}
+            values["dspark_bonus_anchor"] = not begins
         # Some engines read these in `dflash_config`, and others at the top level, where they stay too.
         repeated = ("mask_token_id", "target_layer_ids", "sample_from_anchor", *SCALES)
         nested = {name: values[name] for name in repeated if name in values}
@@ -367,8 +395,10 @@ def read_sizes(config: JsonObject, nested: JsonObject) -> SelectorSizes | None:
     """
     for name, sizes in SELECTORS.items():
         network = dpace.modeling_dflash.SELECTOR_NETWORKS[name]
-        if network.is_in(nested) or sizes.architecture in str(config.get("architectures")):
-            prefix = sizes.prefix
+        prefix = sizes.prefix
+        # DSpark's layout may have rank 0, and then no head.
+        is_named = sizes.architecture in str(config.get("architectures")) and nested.get(f"{prefix}rank") != 0
+        if network.is_in(nested) or is_named:
             values = {key.removeprefix(prefix): value for key, value in nested.items() if key.startswith(prefix)}
             return read_values(sizes, values, prefix)
     return None
@@ -453,5 +483,5 @@ def read_quantized(folder: Path, spec: DrafterSpec, quantized: JsonObject) -> di
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     model, info = loaded
-    refuse_mismatch(what, info, FIX, unknown=info["unexpected_keys"] - TARGET_TABLES)
+    refuse_mismatch(what, info, FIX, unknown=info["unexpected_keys"] - UNREAD)
     return model.state_dict()

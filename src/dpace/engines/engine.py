@@ -17,6 +17,8 @@ from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
 """Published names of the networks that dpace trains."""
+DSPARK = "Qwen3DSparkModel"
+"""The same of the one with DSpark's head, which not all of these engines read."""
 CONVOLUTIONS = ("conv_kernel_size", "conv_group_size")
 """Options of a `DrafterSpec` for convolutions, which `DFlash2DraftModel` has, and others may have."""
 TABLES = ("draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")

@@ -23,7 +23,7 @@ from dpace.config import ExportConfig
 from dpace.drafter import Drafter
 from dpace.drafter.spec import LAYER_SIZES, DrafterSpec, read_sizes
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.engine import CONVOLUTIONS, TABLES, Engine, to_layer_ids
+from dpace.engines.engine import CONVOLUTIONS, DSPARK, TABLES, Engine, to_layer_ids
 from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import translate_library_errors
 from dpace.target import Target
@@ -68,6 +68,8 @@ TENSOR_NAMES = {
     "candidate_selector.predecessor_codebook": "selector_predecessor.weight",
     "candidate_selector.successor_codebook": "selector_successor.weight",
     "candidate_selector.hidden_projection.weight": "selector_hidden.weight",
+    "markov_head.markov_w1.weight": "markov_w1.weight",
+    "markov_head.markov_w2.weight": "markov_w2.weight",
     "embed_tokens.weight": "token_embd.weight",
     "lm_head.weight": "output.weight",
     "d2t": "d2t",
@@ -105,7 +107,7 @@ class Gguf(Engine):
 
     name = "gguf"
     title = "llama.cpp"
-    reads = ("DFlashDraftModel", "DFlash2DraftModel", *CONVOLUTIONS, *TABLES, "sample_from_anchor")
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", DSPARK, *CONVOLUTIONS, *TABLES, "sample_from_anchor")
     layout = "gguf"
     files = ("*.gguf",)
     card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens)
@@ -116,7 +118,7 @@ class Gguf(Engine):
 
 On a CPU measure first, with `dpace bench --server`: long drafts were slower than no drafter in all our runs there. By
 default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a lower
-probability; try a few values on your prompts.
+probability; try a few values on your prompts. With the type `draft-dspark` it takes no such value.
 
 From the Hub: `llama-server -hf OWNER/TARGET-GGUF -hfd OWNER/REPOSITORY` finds this file by its name, in any repository.
 Beside the target's GGUF file, `-hf` finds it with the `--spec-type` of the command, and Unsloth's studio by itself.
@@ -165,10 +167,10 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
         )
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
-        """See `Engine`; drafters whose blocks begin at the anchor run as DSpark's without a head."""
+        """See `Engine`; drafters whose blocks begin at the anchor run as DSpark's, with its head or without."""
         file = shlex.quote(drafter) if drafter.endswith(".gguf") else "DRAFTER.gguf"
         model = shlex.quote(target) if target.endswith(".gguf") else "TARGET.gguf"
-        kind = "dspark" if spec.sample_from_anchor else "dflash"
+        kind = kind_of(spec)
         count = spec.num_draft_tokens
         return f"llama-server -m {model} -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
 
@@ -178,7 +180,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
 
     def write(self, folder: Path, drafter: Drafter, config: ExportConfig, target: Target) -> Path:
         """See `Engine`; llama.cpp and Unsloth's studio find the file by the two ends of its name."""
-        kind = "dspark" if drafter.spec.sample_from_anchor else "dflash"
+        kind = kind_of(drafter.spec)
         name = Path(config.served_target).resolve().name.removesuffix(".gguf")
         precision = TENSOR_TYPES[getattr(torch, config.dtype)].name
         path = folder / f"{kind}-{name}-{precision}.gguf"
@@ -204,6 +206,8 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
                 tensor.name: from_gguf(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
                 for tensor in reader.tensors
             }
+            if "markov_w1.weight" in tensors:  # other writers do not say its rank
+                fields[f"{ARCHITECTURE}.markov_rank"] = tensors["markov_w1.weight"].shape[1]
             values = _read_values(fields) | {
                 "num_target_layers": num_target_layers,
                 "draft_vocab_size": len(tensors.get("d2t", ())),
@@ -215,6 +219,11 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
         names = {gguf_name(ours): ours for ours in spec.shapes}
         return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def kind_of(spec: DrafterSpec) -> str:
+    """Return what llama.cpp calls the kind of a drafter, in its command and in names of files."""
+    return "dspark" if spec.sample_from_anchor or spec.architecture == DSPARK else "dflash"
 
 
 def gguf_name(name: str) -> str:
@@ -339,6 +348,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
         "rope.freq_base": spec.rope_parameters["rope_theta"],
         "attention.causal": spec.is_causal,
         "sample_from_anchor": spec.sample_from_anchor,
+        "has_confidence_head": False,
     }
     kinds = gguf.GGUFValueType
     types = {int: kinds.UINT32, float: kinds.FLOAT32, bool: kinds.BOOL}
@@ -368,7 +378,7 @@ def _read_values(fields: JsonObject) -> JsonObject:
         **json.loads(fields.get(RECORD_KEY, "{}")),
         **{published: get(name) or None for published, name in FIELDS.items()},
         **{name: get(name) for name in (*LAYER_SIZES, "sample_from_anchor")},
-        "selector": read_sizes({}, {name: get(name) for name in ("selector_rank", "selector_top_k")}),
+        "selector": read_sizes({}, {name: get(name) for name in ("selector_rank", "selector_top_k", "markov_rank")}),
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
         "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},

@@ -7,7 +7,7 @@ import json
 import shlex
 
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.engine import CONVOLUTIONS, NETWORKS, TABLES, Engine
+from dpace.engines.engine import CONVOLUTIONS, DSPARK, NETWORKS, TABLES, Engine
 
 
 class Vllm(Engine):
@@ -15,7 +15,7 @@ class Vllm(Engine):
 
     name = "vllm"
     title = "vLLM"
-    reads = (*NETWORKS, *CONVOLUTIONS, *TABLES)
+    reads = (*NETWORKS, DSPARK, *CONVOLUTIONS, *TABLES)
     card = """**vLLM**
 
 ```bash
@@ -45,7 +45,8 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """Write the command that starts a server; vLLM does not count the known token."""
-        config = {"method": "dflash", "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
+        method = "dspark" if spec.architecture == DSPARK else "dflash"
+        config = {"method": method, "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
         return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(json.dumps(config))}"
 
 

@@ -135,6 +135,7 @@ def write_card(
         table=results and to_markdown(speeds(results)._replace(title="Results", text="", note="")),
         sections=sections,
         fits_gguf=not (gguf.fault(replace(spec, selector=None)) or gguf.target_fault(target.model.config.model_type)),
+        needs_plain=gguf.fault(spec),
         verdicts=[verdict(row.decode_speedup) for row in whole_drafts],
         num_drafts=num_drafts,
         measured_engine=served_depths and _server_of(served_depths).engine,

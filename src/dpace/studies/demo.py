@@ -35,7 +35,7 @@ NUM_KINDS = 4
 """Kinds of text that these prompts are of."""
 OF_EACH_KIND = 2
 """Prompts of each kind that are decoded: the table is there within a minute."""
-KINDS_TOKENS = 64
+KINDS_TOKENS = 48
 """Longest answer to them."""
 QUICK = {
     "prompts": {"limit": 36},

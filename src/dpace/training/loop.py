@@ -79,9 +79,9 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
     config = scorer.loss
     # The target's may be there for a selector's loss alone; with it, token losses take a slower path.
     target_hidden = drafted.target_hidden if config.needs_target_probs else None
-    head = scorer.rows.head
+    head = drafter.selector.head(scorer.rows)
     scores = frozen_head_nll(
-        drafted.hidden,
+        drafter.selector.states(drafted),
         head,
         scorer.rows.index(blocks.labels),
         blocks.is_scored,

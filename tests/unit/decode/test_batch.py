@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dpace.cli import main
 from dpace.decode import Decoder
 from dpace.decode.batch import generate_batch
 from dpace.decode.loop import generate_plain
@@ -164,14 +163,11 @@ def test_compiled_steps_see_a_changed_weight(graphs, language_folder):
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
 @pytest.mark.wide
-def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, random_drafter_folder, capsys):
+def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, random_drafter_folder, run_line):
     """The first step is never compiled: it makes the drafter's cache, and reads a prompt of any length."""
-    flags = ["generate", "--target", str(language_folder), "--prompt", "w3 w51", "--max-new-tokens", "12"]
-    answers = []
-    for more in ([], ["--drafter", str(random_drafter_folder), "--compile"]):
-        assert main([*flags, *more]) == 0
-        answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] and graphs
+    line = f"generate --target {language_folder} --prompt 'w3 w51' --max-new-tokens 12"
+    plain = run_line(line).out
+    assert run_line(f"{line} --drafter {random_drafter_folder} --compile").out == plain and graphs
 
 
 def test_what_no_batch_takes_is_refused():

@@ -13,7 +13,13 @@ from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler, verify_sampled
 from dpace.drafter.selector import draw_draft
 from dpace.drafter.vocabulary import DraftVocabulary
-from tests.support.models import make_drafter, make_target, make_with_candidate_selector, make_with_selector
+from tests.support.models import (
+    make_drafter,
+    make_target,
+    make_with_candidate_selector,
+    make_with_markov_head,
+    make_with_selector,
+)
 
 VOCAB = 6
 
@@ -67,7 +73,9 @@ def chi_square(counts, probs):
     return chisquare(found, wanted * found.sum() / wanted.sum()).pvalue
 
 
-@pytest.mark.parametrize("make", [make_drafter, make_with_selector, make_with_candidate_selector])
+@pytest.mark.parametrize(
+    "make", [make_drafter, make_with_selector, make_with_candidate_selector, make_with_markov_head]
+)
 def test_no_more_is_drawn_than_is_verified(make, language_target):
     options = {"max_new_tokens": 12, "temperature": 1.0, "verify_rule": "speculative", "width": 3}
     assert max(generate(language_target, make(language_target), [4, 5, 6], **options).widths) == 3

@@ -10,7 +10,6 @@ import torch
 
 import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
-from dpace.cli import main
 from dpace.doctor import RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
@@ -26,6 +25,7 @@ from tests.support.models import (
     make_tokenizer,
     make_with_candidate_selector,
     make_with_convolutions,
+    make_with_markov_head,
     make_with_selector,
 )
 from tests.unit.target.test_target_files import write_fp8
@@ -149,7 +149,8 @@ def test_a_block_size_is_needed_in_one_place(more, result, folder, language_targ
 @pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
 def test_good_drafters_pass(random_target, tmp_path):
     random_target.tokenizer = make_tokenizer()
-    for make in (make_drafter, make_with_convolutions, make_with_selector, make_with_candidate_selector):
+    with_selectors = make_with_selector, make_with_candidate_selector, make_with_markov_head
+    for make in (make_drafter, make_with_convolutions, *with_selectors):
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
 
@@ -327,18 +328,16 @@ def test_a_text_that_the_drafter_changes_is_named(dtype, result, tmp_path, monke
     assert found.result == result and "0 of 3 texts" in found.found
 
 
-def test_the_verb_passes_a_trained_drafter(folder, language_folder, language_responses, capsys, monkeypatch):
+def test_the_verb_passes_a_trained_drafter(folder, language_folder, language_responses, run_line, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     responses = folder.parents[1] / "responses.jsonl"
-    write_rows(responses, map(asdict, language_responses))
+    write_rows(responses, map(asdict, language_responses[44:]))  # those that tau was measured on, and some more
     command = f"doctor {folder} --target {language_folder}"
-    assert main(f"{command} --engine vllm".split()) == 0
-    printed = capsys.readouterr()
+    printed = run_line(f"{command} --engine vllm")
     parts = '"num_speculative_tokens": 5', "next: dpace check", "on the responses of the training"
     assert all(text in printed.out for text in (*RUN, *parts))
     assert all(words in printed.err for words in ("decoding prompts: 3 of 3", "measuring tau: 1 of "))
     assert "fails" not in printed.out.lower() and "warns" not in printed.out
     change_config(folder, is_causal=True)
-    assert main(f"{command} --responses {responses.rename(folder.parent / 'mine.jsonl')}".split()) == 1
-    printed = capsys.readouterr()
+    printed = run_line(f"{command} --responses {responses.rename(folder.parent / 'mine.jsonl')}", 1)
     assert "FAILS" in printed.out and "failed: accepted length, measured is_causal" in printed.err

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRows, load_vocabulary
 from dpace.training.finish import measure_and_calibrate
 from tests.support.files import read_json
-from tests.support.models import LANGUAGE_RECIPE, make_target
+from tests.support.models import make_target
 from tests.unit.training.test_train import measured, run_recipe, short
 
 
@@ -87,7 +86,6 @@ def test_none_is_written_that_loses_tau_or_for_a_drafter_that_started_from_anoth
 ):
     if not init:
         monkeypatch.setattr("dpace.training.finish.MAX_TAU_LOSS", -0.5)
-    recipe = replace(short(), drafter=replace(LANGUAGE_RECIPE.drafter, init=init))
     parts = language_responses[:21], language_responses[50:52]
-    run_recipe(language_target, *parts, recipe, tmp_path, init=language_drafter if init else None)
+    run_recipe(language_target, *parts, short({"init": init}), tmp_path, init=language_drafter if init else None)
     assert (tmp_path / "provenance.json").exists() and not (tmp_path / VOCABULARY_FILE).exists()

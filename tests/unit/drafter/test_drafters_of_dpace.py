@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from dpace.cli import main
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.prompts.prompts import demo_path, read_prompts
+from dpace.recipes.recipe_file import read_recipe
 from dpace.studies.demo import KINDS
 from dpace.system.provenance import hash_file
 from dpace.target import Target
@@ -18,13 +18,11 @@ by_name = pytest.mark.parametrize("name", DRAFTERS)
 
 
 @by_name
-def test_it_is_found_by_name_and_refuses_another_target(name, language_folder, capsys):
+def test_it_is_found_by_name_and_refuses_another_target(name, language_folder, run_line):
     assert Drafter.from_pretrained(name).num_parameters() < 10e6
-    ask = ["generate", "--target", str(language_folder), "--prompt", "w1 w51", "--drafter"]
-    assert main([*ask, name]) == 1
-    assert "the drafter's hidden_size is 576 and the target" in capsys.readouterr().err
-    assert main([*ask, "smollm"]) == 1
-    assert f"or a drafter of dpace: {name}" in capsys.readouterr().err
+    ask = f"generate --target {language_folder} --prompt w1 --drafter"
+    assert "the drafter's hidden_size is 576 and the target" in run_line(f"{ask} {name}", 1).err
+    assert f"or a drafter of dpace: {name}" in run_line(f"{ask} smollm", 1).err
 
 
 @by_name
@@ -32,6 +30,12 @@ def test_its_card_has_the_hash_of_its_weights(name):
     folder = DRAFTERS[name]
     (found,) = re.findall(r"model\.safetensors, sha256 \| `(\w+)`", (folder / "README.md").read_text())
     assert found == hash_file(folder / "model.safetensors")
+
+
+@by_name
+def test_its_recipe_is_one_of_today(name):
+    recipe = read_recipe(DRAFTERS[name] / "recipe.yaml")
+    assert (recipe.target, recipe.loss.objective) == (TARGET_ID, "dpace")
 
 
 @pytest.mark.slow

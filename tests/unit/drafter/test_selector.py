@@ -8,13 +8,14 @@ import torch
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
+from dpace.decode.sampling import Sampler
 from dpace.drafter.lilicorr import LiLiCorrSizes
 from dpace.drafter.selector import Lattice, LatticeSelector, take_walk
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorrNetwork
 from dpace.respond.responses import Response
 from dpace.target.draft_rows import DraftRows
-from tests.support.models import make_target, make_with_candidate_selector, make_with_selector
+from tests.support.models import make_target, make_with_candidate_selector, make_with_markov_head, make_with_selector
 
 
 def test_the_published_vector():
@@ -109,18 +110,51 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
             anchor += accepted + 1
 
 
+@pytest.mark.parametrize("make", [make_with_candidate_selector, make_with_markov_head])
 @torch.no_grad()
-def test_what_is_measured_of_the_selector_is_what_decoding_does(language_target, questions, monkeypatch):
-    """Accepted lengths, and the scores that confidences are computed from."""
-    drafter = make_with_candidate_selector(language_target, block_size=5)
-    drafts, propose = [], LatticeSelector.propose
-    monkeypatch.setattr(LatticeSelector, "propose", lambda *args: drafts.append(propose(*args)) or drafts[-1])
-    prompt, parts = questions[0], []
+def test_what_is_measured_of_the_selector_is_what_decoding_does(make, language_target, questions, monkeypatch):
+    """Accepted lengths, and the scores that confidences are computed from; also where some tokens alone are drafted."""
+    drafter = make(language_target, block_size=5)
+    kind, has_candidates = type(drafter.selector), drafter.selector.num_candidates > 1
+    drafts, parts, propose = [], [], kind.propose
+    monkeypatch.setattr(kind, "propose", lambda *args: drafts.append(propose(*args)) or drafts[-1])
+    prompt = questions[0]
     out = generate(language_target, drafter, prompt, max_new_tokens=30, width="full", stop_token_ids=[])
     response = Response("a", "set", [], prompt + out.token_ids, [[len(prompt), len(prompt) + 30]])
     dataset = ResponseDataset([response], max_length=99, num_anchors=None, seed=0)
-    (found,) = measure_vocabularies(drafter, language_target, dataset, [None], visit=lambda *part: parts.append(part))
-    assert found.rows.tolist() == out.acceptance.rows.tolist() and found.tau < found.bounds[1]
+    every = torch.arange(64).flip(0)
+    both = measure_vocabularies(
+        drafter, language_target, dataset, [None, every], visit=lambda *part: parts.append(part)
+    )
     reached = slice(out.accepted_lengths[0] + 1)
-    scores = drafter.selector.scores(parts[0][1][reached], DraftRows(language_target))
-    torch.testing.assert_close(scores, drafts[0].scores[0, reached], atol=1e-4, rtol=1e-4)
+    for found, (_, states, _), token_ids in zip(both, parts, (None, every), strict=True):
+        assert found.rows.tolist() == out.acceptance.rows.tolist()
+        scores = drafter.selector.scores(states[reached], DraftRows(language_target, token_ids))
+        if token_ids is not None and not has_candidates:
+            scores = scores.flip(-1)
+        torch.testing.assert_close(scores, drafts[0].scores[0, reached], atol=1e-4, rtol=1e-4)
+        assert found.tau < found.bounds[1] if has_candidates else not found.bounds
+
+
+@torch.no_grad()
+def test_dsparks_head_counts_after_the_token_that_is_drafted(language_target):
+    """A loop over slots and texts, with all tokens and with some, as drafted and as drawn."""
+    drafter = make_with_markov_head(language_target, block_size=5)
+    head = drafter.markov_head
+    hidden, last_ids = torch.randn(2, 5, 48), torch.tensor([7, 9])
+    for token_ids in (None, torch.tensor([40, 3, 17, 9, 22])):
+        rows = DraftRows(language_target, token_ids)
+        allowed = torch.arange(64) if token_ids is None else token_ids
+        draft = drafter.selector.propose(rows, hidden, last_ids, lambda: hidden[:, 0], 4)
+        assert draft.tokens.shape == (2, 3)
+        for text in range(2):
+            before = int(last_ids[text])
+            for slot in range(3):
+                logits = language_target.head.logits(hidden[text, slot + 1])
+                scores = (logits + head.markov_w2.weight @ head.markov_w1.weight[before])[allowed]
+                torch.testing.assert_close(draft.scores[text, slot], scores, atol=1e-4, rtol=1e-4)
+                before = int(allowed[scores.argmax()])
+                assert draft.tokens[text, slot] == before
+        alone = drafter.selector.propose(rows, hidden[:1], last_ids[:1], lambda: hidden[:1, 0], 4)
+        tokens, probs = drafter.selector.draw(alone, 3, rows, [1, 2], Sampler(0.0001, seed=0))
+        assert torch.equal(tokens, draft.tokens[0]) and probs.shape == (3, 64)

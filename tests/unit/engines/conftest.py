@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dpace.config import ExportConfig
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.drafter import make_drafter as make_made
 from dpace.publish.export import export
 from dpace.target import Target
 from dpace.training.loop import TrainingLoop
@@ -27,6 +29,8 @@ KINDS = {"random": {}, "trained": {}, "convolutions": {"conv_kernel_size": 2}, "
 """Options of each kind; all but the first have the weights of one training, in which there were none of them."""
 LILICORR = {"lilicorr": {}, "lilicorr, convolutions": {"conv_kernel_size": 2}}
 """The same of drafters with LiLiCorr, all of random weights."""
+MARKOV = ("markov", "markov, anchored")
+"""Drafters with DSpark's head; as dpace trains them, and as DeepSpec does."""
 LAYOUTS = ("anchored", "small", "own")
 """Layouts of others: 5 slots that give 5 draft tokens, a head for `TOKENS` only, and tables for all tokens."""
 TOKENS = [*range(4, 39), 51, EOS, 0]
@@ -85,19 +89,25 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
 
     def fill(made: Path) -> None:
         torch.manual_seed(0)
-        for kind, options in {**KINDS, **LILICORR, "anchored": {"block_size": 5}}.items():
+        anchored, markov = {"block_size": 5}, {"selector": "markov_head"}
+        others = {"anchored": anchored, "markov": markov, "markov, anchored": anchored | markov}
+        for kind, options in {**KINDS, **LILICORR, **others}.items():
             make = make_with_selector if kind in LILICORR else make_drafter
             drafter = make(language_target, **{"block_size": 6, **options}).requires_grad_(False)
             if kind != "random" and kind not in LILICORR:
                 drafter.load_state_dict(language_drafter.state_dict(), strict=False)
             for name, parameter in drafter.named_parameters():
                 parameter.mul_(1.001)
-                if "successor" in name:
+                if "successor" in name or "markov_w2" in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
                 if "_conv." in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
             if kind == "anchored":
                 train_from_anchor(language_target, drafter, language_responses[:50], made / "checkpoints")
+            if kind == "markov, anchored":
+                drafter.load_state_dict(Drafter.from_pretrained(made / "anchored").state_dict(), strict=False)
+                spec = replace(drafter.spec, sample_from_anchor=True)
+                drafter = make_made(spec, drafter.state_dict())
             drafter.config.dpace = RECORD
             drafter.save_pretrained(made / kind)
         small = small_head(language_target, 0.01)
@@ -105,7 +115,7 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
         with_tables(made / "trained", made / "own", own_tables(language_target))
 
     made = make_once("kinds", fill)
-    return {kind: made / kind for kind in (*KINDS, *LILICORR, *LAYOUTS)}
+    return {kind: made / kind for kind in (*KINDS, *LILICORR, *MARKOV, *LAYOUTS)}
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +133,7 @@ def expected(folders, language_target, prompts) -> dict[str, Steps]:
     """What our decoder does with each kind of drafter."""
     return {
         kind: our_steps(language_target, load_drafter(folders[kind], language_target), prompts)
-        for kind in (*KINDS, *LAYOUTS)
+        for kind in (*KINDS, *MARKOV, *LAYOUTS)
     }
 
 

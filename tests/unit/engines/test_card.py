@@ -10,7 +10,6 @@ import pytest
 import transformers
 import yaml
 
-from dpace.cli import main
 from dpace.config import EngineName
 from dpace.decode.loop import generate_plain
 from dpace.drafter.spec import DrafterSpec, read_folder
@@ -23,7 +22,7 @@ from tests.support.families import make_sharp_target
 from tests.support.files import read_json
 from tests.support.models import make_drafter, make_target, make_tokenizer, write_target_gguf
 from tests.support.rows import make_bench, make_row, make_served, make_servers
-from tests.unit.engines.conftest import quiet
+from tests.unit.engines.conftest import MARKOV, quiet
 from tests.unit.target.test_target_files import write_adapter
 
 
@@ -37,6 +36,12 @@ def test_commands_and_cards_say_what_the_engine_must_know(folders):
     assert command("sglang").endswith("--speculative-dflash-block-size 6")
     assert "--spec-type draft-dflash --spec-draft-n-max 5" in command("gguf")
     assert "--spec-type draft-dspark --spec-draft-n-max 5" in command("gguf", anchored)
+    markov, from_anchor = (read_folder(folders[kind])[0] for kind in MARKOV)
+    for each in (markov, from_anchor):
+        assert "--spec-type draft-dspark --spec-draft-n-max 5" in command("gguf", each)
+        assert json.loads(shlex.split(command("vllm", each))[-1]).items() >= {
+            "method": "dspark", "num_speculative_tokens": 5
+        }.items()  # fmt: skip
     assert "max_draft_len: 5" in command("tensorrt")
     for each in (spec, anchored):
         assert json.loads(shlex.split(command("vllm", each))[-1])["num_speculative_tokens"] == 5
@@ -97,7 +102,7 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
-def test_a_folder_holds_the_last_export_only(folder, language_folder, target_gguf, tmp_path, capsys):
+def test_a_folder_holds_the_last_export_only(folder, language_folder, target_gguf, run_line, tmp_path):
     """What dpace wrote of an earlier one is removed and named; files of others stay.
 
     A name of the target keeps its place on this machine out of all files.
@@ -105,8 +110,7 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
     (out := tmp_path / "out").mkdir()
     (out / "own.gguf").write_text("mine")
     command = f"export {folder} --output {out} --target {language_folder} --name me/x"
-    assert main(f"{command} --to zlab".split()) == 1
-    assert f"the target {language_folder} is a place on this machine" in capsys.readouterr().err
+    assert f"the target {language_folder} is a place on this machine" in run_line(f"{command} --to zlab", 1).err
     exports = {
         "zlab": {"config.json", "model.safetensors", "modeling_dflash.py"},
         f"gguf --dtype float16 --target-gguf {target_gguf}": {"dflash-t-F16.gguf"},
@@ -114,12 +118,11 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
     }
     before: set[str] = set()
     for to, names in exports.items():
-        assert main(f"{command} --target-name me/t --to {to}".split()) == 0
+        printed, said = run_line(f"{command} --target-name me/t --to {to}")
         files = {path.name: path.read_bytes() for path in out.iterdir() if path.name[0] != "."}
         assert files.keys() == {*names, "README.md", "own.gguf"}
         assert not any(str(language_folder.parent).encode() in content for content in files.values())
         assert b'base_model: "me/t"' in files["README.md"] and b"\n# x\n" in files["README.md"]
-        printed, said = capsys.readouterr()
         removed = before - names
         assert all(name in said for name in removed) and ("earlier drafter" in said) == bool(removed)
         assert "tensors read back bit for bit" in printed
@@ -132,33 +135,32 @@ ENDED = "of which llama.cpp (b11549) hands out no inputs of layers"
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "llama", "gpt-oss"])
 def test_a_target_whose_layers_llamacpp_does_not_hand_out_is_refused(
-    architecture, folder, language_folder, language_target, tmp_path, capsys
+    architecture, folder, language_folder, language_target, run_line, tmp_path
 ):
     """By the architecture of its file; the card of the others names that file."""
     file = write_target_gguf(language_target, tmp_path / "my-target.gguf", architecture)
     command = f"export {folder} --target {language_folder} --to gguf --target-gguf {file} --output {tmp_path / 'out'}"
     is_known = architecture in ("llama", "gpt-oss")
-    assert main(command.split()) == (0 if is_known else 1)
+    said = run_line(command, 0 if is_known else 1).err
     if is_known:
         assert "\nllama-server -m my-target.gguf -md dflash-" in (tmp_path / "out" / "README.md").read_text()
     else:
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = said.splitlines()
         assert f"the target is a {architecture}, {ENDED}" in line and "serve this drafter with vLLM" in line
         assert not (tmp_path / "out").exists()
 
 
 @quiet
-def test_of_such_a_target_no_page_speaks_of_llamacpp(tmp_path, capsys):
+def test_of_such_a_target_no_page_speaks_of_llamacpp(run_line, tmp_path):
     """Where only its config is known, that of a Qwen2."""
     target = make_sharp_target("qwen2", num_hidden_layers=6)
     target.model.save_pretrained(tmp_path / "target")
     make_tokenizer().save_pretrained(tmp_path / "target")
     make_drafter(target).save_pretrained(tmp_path / "drafter")
     names = f"{tmp_path / 'drafter'} --target {tmp_path / 'target'}"
-    assert main(f"doctor {names} --engine gguf".split()) == 1
-    printed, said = capsys.readouterr()
+    printed, said = run_line(f"doctor {names} --engine gguf", 1)
     assert "engine: gguf" in said and "qwen2" in printed and "llama-server" not in printed
-    assert main(f"export {names} --to vllm --output {tmp_path / 'out'}".split()) == 0
+    run_line(f"export {names} --to vllm --output {tmp_path / 'out'}")
     assert "llama.cpp" not in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -176,7 +178,16 @@ SLOWER = "**Measured slower than without it: do not serve.**"
     ],
 )
 def test_the_card_recommends_as_many_drafts_as_pay(
-    rates, speeds, speedup, number, is_slower, language_drafter, language_drafter_folder, language_folder, tmp_path
+    rates,
+    speeds,
+    speedup,
+    number,
+    is_slower,
+    language_drafter,
+    language_drafter_folder,
+    language_folder,
+    run_line,
+    tmp_path,
 ):
     """By reach rate and break-even, of whole drafts with these weights; a measured loss is the card's first line."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
@@ -194,7 +205,7 @@ def test_the_card_recommends_as_many_drafts_as_pay(
         hashes = {"dpace": fingerprint(language_drafter)}
         write_results(tmp_path / "run" / "results.json", make_bench(row, copied, drafters=hashes))
     out = tmp_path / "out"
-    assert main(f"export {source} --target {language_folder} --to vllm --output {out}".split()) == 0
+    run_line(f"export {source} --target {language_folder} --to vllm --output {out}")
     text = (out / "README.md").read_text()
     assert f'"num_speculative_tokens": {number}' in text and f"--speculative-dflash-block-size {number + 1}" in text
     first = text.split("\n# out\n\n")[1].splitlines()[0]
@@ -206,7 +217,7 @@ def test_the_card_recommends_as_many_drafts_as_pay(
 
 @pytest.mark.parametrize(("to", "engine"), [("gguf", "llama.cpp"), ("vllm", "vllm")])
 def test_the_card_has_the_depth_that_an_engine_measured(
-    to, engine, language_drafter_folder, language_folder, target_gguf, tmp_path
+    to, engine, language_drafter_folder, language_folder, target_gguf, run_line, tmp_path
 ):
     """With these weights, and only for that engine: the smallest that is the best of a set."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
@@ -224,8 +235,7 @@ def test_the_card_has_the_depth_that_an_engine_measured(
 
     def card(**changes) -> str:
         write_results(tmp_path / "run" / "servers.json", replace(results, servers=servers, **changes))
-        command = f"export {source} --target {language_folder} --to {to} {flags} --output {tmp_path / 'out'}"
-        assert main(command.split()) == 0
+        run_line(f"export {source} --target {language_folder} --to {to} {flags} --output {tmp_path / 'out'}")
         return " ".join((tmp_path / "out" / "README.md").read_text().split())
 
     assert "times as fast" not in card(drafter_sha256="1" * 64)
@@ -239,9 +249,9 @@ def test_the_card_has_the_depth_that_an_engine_measured(
     assert "on another machine than dpace" in card(drafter_sha256=digest)
 
 
-def test_the_card_of_llamacpp_says_what_it_costs(folder, language_folder, target_gguf, tmp_path):
+def test_the_card_of_llamacpp_says_what_it_costs(folder, language_folder, target_gguf, run_line, tmp_path):
     command = f"export {folder} --target {language_folder} --to gguf --target-gguf {target_gguf}"
-    assert main(f"{command} --output {tmp_path / 'out'}".split()) == 0
+    run_line(f"{command} --output {tmp_path / 'out'}")
     text = " ".join((tmp_path / "out" / "README.md").read_text().split())
     assert "On a CPU measure first, with `dpace bench --server`" in text
     assert "With a quantized target, such as Q8_0 or Q4_1, the text will differ" in text
@@ -249,12 +259,10 @@ def test_the_card_of_llamacpp_says_what_it_costs(folder, language_folder, target
 
 
 @quiet
-def test_an_adapter_is_to_be_merged(folder, language_folder, tmp_path, monkeypatch, capsys):
+def test_an_adapter_is_to_be_merged(folder, language_folder, run_line, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     write_adapter(shutil.copytree(language_folder, tmp_path / "base"), width=48)
     command = f"export {folder} --target lora --to vllm --output out"
-    assert main(command.split()) == 0
-    assert "lora is a LoRA adapter, which engines do not serve as a model; merge it with" in capsys.readouterr().err
-    assert main(f"{command} --target-name me/merged".split()) == 0
-    assert "LoRA" not in capsys.readouterr().err
+    assert "lora is a LoRA adapter, which engines do not serve as a model; merge it with" in run_line(command).err
+    assert "LoRA" not in run_line(f"{command} --target-name me/merged").err

@@ -25,7 +25,7 @@ from dpace.training.run import make_datasets, train
 from tests.support.cases import wide
 from tests.support.files import read_json
 from tests.support.models import EOS, make_language_model, make_recipe, train_on_language, write_target_gguf
-from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps, quiet
+from tests.unit.engines.conftest import KINDS, LAYOUTS, MARKOV, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps, quiet
 
 
 def decode_and_count(target: Target, decode, prompts) -> Steps:
@@ -64,7 +64,8 @@ def test_all_kinds_but_the_random_one_accept_drafts_and_keep_the_text(expected, 
 
 
 @pytest.mark.parametrize(
-    "kind", wide([*WINDOWS, "convolutions", "selector", *LAYOUTS], "mixed layers", "selector", *LAYOUTS)
+    "kind",
+    wide([*WINDOWS, "convolutions", "selector", *MARKOV, *LAYOUTS], "mixed layers", "selector", *MARKOV, *LAYOUTS),
 )
 def test_batches_accept_what_single_decoding_does(kind, folders, expected, language_target, prompts):
     """And width `auto`, which accepts other drafts, keeps the text."""
@@ -109,9 +110,9 @@ def test_the_bundled_module_needs_torch_and_transformers_only():
     assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}
 
 
-CASES = [(kind, "keep") for kind in (*KINDS, *LAYOUTS)]
+CASES = [(kind, "keep") for kind in (*KINDS, *MARKOV, *LAYOUTS)]
 CASES += [("trained", dtype) for dtype in ("float16", "bfloat16")]
-KEPT = [(kind, "keep") for kind in ("random", "convolutions", "selector", "causal windows", *LAYOUTS)]
+KEPT = [(kind, "keep") for kind in ("random", "convolutions", "selector", "causal windows", *MARKOV, *LAYOUTS)]
 
 
 @pytest.mark.parametrize("case", wide(CASES, *KEPT, ("trained", "float16")), ids=str)
@@ -121,12 +122,13 @@ def test_llamacpp_verifies_as_often_as_we_do(
     """In another precision, as often as with the drafter that is read back; llama.cpp rounds inputs too."""
     kind, dtype = case
     path = do_export("gguf", kind, dtype=dtype)
-    assert path.name.startswith("dspark-" if kind == "anchored" else "dflash-")
+    is_dspark = kind in ("anchored", *MARKOV)
+    assert path.name.startswith("dspark-" if is_dspark else "dflash-")
     ours = expected[kind]
     if dtype != "keep":
         import_drafter(path, tmp_path / "in", target=str(language_folder))
         ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
-    theirs = llamacpp_steps(target_gguf, path, prompts, from_anchor=kind == "anchored")
+    theirs = llamacpp_steps(target_gguf, path, prompts, is_dspark=is_dspark)
     num_near_ties = len(prompts) * (kind != "random")  # they may fall the other way
     assert distance(theirs, ours) <= num_near_ties
 

@@ -17,7 +17,7 @@ from dpace.publish.export import import_drafter
 from tests.support.cases import wide
 from tests.support.files import change_config, changed_weights, read_json
 from tests.support.models import make_target, make_with_convolutions
-from tests.unit.engines.conftest import LAYOUTS, LILICORR, RECORD
+from tests.unit.engines.conftest import LAYOUTS, LILICORR, MARKOV, RECORD
 from tests.unit.target.test_target_files import write_fp8
 
 REFUSED = {
@@ -30,6 +30,9 @@ REFUSED = {
     ("zlab", "small"): "draft_vocab_size",
     ("zlab", "own"): "has_own_embed_tokens",
     ("vllm", "anchored"): "the drafter has sample_from_anchor",
+    ("vllm", "markov, anchored"): "the drafter has sample_from_anchor, which .* export it with --to gguf$",
+    ("speculators", "markov"): "Qwen3DSparkModel, which speculators .* --to vllm or --to gguf or --plain",
+    ("zlab", "markov, anchored"): "Qwen3DSparkModel, which .* does not read, .*; export it with --to gguf$",
     ("openvino", "causal windows"): "is_causal is True, and OpenVINO GenAI takes it for False",
     ("openvino", "convolutions"): "DFlash2DraftModel, which OpenVINO GenAI does not read",
     ("openvino", "own"): "has_own_embed_tokens",
@@ -37,7 +40,9 @@ REFUSED = {
 """What an engine does not read, with the engines that do."""
 TO = ("zlab", "speculators", "gguf")
 CASES = [(to, kind, "keep") for to in TO for kind in ("causal windows", "mixed layers", "convolutions", *LAYOUTS)]
-CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *LILICORR)] + [(to, "lilicorr", "keep") for to in TO[1:]]
+CASES += [("vllm", kind, "keep") for kind in (*LAYOUTS, *LILICORR, *MARKOV)]
+CASES += [(to, "lilicorr", "keep") for to in TO[1:]] + [("gguf", kind, "keep") for kind in MARKOV]
+CASES += [("speculators", "markov", "keep"), ("zlab", "markov, anchored", "keep")]
 CASES += [("openvino", kind, "keep") for kind in ("causal windows", "convolutions", "own", "windows")]
 CASES += [(to, "trained", "bfloat16") for to in TO]
 LIKE_THESE = [(to, *case) for to in TO for case in (("windows", "keep"), ("causal", "keep"), ("trained", "float16"))]

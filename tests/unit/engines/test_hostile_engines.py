@@ -93,7 +93,13 @@ FOLDERS = {
     "use_sliding_window and no layer_types": config(layer_types=None, use_sliding_window=True),
     "causal is True in dflash_config and False at the top": config(dflash_config={"causal": True}),
     "dflash_config.use_swa": config(dflash_config={"use_swa": True}),
-    "markov_rank": config(markov_rank=256),
+    "markov_head_type": config(markov_head_type="gated", markov_rank=8),
+    "markov_rank is missing": config(architectures=["Qwen3DSparkModel"]),
+    "markov_rank is 8 in dflash_config and 9 at the top": config(markov_rank=9, dflash_config={"markov_rank": 8}),
+    "final_logit_softcapping is 30.0, which dpace does not run with the selector markov_head": config(
+        markov_rank=8, final_logit_softcapping=30.0
+    ),
+    "dflash_config.rope_is_neox_style": config(dflash_config={"rope_is_neox_style": False}),
     "rope_theta is 'x'": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
     "are damaged": raw("model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
     "have unknown": weights(lambda tensors: tensors.update({f"{ESC}.weight": torch.zeros(2)})),

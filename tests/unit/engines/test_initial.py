@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 
-from dpace.cli import main
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.measure.results import read_log
@@ -21,6 +20,7 @@ from tests.support.models import (
     make_target,
     make_with_candidate_selector,
     make_with_convolutions,
+    make_with_markov_head,
     make_with_selector,
 )
 
@@ -110,11 +110,11 @@ def test_a_drafter_for_another_target_or_without_its_init_is_refused(
 
 
 def test_more_tokens_in_the_target_do_not_matter():
-    """Fine-tuning often adds some; only DFlash2's selector has tables of its own, which then have more rows.
+    """Fine-tuning often adds some; only selectors may have tables of their own, which then have more rows.
 
     The new ones are the same for a seed, whatever was drawn before.
     """
-    for make in (make_with_convolutions, make_with_candidate_selector):
+    for make in (make_with_convolutions, make_with_markov_head, make_with_candidate_selector):
         drafter = make(make_target("qwen3")).bfloat16()
         drafter.config.dpace = {"tau": 2.0}
         start = drafter.start_for(make_target("qwen3", vocab_size=72))
@@ -127,7 +127,7 @@ def test_more_tokens_in_the_target_do_not_matter():
     assert torch.equal(before, same) and not torch.equal(before, different)
 
 
-def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):
+def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, run_line, tmp_path, monkeypatch):
     def download(name, allow_patterns, local_files_only):
         assert local_files_only == is_silent and look_up.call_args == mock.call(name, timeout=10)
         if name == "someone/drafter":
@@ -139,15 +139,13 @@ def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", look_up)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    assert main(["import", "someone/drafter", "--output", "imported"]) == 0
+    run_line("import someone/drafter --output imported")
     imported, trained = map(Drafter.from_pretrained, ("imported", language_drafter_folder))
     assert fingerprint(imported) == fingerprint(trained)
     line = f"generate --target {language_folder} --prompt w3 --max-new-tokens 4"
-    assert main(line.split()) == 0
-    assert f"next: dpace respond --target {language_folder} --prompts.path" in capsys.readouterr().err
+    assert f"next: dpace respond --target {language_folder} --prompts.path" in run_line(line).err
     for drafter, reason in {"other": "is no folder, and the Hub does not", "drafter/x": "is missing"}.items():
-        assert main(f"{line} --drafter someone/{drafter}".split()) == 1
-        assert f"--drafter someone/{drafter} {reason}" in capsys.readouterr().err
+        assert f"--drafter someone/{drafter} {reason}" in run_line(f"{line} --drafter someone/{drafter}", 1).err
     look_up.side_effect = ConnectionError
     is_silent = True
-    assert main(["import", "someone/drafter", "--output", "again"]) == 0, "the cache has it"
+    run_line("import someone/drafter --output again")  # the cache has it

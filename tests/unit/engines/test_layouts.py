@@ -17,10 +17,10 @@ from dpace.measure.heldout import heldout_acceptance
 from tests.unit.engines.conftest import LAYOUTS, RECORD, TOKENS, own_tables, small_head, with_tables
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "markov, anchored"])
 def test_what_is_scored_is_what_is_decoded(layout, folders, expected, language_target, language_responses, prompts):
     drafter = load_drafter(folders[layout], language_target)
-    is_anchored = layout == "anchored"
+    is_anchored = "anchored" in layout
     assert (drafter.num_slots, drafter.first_slot, drafter.block_size) == (6 - is_anchored, not is_anchored, 6)
     assert drafter.spec.num_draft_tokens == 5
     dataset = ResponseDataset(language_responses[50:][: len(prompts)], max_length=10**9, num_anchors=None, seed=0)

@@ -12,7 +12,6 @@ from scipy.stats import chisquare
 
 import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
-from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.decode import generate_batch
 from dpace.drafter.vocabulary import DraftVocabulary
@@ -22,12 +21,14 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
+from tests.support.cases import wide
 from tests.support.files import change_json, make_prompts, write_prompts, write_rows
 from tests.support.models import (
     EOS,
     make_drafter,
     make_target,
     make_with_candidate_selector,
+    make_with_markov_head,
     make_with_selector,
 )
 
@@ -51,8 +52,9 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
     assert not failed(check(language_target, untrained, prompts[:1], max_new_tokens=12))
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("make", [make_with_selector, make_with_candidate_selector])
+@pytest.mark.parametrize(
+    "make", wide([make_with_selector, make_with_candidate_selector, make_with_markov_head], make_with_markov_head)
+)
 def test_a_drafter_with_a_head_passes(make, language_target, prompts):
     """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
     drafter = make(language_target, block_size=5)
@@ -130,27 +132,23 @@ def test_the_p_value_is_that_of_scipy():
     assert uniformity(values[:0], 4) == 1
 
 
-def test_the_verb(language_folder, language_target, language_prompts, tmp_path, capsys, monkeypatch):
+def test_the_verb(language_folder, language_target, language_prompts, run_line, tmp_path, monkeypatch):
     make_drafter(language_target).save_pretrained(tmp_path / "drafter")
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])
     answers = tmp_path / "r.jsonl"
     write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
-    ask = ["check", "--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
-    ask += ["--num-prompts", "1", "--max-new-tokens", "6", "--responses", str(answers)]
-    assert main(ask) == 0
-    assert [line.split()[:1] for line in capsys.readouterr().out.splitlines()].count(["pass"]) == 9
+    ask = f"check --target {language_folder} --drafter {tmp_path / 'drafter'} --prompts {path} --responses {answers}"
+    ask += " --num-prompts 1 --max-new-tokens 6"
+    assert [line.split()[:1] for line in run_line(ask).out.splitlines()].count(["pass"]) == 9
     change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
-    assert main(ask) == 1
-    assert "with other weights of the target (sha256 000000000000, not" in capsys.readouterr().err
+    assert "with other weights of the target (sha256 000000000000, not" in run_line(ask, 1).err
     change_json(tmp_path / "r.meta.json", target_sha256=language_target.sha256, max_new_tokens=7)
     monkeypatch.setattr("dpace.measure.check.generate_batch", spoil(generate_batch))
-    assert main(ask) == 1
-    said = capsys.readouterr().err
+    said = run_line(ask, 1).err
     assert "failed: responses are the target's greedy text (float32); text at temperature 0 (float32)" in said
     broken = Mock(side_effect=ValueError("no batch here"))
     monkeypatch.setattr("dpace.measure.check.generate_batch", broken)
-    assert main(ask) == 1, "a batch that fails is no check that passed"
-    assert "dpace check: no batch here" in capsys.readouterr().err
+    assert "dpace check: no batch here" in run_line(ask, 1).err, "a batch that fails is no check that passed"
 
 
 SPOILT = {

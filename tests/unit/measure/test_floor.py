@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import dpace.measure.floor as floor
-from dpace.cli import main
 from dpace.config import ExplainConfig
 from dpace.decode import generate
 from dpace.decode.sampling import Sampler
@@ -16,7 +15,12 @@ from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
 from dpace.measure.results import read_results
 from tests.support.files import write_prompts, write_rows
-from tests.support.models import make_drafter, make_with_candidate_selector, make_with_selector
+from tests.support.models import (
+    make_drafter,
+    make_with_candidate_selector,
+    make_with_markov_head,
+    make_with_selector,
+)
 
 CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
@@ -34,18 +38,13 @@ def test_no_other_distribution_is_rejected_less(is_drawn):
     assert min(rejected) >= least - 1e-6 and min(rejected) <= least + 0.1 * is_drawn + 1e-6
 
 
-def test_a_token_that_repeats_the_one_before_cannot_be_drafted():
-    """Half of what a blind slot drafts is wrong, whatever it drafts."""
-    tokens = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])[:, None].expand(-1, 2)
-    probs = torch.zeros(8, 2, 3)
-    probs[:, 0, :2] = 0.5
-    probs[torch.arange(8), 1, tokens[:, 1]] = 1.0
-    drafted = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).expand(8, -1, -1)
-    is_end = torch.zeros(8, 2, dtype=torch.bool)
-    found = score_block(probs, drafted, tokens, is_end, is_drawn=True)
-    assert np.allclose(found, [[1, 1], [0, 1], [0, 0.5], [0, 0.5]], atol=1e-6)
-    is_end[:4, 0] = True  # half of the texts end
-    assert score_block(probs, drafted, tokens, is_end, is_drawn=True)[0].tolist() == [1.0, 0.5]
+def test_a_text_that_ended_reaches_no_slot():
+    """Half of the texts end with the first of two slots, of which all drafts are right."""
+    probs = torch.tensor([1.0, 0.0]).expand(8, 2, -1)
+    tokens = torch.zeros(8, 2, dtype=torch.long)
+    is_end = tokens.bool()
+    is_end[:4, 0] = True
+    assert score_block(probs, probs, tokens, is_end, is_drawn=True)[0].tolist() == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("is_drawn", [True, False])
@@ -116,7 +115,9 @@ def test_continuations_have_the_distribution_of_their_text(language_target, ques
         assert torch.allclose(own, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [make_drafter, make_with_selector, make_with_candidate_selector])
+@pytest.mark.parametrize(
+    "make", [make_drafter, make_with_selector, make_with_candidate_selector, make_with_markov_head]
+)
 def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions, make):
     drafter = make(language_target, block_size=5)
     rows = PackedRows(language_target, drafter.vocabulary, questions[0])
@@ -131,33 +132,30 @@ def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions
 
 
 def test_the_command_says_where_tau_is_lost_and_goes_on(
-    language_folder, random_drafter_folder, language_prompts, tmp_path, monkeypatch, capsys
+    language_folder, random_drafter_folder, language_prompts, run_line, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:57])
-    ask = ["--target", str(language_folder), "--drafter", str(random_drafter_folder), "--prompts", "prompts.jsonl"]
-    ask += ["--num-prompts", "6", "--num-blocks", "2", "--num-samples", "4"]
-
-    def explain(*options):
-        assert main(["explain", *ask, *options]) == 0
-        return capsys.readouterr()
-
-    shown = explain("--max-new-tokens", "8").out
+    ask = f"explain --target {language_folder} --drafter {random_drafter_folder} --prompts prompts.jsonl"
+    ask += " --num-blocks 2 --num-samples 4"
+    whole = f"{ask} --num-prompts 6 --max-new-tokens 8"
+    shown = run_line(whole).out
     assert "most rejections are the drafter's own" in shown and "explain.json" in shown
     folder = tmp_path / "dpace-explain"
     results = read_results(folder / "explain.json")
     (kept,) = folder.glob("explain-*.jsonl")
     kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-2]))
-    explain("--max-new-tokens", "8")
+    run_line(whole)
     assert len(kept.read_text().splitlines()) == 1 + 6, "only the two that were lost are measured again"
     assert read_results(folder / "explain.json") == results and results.num_samples == 4
-    assert main(["report", "dpace-explain"]) == 0
+    run_line("report dpace-explain")
     assert "Where tau is lost" in (folder / "report.html").read_text()
-    assert "100 to 100 %" in explain("--max-new-tokens", "8", "--temperature", "0", "--output", "greedy").out
-    assert "100 to 100 %" in explain("--max-new-tokens", "8", "--temperature", "1e-40", "--output", "cold").out
-    assert "nothing was rejected" in explain("--max-new-tokens", "1", "--output", "one").out
+    ask += " --num-prompts 2 --max-new-tokens"
+    for temperature in ("0", "1e-40"):
+        assert "100 to 100 %" in run_line(f"{ask} 8 --temperature {temperature} --output {temperature}").out
+    assert "nothing was rejected" in run_line(f"{ask} 1 --output one").out
     sets = [{"prompt": prompt, "set": name} for prompt, name in zip(language_prompts[50:], ("all", "s"), strict=False)]
     write_rows(tmp_path / "prompts.jsonl", sets)
-    explain("--max-new-tokens", "8", "--output", "sets")
+    run_line(f"{ask} 8 --output sets")
     rows = {row.set: row.num_prompts for row in read_results(tmp_path / "sets" / "explain.json").rows}
     assert rows == {"all": 1, "s": 1, "all sets": 2}

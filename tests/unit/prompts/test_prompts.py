@@ -8,7 +8,6 @@ from datetime import datetime
 import make_prompts
 import pytest
 
-from dpace.cli import main
 from dpace.config import PromptsConfig
 from dpace.prompts.overlap import _split_words, find_repeats
 from dpace.prompts.prompts import (
@@ -100,11 +99,10 @@ def test_one_prompt_of_a_file(tmp_path):
         find_prompt(f"{path}#z")
 
 
-def test_without_answers_the_page_of_data_ends_with_the_command_for_them(tmp_path, capsys):
+def test_without_answers_the_page_of_data_ends_with_the_command_for_them(run_line, tmp_path):
     path = write_prompts(tmp_path / "p.jsonl", (f"q{i}" for i in range(40)))
     (tmp_path / "responses.jsonl").touch()
-    assert main(["data", "--output", str(tmp_path), "--prompts.path", path]) == 0
-    out = capsys.readouterr().out
+    out = run_line(f"data --output {tmp_path} --prompts.path {path}").out
     assert "responses.jsonl has no answers to these prompts" in out and "next: dpace respond" in out
 
 
@@ -158,7 +156,7 @@ def test_demo_parts_are_what_the_script_writes_and_share_no_text_and_no_value(tm
     train, heldout, tuning = ({p.turns[-1][-1]["content"] for p in read_prompts(path)} for path in files.values())
     for part in ("train", "heldout"):
         assert files[part].read_text() == demo_path(part).read_text()
-    assert len(heldout) == 100 and not heldout & (train | tuning)
+    assert (len(heldout), len(tuning)) == (100, 32) and not heldout & (train | tuning)
     numbers = [set(re.findall(r"\d+", " ".join(texts))) for texts in (train, heldout)]
     assert not numbers[0] & numbers[1]
 
@@ -175,9 +173,9 @@ PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silv
 
 
 def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
-    """Where 13 words in a row are the same; a phrase of many public prompts counts only alone."""
+    """Where 13 words in a row are the same; a phrase of two public prompts counts only alone."""
     phrase = "please think about it step by step and then put your answer into a box"
-    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?", phrase])
+    public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", "How many?", "Why?", phrase])
     rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?", phrase]
     path = write_prompts(tmp_path / "p.jsonl", rows)
     config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)

@@ -11,7 +11,8 @@ from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
 from dpace.servers.transport import Address
 
 MANY = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=8)
+WORD = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | WORD
 
 
 def read(path: Path) -> None:

@@ -13,11 +13,12 @@ from dpace.respond.responses import Response, read_responses
 from dpace.system.progress import printable
 
 SETTINGS = settings(deadline=None, max_examples=60)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+UNICODE = st.characters(exclude_categories=["Cs"])  # as by default, where hypothesis tries each character for seconds
+TEXT = st.text(UNICODE, max_size=30)
 SAID = TEXT.filter(str.strip)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(UNICODE, max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(UNICODE, max_size=5), inner, max_size=3),
     max_leaves=8,
 )
 MESSAGE = st.fixed_dictionaries({"role": SAID, "content": TEXT})
@@ -46,7 +47,7 @@ def test_other_prompts_are_refused_with_their_line(path, value, key):
 
 @pytest.mark.parametrize("read", [read_prompts, read_responses, read_recipe], ids=lambda read: read.__name__)
 @SETTINGS
-@given(parts=st.lists(ODD | st.text(max_size=2), max_size=12), data=st.binary(max_size=8))
+@given(parts=st.lists(ODD | st.text(UNICODE, max_size=2), max_size=12), data=st.binary(max_size=8))
 def test_any_bytes_are_read_or_refused(path, read, parts, data):
     path.write_bytes("".join(parts).encode("utf-8", "surrogatepass") + data)
     try:
@@ -90,7 +91,7 @@ def test_recipes_come_back(path, output):
 
 
 @SETTINGS
-@given(text=st.text())
+@given(text=st.text(UNICODE))
 def test_nothing_steers_a_terminal(text):
     shown = printable(text)
     assert not any(character < " " and character not in "\n\t" or "\x7f" <= character < "\xa0" for character in shown)

@@ -17,13 +17,13 @@ OF_RECIPES = Arguments(Recipe)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_parse_and_are_found_by_name(name, capsys):
+def test_recipes_parse_and_are_found_by_name(name, run_line):
     recipe = read_recipe(RECIPES[name])
     assert recipe != Recipe()
     assert parse(OF_RECIPES, "train", [name])[0] == recipe
     _, given = parse(OF_RECIPES, "train", [name, "--seed", "7"])
     assert given.words == [name, "--train.seed", "7"]
-    assert main(["--help"]) == 0 and name in capsys.readouterr().out
+    assert name in run_line("--help").out
 
 
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):
@@ -39,14 +39,13 @@ def test_passwords_of_addresses_are_written_nowhere(tmp_path):
     assert all(address in shown for address in ("https://b:2/x@y", "http://a:1", "HTTP://c:3"))
 
 
-def test_exit_codes_of_usage(capsys):
-    assert main(["--help"]) == 0
-    usage = capsys.readouterr().out
+def test_exit_codes_of_usage(run_line):
+    usage = run_line("--help").out
     assert usage.startswith("usage: dpace") and max(map(len, usage.splitlines())) <= 80
-    assert main(["--version"]) == 0 and capsys.readouterr().out == f"dpace {dpace.__version__}\n"
-    assert main([]) == 2
-    assert main(["fly"]) == 2 and "unknown verb 'fly'; choose one" in capsys.readouterr().err
-    assert main(["trian"]) == 2 and "did you mean train?" in capsys.readouterr().err
+    assert run_line("--version").out == f"dpace {dpace.__version__}\n"
+    run_line("", 2)
+    assert "unknown verb 'fly'; choose one" in run_line("fly", 2).err
+    assert "did you mean train?" in run_line("trian", 2).err
 
 
 def test_a_tilde_is_a_folder_and_a_tag_no_text(tmp_path):
@@ -95,15 +94,14 @@ list(tqdm("abc"))"""
     assert refusal.startswith("dpace train: --train.seed is -1")
 
 
-def test_bash_completes_verbs_and_all_flags_of_a_verb(capsys):
+def test_bash_completes_verbs_and_all_flags_of_a_verb(run_line, capsys):
     """Also those of the verb's own group without it; other words are left to the completion of files."""
 
     def complete(*words: str) -> list[str]:
         ask = f"{script}\nCOMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}\n_dpace\necho ${{COMPREPLY[@]}}"
         return subprocess.run(["bash", "-c", ask], check=True, capture_output=True, text=True).stdout.split()
 
-    assert main(["--completion", "bash"]) == 0
-    script = capsys.readouterr().out
+    script = run_line("--completion bash").out
     assert complete("dpace", "ex") == ["explain", "export"] and complete("dpace", "train", "r") == []
     assert complete("dpace", "train", "r.yaml", "--se") == ["--seed"]
     for verb in ("train", "import"):

@@ -43,18 +43,21 @@ def write_log(folder, steps=(10, 20)):
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
 
 
-@pytest.mark.parametrize(("steps", "is_drawn"), [((10, 20, 30), True), ((10,), False)])
-def test_the_page_marks_where_blocks_grow_and_draws_no_axis_for_one_dot(steps, is_drawn, folder):
-    write_log(folder / "drafter", steps)
-    assert main(["report", str(folder)]) == 0
+GROWN, TAU = " blocks grow<", "tau, validation<"
+"""Words of the drawings: where blocks grow, and an axis."""
+
+
+def test_no_axis_is_drawn_for_one_dot(folder, run_line):
+    write_log(folder / "drafter", steps=(10,))
+    run_line(f"report {folder}")
     text = (folder / "report.html").read_text()
-    assert all((words in text) == is_drawn for words in (" blocks grow<", "tau, validation<"))
+    assert GROWN not in text and TAU not in text
 
 
-def test_the_page_has_every_section(folder, capsys):
+def test_the_page_has_every_section(folder, run_line):
     write_log(folder / "drafter")
     page = folder / "out" / "report.html"
-    assert main(["report", str(folder), "--output", str(page)]) == 0 and str(page) in capsys.readouterr().out
+    assert str(page) in run_line(f"report {folder} --output {page}").out
     text = page.read_text()
     title, heading, speed, *others = re.findall(r"<h[123]>(.*?)</h[123]>", text)
     assert title.startswith("Drafters for ") and heading == str(folder) and speed.startswith("Speed: ")
@@ -66,7 +69,7 @@ def test_the_page_has_every_section(folder, capsys):
         for row in section.rows:
             cells = (f">{html.escape(cell)}</td>" for cell in row.values())
             assert re.search("<tr>" + "".join(f"<td[^>]*{re.escape(cell)}" for cell in cells), text)
-    for fact in ("thinking</td><td>False", "device a processor, cores 2", f"dpace {'0' * 64}"):
+    for fact in ("thinking</td><td>False", "device a processor, cores 2", f"dpace {'0' * 64}", GROWN, TAU):
         assert fact in text
     without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|rdf:resource="[^"]*"', "", text)
     assert not re.search(r'(src|href)="(?!data:|#)|url\(http|<script', without_names), "it needs no network"
@@ -107,16 +110,15 @@ def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
     write_report([tmp_path], tmp_path / "report.html")
 
 
-def test_names_are_shown_as_they_are(tmp_path, capsys):
+def test_names_are_shown_as_they_are(run_line, tmp_path, capsys):
     """In the page, in the Markdown and in the terminal's tables."""
     results = make_bench(make_row(set=NAME, drafter=NAME), drafters={NAME: "0" * 64}, target=f"t/{NAME}")
     write_results(tmp_path / "results.json", results)
-    assert main(["report", str(tmp_path)]) == 0
+    run_line(f"report {tmp_path}")
     markdown = "\n\n".join(map(to_markdown, tables_of(results)))
     for text in ((tmp_path / "report.html").read_text(), markdown):
         assert "<script" not in text and "\x1b" not in text
     assert "\\|b" in markdown and "\n# d" not in markdown
-    capsys.readouterr()
     words = Section(NAME, NAME, [{NAME: NAME, "check": NAME}], num_texts=2, note=NAME)
     console().print(*map(section_table, [*tables_of(results), words]))
     out = capsys.readouterr().out

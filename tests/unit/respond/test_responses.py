@@ -165,17 +165,16 @@ def test_every_turn_counts_against_the_context(write, path):
 @pytest.mark.parametrize(
     ("verb", "words", "advice"),
     [
-        ("respond", [], "; what is on disk is kept: run the same command to continue"),
-        ("check", ["--target", "x", "--drafter", "x"], ""),
-        ("report", ["x"], ""),
+        ("respond", "", "; what is on disk is kept: run the same command to continue"),
+        ("check", "--target x --drafter x", ""),
+        ("report", "x", ""),
     ],
 )
-def test_sigterm_is_an_interrupt(verb, words, advice, monkeypatch, capsys):
+def test_sigterm_is_an_interrupt(verb, words, advice, run_line, monkeypatch):
     """Only of verbs that go on it is said that they do."""
     monkeypatch.setattr(f"dpace.verbs.{verb}.run", lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert main([verb, *words]) == 143
-    said = f"dpace {verb}: interrupted{advice}\n"
-    assert capsys.readouterr().err == said and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    said = run_line(f"{verb} {words}", 143).err
+    assert said == f"dpace {verb}: interrupted{advice}\n" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_reader_that_has_enough_is_no_failure(tmp_path, monkeypatch, capsys):

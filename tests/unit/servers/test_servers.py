@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN
 from dpace.measure.results import ServedAnswer, ServedRecord, read_results, write_results
@@ -216,7 +215,7 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdic
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
-def test_the_page_judges_the_speed_beside_tau(tmp_path):
+def test_the_page_judges_the_speed_beside_tau(run_line, tmp_path):
     """Of rates, also where nothing is known of tau here; without a plain server there is no verdict."""
     records = [served(str(number), [1, 0], 0.5) for number in range(8)]
     for record in records:
@@ -224,7 +223,7 @@ def test_the_page_judges_the_speed_beside_tau(tmp_path):
     (row,) = make_rows(records, {})
     assert row.decode_speedup == pytest.approx((0.5,) * 3)
     write_results(tmp_path / "servers.json", make_servers(row, make_served()))
-    assert main(["report", str(tmp_path)]) == 0
+    run_line(f"report {tmp_path}")
     slow, alone = re.findall(
         r"<td[^>]*>no tau here</td><td[^>]*>(.*?)</td>|not known</td><td[^>]*>(.*?)</td>",
         (tmp_path / "report.html").read_text(),
@@ -269,14 +268,14 @@ def test_an_answer_without_drafts_counts_a_token_a_pass():
 
 @pytest.fixture
 def bench(language_folder, language_prompts, tmp_path) -> str:
-    """The command for eight held-out prompts."""
+    """The command for six held-out prompts."""
     prompts = write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4])
-    heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58])
+    heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:56])
     return f"bench --target {language_folder} --prompts.path {prompts} --prompts.heldout-path {heldout}"
 
 
 def test_the_verb_shows_tau_served_here_and_in_training(
-    pair, bench, language_drafter_folder, tmp_path, monkeypatch, capsys
+    pair, bench, language_drafter_folder, run_line, tmp_path, monkeypatch
 ):
     """No proxy is asked, and the server's password is sent and not kept. Answers are as long as those of training."""
     out = tmp_path / "out"
@@ -289,8 +288,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     asked = f"{common} --server {address} --plain-server {plain.url}"
 
     def said(line: str) -> str:
-        assert main(line.split()) == 0
-        return " ".join("".join(capsys.readouterr()).split())
+        return " ".join("".join(run_line(line)).split())
 
     def reason(results) -> str:
         write_results(out / "results.json", results)
@@ -321,7 +319,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(
 @pytest.mark.parametrize("key", ["", "sk-secret"])
 @pytest.mark.parametrize("name", [5, ["m"], "\ud800", None])
 def test_what_a_server_calls_itself_is_a_text_without_its_password(
-    name, key, start, bench, tmp_path, monkeypatch, capsys
+    name, key, start, bench, run_line, tmp_path, monkeypatch
 ):
     """None stands for the header that it got."""
     monkeypatch.setenv("DPACE_API_KEY", key)
@@ -334,9 +332,9 @@ def test_what_a_server_calls_itself_is_a_text_without_its_password(
     server.get = page
     address = server.url if key else server.url.replace("//", "//user:secret@")
     out = tmp_path / "out"
-    assert main(f"{bench} --output {out} --temperatures 0 --bench.max-new-tokens 12 --server {address}".split()) == 0
-    assert main(["report", str(out)]) == 0
-    shown = "".join([*capsys.readouterr(), *(path.read_text() for path in out.iterdir())])
+    printed = run_line(f"{bench} --output {out} --temperatures 0 --bench.max-new-tokens 12 --server {address}")
+    printed += run_line(f"report {out}")
+    shown = "".join([*printed, *(path.read_text() for path in out.iterdir())])
     assert "secret" not in shown and "dXNlcjpzZWNyZXQ" not in shown
 
 
@@ -359,28 +357,25 @@ def test_what_a_server_calls_itself_is_a_text_without_its_password(
         ("--server http://h:9 --depths 0", "bench.depths is 0, expected "),
     ],
 )
-def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said, bench, capsys):
-    assert main(f"{bench} {flags}".split()) in (1, 2)
-    assert said in capsys.readouterr().err
+def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said, bench, run_line):
+    assert said in run_line(f"{bench} {flags}", 1).err
 
 
-def test_the_verb_compares_depths(start, bench, tmp_path, capsys):
+def test_the_verb_compares_depths(start, bench, run_line, tmp_path):
     """A server for each; one that drafts more than was said is refused, and a lower p-min may draft less."""
     plain, *drafters = (start("llama.cpp", drafts=bool(depth), depth=depth) for depth in (0, 1, 3))
     urls = " ".join(server.url for server in drafters)
     command = f"{bench} --output {tmp_path} --temperatures 0 --respond.max-new-tokens 12 --plain-server {plain.url}"
-    assert main(f"{command} --server {urls} --depths 3 1".split()) == 1
-    said = capsys.readouterr().err
+    said = run_line(f"{command} --server {urls} --depths 3 1", 1).err
     assert f"{drafters[1].url} drafted 9 tokens in 3 verifications, expected at most 1 in each" in said
-    assert main(f"{command} --server {urls} --depths 1 5@0.5".split()) == 0
-    printed, said = capsys.readouterr()
+    printed, said = run_line(f"{command} --server {urls} --depths 1 5@0.5")
     assert "tau here" not in printed + said
     results = read_results(tmp_path / "servers.json")
-    assert [(row.depth, row.num_drafted, row.num_responses) for row in results.rows] == [("1", 24, 8), ("5@0.5", 72, 8)]
+    assert [(row.depth, row.num_drafted, row.num_responses) for row in results.rows] == [("1", 18, 6), ("5@0.5", 54, 6)]
     assert results.hardware and results.drafter_sha256 is None
     best = depths_note(results.rows)
     assert f"best depth: {best}" in " ".join(printed.split()) and best.startswith("heldout (T=0) ")
-    assert main(["report", str(tmp_path)]) == 0
+    run_line(f"report {tmp_path}")
     assert f"best depth: {best}" in (tmp_path / "report.html").read_text()
 
 

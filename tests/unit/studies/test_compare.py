@@ -21,7 +21,7 @@ def config(language_prompts, tmp_path) -> CompareConfig:
         **vars(make_recipe(max_steps=2, eval_steps=2, logging_steps=100, num_anchors=4)),
         "output": str(tmp_path / "out"),
         "prompts": PromptsConfig(path=write_prompts(tmp_path / "prompts.jsonl", language_prompts)),
-        "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
+        "bench": BenchConfig(temperatures=(0.0,), widths=("full",), max_new_tokens=12, num_prompts=2),
     }
     return CompareConfig(**options, objectives=(OWN,), seeds=(0, 1))
 

@@ -5,7 +5,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from dpace.cli import main
 from dpace.config import DemoConfig
 from dpace.studies.demo import demo_prompts, demo_recipe, demo_sizes, remarks
 from tests.support.files import write_rows
@@ -48,24 +47,21 @@ def test_quick_takes_fewer_prompts_and_steps(tmp_path, monkeypatch):
         (1e15, ["--quick"], "quick"),
     ],
 )
-def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, short_demo, capsys, monkeypatch):
+def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, short_demo, run_line, monkeypatch):
     """It says so before it starts; what was begun goes on, also where the speed was measured otherwise."""
     for module in ("plan", "studies.demo"):
         monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
     trained = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", trained)
-    assert main(["demo", *flags, *asked]) == 130
-    said = capsys.readouterr().err
+    said = run_line(["demo", *flags, *asked], 130).err
     assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)
     for module in ("plan", "studies.demo"):
         monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: 1e21 / speed)
-    assert main(["demo", *flags]) == 130
-    assert capsys.readouterr().err.startswith(f"the {name} demo, ") and trained.call_count == 2
+    assert run_line(["demo", *flags], 130).err.startswith(f"the {name} demo, ") and trained.call_count == 2
 
 
-def test_two_sizes_at_once_are_refused(capsys):
-    assert main(["demo", "--quick", "--full"]) == 1
-    assert "leave one of them out" in capsys.readouterr().err
+def test_two_sizes_at_once_are_refused(run_line):
+    assert "leave one of them out" in run_line("demo --quick --full", 1).err
 
 
 WRITERS = {
@@ -80,7 +76,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("line", WRITERS)
 @pytest.mark.parametrize("is_foreign", [False, True])
-def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign, tmp_path, capsys, monkeypatch):
+def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign, run_line, tmp_path, monkeypatch):
     """The demo's target is a download."""
     for module in ("plan", "training.initial", "target.locate"):  # the last is where the others take it from
         monkeypatch.setattr(f"dpace.{module}.find_target", lambda _: pytest.fail("the target was looked for"))
@@ -89,6 +85,6 @@ def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign,
         path = out / WRITERS[line]
         out.mkdir()
     path.write_text("mine")
-    assert main([*line.split(), "--output", str(out)]) == 1
+    said = run_line(f"{line} --output {out}", 1).err
     refusals = "out: File exists; |was not written by dpace .*; |has no responses.meta.json .*; "
-    assert re.search(refusals, capsys.readouterr().err)
+    assert re.search(refusals, said)

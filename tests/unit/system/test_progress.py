@@ -5,7 +5,6 @@ import re
 import pytest
 from rich.console import Console
 
-from dpace.cli import main
 from dpace.config import PromptsConfig
 from dpace.prompts.prompts import split_prompts
 from dpace.system import progress
@@ -26,16 +25,16 @@ def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
     assert "ETA 0:01:" in lines[0] and lines[0].endswith("; at 0") and "ETA" not in lines[-1]
 
 
-def test_answering_shows_tokens_before_its_first_batch_is_done(language_folder, tmp_path, capsys, monkeypatch):
+def test_answering_shows_tokens_before_its_first_batch_is_done(language_folder, run_line, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     path = write_prompts(tmp_path / "p.jsonl", [f"w{i} w{i + 1}" for i in range(12)])
     line = f"respond --target {language_folder} --prompts.path {path} --output {tmp_path / 'out'} --max-new-tokens 8"
-    assert main(line.split()) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("answering prompts: 0 of 12")]
+    said = run_line(line).err
+    lines = [line for line in said.splitlines() if line.startswith("answering prompts: 0 of 12")]
     assert "token 2 of at most 8, 12 of 12 prompts are open" in lines[1], lines
 
 
-def test_one_rank_says_what_all_have_to_say(tmp_path, capsys, monkeypatch):
+def test_one_rank_says_what_all_have_to_say(run_line, tmp_path, capsys, monkeypatch):
     """A reason comes from the others too, after a while in which the launcher ends them where the first one has it."""
     path = write_prompts(tmp_path / "p.jsonl", [f"w{i % 20}" for i in range(40)])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -45,8 +44,8 @@ def test_one_rank_says_what_all_have_to_say(tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         split_prompts(PromptsConfig(path=path, num_heldout=1, num_validation=1))
         assert capsys.readouterr().err.count("2 prompts left out: copies of held-out") == 1 - rank
-        assert main(["respond", "--prompts.path", "none.jsonl"]) == 1
-        assert len(waits) == rank and "cannot read none.jsonl" in capsys.readouterr().err
+        said = run_line("respond --prompts.path none.jsonl", 1).err
+        assert len(waits) == rank and "cannot read none.jsonl" in said
 
 
 @pytest.mark.parametrize("description", ["training, dpace", "tau, dpace-continuation-only, seed-4294967295"])

@@ -1,7 +1,5 @@
 """Blocks that grow: as many slots a step, and anchors that depend on the draw only."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,20 +9,18 @@ from dpace.drafter.views import blocks_hidden
 from dpace.training.run import check_recipe
 from tests.support.models import VOCAB, make_recipe, make_target, make_with_convolutions
 
-
-def with_8_slots(recipe):
-    return replace(recipe, drafter=replace(recipe.drafter, block_size=8))
+EIGHT = {"block_size": 8}
 
 
 def test_an_objective_that_is_written_for_whole_blocks_is_refused():
-    recipe = with_8_slots(make_recipe(grow_blocks=True))
+    recipe = make_recipe(EIGHT, grow_blocks=True)
     with pytest.raises(ValueError, match=r"fails on a batch of shape \(2, 3, 4\)"):
         check_recipe(recipe, lambda slots: slots.is_scored * torch.ones(8))
 
 
 def test_training_takes_short_blocks_first(make_loop):
     """With 4 slots for 8, twice the blocks."""
-    loop = make_loop(with_8_slots(make_recipe(max_steps=4, num_anchors=4, grow_blocks=True)))
+    loop = make_loop(make_recipe(EIGHT, max_steps=4, num_anchors=4, grow_blocks=True))
     seen = []
     for batches in loop.batches_of_steps():
         seen.append(tuple(batches[0]["is_scored"].shape[1:]))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpace.cli import main
 from dpace.config import Recipe
 from dpace.measure.results import read_log, read_results
 from dpace.target import Target
@@ -20,8 +19,8 @@ from tests.support.files import write_rows
 from tests.support.launch import on_ranks
 from tests.support.models import make_recipe
 
-SHORT = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=5, warmup_ratio=0.0, feature_cache_gib=0.0)
-RECIPE = replace(SHORT, drafter=replace(SHORT.drafter, block_size=8))
+TRAIN = {"max_steps": 3, "eval_steps": 2, "logging_steps": 1, "num_anchors": 5, "warmup_ratio": 0.0}
+RECIPE = make_recipe({"block_size": 8}, **TRAIN, feature_cache_gib=0.0)
 CLOSE = RECIPE.train.learning_rate / 20
 """Rounding; a step moves a weight by about the learning rate, and so does what is summed wrongly."""
 LAST = Path("checkpoints", "checkpoint-3", "model.safetensors")
@@ -119,12 +118,12 @@ def test_a_heads_step_is_the_same_however_it_is_split(language_target, responses
     assert_same(tmp_path / "8", tmp_path / "1")
 
 
-def test_shares_that_are_not_there_are_refused(language_folder, capsys, monkeypatch):
+def test_shares_that_are_not_there_are_refused(language_folder, run_line, monkeypatch):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="spreads plain weights only"):
         open_target(str(language_folder), dtype=torch.float32, device=device, device_map="auto", shard="fsdp")
-    assert main(["compare", "--target", str(language_folder), "--train.target-shard", "fsdp"]) == 1
-    assert "decodes, which needs the whole target" in capsys.readouterr().err
+    said = run_line(f"compare --target {language_folder} --train.target-shard fsdp", 1).err
+    assert "decodes, which needs the whole target" in said
     assert type(load_target(Recipe(target=str(language_folder)), shard="fsdp")) is Target  # one rank has all of it
     for name, value in {**ranks.FSDP, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

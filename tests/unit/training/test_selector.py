@@ -19,7 +19,12 @@ from dpace.target.draft_rows import DraftRows
 from dpace.training.loop import score_blocks
 from dpace.training.optimizer import TABLE_DECAY, is_factor, make_optimizer
 from dpace.training.run import check_recipe, make_datasets, train
-from tests.support.models import make_recipe, make_with_candidate_selector, make_with_selector
+from tests.support.models import (
+    make_recipe,
+    make_with_candidate_selector,
+    make_with_markov_head,
+    make_with_selector,
+)
 
 
 def make_scored(target, make=make_with_selector, **loss):
@@ -114,6 +119,37 @@ def test_the_loss_of_dflash2s_selector_is_that_of_all_logits(language_target, ba
     assert len(tables["params"]) == 2 and tables["weight_decay"] == TABLE_DECAY
 
 
+@pytest.mark.parametrize("objective", ["dpace", "vat"])
+def test_the_loss_of_dsparks_head_is_that_of_all_logits(objective, language_target, batch):
+    """Values and every gradient, drafter and both tables; also with the seen tokens alone, in another order."""
+    drafter, scorer = make_scored(language_target, make_with_markov_head, objective=objective)
+    every = replace(scorer, rows=DraftRows(language_target, torch.arange(64).flip(0)))
+    head = drafter.markov_head
+    found = blocks_hidden(drafter, language_target, batch)
+    blocks = found.blocks
+    before = torch.cat([blocks.labels[..., :1], blocks.labels[..., :-1]], dim=-1)
+    logits = language_target.head.logits(found.hidden) + head.markov_w2(head.markov_w1(before))
+    log_probs = logits.log_softmax(-1)
+    nll = -log_probs.gather(-1, blocks.labels[..., None])[..., 0].where(blocks.is_scored, 0.0)
+    is_match = (log_probs.argmax(-1) == blocks.labels) & blocks.is_scored
+    weights = scorer.weigh(Slots(blocks.is_scored, nll.detach().neg().exp(), is_match, None))
+    expected = (weights * nll).sum(-1)
+    expected.sum().backward()
+    grads = {name: parameter.grad for name, parameter in drafter.named_parameters()}
+    for each in (scorer, every):
+        drafter.zero_grad()
+        out, _ = score_blocks(drafter, each, batch)
+        out.losses.sum().backward()
+        ours = out.losses, out.nll, out.weights, out.is_match
+        torch.testing.assert_close(ours, (expected, nll, weights, is_match), rtol=1e-4, atol=1e-4)
+        for name, parameter in drafter.named_parameters():
+            assert (grads[name] - parameter.grad).norm() <= 1e-3 * grads[name].norm(), name
+    batch["is_scored"][:] = False
+    drafter.zero_grad()
+    score_blocks(drafter, scorer, batch)[0].losses.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters()), "ranks wait for each other's"
+
+
 def test_dflash2s_selector_has_no_penalty():
     recipe = make_recipe()
     recipe = replace(recipe, drafter=replace(recipe.drafter, selector="candidate_selector"))
@@ -127,8 +163,10 @@ def test_options_that_a_selector_does_not_list_are_refused(monkeypatch):
     recipe = make_recipe()
     recipe = replace(recipe, drafter=replace(recipe.drafter, selector="candidate_selector", selector_width=64))
     check_recipe(recipe)
-    for name, way in (("candidate_selector", "; take --drafter.selector lilicorr, or leave"), ("lilicorr", "; leave")):
+    others = {"candidate_selector": "lilicorr or markov_head, or ", "lilicorr": "markov_head, or ", "markov_head": ""}
+    for name, way in others.items():
         monkeypatch.setattr(SELECTORS[name], "reads", ())
+        way = f"; {way and f'take --drafter.selector {way}'}leave"
         with pytest.raises(ValueError, match=f"selector-width is 64, and --drafter.selector is candidate_.*{way} --d"):
             check_recipe(recipe)
 
@@ -136,7 +174,7 @@ def test_options_that_a_selector_does_not_list_are_refused(monkeypatch):
 def test_every_option_of_a_selector_is_read_by_one(language_target):
     options = {name.partition(".")[2] for name in Recipe().settings if ".selector_" in name}
     assert options == {option for sizes in SELECTORS.values() for option in sizes.reads}
-    for make in (make_with_selector, make_with_candidate_selector):
+    for make in (make_with_selector, make_with_candidate_selector, make_with_markov_head):
         spec = make(language_target).spec
         assert spec.selector.options(spec.hidden_size).keys() <= {*spec.selector.reads}
 

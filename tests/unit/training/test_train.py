@@ -23,12 +23,12 @@ from dpace.training.loop import TrainingLoop, num_steps, score_blocks
 from dpace.training.progress import open_trackers
 from dpace.training.run import keep_features, make_datasets, train
 from tests.support.files import read_json
-from tests.support.models import make_drafter, make_recipe
+from tests.support.models import make_recipe
 
 
-def short(**changes):
+def short(drafter=None, **changes):
     """A recipe of a few steps."""
-    return make_recipe(**{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes})
+    return make_recipe(drafter, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes})
 
 
 def weights_of(drafter):
@@ -60,8 +60,8 @@ def weigh_at_random(slots):
 
 def test_a_resumed_run_ends_with_the_same_weights_and_log(run, tmp_path, monkeypatch):
     """Also with an objective that draws, with blocks that grow, and from between two entries of the log."""
-    recipe = short(max_steps=8, eval_steps=3, batch_size=4, logging_steps=4, optimizer="muon", grow_blocks=True)
-    recipe = replace(recipe, drafter=replace(recipe.drafter, block_size=8))
+    train = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "logging_steps": 4}
+    recipe = short({"block_size": 8}, **train, optimizer="muon", grow_blocks=True)
     take_step = TrainingLoop.take_step
     steps = []
 
@@ -109,13 +109,6 @@ def test_checkpoints_apart_from_measurements(run, tmp_path, monkeypatch):
     assert steps == [1, 3, 5, 6, 8] and kept(moved) == {"checkpoint-1", "checkpoint-8"}
     best = Drafter.from_pretrained(moved / "checkpoints" / "checkpoint-1")
     assert torch.equal(weights_of(written), weights_of(best).bfloat16().float()), "of step 1, whose tau is the best"
-
-
-def test_training_learns(language_target, language_drafter, language_responses):
-    data = measured(language_responses[50:])
-    assert heldout_acceptance(language_drafter, language_target, data).tau > 2.0
-    untrained = make_drafter(language_target, block_size=6)
-    assert heldout_acceptance(untrained, language_target, data).tau < 1.5
 
 
 def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafter, language_responses, monkeypatch):
@@ -177,8 +170,7 @@ def test_each_option_changes_the_weights_of_two_steps(make_loop):
     """Those that no golden case has."""
 
     def train_with(norm_scale=1.0, **options):
-        recipe = short(batch_size=4, **options)
-        loop = make_loop(replace(recipe, drafter=replace(recipe.drafter, norm_scale=norm_scale)))
+        loop = make_loop(short({"norm_scale": norm_scale}, batch_size=4, **options))
         for _, batches in zip(range(2), loop.batches_of_steps(), strict=False):
             loop.take_step(batches)
         return weights_of(loop.drafter)
@@ -222,6 +214,7 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(run, tmp_path, monk
     tracker = good.return_value
     assert tracker.log.call_args_list == [mock.call(entry, step=entry["step"]) for entry in log]
     assert (good.call_args, failing.call_args) == (mock.call("mine"), mock.call("dpace"))
+    tracker.start.assert_called_once_with()
     tracker.finish.assert_called_once_with()
     assert capsys.readouterr().err.count("the tracker trackio failed ('no key'); the training goes on") == 1
     with open_trackers(short(report_to=("wandb",), feature_servers=("http://ann:secret@a:1",))):
