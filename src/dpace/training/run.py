@@ -215,9 +215,10 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
         if selector not in readers:
             flag = f"--{name.replace('_', '-')}"
+            other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
-                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; take "
-                f"--drafter.selector {' or '.join(readers)}, or leave {flag} out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; {other}leave {flag} "
+                "out"
             )
     if selector and recipe.loss.needs_target_probs:
         raise ValueError(
