@@ -227,13 +227,13 @@ def test_a_table_that_drafters_cannot_share_is_refused(part, change, reason):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     """transformers makes an empty one for some families where there are no files."""
-    make_target("qwen3", vocab_size=60).model.save_pretrained(tmp_path)
+    make_target("qwen3", vocab_size=63).model.save_pretrained(tmp_path)
     message = {"role": "user", "content": "w57"}
     for target in (Target.load(str(tmp_path)), ChatTokenizer.load(str(tmp_path))):
         with pytest.raises(ValueError, match="gives no token, .* the files of its tokenizer"):
             encode_chat(target, [message])
     make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="gives the token 63, and its embedding has 60 rows; copy both again"):
+    with pytest.raises(ValueError, match="gives the token 63, and its embedding has 63 rows; copy both again"):
         encode_chat(Target.load(str(tmp_path)), [message])
 
 
