@@ -55,7 +55,7 @@ def _hard_scores(
     # A tile adds to sums in place, so no two of them may share memory.
     sums = _Sums(top_logits, zeros, zeros.clone(), top_tokens, grad)
     for start in range(0, len(weight), num_columns):
-        tile = head._replace(weight=weight[start : start + num_columns])
+        tile = head._replace(weight=weight[start : start + num_columns], table=None)
         # A size of 1 would be a graph of its own, and torch runs eagerly where a function has more than eight.
         is_compiled = rows.device.type in TILED and min(len(rows), len(tile.weight)) > 1
         add_tile = _compiled_add_tile() if is_compiled else _add_tile
