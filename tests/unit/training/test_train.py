@@ -190,6 +190,8 @@ def test_the_gradient_is_that_of_the_mean_loss(make_loop):
     expected = get_total_norm(torch.autograd.grad(loss, list(loop.drafter.parameters())))
     loop.take_step([batch])
     entry = loop.log.entry(loop.accelerator)
+    right = out.is_match[..., 2][blocks.is_scored[..., 2]].float().mean()
+    assert entry["slot_accuracy/2"] == pytest.approx(right.item())
     assert (entry["loss"], entry["grad_norm"]) == pytest.approx((loss.item(), expected.item()), rel=1e-4)
 
 
