@@ -92,6 +92,12 @@ def test_reload_gives_equal_weights_and_the_published_layout(random_target, tmp_
         torch.testing.assert_close(again.state_dict(), drafter.state_dict(), rtol=0, atol=0)
 
 
+def test_a_drafter_rotates_as_its_target():
+    target = make_target("llama3.1")
+    expected = target.model.config.rope_parameters
+    assert make_drafter(target).config.rope_parameters == expected and expected["rope_theta"] == 500_000
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

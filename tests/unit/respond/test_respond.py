@@ -208,11 +208,12 @@ def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, answer,
 
 def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, answer):
     stub = start("sglang")
-    for reason, said in (
-        ({"type": "length"}, "no prompt was answered: cut by the server"),
-        ({"type": "stop", "matched": 5}, "not known to be a stop token"),
+    for num_told, reason, said in (
+        (1, {"type": "length"}, "no prompt was answered: cut by the server"),
+        (1, {"type": "stop", "matched": 5}, "not known to be a stop token"),
+        (2, {"type": "stop", "matched": 5}, "not known to be a stop token"),  # the second one would be the target's
     ):
-        meta = {"completion_tokens": 1, "finish_reason": reason}
+        meta = {"completion_tokens": num_told, "finish_reason": reason}
         stub.words = lambda _, meta=meta: {"output_ids": [5], "meta_info": meta}
         with pytest.raises(ValueError, match=said):
             answer(stub, prompts=PROMPTS[:2])
