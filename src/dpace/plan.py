@@ -65,7 +65,7 @@ TIMING_SECONDS = 1.0
 """How long a product is timed."""
 FEW_ROWS = 64
 """Rows of a product whose speed stands for what is no large product: as many as prompts that are answered together."""
-BESIDE_PRODUCTS = 0.3
+BESIDE_PRODUCTS = 0.4
 """What a training step on a CPU does beside its products, as a share of these, at that speed."""
 GPU_FLOPS = 3e14
 """Operations in a second by a GPU that is not at hand: a third of an H100's products in bf16."""
