@@ -2,7 +2,7 @@
 
 import string
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from dpace.decode.loop import custom_generate, generate, stream
+from dpace.drafter import Drafter
+from dpace.target import Target
 from tests.support.models import make_drafter, make_target
 
 
@@ -53,9 +55,7 @@ def pieces_of(monkeypatch):
 
         monkeypatch.setattr("dpace.decode.loop.make_continuation", lambda *_: text)
         monkeypatch.setattr("dpace.decode.loop.Speculation", lambda *_, **__: SimpleNamespace(steps=steps))
-        target: Any = SimpleNamespace(tokenizer=tokenizer)
-        drafter: Any = None
-        return list(stream(target, drafter, []))
+        return list(stream(Mock(spec=Target, tokenizer=tokenizer), Mock(spec=Drafter), []))
 
     return pieces
 

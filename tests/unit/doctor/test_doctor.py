@@ -149,8 +149,10 @@ def test_a_block_size_is_needed_in_one_place(more, result, folder, language_targ
 @pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
 def test_good_drafters_pass(random_target, tmp_path):
     random_target.tokenizer = make_tokenizer()
-    with_selectors = make_with_selector, make_with_candidate_selector, make_with_markov_head
-    for make in (make_drafter, make_with_convolutions, *with_selectors):
+    makers = [make_drafter, make_with_convolutions, make_with_selector, make_with_candidate_selector]
+    if random_target.head.softcap is None:  # DSpark's head is refused beside a cap
+        makers.append(make_with_markov_head)
+    for make in makers:
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
 
