@@ -91,6 +91,10 @@ def test_demo(short_demo, run_line, tmp_path, monkeypatch):
     run_line(command)
 
 
+def test_generate(run_line):
+    assert run_line(f"generate --target {locate.TARGET_ID} --prompt Hi").out
+
+
 def test_plan_also_of_an_adapter_whose_base_is_the_demos_target(run_line, tmp_path):
     adapter = {"peft_type": "LORA", "base_model_name_or_path": locate.TARGET_ID}
     (tmp_path / "adapter").mkdir()

@@ -126,3 +126,9 @@ def test_a_target_in_another_kind_of_matrices(run, tmp_path):
     run("gguf_target.py {served} --write-as Q8_0 {out}.gguf")
     tensors = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(tmp_path / "out.gguf")[0].tensors}
     assert tensors["blk.0.ffn_down.weight"] == "Q8_0" and tensors["output_norm.weight"] == "F32"
+
+
+def test_make_prompts(run, tmp_path):
+    run("make_prompts.py {out} tuning")
+    rows = (tmp_path / "out" / "tuning.jsonl").read_text().splitlines()
+    assert len(rows) == 32 and {json.loads(row)["set"] for row in rows} == {"notes", "problems"}
