@@ -18,7 +18,9 @@ import tyro
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from dpace.config import LossConfig
 from dpace.loss import Slots, frozen_head_nll
+from dpace.loss.head_scores import chunk_bytes_of
 from dpace.system.device import find_device, synchronize
 from dpace.target.head import LmHead
 from dpace.training.progress import peak_memory, reset_peak_memory
@@ -40,7 +42,8 @@ def spread(nll, is_scored):
 
 
 def frozen(hidden, head, labels, is_scored):
-    return frozen_head_nll(hidden, head, labels, is_scored, weigh=weigh).losses
+    chunk_bytes = chunk_bytes_of(LossConfig(), head.weight, is_cpu=head.weight.is_cpu)
+    return frozen_head_nll(hidden, head, labels, is_scored, weigh=weigh, chunk_bytes=chunk_bytes).losses
 
 
 def losses(nll, is_scored):

@@ -27,8 +27,9 @@ from dpace.config import TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
+from dpace.loss.head_scores import chunk_bytes_of
 from dpace.loss.objective import make_weigh
-from dpace.plan import measure_flops
+from dpace.plan import expected_step_seconds
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response
@@ -81,7 +82,10 @@ class Step:
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden, blocks = blocks_hidden(self.drafter, self.target, self.batch)[:2]
         yield "drafter"
-        out = frozen_head_nll(hidden.float(), head, blocks.labels, blocks.is_scored, weigh=weigh)
+        chunk_bytes = chunk_bytes_of(self.recipe.loss, head.weight, is_cpu=device.type == "cpu")
+        out = frozen_head_nll(
+            hidden.float(), head, blocks.labels, blocks.is_scored, weigh=weigh, chunk_bytes=chunk_bytes
+        )
         loss, _ = block_loss(out.losses, blocks.is_scored, out.weights)
         yield "loss"
         loss.backward()
@@ -160,7 +164,8 @@ def compare_products(step: Step, rounds: int) -> None:
         for part, value in medians.items():
             share = operations[part] / value / peak
             print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP  {share:4.0%} of that")
-        planned = operations.pop("whole step") / measure_flops(step.target.device, step.dtype)
+        whole = operations.pop("whole step")
+        planned = expected_step_seconds(whole, step.target.device, step.dtype, step.target.model.dtype)
         print(f"  {'planned':<20} {1000 * planned:7.1f} ms")
 
 

@@ -85,6 +85,23 @@ def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int = 512)
     return 2 * len(rows) * weights.numel() / seconds
 
 
+def expected_step_seconds(
+    operations: Number, device: torch.device, products: torch.dtype, dtype: torch.dtype
+) -> Number:
+    """Estimate the seconds of training steps from the operations of their products.
+
+    Args:
+        operations: a multiplication and an addition are two.
+        device: where the steps are taken.
+        products: dtype of the factors in large products.
+        dtype: of the target.
+    """
+    seconds = operations / measure_flops(device, products)
+    if device.type == "cpu":
+        seconds += BESIDE_PRODUCTS * operations / measure_flops(device, dtype, FEW_ROWS)
+    return seconds
+
+
 class PaperTarget(Target):
     """A target whose tensors have shapes and no values; that embedding and head are plain tables is not looked at."""
 
@@ -279,10 +296,8 @@ class TrainingPlan:
     def seconds_of_steps(self) -> Number:
         """Estimate the seconds of all steps, without the time in which the target reads."""
         operations = self.num_steps * self.flops()[1]
-        seconds = operations / measure_flops(self.device, products_dtype(self.recipe.train, self.device))
-        if self.device.type == "cpu":
-            seconds += BESIDE_PRODUCTS * operations / measure_flops(self.device, self.target.model.dtype, FEW_ROWS)
-        return seconds
+        products = products_dtype(self.recipe.train, self.device)
+        return expected_step_seconds(operations, self.device, products, self.target.model.dtype)
 
     def steps_in(self, seconds: float) -> int:
         """Return how many steps end in so many seconds, by the estimate; at least one."""

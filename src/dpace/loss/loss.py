@@ -104,7 +104,7 @@ def frozen_head_nll(
             `Slots.overlap` does not need it.
         scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host
             waits for the device.
-        chunk_bytes: size of the logits that exist at once; changes results by rounding only.
+        chunk_bytes: size of the fp32 logits that exist at once, see `chunk_bytes_of`; changes results by rounding only.
         num_candidates: number of best tokens to find, exactly; 1 with `target_hidden`.
 
     Returns:
