@@ -55,8 +55,7 @@ def engine_sections(
         note = ""
         if served and _server_of(served).engine in (engine.name, engine.title):
             note = f"\n\n{_depth_note(served)}"
-            best_rows = filter(None, best_depths(served.rows).values())
-            depths = [split_depth(f"{row.depth}") for row in best_rows]
+            depths = [split_depth(row.depth) for row in best_depths(served.rows).values() if row and row.depth]
             num_drafts, p_min = min(depths, default=(num_drafts, p_min))
         command = engine.command(_with_drafts(spec, num_drafts), drafter, target)
         if p_min:

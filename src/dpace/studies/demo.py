@@ -55,11 +55,10 @@ READING = 1.25
 ANSWERING = 1.1
 SCORING = 2.2
 DECODING = 0.024
-"""Speeds of these parts, over the speed of a product: between the ratios that CPUs with AVX2 and with AMX had.
+"""Speeds of these parts, over the speed of a product, as CPUs with AVX2 and with AMX had them in slow hours.
 They are high since what prompts share is read once, and a walk through an answer reaches only some slots."""
 START_SECONDS = 60.0
-"""Seconds in which libraries and the target are loaded, checkpoints measured, and pages written; with some of the
-download."""
+"""Seconds in which the target is loaded, the time of passes and the checkpoints are measured, and pages written."""
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
