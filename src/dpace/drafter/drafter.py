@@ -343,7 +343,7 @@ class Drafter(DFlashDraftModel):
             )
         if target.cache_ability == "append":
             raise ValueError(
-                f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so "
+                f"{type(target.model).__name__} cannot read several tokens at once after a text that it has read, so "
                 "it cannot verify drafts: decode it without a drafter"
             )
         spec.check()

@@ -248,7 +248,7 @@ def from_gguf(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
 
 
 class _StrictReader(gguf.GGUFReader):
-    """A reader that ends at the end of the file; gguf's own takes numbers behind it as empty ones."""
+    """A reader that ends at the end of the file; gguf's own takes numbers after it as empty ones."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         found = super()._get(offset, dtype, count, override_order)

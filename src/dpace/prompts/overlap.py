@@ -39,9 +39,9 @@ def find_repeats(prompts: Iterable[Prompt], names: Sequence[str]) -> dict[str, s
     repeats = {}
     for prompt in prompts:
         words = _split_words(_user_text(prompt))
-        for run in _runs(words) - common:
-            if run in owners:
-                repeats[prompt.id] = owners[run]
+        shared = (_runs(words) - common) & owners.keys()
+        if shared:
+            repeats[prompt.id] = owners[min(shared)]  # always the same one of several
         if words in whole:
             repeats[prompt.id] = whole[words]
     return repeats

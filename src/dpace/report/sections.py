@@ -240,7 +240,7 @@ def losses_by_set(results: ExplainResults) -> Section:
     """Make the table of what is rejected, and how much of it is the drafter's own, for each set."""
     text = (
         "A draft slot does not know the tokens before it in its block, which the target draws. So some rejections no "
-        f"block drafter avoids: estimated from {results.num_samples} continuations of the target behind each anchor. "
+        f"block drafter avoids: estimated from {results.num_samples} continuations of the target after each anchor. "
         "The others are the drafter's own. The two numbers are the bounds of that share, and in brackets stands the "
         "95 % interval over prompts around both."
     )

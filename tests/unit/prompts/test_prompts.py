@@ -202,6 +202,10 @@ def test_a_prompt_of_two_public_sets_is_found(tmp_path):
     more = write_prompts(tmp_path / "c.jsonl", [f"Please answer. {PUBLIC}"])
     prompt = Prompt("a", "s", [[user(f"A note says: {PUBLIC}.")]])
     assert all(find_repeats([prompt], names) == {"a": "1"} for names in (both, [*both, more]))
+    texts = [" ".join(f"{letter}{i}" for i in range(13)) for letter in "zyxwvuts"]
+    several = write_prompts(tmp_path / "d.jsonl", texts)
+    mixed = Prompt("a", "s", [[user(" ".join(texts))]])
+    assert find_repeats([mixed], [several]) == {"a": "8"}, "of several, the first run in the order of words"
 
 
 def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
