@@ -58,7 +58,7 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
     if is_growing and len(sizes) == 1:
         raise ValueError(
             f"--train.grow-blocks begins with half a block, of {LEAST_SLOTS} slots or more, and --drafter.block-size "
-            f"is {block_size}; leave it out, or take blocks of {2 * LEAST_SLOTS} slots or more"
+            f"is {block_size}; take --train.no-grow-blocks, or blocks of {2 * LEAST_SLOTS} slots or more"
         )
     return sizes
 

@@ -133,11 +133,24 @@ def test_the_page_says_what_6005_prompts_gave(tmp_path):
     """Where no answer is read more than three times."""
     kept, page = unpack_records("study-6005-prompts.tar.gz", tmp_path)
     kinds = ("", *study.KINDS, study.APART)
-    gains = [percent(kept.gain("dpace", "dflash", 16, 1500, kind)).replace(" %", "") for kind in kinds]
-    assert f"| D-PACE over the decay | {' | '.join(gains)} |" in page
-    for name, shown in (("dflash", "tau, the decay"), ("dpace", "tau, D-PACE")):
+    comparisons = {
+        "D-PACE over the decay": ("dpace", "dflash"),
+        "growing over the decay": ("growing-blocks", "dflash"),
+        "growing over D-PACE": ("growing-blocks", "dpace"),
+    }
+    for shown, (name, over) in comparisons.items():
+        gains = [percent(kept.gain(name, over, 16, 1500, kind)).replace(" %", "") for kind in kinds]
+        assert f"| {shown} | {' | '.join(gains)} |" in page
+    shown_taus = {
+        "dflash": "tau, the decay",
+        "dpace": "tau, D-PACE",
+        "growing-blocks": "tau, D-PACE with growing blocks",
+    }
+    for name, shown in shown_taus.items():
         taus = [kept.acceptances(name, 16, 1500, [0], kind)[0].tau for kind in kinds]
         assert f"| {shown} | {' | '.join(f'{tau:.2f}' for tau in taus)} |" in page
+        reached = kept.acceptances(name, 16, 1500, [0])[0].reach_rate
+        assert f"{reached[0]:.3f}" in page and f"{reached[3]:.3f}" in page
 
 
 def test_the_papers_matrix_draws_prompts_with_their_turns():
