@@ -143,6 +143,24 @@ def test_features_that_are_small_on_disk_are_whole_in_a_step(tmp_path):
     assert small.memory(2)["hidden states"] == plan.memory(2)["hidden states"]
 
 
+def test_memory_grows_with_the_text_and_checkpointing_saves_it_for_more_operations(tmp_path):
+    plan, _ = make_loop(SOFT, tmp_path)
+    parts = plan.memory(2)
+    texts = torch.zeros(2, NUM_TOKENS, dtype=torch.long)
+    read = plan.target.read_features(texts, plan.drafter.target_layer_ids, with_head_input=True)
+    assert parts["hidden states"] == sum(part.nbytes for part in read)
+    longer = replace(plan, lengths=plan.lengths * [[2], [1]]).memory(2)
+    assert {name for name in parts if longer[name] > parts[name]} == {
+        "hidden states",
+        "hidden states that are kept",
+        "activations of the drafter",
+        "what is not counted",
+    }
+    without = replace(plan, recipe=replace(plan.recipe, train=replace(plan.recipe.train, gradient_checkpointing=False)))
+    assert sum(without.memory(2).values()) > sum(parts.values())
+    assert without.flops()[0] == plan.flops()[0] and without.flops()[1] < plan.flops()[1]
+
+
 def test_a_gpu_that_is_not_at_hand_holds_no_copies_and_no_kept_features(tmp_path):
     plan, _ = make_loop(SOFT, tmp_path)
     parts = replace(plan, device=torch.device("cuda")).memory(plan.batch_size)
@@ -184,6 +202,10 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, run_line, tmp_p
     assert "gradient for other ranks" in eight and "gradient for other ranks" not in alone
     assert "\na rank of 8 takes " in eight and "less with --train.target-shard fsdp" in eight
     assert "--ranks" not in eight.splitlines()[-1]
+    parts = dict(re.findall(r"^  (.+?) +([\d.]+) MiB$", eight, re.MULTILINE))
+    spread = sum(float(parts[name]) for name in ("gradient", "gradient for other ranks", "optimizer's moments"))
+    (less,) = re.findall(r"takes ([\d.]+) MiB less", eight)
+    assert float(less) == pytest.approx(7 / 8 * spread, rel=0.02), "a rank of 8 keeps an eighth of them"
     for minutes in (0.1, 60):
         *_, line, next_line = plan("--minutes", str(minutes)).splitlines()
         assert re.fullmatch(rf"in {minutes:g} minutes: --train\.max-steps \d+ --train\.eval-steps \d+", line)

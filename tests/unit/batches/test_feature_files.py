@@ -162,12 +162,18 @@ def vllm(language_target, tmp_path):
     server.close()
 
 
-def test_servers_give_the_same_rows(keep, vllm, language_target):
+def test_servers_give_the_same_rows(keep, vllm, language_target, monkeypatch):
+    """Ranks wait for one another where the target reads, and not where servers do."""
+    joined = mock.Mock()
+    monkeypatch.setattr(Target, "join_features", joined)
+    monkeypatch.setattr("dpace.system.ranks.num_short", lambda _: 1)
     dataset = keep(feature_servers=[vllm.url, vllm.url.replace("127.0.0.1", "localhost")])
     torch.testing.assert_close([*dataset.features], computed(language_target, dataset), rtol=1e-4, atol=1e-5)
     assert len(vllm.requests) == len(dataset) + 1 and not list(vllm.folder.iterdir())
     keep(feature_servers=[vllm.url])
-    assert len(vllm.requests) == len(dataset) + 1
+    assert len(vllm.requests) == len(dataset) + 1 and joined.call_count == 0
+    keep(2)
+    assert joined.call_count == 1
 
 
 @pytest.mark.parametrize(

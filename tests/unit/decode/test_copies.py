@@ -81,8 +81,10 @@ def test_what_followed_the_last_longest_match_in_an_answer_is_proposed(num_words
     assert sum(found) >= 57
 
 
-def test_the_start_of_an_answer_is_found_by_the_end_of_its_prompt():
-    recall = Recall(1.0)
+@pytest.mark.parametrize("mib", [1.0, 1e-9])
+def test_the_start_of_an_answer_is_found_by_the_end_of_its_prompt(mib):
+    """However little memory is asked for."""
+    recall = Recall(mib)
     recall.add([8, 9, 1, 2, 3], 2)
     assert recall.propose([8, 9], 3) == Copy(NUM_KINDS - 1, [1, 2, 3])  # nothing stands before either
     assert recall.propose([7, 8, 9], 2) == Copy(4, [1, 2]) and recall.propose([9, 7], 2) == Copy()

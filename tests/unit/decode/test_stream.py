@@ -1,5 +1,6 @@
 """Text piece by piece, chats, and decoding inside of transformers' `generate`."""
 
+import copy
 import string
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -76,13 +77,18 @@ IDS = torch.tensor([[4, 9, 12, 7]])
     [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 12, "bad_words_ids": [[9], [12]]}],
 )
 def test_custom_generate_is_generate(settings):
-    """Processors that look at the text too."""
+    """Processors that look at the text too, and weights that have changed since the last text."""
     target = make_target("qwen3")
     options = {"max_new_tokens": 24, "do_sample": False, **settings}
-    expected = target.model.generate(IDS, **options).tolist()
+    drafter = make_drafter(target)
+    before = generate(target, drafter, IDS[0].tolist(), max_new_tokens=1)
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.mul_(-1)
+    expected = Target(copy.deepcopy(target.model)).model.generate(IDS, **options).tolist()
+    assert expected[0][len(IDS[0])] != before.token_ids[0]
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}  # what a tokenizer gives
     for width in ("auto", "full"):
-        decode = custom_generate(target, make_drafter(target), width=width)
+        decode = custom_generate(target, drafter, width=width)
         assert target.model.generate(**inputs, custom_generate=decode, **options).tolist() == expected
 
 

@@ -157,8 +157,14 @@ def test_good_drafters_pass(random_target, tmp_path):
         check_faults(tmp_path, random_target, "")
 
 
-def test_a_quantized_drafter_passes(folder, language_target, tmp_path):
-    check_faults(write_fp8(folder, tmp_path / "fp8"), language_target, "")
+def test_a_quantized_drafter_passes(folder, language_target, tmp_path, monkeypatch):
+    """Its weights are plain ones also where a GPU could multiply in 8 bits."""
+    quantized = write_fp8(folder, tmp_path / "fp8")
+    check_faults(quantized, language_target, "")
+    _, weights = read_folder(quantized)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    torch.testing.assert_close(read_folder(quantized)[1], weights, rtol=0, atol=0)
 
 
 def make_chat_target(family: str) -> Target:

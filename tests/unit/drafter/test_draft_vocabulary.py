@@ -24,10 +24,12 @@ def drafter(language_drafter):
     return copy.deepcopy(language_drafter)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize(("family", "is_packed"), [("qwen3", True), ("qwen3", False), ("gemma2", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
-    """With the prompt's tokens, caps and scales; and again after the head has changed."""
+def test_it_is_the_head_with_all_other_tokens_left_out(family, is_packed, dtype, monkeypatch):
+    """With the prompt's tokens, caps and scales; again after the head has changed; where nothing is packed, too."""
+    if not is_packed:
+        monkeypatch.setattr("dpace.drafter.vocabulary.pack", lambda weight: None)
     target = make_target(family)
     target.model.to(dtype)
     target.head = target.head._replace(weight=target.model.get_output_embeddings().weight)

@@ -65,7 +65,7 @@ def weights(make):
 
 
 FOLDERS = {
-    "hidden_size is 1000000000000": config(hidden_size=10**12),
+    "hidden_size is 2147483648, expected": config(hidden_size=2**31),
     "hidden_size is 'x'": config(hidden_size="x"),
     "head_dim is 1000000000, expected": config(head_dim=10**9),
     "tau_responses is 7, expected": config(dpace={"tau_responses": 7}),

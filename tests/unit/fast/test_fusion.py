@@ -8,7 +8,7 @@ from torch.nn.attention.bias import CausalBias
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from dpace.drafter import load_drafter
-from dpace.fast.attention import MAX_QUERIES, attend_in_groups, group_heads
+from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, group_heads
 from dpace.fast.cache import TextCache
 from dpace.fast.fusion import FusedDraftLayer, FusedLayer, fuse_layers
 from dpace.fast.packing import PackedLinear, pack_linears
@@ -69,7 +69,7 @@ def test_fused_layers_give_what_those_of_transformers_give(kind, dtype):
 
 @torch.no_grad()
 def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
-    """Not for prompts, and changed layers."""
+    """Not for prompts, another attention, a decoder with code of its own, and changed layers."""
     model = make_model("qwen3")
     assert fuse_layers(model)
     target = Target(model)
@@ -84,10 +84,18 @@ def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
     read(MAX_QUERIES)
     assert not calls
     read(MAX_QUERIES + 1)
+    target.decoder.set_attn_implementation("eager")
+    read(4)
+    target.decoder.set_attn_implementation(NAME)
+    kind = type(target.decoder)
+    target.decoder.__class__ = types.new_class("OtherModel", (kind,))
+    read(4)
+    target.decoder.__class__ = kind
+    assert len(calls) == 3
     target.layers[0].self_attn.k_proj.weight.mul_(2)
     target.refresh_copies()
     read(4)
-    assert len(calls) == 2
+    assert len(calls) == 4
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch says why it takes no kernel of a GPU

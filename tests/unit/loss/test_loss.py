@@ -50,9 +50,23 @@ def compare(data, chunk_bytes, **options):
     ("head", "chunk_bytes", "num_candidates"),
     [("plain", ALL, 1), ("capped", 300, 1), ("scaled", 4, 1), ("both", 4, 8), ("both", 300, 2), ("both", ALL, 8)],
 )
-def test_equals_the_plain_reference(head, chunk_bytes, num_candidates):
-    """For every kind of head, for tiles of one logit, of a few and of all, and with the best tokens of each slot."""
-    grad = compare(problem(head=head), chunk_bytes, num_candidates=num_candidates)
+def test_equals_the_plain_reference(head, chunk_bytes, num_candidates, monkeypatch):
+    """For every kind of head, for tiles of one logit, of a few and of all, and with the best tokens of each slot.
+
+    Each logit is computed once, and no more of them exist at once than fit into the bytes.
+    """
+    sizes = []
+    add_tile = head_scores._add_tile
+
+    def watched(sums, tile, operands, *others):
+        sizes.append(len(operands) * len(tile.weight))
+        return add_tile(sums, tile, operands, *others)
+
+    monkeypatch.setattr(head_scores, "_add_tile", watched)
+    data = problem(head=head)
+    grad = compare(data, chunk_bytes, num_candidates=num_candidates)
+    _, lm_head, _, is_scored = data
+    assert 4 * max(sizes) <= chunk_bytes and sum(sizes) == is_scored.sum() * len(lm_head.weight)
     assert grad.any() and not grad[1].any() and not grad[:, :, 0].any()
 
 

@@ -1,5 +1,6 @@
 """The checks pass where they should, and fail for each kind of bug that they are for."""
 
+import copy
 import json
 import operator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tests.support.cases import wide
 from tests.support.files import change_json, make_prompts, write_prompts, write_rows
 from tests.support.models import (
     EOS,
+    VOCAB,
     make_drafter,
     make_target,
     make_with_candidate_selector,
@@ -169,6 +171,26 @@ def test_kept_responses_are_read_again(change, language_target, prompts, tmp_pat
         responses[number] = replace(response, token_ids=token_ids, response_spans=[[start, len(token_ids)]])
     finding = check_responses(language_target, responses, meta)
     assert finding.is_passed is not bool(change) and ("NOT A TIE" in finding.detail) is bool(change)
+
+
+@pytest.mark.parametrize("is_spoilt", [False, True])
+def test_a_token_after_a_tie_is_checked_too(is_spoilt, language_target, prompts, tmp_path):
+    """An answer begins with a token that has the same rows of the tables as the target's own."""
+    path = tmp_path / "responses.jsonl"
+    target = Target(copy.deepcopy(language_target.model), language_target.tokenizer)
+    write_responses(target, prompts[:1], path, RespondConfig(max_new_tokens=12))
+    (response,), meta = read_greedy(path)
+    start, _ = response.response_spans[0]
+    twin = VOCAB - 1
+    own = response.token_ids[start]
+    with torch.no_grad():
+        for table in (target.model.get_input_embeddings(), target.model.get_output_embeddings()):
+            table.weight[twin] = table.weight[own]
+    response.token_ids[start] = twin
+    if is_spoilt:
+        response.token_ids[start + 3] = (response.token_ids[start + 3] + 1) % VOCAB
+    finding = check_responses(target, [response], meta | {"target_sha256": target.sha256})
+    assert finding.is_passed is not is_spoilt and ("token 3" in finding.detail) is is_spoilt, finding.detail
 
 
 def test_only_greedy_responses_can_be_read_again(tmp_path):

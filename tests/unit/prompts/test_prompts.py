@@ -176,12 +176,12 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
     """Where 13 words in a row are the same; a phrase of two public prompts counts only alone."""
     phrase = "please think about it step by step and then put your answer into a box"
     public = write_prompts(tmp_path / "public.jsonl", [f"{PUBLIC} {phrase}", "How many?", "Why?", phrase])
-    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?", phrase]
+    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?", phrase, "Not many?"]
     path = write_prompts(tmp_path / "p.jsonl", rows)
     config = PromptsConfig(path=path, decontaminate=(public,), num_heldout=1, num_validation=0)
     parts, left_out = split_and_explain(config)
     assert left_out["in the public sets"] == {"41": "1", "42": "3", "44": "4"}
-    assert sorted((prompt.id for part in parts for prompt in part), key=int) == [str(i) for i in (*range(1, 41), 43)]
+    assert sorted((prompt.id for part in parts for prompt in part), key=int) == [*map(str, (*range(1, 41), 43, 45))]
     split_prompts(config)
     assert "3 prompts left out: in the public sets" in capsys.readouterr().err
 
@@ -206,6 +206,8 @@ def test_a_prompt_of_two_public_sets_is_found(tmp_path):
     several = write_prompts(tmp_path / "d.jsonl", texts)
     mixed = Prompt("a", "s", [[user(" ".join(texts))]])
     assert find_repeats([mixed], [several]) == {"a": "8"}, "of several, the first run in the order of words"
+    twelve = " ".join(PUBLIC.split()[-12:])
+    assert not find_repeats([Prompt("a", "s", [[user(twelve)]])], both), "13 words in a row count"
 
 
 def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):

@@ -66,7 +66,7 @@ def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
         read_sets(["gsm8k"])
 
 
-def test_files_as_their_authors_write_them(tmp_path):
+def test_files_as_their_authors_write_them(tmp_path, capsys):
     """Those of NVIDIA's script, which writes `messages`, and of Red Hat's repository."""
     texts = ["Translate.", "Again."]
     row = {"category": "mixed", "messages": [{"role": "user", "content": text} for text in texts]}
@@ -75,6 +75,7 @@ def test_files_as_their_authors_write_them(tmp_path):
     first, second = read_sets(["speed_bench_8k", "redhat"], tmp_path)
     assert first.set == "speed_bench_8k/mixed" and [turn[0]["content"] for turn in first.turns] == texts
     assert second.set == "redhat/rag" and second.turns[0][0]["content"] == "Read."
+    assert not capsys.readouterr().err, "every text is there"
     row["messages"][0]["content"] = f"{NOT_THERE} USING SPECDEC_BENCH"
     write_rows(tmp_path / "throughput_8k.jsonl", [row])
     with pytest.raises(ValueError, match="1 of the 1 rows of speed_bench_8k have their text in other datasets"):

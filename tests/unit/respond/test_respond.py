@@ -200,7 +200,7 @@ def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, answer,
     options = {"retry_seconds": 0.3, "batch_size": 1}
     found = answer(stub, **options)
     assert found == [one for one in own[0.0] if one.id != "4"]
-    assert "prompt 4 is left out: " in capsys.readouterr().err
+    assert f"prompt 4 is left out: {stub.url}/completion refuses ({status}): " in capsys.readouterr().err
     assert answer(stub, **options) == found, "where it is the only one left, too"
     stub.fault = lambda *_: None
     assert answer(stub) == own[0.0], "the same call asks it again"

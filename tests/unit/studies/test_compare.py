@@ -6,7 +6,7 @@ import pytest
 
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig
 from dpace.measure.results import read_results
-from dpace.studies.compare import compare
+from dpace.studies.compare import compare, heldout_set
 from dpace.training.loop import TrainingLoop
 from tests.support.files import write_prompts
 from tests.support.models import make_recipe
@@ -26,8 +26,11 @@ def config(language_prompts, tmp_path) -> CompareConfig:
     return CompareConfig(**options, objectives=(OWN,), seeds=(0, 1))
 
 
-def test_compare(config, language_target, tmp_path):
+def test_compare(config, language_target, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("dpace.studies.compare.heldout_set", lambda *args: made.append(heldout_set(*args)) or made[-1])
     results = compare(language_target, config)
+    assert made[-1].features is not None, "hidden states that fit in memory are read once for all drafters"
     names = {OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
     assert {row.drafter for row in results.rows} == names

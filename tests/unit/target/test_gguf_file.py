@@ -77,11 +77,13 @@ def test_the_target_is_the_file(name, tmp_path, cache, capsys):
 
 
 def test_weights_that_fit_into_16_bits_stay_in_16_bits_and_the_file_is_read_once(tmp_path, monkeypatch):
+    """Settings that say that nothing is done are no reason to refuse it."""
+    unused = {"rope_scaling_type": gguf.RopeScalingType.NONE, "attn_logit_softcapping": 0.0}
     read = Mock(wraps=gguf.GGUFReader)
     monkeypatch.setattr(gguf, "GGUFReader", read)
     target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS), tie_word_embeddings=True)
     target.model.bfloat16()
-    folder = find_target(str(write_target_gguf(target, tmp_path / "x.gguf", **BYTE_TOKENIZER)))
+    folder = find_target(str(write_target_gguf(target, tmp_path / "x.gguf", **BYTE_TOKENIZER, **unused)))
     assert read.call_count == 1 and gguf.GGUFReader is read
     config = json.loads((Path(folder) / "config.json").read_text())
     assert "lm_head.weight" not in load_file(f"{folder}/model.safetensors")

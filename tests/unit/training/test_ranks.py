@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpace.config import Recipe
 from dpace.measure.results import read_log, read_results
 from dpace.target import Target
-from dpace.target.files import open_target
+from dpace.target.files import open_target, plan_distribution
 from dpace.training.run import train
 from dpace.training.sharding import wants_shards
 from dpace.verbs import load_target
@@ -129,6 +130,11 @@ def test_shares_that_are_not_there_are_refused(language_folder, run_line, monkey
     for name, value in {**ranks.FSDP, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert wants_shards()
+    monkeypatch.setattr("dpace.system.ranks.barrier", lambda: None)
+    model = AutoModelForCausalLM, AutoConfig.from_pretrained(language_folder)
+    assert plan_distribution("none", *model) is None
+    plan = plan_distribution("fsdp", *model)
+    assert (plan.fsdp_size, plan.fsdp_plan) == (2, {"model.layers.*": "free_full_weight"})
     for name, value, message in (
         ("FSDP_VERSION", "1", "fsdp_version 1"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
@@ -140,4 +146,4 @@ def test_shares_that_are_not_there_are_refused(language_folder, run_line, monkey
             with pytest.raises(ValueError, match=message):
                 wants_shards()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not wants_shards()
+    assert not wants_shards() and plan_distribution("fsdp", *model) is None
