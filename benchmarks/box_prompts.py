@@ -5,10 +5,10 @@
     dpace respond recipe.yaml
     dpace train recipe.yaml
 
-With a third argument 10 it writes twice as many parts, 6,005 prompts, as `study.py --prompts` read them. DATA has
-JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train`; prompts like those of `mbpp` and `humaneval`
-in it are left out. FOLDER gets `prompts.jsonl`: word problems, mathematics, tasks of programming and the demo's
-notes. Most tasks are put together from the pools below, because there are only 370 others.
+DATA has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train`; prompts like those of `mbpp` and
+`humaneval` in it are left out. FOLDER gets `prompts.jsonl`, 6,005 prompts, which `study.py --prompts` reads too: word
+problems, mathematics, tasks of programming and the demo's notes. Most tasks are put together from the pools below,
+because there are only 370 others. They are in ten parts; a third argument is another number of parts.
 """
 
 import json
@@ -21,7 +21,7 @@ from make_prompts import make
 
 MAX_CHARACTERS = 700
 """Longest prompt."""
-NUM_PARTS = 5
+NUM_PARTS = 10
 SHARES = {"problems": 220, "mathematics": 200, "code": 130, "notes": 90}
 """Prompts of each kind in a part. Each part has all kinds, so answers may be cut off after any of them."""
 TASKS = {
