@@ -32,7 +32,7 @@ def test_published_layer_ids():
 def test_blocks_grow_from_halves():
     assert [block_sizes(size, is_growing=True) for size in (8, 10, 16)] == [[4, 8], [5, 10], [4, 8, 16]]
     assert block_sizes(16, is_growing=False) == [16]
-    with pytest.raises(ValueError, match="--drafter.block-size is 7; leave it out"):
+    with pytest.raises(ValueError, match="--drafter.block-size is 7; take --train.no-grow-blocks"):
         block_sizes(7, is_growing=True)
 
 
