@@ -204,6 +204,7 @@ PAIRS = {
 TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
 THINKING = "{recipe} --output {out}/t --thinking"
 LIMIT = "{recipe} --output {out}/l --prompts.limit 12 --prompts.num-validation 2"
+LAPTOP = "laptop --target {target} --prompts.path {prompts} --output {out}/l --respond.max-new-tokens 24"
 LILICORR = "--drafter.selector lilicorr --drafter.selector-candidates 4"
 ADAPTER = "{recipe} --target {adapter} --output {out}/new"
 SERVED = "{recipe} --target {served} --output {out}/new"
@@ -224,6 +225,15 @@ PAIRS |= {
     ),
     "a limit, a number of validation prompts": Pair(
         f"respond {LIMIT}; train {LIMIT}; bench {LIMIT}", "l/drafter/provenance.json"
+    ),
+    "the recipe of docs/laptop.md, whose blocks grow": Pair(
+        f"respond {LAPTOP}; plan {LAPTOP} --minutes 60; train {LAPTOP} --train.max-steps 3 --train.eval-steps 3; "
+        f"bench {LAPTOP} --bench.num-prompts 1",
+        "l/drafter/provenance.json",
+    ),
+    "the same with short blocks": Pair(
+        f"respond {LAPTOP}; train {LAPTOP} --drafter.block-size 6",
+        refused="take --train.no-grow-blocks, or blocks of 8",
     ),
     "public sets": Pair(
         f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",

@@ -11,7 +11,7 @@ import pytest
 import study
 import study_report
 
-from dpace.measure.results import write_heldout
+from dpace.measure.results import read_log, write_heldout
 from dpace.metrics import Acceptance
 from dpace.report.sections import percent
 from tests.support.rows import make_response, make_row
@@ -141,16 +141,23 @@ def test_the_page_says_what_6005_prompts_gave(tmp_path):
     for shown, (name, over) in comparisons.items():
         gains = [percent(kept.gain(name, over, 16, 1500, kind)).replace(" %", "") for kind in kinds]
         assert f"| {shown} | {' | '.join(gains)} |" in page
-    shown_taus = {
-        "dflash": "tau, the decay",
-        "dpace": "tau, D-PACE",
-        "growing-blocks": "tau, D-PACE with growing blocks",
+    rows = {
+        "dflash": ("tau, the decay", "the decay"),
+        "dpace": ("tau, D-PACE", "D-PACE"),
+        "growing-blocks": ("tau, D-PACE with growing blocks", "growing"),
     }
-    for name, shown in shown_taus.items():
+    reach_rates = []
+    for name, (row, short) in rows.items():
         taus = [kept.acceptances(name, 16, 1500, [0], kind)[0].tau for kind in kinds]
-        assert f"| {shown} | {' | '.join(f'{tau:.2f}' for tau in taus)} |" in page
-        reached = kept.acceptances(name, 16, 1500, [0])[0].reach_rate
-        assert f"{reached[0]:.3f}" in page and f"{reached[3]:.3f}" in page
+        assert f"| {row} | {' | '.join(f'{tau:.2f}' for tau in taus)} |" in page
+        log = read_log(kept.folders[study_report.Cell(name, 16, 1500, 0)])
+        validated = {entry["step"]: f"{entry['eval_tau']:.2f}" for entry in log if "eval_tau" in entry}
+        assert f"{short} {validated[300]}, {validated[900]}, {validated[1500]}" in page
+        reach_rates.append(kept.acceptances(name, 16, 1500, [0])[0].reach_rate)
+    first = [f"{rate[0]:.3f}" for rate in reach_rates]
+    assert f"in a share of {first[0]} (the decay), {first[1]} (D-PACE) and {first[2]} (growing)" in page
+    fourth = [f"{rate[3]:.3f}" for rate in reach_rates]
+    assert f"all of slots 1 to 4 in {fourth[0]}, {fourth[1]} and {fourth[2]}" in page
 
 
 def test_the_papers_matrix_draws_prompts_with_their_turns():

@@ -28,7 +28,12 @@ def config(language_prompts, tmp_path) -> CompareConfig:
 
 def test_compare(config, language_target, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("dpace.studies.compare.heldout_set", lambda *args: made.append(heldout_set(*args)) or made[-1])
+
+    def keep_set(*args):
+        made.append(heldout_set(*args))
+        return made[-1]
+
+    monkeypatch.setattr("dpace.studies.compare.heldout_set", keep_set)
     results = compare(language_target, config)
     assert made[-1].features is not None, "hidden states that fit in memory are read once for all drafters"
     names = {OWN, "dflash"}
