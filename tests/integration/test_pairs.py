@@ -153,8 +153,11 @@ PAIRS = {
         refused="--loss.selector-penalty 0",
     ),
     "plan, sizes of the drafter to start from": Pair(f"plan {FROM} --device cpu", printed=SMALL),
-    "plan, another drafter, other blocks": Pair(
-        f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
+    "train, another drafter, other blocks": Pair(
+        f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3; "
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3",
+        "drafter/config.json",
+        printed='"block_size": 3',
     ),
     "several drafters in folders of one name, several sets, report": Pair(
         f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "

@@ -33,6 +33,11 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         return recipe, None
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
+    asked_slots = recipe.drafter.block_size
+    resized = replace(init.spec, block_size=asked_slots)
+    # Only LiLiCorr's weights depend on the number of slots.
+    if "drafter.block_size" in given and resized.shapes == init.spec.shapes:
+        init.config.block_size = asked_slots
     spec = init.spec
     values: JsonObject = {option: None for option in vars(recipe.drafter) if option.startswith("selector")}
     for option in SAME_AS_OPTIONS:

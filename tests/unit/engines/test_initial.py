@@ -65,7 +65,7 @@ def test_training_goes_on_where_the_drafter_stood_and_says_so(
 
 @pytest.mark.parametrize(
     "option, value, own",
-    [("num_features", 3, 2), ("block_size", 16, 6), ("causal", True, False), ("selector_width", 24, None)],
+    [("num_features", 3, 2), ("causal", True, False), ("selector_width", 24, None)],
 )
 def test_an_option_that_contradicts_is_refused_with_both_values(option, value, own, start):
     """Where the user set it."""
@@ -73,6 +73,17 @@ def test_an_option_that_contradicts_is_refused_with_both_values(option, value, o
     with pytest.raises(ValueError, match=rf"{flag} is {value}, but .* has {own}; leave {flag} out"):
         start(given={f"drafter.{option}"}, **{option: value})
     assert start(**{option: value})
+
+
+def test_the_drafter_to_start_from_gets_other_blocks_where_no_weight_depends_on_them(start, language_target, tmp_path):
+    asked = {"drafter.block_size"}
+    recipe, init = start(given=asked, block_size=4)
+    started = init.start_for(language_target)
+    assert recipe.drafter.block_size == started.block_size == 4 and fingerprint(started) == fingerprint(init.float())
+    assert start(block_size=4)[0].drafter.block_size == 6  # not asked for: a default
+    make_with_selector(language_target).save_pretrained(tmp_path)  # LiLiCorr has weights for each slot
+    with pytest.raises(ValueError, match=r"--drafter.block-size is 9, but .* has 4; leave --drafter.block-size out"):
+        start(tmp_path, asked, block_size=9)
 
 
 def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(start, language_target, tmp_path):
