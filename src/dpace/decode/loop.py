@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from dpace.config import VerifyRule, Width
 from dpace.decode.copies import PromptLookup
 from dpace.decode.generation import Continuation, Generation, SamplingOptions, Step, collect, make_continuation
-from dpace.decode.pace import Paces, Plan
+from dpace.decode.pace import Paces, Plan, widest_step
 from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
 from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
@@ -72,7 +72,7 @@ def generate(
     """
     text = make_continuation(target, token_ids, **options)
     speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
-    return collect([text], speculation.steps(), drafter.block_size, target.device)[0]
+    return collect([text], speculation.steps(), widest_step(drafter, width), target.device)[0]
 
 
 def generate_plain(
@@ -153,8 +153,9 @@ class Speculation:
             # Processors may allow only tokens outside of the vocabulary, and then no draft could be drawn.
             vocabulary = None
         self.draft_rows = PackedRows(target, vocabulary, text.token_ids)
-        # The text ends at position `limit`; after it there is room for the slots of a block.
-        capacity = text.limit + 1 + size
+        self.widest = widest_step(drafter, width)
+        # The text ends at position `limit`; after it there is room for the tokens of a step.
+        capacity = text.limit + 1 + self.widest
         self.cache = TextCache(target.config, capacity)
         self.cache.activate_past_recording()
         self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
@@ -217,7 +218,7 @@ class Speculation:
         if self.pace is None:
             return Plan(is_drafted=True)
         # The target adds a token of its own to those that are copied.
-        count = min(self.drafter.block_size, self.text.remaining) - 1
+        count = min(self.widest, self.text.remaining) - 1
         copies = [self.lookup.propose(count)]
         if self.recall:
             copies.append(self.recall.propose(self.text.token_ids, count))

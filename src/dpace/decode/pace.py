@@ -26,8 +26,10 @@ from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Number of tokens before the timed steps."""
+COPY_WIDTH = 16
+"""Tokens to verify of a copy, the last one of the text included; as many as in a block, where that has more."""
 TIMED_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Widths that are timed, as far as a block goes."""
+"""Widths that are timed, as far as a step goes."""
 NUM_ROUNDS = 5
 """Number of times that each step is timed."""
 EXPLORATION = 0.01
@@ -61,6 +63,11 @@ class StepCosts(NamedTuple):
     """Seconds of the drafter for each token whose features it reads before it drafts."""
 
 
+def widest_step(drafter: Drafter, width: int | str) -> int:
+    """Return the largest number of tokens that a step with this `width` of `generate` may verify."""
+    return max(drafter.block_size, COPY_WIDTH) if width in ("auto", "copies") else drafter.block_size
+
+
 @torch.inference_mode()
 def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCosts:
     """Measure the seconds of decoding steps on this machine; takes about a second for a small model.
@@ -71,11 +78,11 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
     Memory: keys and values of `FILLER_TOKENS` tokens, and their features.
 
     Args:
-        target: timed while it reads 1 to `block_size` tokens.
+        target: timed while it reads the tokens of steps with width `auto`.
         drafter: timed while it drafts a block, after reading a few tokens and after reading all.
         is_sampled: tokens are drawn, which takes longer than choosing the most likely ones.
     """
-    size = drafter.block_size
+    size = widest_step(drafter, "auto")
     widths = [width for width in TIMED_WIDTHS if width < size]
     widths.append(size)
     sampler = Sampler(float(is_sampled), seed=0, device=target.device)
@@ -95,7 +102,8 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
         """Read features and draft a block."""
         drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
         hidden = to_predicted(drafted.hidden, drafter.first_slot)
-        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], lambda: drafted.context[:, -1], size)
+        block_size = drafter.block_size
+        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], lambda: drafted.context[:, -1], block_size)
         drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
 
     steps = [partial(verify, width) for width in widths]
@@ -184,16 +192,20 @@ class Pace:
     Other drafts are still made for a share `EXPLORATION` of the time, and less often where the drafter would have to
     read a prompt first. So a bad drafter costs little, and one that improves is used again. Everything learned is kept
     from one response to the next (`Paces`).
+
+    Args:
+        costs: of steps on this machine.
+        block_size: tokens that are verified of a whole draft; as many as of a whole copy by default.
     """
 
-    def __init__(self, costs: StepCosts):
+    def __init__(self, costs: StepCosts, block_size: int = 0):
         self.costs = costs
         # Logarithms of the costs of now over `costs`: of drafts, then of each width.
         self.drift = np.zeros(len(costs.verify_seconds) + 1)
         self._apply_drift()
         # For each kind of match: how often a first copied token is right, and how often a further one.
         self.copies_right = [(Mean(0.4, 2), Mean(0.6, 2)) for _ in range(NUM_KINDS)]
-        whole_seconds = costs.draft_seconds + costs.verify_seconds[-1]
+        whole_seconds = costs.draft_seconds + costs.verify_seconds[block_size - 1]
         # Of drafts: emitted tokens, seconds that the same tokens would have taken otherwise, and seconds.
         prior = [PRIOR_GAIN * whole_seconds / costs.verify_seconds[0], PRIOR_GAIN * whole_seconds, whole_seconds]
         self.drafts = Mean(np.array(prior), 3)
@@ -351,7 +363,8 @@ class Paces:
         """Return the drafter's pace at a temperature; at the first call, measure the machine."""
         key = drafter, temperature
         if key not in self._paces:
-            self._paces[key] = Pace(self._measure(target, drafter, temperature > 0))
+            costs = self._measure(target, drafter, temperature > 0)
+            self._paces[key] = Pace(costs, drafter.block_size)
         return self._paces[key]
 
     def recall(self, drafter: Drafter) -> Recall | None:

@@ -144,6 +144,7 @@ def _show_answer(target: "Target", drafter: "Drafter", options: dict[str, Any], 
         messages: the prompt, or the chat so far.
     """
     from dpace.decode import Generation, stream
+    from dpace.decode.pace import widest_step
     from dpace.target.chat import encode_chat
 
     steps: list[Step] = []
@@ -159,5 +160,6 @@ def _show_answer(target: "Target", drafter: "Drafter", options: dict[str, Any], 
         print_text(piece, end="")
     print()
     seconds = times[-1] - times[0]  # from the first token on, as speeds are given everywhere
-    _print_speed(Generation.from_steps(steps, drafter.block_size, prefill_seconds=0.0, decode_seconds=seconds))
+    widest = widest_step(drafter, options["width"])
+    _print_speed(Generation.from_steps(steps, widest, prefill_seconds=0.0, decode_seconds=seconds))
     return text

@@ -22,7 +22,7 @@ from dpace.drafter.drafter import ANSWERS_FILE, load_drafter
 from dpace.target import chat
 from dpace.training import finish
 
-FLAT = StepCosts([10.0, 10.1, 10.2, 10.3, 10.4, 10.5], 5.0)
+FLAT = StepCosts([10.0 + 0.1 * k for k in range(16)], 5.0)
 
 
 def search_text(text, count):

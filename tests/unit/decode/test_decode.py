@@ -78,7 +78,7 @@ def test_copies_of_the_text_keep_it(turns, rule, monkeypatch):
         is_drafted = not copy.token_ids or next(turn)
         return Plan(is_drafted, copy, 1 if is_drafted else 1 + len(copy.token_ids))
 
-    costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
+    costs = StepCosts([1.0 + 0.2 * k for k in range(16)], 0.3)
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: costs)
     monkeypatch.setattr("dpace.decode.pace.Pace.plan", plan)
     seen = []
@@ -101,14 +101,16 @@ def test_copies_of_the_text_keep_it(turns, rule, monkeypatch):
 
 def test_copies_alone_never_draft(monkeypatch):
     target = make_target("qwen3")
-    drafter = make_drafter(target)
+    drafter = make_drafter(target, block_size=2)
     options = {"max_new_tokens": 40, "stop_token_ids": []}
     plain = generate_plain(target, PROMPT[:5] * 4, **options)
-    costs = StepCosts([1.0, 1.1, 1.2, 1.3], 0.3)  # of a quiet machine, where copies pay
+    costs = StepCosts([1.0 + 0.1 * k for k in range(16)], 0.3)  # of a quiet machine, where copies pay
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: costs)
     monkeypatch.setattr("dpace.decode.loop.draft_step", lambda *_: pytest.fail("a block was drafted"))
     ours = generate(target, drafter, PROMPT[:5] * 4, width="copies", **options)
     assert ours.token_ids == plain.token_ids and ours.num_copied == sum(ours.accepted_lengths) > 0
+    # A copy may be longer than a block of the drafter.
+    assert max(ours.widths) > drafter.block_size and len(ours.acceptance.histogram) == ours.block_size == 16
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from dpace.decode import generate
 from dpace.decode.copies import Copy
-from dpace.decode.pace import Pace, Paces, Plan, StepCosts, best_width, measure_costs
+from dpace.decode.pace import COPY_WIDTH, Pace, Paces, Plan, StepCosts, best_width, measure_costs
 from tests.support.models import make_drafter, make_target
 
 COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
@@ -170,5 +170,5 @@ def test_what_was_learned_is_the_callers(monkeypatch):
 def test_costs_of_steps():
     target = make_target("qwen3")
     costs = measure_costs(target, make_drafter(target, block_size=6), is_sampled=True)
-    assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
+    assert len(costs.verify_seconds) == COPY_WIDTH and min(costs.verify_seconds) > 0 < costs.draft_seconds
     assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
