@@ -34,7 +34,7 @@ SERVED = torch.bfloat16
 
 
 @torch.no_grad()
-def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
+def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Drafter | None = None) -> None:
     """Round a trained drafter to 16 bits, measure it, and write it with what it was made from.
 
     What is measured is what is written. All ranks call this, since the target may need them; the first one writes.
@@ -43,6 +43,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
         folder: of the run; `provenance.json`, which says that the drafter is finished, comes last.
         loop: has the trained drafter, whose weights are rounded in place, and stay in fp32; and what it was made from.
         run: what `run.json` holds.
+        init: the drafter that the training started from.
     """
     drafter = loop.drafter
     target = loop.target
@@ -64,15 +65,20 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject) -> None:
     drafter.config.dpace = record  # `dpace doctor` compares with it; engines ignore it
     vocabulary = None
     if len(validation):
-        seen = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids])
+        token_ids = [*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids]
+        # A drafter that started from another one has learned tokens of other texts.
+        is_known = init is None or init.vocabulary is not None
+        if init is not None and init.vocabulary is not None:
+            before = init.vocabulary.token_ids
+            token_ids += before[before < len(target.head.weight)].tolist()
+        seen = DraftVocabulary(token_ids)
         of_all, of_seen = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
         acceptance, record["confidence_temperature"] = of_all
         record["tau"] = acceptance.tau
         record["tau_interval"] = list(map(defined, acceptance.interval()))
         record["tau_responses"] = validation.ids
         seen_acceptance, seen.confidence_temperature = of_seen
-        # A drafter that started from another one has learned tokens of other texts.
-        if recipe.drafter.init is None and seen_acceptance.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
+        if is_known and seen_acceptance.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
             vocabulary = seen
     if not ranks.is_first():
         return

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from dpace.drafter import Drafter
 from dpace.drafter.spec import SAME_AS_OPTIONS
+from dpace.drafter.vocabulary import load_vocabulary
 from dpace.engines.read import read_drafter
 from dpace.recipes.recipe_file import AnyRecipe
 from dpace.system.ledger import JsonObject
@@ -33,6 +34,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         return recipe, None
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
+    init.vocabulary = load_vocabulary(path, init.spec.vocab_size)
     asked_slots = recipe.drafter.block_size
     resized = replace(init.spec, block_size=asked_slots)
     # Only LiLiCorr's weights depend on the number of slots.

@@ -357,7 +357,7 @@ def train(
         newest = ranks.from_first(lambda: find_newest(loop.checkpoints))
         reset_peak_memory(target.device)
         loop.run(newest)
-        write_finished(folder, loop, run.facts)
+        write_finished(folder, loop, run.facts, init)
     return drafter
 
 

@@ -8,6 +8,7 @@ import torch
 
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
+from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
 from dpace.measure.results import read_log
 from dpace.recipes.flags import Arguments, parse
 from dpace.system.provenance import fingerprint
@@ -61,6 +62,22 @@ def test_training_goes_on_where_the_drafter_stood_and_says_so(
     assert provenance["init"] == str(language_drafter_folder) and provenance["init_sha256"] == fingerprint(init)
     with pytest.raises(ValueError, match="other weights to start from"):
         train(language_target, *datasets, recipe, tmp_path, init=make_drafter(language_target))
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_the_drafter_drafted_before_is_drafted_too(is_known, start, language_target, language_responses, tmp_path):
+    """Where that is not known, it may have learned any token, and all are drafted."""
+    recipe, init = start()
+    before = init.vocabulary.token_ids
+    unseen = sorted({*range(64)} - {*before.tolist()})[0]
+    init.vocabulary = DraftVocabulary([unseen]) if is_known else None
+    datasets = make_datasets(language_target, language_responses[:40], language_responses[50:], recipe)
+    train(language_target, *datasets, recipe, tmp_path, init=init)
+    written = load_vocabulary(tmp_path, 64)
+    if is_known:
+        assert {unseen} < {*written.token_ids.tolist()} <= {unseen, *before.tolist()}
+    else:
+        assert written is None
 
 
 @pytest.mark.parametrize(
