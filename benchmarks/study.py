@@ -49,7 +49,6 @@ from dpace.training.run import Run, choose_conversations
 from dpace.verbs import load_target
 
 LILICORR = {"drafter.selector": "lilicorr", "drafter.selector_candidates": 8}
-SELECTOR = {"drafter.selector": "candidate_selector"}
 GROWING = {"train.grow_blocks": True}
 TAPS = {"drafter.conv_kernel_size": 2}
 BV = {"loss.alpha": 1.0, "loss.alpha_end": 0.0}
@@ -74,8 +73,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpace-head": ("dpace", LILICORR),
     "growing-head": ("dpace", LILICORR | GROWING),
     "growing-head-4": ("dpace", LILICORR | GROWING | {"drafter.selector_candidates": 4}),
-    "growing-selector": ("dpace", GROWING | SELECTOR),
-    "growing-causal-selector": ("dpace", GROWING | SELECTOR | {"drafter.causal": True}),
+    "growing-selector": ("dpace", GROWING | {"drafter.selector": "candidate_selector"}),
 }
 """By the study's names: the objective, as `dpace compare` takes it, and other changes of the recipe."""
 KINDS = {
