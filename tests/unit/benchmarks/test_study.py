@@ -160,6 +160,12 @@ def test_the_page_says_what_6005_prompts_gave(tmp_path):
     assert f"all of slots 1 to 4 in {fourth[0]}, {fourth[1]} and {fourth[2]}" in page
 
 
+def test_the_page_says_what_a_second_seed_gave(tmp_path):
+    kept, page = unpack_records("study-6005-prompts-seed-1.tar.gz", tmp_path)
+    gain, apart = (percent(kept.gain("dpace", "dflash", 16, 1500, kind)) for kind in ("", study.APART))
+    assert f"(`study-6005-prompts-seed-1`) D-PACE gains {gain} over the decay, and {apart} on `apart`" in page
+
+
 def test_the_papers_matrix_draws_prompts_with_their_turns():
     """Turns differ, and prompts do not."""
     turns = [make_response(id=str(i // 2), turn=i % 2, accepted_lengths=[2 * (i % 2)]) for i in range(8)]
