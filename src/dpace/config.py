@@ -174,7 +174,7 @@ class DrafterConfig:
     """Size of the drafter; the rest of its shape follows the target."""
 
     init: Text | None = None
-    """Folder or Hub id of a trained drafter to start from; size and mask token are then its own (docs/train.md)."""
+    """Folder or Hub id of a trained drafter to start from; all of this group but block_size is then its own."""
     num_layers: Size = 3
     """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
     block_size: Annotated[int, integer(2, 1000)] = 16

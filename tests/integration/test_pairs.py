@@ -155,7 +155,8 @@ PAIRS = {
     "plan, sizes of the drafter to start from": Pair(f"plan {FROM} --device cpu", printed=SMALL),
     "train, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3; "
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3",
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3 --drafter.norm-scale 1 "
+        "--train.no-grow-blocks --train.num-anchors 4",
         "drafter/config.json",
         printed='"block_size": 3',
     ),

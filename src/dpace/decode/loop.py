@@ -107,7 +107,8 @@ class Speculation:
     features together cover the same tokens.
 
     Attributes:
-        max_width: largest number of tokens that the target verifies at once, the last token included.
+        max_width: largest number of tokens of a draft that the target verifies at once, the last token included.
+        widest: the same of a step, which may also be a copy.
         pace: chooses at each step the verification length, and between drafts and copies; None always verifies
             `max_width` tokens of a draft.
         can_draft: whether the pace may choose a draft.

@@ -67,10 +67,10 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
     if len(validation):
         token_ids = [*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids]
         # A drafter that started from another one has learned tokens of other texts.
-        is_known = init is None or init.vocabulary is not None
-        if init is not None and init.vocabulary is not None:
-            before = init.vocabulary.token_ids
-            token_ids += before[before < len(target.head.weight)].tolist()
+        before = None if init is None else init.vocabulary
+        is_known = init is None or before is not None
+        if before is not None:
+            token_ids += before.token_ids[before.token_ids < len(target.head.weight)].tolist()
         seen = DraftVocabulary(token_ids)
         of_all, of_seen = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
         acceptance, record["confidence_temperature"] = of_all

@@ -23,7 +23,8 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         given: options that the user set, as `flags.given_options` names them.
 
     Returns:
-        The recipe and the drafter, in the precision of its files; the recipe as it is and None without `drafter.init`.
+        The recipe and the drafter, in the precision of its files, with its draft vocabulary and the asked length of
+        blocks; the recipe as it is and None without `drafter.init`.
 
     Raises:
         ValueError: an option that contradicts the drafter; a drafter of a size that no recipe has; or see
