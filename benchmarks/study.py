@@ -74,6 +74,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "growing-head": ("dpace", LILICORR | GROWING),
     "growing-head-4": ("dpace", LILICORR | GROWING | {"drafter.selector_candidates": 4}),
     "growing-selector": ("dpace", GROWING | {"drafter.selector": "candidate_selector"}),
+    "growing-bigrams": ("dpace", GROWING | {"drafter.selector": "markov_head", "drafter.causal": True}),
 }
 """By the study's names: the objective, as `dpace compare` takes it, and other changes of the recipe."""
 KINDS = {

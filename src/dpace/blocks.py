@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-LEAST_SLOTS = 4
-"""Slots of the shortest blocks where blocks grow. Not tuned: other values were not compared."""
+LEAST_SLOTS = 2
+"""Slots of the shortest blocks where blocks grow: one token is drafted. docs/results.md compares them with 4."""
 MASK_TILE = 128
 """Number of queries, and of keys, that `flex_attention` skips or computes together."""
 
@@ -47,7 +47,7 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
     """Return the sizes of the blocks of a training, each of which is trained for an equal part of the steps.
 
     Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`:
-    4, 8 and 16 for 16. Blocks of half the size are twice as many, so a step has as many slots at any time.
+    2, 4, 8 and 16 for 16. Blocks of half the size are twice as many, so a step has as many slots at any time.
 
     Raises:
         ValueError: blocks that are too short to grow.

@@ -188,7 +188,7 @@ class DrafterConfig:
     """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
     norm_scale: Positive = 1.0
     """Initial weights of the final norm, above 0; small ones start near a uniform distribution.
-    The demo takes a tenth of the target's."""
+    The demo takes a tenth of the target's; with init, this is ignored."""
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""

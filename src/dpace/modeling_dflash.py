@@ -224,7 +224,8 @@ class CandidateSelectorNetwork(nn.Module):
 class MarkovHead(nn.Module):
     """DSpark's head, which adds to a token's logit how well it follows the token before.
 
-    After token `a`, token `b` gets `<W1[a], W2[b]>` more. At first `W2` is 0, and no choice changes.
+    After token `a`, token `b` gets `<W1[a], W2[b]>` more. A training begins with what the target says after `a`, and
+    leaves `W2` as it is: its gradient would take as long as another loss.
 
     Source: DSpark (arXiv 2607.05147), `VanillaMarkov` of deepseek-ai/DeepSpec.
     """
@@ -233,17 +234,12 @@ class MarkovHead(nn.Module):
         super().__init__()
         rank = config.dflash_config["markov_rank"]
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False).requires_grad_(False)
 
     @staticmethod
     def is_in(nested: Mapping[str, object]) -> bool:
         """Return whether a `dflash_config` has one; DeepSpec writes rank 0 for none."""
         return bool(nested.get("markov_rank"))
-
-    def initialize(self):
-        """Let it change nothing, with a gradient for the second table."""
-        init.normal_(self.markov_w1.weight)
-        init.zeros_(self.markov_w2.weight)
 
 
 class DFlashLayer(GradientCheckpointingLayer):

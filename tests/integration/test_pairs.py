@@ -155,7 +155,7 @@ PAIRS = {
     "plan, sizes of the drafter to start from": Pair(f"plan {FROM} --device cpu", printed=SMALL),
     "train, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3; "
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3 --drafter.norm-scale 1 "
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3 "
         "--train.no-grow-blocks --train.num-anchors 4",
         "drafter/config.json",
         printed='"block_size": 3',
@@ -236,8 +236,8 @@ PAIRS |= {
         "l/drafter/provenance.json",
     ),
     "the same with short blocks": Pair(
-        f"respond {LAPTOP}; train {LAPTOP} --drafter.block-size 6",
-        refused="take --train.no-grow-blocks, or blocks of 8",
+        f"respond {LAPTOP}; train {LAPTOP} --drafter.block-size 3",
+        refused="take --train.no-grow-blocks, or blocks of 4",
     ),
     "public sets": Pair(
         f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",

@@ -30,9 +30,9 @@ class MarkovSelector(Selector):
     hidden state and the vector of the token before, one after the other. The LM head with the second table beside it
     turns states into scores in one product.
 
-    The loss is the objective's, of these scores, after the target's own tokens before; drafter and head learn it
-    together. With DSpark's weights that is the first of its three terms, as DeepSpec, SpecForge and speculators compute
-    it. The others compare with the target's distribution, and train a head for confidences.
+    The loss is the objective's, of these scores, after the target's own tokens before; drafter and first table learn
+    it together. With DSpark's weights that is the first of its three terms, as DeepSpec, SpecForge and speculators
+    compute it. The others compare with the target's distribution, and train a head for confidences.
 
     Memory: in training a copy of the LM head's rows, `rank` numbers wider, in their precision. In decoding the fp32
     logits of a block twice, and the table's rows of the tokens that may be drafted.
@@ -55,7 +55,7 @@ class MarkovSelector(Selector):
         """Put the table beside the LM head, which has no factor and no cap (`MarkovSizes.refused`)."""
         table = self.table(rows)
         weight = rows.head.weight
-        return LmHead(torch.cat([weight, table.detach().to(weight.dtype)], dim=1), table=table)
+        return LmHead(torch.cat([weight, table.to(weight.dtype)], dim=1))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Add the head's numbers to the logits of the hidden states."""

@@ -55,7 +55,7 @@ def _hard_scores(
     # A tile adds to sums in place, so no two of them may share memory.
     sums = _Sums(top_logits, zeros, zeros.clone(), top_tokens, grad)
     for start in range(0, len(weight), num_columns):
-        tile = head._replace(weight=weight[start : start + num_columns], table=None)
+        tile = head._replace(weight=weight[start : start + num_columns])
         # A size of 1 would be a graph of its own, and torch runs eagerly where a function has more than eight.
         is_compiled = rows.device.type in TILED and min(len(rows), len(tile.weight)) > 1
         add_tile = _compiled_add_tile() if is_compiled else _add_tile
@@ -193,7 +193,6 @@ class TokenLosses(torch.autograd.Function):
         target_hidden: Tensor | None,
         chunk_bytes: int,
         num_candidates: int,
-        table: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Compute losses, nll, overlap (None for hard losses) and top tokens of all slots.
 
@@ -228,8 +227,6 @@ class TokenLosses(torch.autograd.Function):
                     whole.view(is_scored.numel(), -1)[chunk] = values.to(whole.dtype)
             del scores  # frees memory before the next chunk is computed
         ctx.save_for_backward(grad)
-        if table is not None:
-            ctx.of_table = head, table.shape[1], hidden.flatten(0, 2), labels.flatten(), scored_rows
         # Only the losses carry a gradient.
         ctx.mark_non_differentiable(*[statistic for statistic in outputs[1:] if statistic is not None])
         return outputs
@@ -240,18 +237,7 @@ class TokenLosses(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # `out` keeps the dtype of the hidden states, where the product of bf16 and fp32 would be fp32.
         hidden_grad = torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad))
-        table_grad = None
-        if ctx.needs_input_grad[-1]:
-            head, rank, hidden, labels, scored_rows = ctx.of_table
-            table_grad = torch.zeros(len(head.weight), rank, device=grad.device)
-            # The sum over rows of (softmax - onehot) times the row's last numbers, as each row's loss counts.
-            for chunk in scored_rows.split(MIN_SOFT_ROWS):
-                rows = hidden[chunk].to(head.weight.dtype)
-                slopes = head.logits(rows).float().softmax(-1)
-                slopes.scatter_add_(1, labels[chunk, None], -torch.ones_like(slopes[:, :1]))
-                slopes *= grad_losses.flatten()[chunk, None]
-                table_grad += slopes.to(rows.dtype).T @ rows[:, -rank:]
-        return hidden_grad, *[None] * 8, table_grad  # nothing for the other arguments of `forward`
+        return hidden_grad, *[None] * 8  # nothing for the other arguments of `forward`
 
 
 def chunk_bytes_of(config: LossConfig, weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool) -> int:

@@ -94,8 +94,7 @@ def frozen_head_nll(
 
     Args:
         hidden: the drafter's final hidden states.
-        head: the frozen head. No gradient reaches it, but `head.table` with `nll`: in the backward pass, which takes
-            one more product with the head, and logits of `MIN_SOFT_ROWS` slots twice.
+        head: the frozen head.
         labels: the target's token at each slot; ignored where not scored.
         is_scored: slots that count.
         weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
@@ -119,7 +118,7 @@ def frozen_head_nll(
         scored_rows = is_scored.flatten().nonzero()[:, 0]
     # By position, since autograd functions take no keywords.
     losses, nll, overlap, candidates = TokenLosses.apply(
-        hidden, head, labels, is_scored, scored_rows, token_loss, target_hidden, chunk_bytes, num_candidates, head.table
+        hidden, head, labels, is_scored, scored_rows, token_loss, target_hidden, chunk_bytes, num_candidates
     )
     is_match = (candidates[..., 0] == labels) & is_scored
     # Detached: weights depend on the drafter's probabilities, but are constants of the loss.

@@ -18,8 +18,6 @@ class LmHead(NamedTuple):
     weight: Float[Tensor, "vocab hidden"]
     multiplier: float = 1.0
     softcap: float | None = None
-    table: Float[Tensor, "vocab rank"] | None = None
-    """The last columns of the weight in their own precision, where these are trained; without multiplier and cap."""
 
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Compute the logits of the given rows, in the dtype of the weight."""

@@ -52,7 +52,6 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     values["num_features"] = len(spec.target_layer_ids)
     values["full_layers"] = tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention")
     values["causal"] = spec.is_causal is True  # of all layers
-    values["norm_scale"] = 1.0  # the final norm is trained already
     for option, value in values.items():
         asked = getattr(recipe.drafter, option)
         if asked not in (None, value) and f"drafter.{option}" in given:
@@ -60,6 +59,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
             raise ValueError(
                 f"{flag} is {asked}, but {name} has {value}; leave {flag} out, or train without --drafter.init"
             )
+    values["norm_scale"] = 1.0  # what a recipe says of untrained drafters does not matter
     try:
         return replace(recipe, drafter=replace(recipe.drafter, **values)), init
     except ValidationError as error:

@@ -92,6 +92,11 @@ def test_an_option_that_contradicts_is_refused_with_both_values(option, value, o
     assert start(**{option: value})
 
 
+def test_how_a_recipe_begins_untrained_drafters_is_no_contradiction(start):
+    recipe, _ = start(given={"drafter.norm_scale"}, norm_scale=0.18)
+    assert recipe.drafter.norm_scale == 1.0
+
+
 def test_the_drafter_to_start_from_gets_other_blocks_where_no_weight_depends_on_them(start, language_target, tmp_path):
     asked = {"drafter.block_size"}
     recipe, init = start(given=asked, block_size=4)

@@ -14,18 +14,18 @@ EIGHT = {"block_size": 8}
 
 def test_an_objective_that_is_written_for_whole_blocks_is_refused():
     recipe = make_recipe(EIGHT, grow_blocks=True)
-    with pytest.raises(ValueError, match=r"fails on a batch of shape \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"fails on a batch of shape \(2, 3, 2\)"):
         check_recipe(recipe, lambda slots: slots.is_scored * torch.ones(8))
 
 
 def test_training_takes_short_blocks_first(make_loop):
     """With 4 slots for 8, twice the blocks."""
-    loop = make_loop(make_recipe(EIGHT, max_steps=4, num_anchors=4, grow_blocks=True))
+    loop = make_loop(make_recipe(EIGHT, max_steps=6, num_anchors=4, grow_blocks=True))
     seen = []
     for batches in loop.batches_of_steps():
         seen.append(tuple(batches[0]["is_scored"].shape[1:]))
         loop.state.global_step += 1
-    assert seen == [(8, 4), (8, 4), (4, 8), (4, 8)]
+    assert seen == [(16, 2), (16, 2), (8, 4), (8, 4), (4, 8), (4, 8)]
 
 
 @torch.no_grad()

@@ -1,0 +1,97 @@
+"""DSpark's head begins with how often tokens follow each other: against counts in a loop."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.drafter import Drafter
+from dpace.training import bigrams
+from dpace.training.bigrams import begin_with_bigrams
+from dpace.training.run import make_datasets, train
+from tests.support.models import make_drafter, make_recipe
+
+
+def begun(target, dataset, rank):
+    """A head that begins with the bigrams of a dataset."""
+    head = make_drafter(target, selector="markov_head", selector_width=rank).markov_head
+    begin_with_bigrams(head, dataset)
+    return head
+
+
+@pytest.fixture
+def dataset(language_responses):
+    return ResponseDataset(language_responses[:8], max_length=40, num_anchors=4, seed=0)
+
+
+def smoothed(dataset):
+    """The probability of each token after each other one, by loops."""
+    tokens, pairs = Counter(), Counter()
+    for number in range(len(dataset)):
+        token_ids = dataset.token_ids(number).tolist()
+        for place, is_answer in enumerate(dataset.is_response(number).tolist()):
+            if is_answer:
+                tokens[token_ids[place]] += 1
+                pairs[token_ids[place - 1], token_ids[place]] += 1
+    share = torch.tensor([tokens[token] + 0.5 for token in range(64)])
+    share /= share.sum()
+    probs = [[pairs[a, b] + bigrams.PRIOR * float(share[b]) for b in range(64)] for a in range(64)]
+    return torch.tensor(probs) / torch.tensor(probs).sum(-1, keepdim=True), share
+
+
+def test_tables_that_are_large_enough_give_the_counted_probabilities(language_target, dataset):
+    head = begun(language_target, dataset, 65)
+    logits = head.markov_w1.weight @ head.markov_w2.weight.T
+    torch.testing.assert_close(logits.softmax(-1), smoothed(dataset)[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_smaller_tables_are_as_near_as_their_rank_allows(rank, language_target, dataset):
+    """By the singular values of what they approximate: no other tables of this rank have a smaller error."""
+    head = begun(language_target, dataset, rank)
+    probs, share = smoothed(dataset)
+    wanted = (probs / share).log()
+    wanted -= wanted @ share[:, None]
+    root = share.sqrt()
+    found = head.markov_w1.weight[:, :-1] @ head.markov_w2.weight[:, :-1].T
+    error = (root[:, None] * (wanted - found) * root).norm()
+    rest = torch.linalg.svdvals(root[:, None] * wanted * root)[rank - 1 :]
+    assert rest.norm() * 0.999 <= error <= rest.norm() * 1.01
+    torch.testing.assert_close(head.markov_w1.weight[:, -1:] @ head.markov_w2.weight[:, -1:].T, share.log().repeat(64, 1))
+
+
+def test_tokens_that_are_not_frequent_enough_have_their_frequency_alone(language_target, dataset, monkeypatch):
+    monkeypatch.setattr(bigrams, "MAX_TOKENS", 20)
+    head = begun(language_target, dataset, 8)
+    _, share = smoothed(dataset)
+    rare = share < share.topk(20).values[-1]
+    assert rare.any()
+    for table in (head.markov_w1.weight, head.markov_w2.weight):
+        assert not table[rare, :-1].any() and table[share.argmax(), :-1].any()
+
+
+def test_without_answers_all_tokens_are_as_likely(language_target):
+    head = begun(language_target, ResponseDataset([], max_length=40, num_anchors=4, seed=0), 8)
+    probs = (head.markov_w1.weight @ head.markov_w2.weight.T).softmax(-1)
+    torch.testing.assert_close(probs, torch.full((64, 64), 1 / 64))
+
+
+def test_a_training_begins_with_them_once(language_target, language_responses, tmp_path, monkeypatch):
+    """A resumed one has its own tables, and one from another drafter has that one's."""
+    recipe = make_recipe({"selector": "markov_head", "selector_width": 16}, max_steps=2, save_steps=1)
+    recipe = replace(recipe, train=replace(recipe.train, learning_rate=1e-9))
+    datasets = make_datasets(language_target, language_responses[:20], [], recipe)
+    drafter = train(language_target, *datasets, recipe, tmp_path / "one")
+    expected = begun(language_target, datasets[0], 16).state_dict()
+    torch.testing.assert_close(drafter.markov_head.state_dict(), expected, rtol=1e-2, atol=1e-3)  # its file is in bf16
+
+    monkeypatch.setattr("dpace.training.run.begin_with_bigrams", None)
+    (tmp_path / "one" / "provenance.json").unlink()  # as if it had been interrupted
+    again = train(language_target, *datasets, recipe, tmp_path / "one")
+    torch.testing.assert_close(again.state_dict(), drafter.state_dict())
+    init = Drafter.from_pretrained(tmp_path / "one")
+    from_it = replace(recipe, drafter=replace(recipe.drafter, init=str(tmp_path / "one")))
+    other = train(language_target, *datasets, from_it, tmp_path / "two", init=init)
+    torch.testing.assert_close(other.markov_head.state_dict(), expected, rtol=1e-2, atol=1e-3)
