@@ -59,7 +59,9 @@ def test_smaller_tables_are_as_near_as_their_rank_allows(rank, language_target, 
     error = (root[:, None] * (wanted - found) * root).norm()
     rest = torch.linalg.svdvals(root[:, None] * wanted * root)[rank - 1 :]
     assert rest.norm() * 0.999 <= error <= rest.norm() * 1.01
-    torch.testing.assert_close(head.markov_w1.weight[:, -1:] @ head.markov_w2.weight[:, -1:].T, share.log().repeat(64, 1))
+    torch.testing.assert_close(
+        head.markov_w1.weight[:, -1:] @ head.markov_w2.weight[:, -1:].T, share.log().repeat(64, 1)
+    )
 
 
 def test_tokens_that_are_not_frequent_enough_have_their_frequency_alone(language_target, dataset, monkeypatch):
