@@ -44,10 +44,11 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
 
 
 def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
-    """Return the sizes of the blocks of a training, each of which is trained for an equal part of the steps.
+    """Return the sizes of the blocks of a training, one for each equal part of the steps.
 
-    Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`:
-    2, 4, 8 and 16 for 16. Blocks of half the size are twice as many, so a step has as many slots at any time.
+    Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`.
+    Shorter ones have more parts: for 16 slots, 4 parts with 2, 3 with 4, 2 with 8 and 1 with 16. Blocks of half the
+    size are twice as many, so a step has as many slots at any time.
 
     Raises:
         ValueError: blocks that are too short to grow.
@@ -60,7 +61,7 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
             f"--train.grow-blocks begins with half a block, of {LEAST_SLOTS} slots or more, and --drafter.block-size "
             f"is {block_size}; take --train.no-grow-blocks, or blocks of {2 * LEAST_SLOTS} slots or more"
         )
-    return sizes
+    return [size for place, size in enumerate(sizes) for _ in range(len(sizes) - place)]
 
 
 def sample_anchors(

@@ -189,7 +189,7 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
     name = config.objective
     if weigh is not None or is_custom(name):
         weigh = checked(weigh or load_custom(name), name)
-        for size in sizes:
+        for size in dict.fromkeys(sizes):
             try_out(weigh, config, size)
         return weigh
     function, argument_names = function_of(name)
