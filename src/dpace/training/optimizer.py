@@ -55,9 +55,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             matrices.append(parameter)
         else:
             norms.append(parameter)
-    options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if not is_muon:
-        return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], fused=True, **options)
+        return torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], **options)
     # Checkpoints number the parameters in the order of the groups.
     groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
     if tables:
