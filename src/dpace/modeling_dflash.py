@@ -224,8 +224,8 @@ class CandidateSelectorNetwork(nn.Module):
 class MarkovHead(nn.Module):
     """DSpark's head, which adds to a token's logit how well it follows the token before.
 
-    After token `a`, token `b` gets `<W1[a], W2[b]>` more. A training begins with what the target says after `a`, and
-    leaves `W2` as it is: its gradient would take as long as another loss.
+    After token `a`, token `b` gets `<W1[a], W2[b]>` more. A training begins with how often `b` follows `a` in the
+    answers, and leaves `W2` as it is: its gradient would take as long as another loss.
 
     Source: DSpark (arXiv 2607.05147), `VanillaMarkov` of deepseek-ai/DeepSpec.
     """

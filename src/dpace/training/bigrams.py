@@ -36,7 +36,7 @@ def begin_with_bigrams(head: MarkovHead, dataset: ResponseDataset) -> None:
     share = (counts + 0.5) / (counts + 0.5).sum()
     frequent = share.topk(min(MAX_TOKENS, vocab_size)).indices
     root = share[frequent].sqrt()[:, None]
-    with torch.random.fork_rng(devices=[]):  # the approximation draws numbers
+    with torch.random.fork_rng():  # the approximation draws numbers
         torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(
             root * log_ratios(dataset, share, frequent) * root.T, q=min(rank + OVERSAMPLING, len(frequent)), niter=4

@@ -166,6 +166,16 @@ def test_the_page_says_what_a_second_seed_gave(tmp_path):
     assert f"(`study-6005-prompts-seed-1`) D-PACE gains {gain} over the decay, and {apart} on `apart`" in page
 
 
+def test_the_page_says_what_bigrams_and_short_blocks_gave(tmp_path):
+    kept, page = unpack_records("study-bigrams.tar.gz", tmp_path)
+    kinds = ("", *study.KINDS, study.APART)
+    decay, changed = (f"{kept.tau(name, 16, 400)[0]:.2f}" for name in ("dflash", "growing-bigrams"))
+    assert f"Tau is {changed}, the decay's {decay}" in page
+    gains = [percent(kept.gain("growing-bigrams", "dflash", 16, 400, kind)).replace(" %", "") for kind in kinds]
+    assert f"| over the decay, % | {' | '.join(gains)} |" in page
+    assert f"By seed: {kept.gains_by_seed('growing-bigrams', 'dflash', 16, 400)}." in page
+
+
 def test_the_papers_matrix_draws_prompts_with_their_turns():
     """Turns differ, and prompts do not."""
     turns = [make_response(id=str(i // 2), turn=i % 2, accepted_lengths=[2 * (i % 2)]) for i in range(8)]
