@@ -272,7 +272,8 @@ PAIRS |= {
         "c/drafter/provenance.json",
     ),
     "DSpark, out and in again": Pair(
-        f"train {RECIPE} --drafter.selector markov_head --drafter.selector-width 16; "
+        f"train {RECIPE} --drafter.selector markov_head --drafter.selector-width 16 --drafter.causal "
+        "--train.grow-blocks; "
         "doctor {out}/drafter --target {target} --engine vllm; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark}",
