@@ -195,7 +195,8 @@ class DrafterConfig:
     selector: SelectorName | None = None
     """What chooses tokens that follow one another.
     candidate_selector: DFlash2's, two tables of tokens. lilicorr: a small network. Both choose among each slot's best.
-    markov_head: DSpark's, two tables that add to the logits of all tokens, one slot after the other.
+    markov_head: DSpark's, two tables that add to the logits of all tokens, one slot after the other. They begin with
+    how often tokens follow each other in the answers.
     By default each slot takes its own best token, as in DFlash."""
     selector_candidates: Literal[2, 4, 8, 16] | None = None
     """Best tokens of each slot that the selector chooses from; engines take no other numbers.
@@ -282,8 +283,9 @@ class TrainConfig:
     num_anchors: Count = 512
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     grow_blocks: bool = False
-    """Train on short blocks first: block_size is halved down to 4 to 7 slots, then doubled in equal parts of the steps.
-    A step has as many slots as ever, in more blocks; docs/objectives.md says what it gains."""
+    """Train on short blocks first: block_size is halved down to 2 or 3 slots, then doubled again and again.
+    Shorter blocks take more of the steps. A step has as many slots as ever, in more blocks; docs/objectives.md says
+    what it gains."""
     max_length: Annotated[int, integer(2)] = 3072
     """Length in tokens at which conversations are cut (the paper: 3072)."""
     max_grad_norm: PositiveOrZero = 1.0

@@ -1,16 +1,18 @@
 """Let DSpark's head begin with how often tokens follow each other, before the first step of training."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.modeling_dflash import MarkovHead
 
 MAX_TOKENS = 4096
-"""Most frequent tokens whose pairs are counted."""
+"""Most frequent tokens whose pairs are counted; with 2,048, other answers were predicted worse."""
 PRIOR = 20.0
-"""Pairs that each token has on top of the counted ones, spread over all tokens by how frequent these are."""
+"""Pairs that each token has on top of the counted ones, spread over all tokens by how frequent these are.
+
+Of 1, 5, 20 and 100, it predicted the next tokens of other answers of the same kinds best."""
 OVERSAMPLING = 16
 """Singular values that are computed and not used, for the exactness of the others."""
 
@@ -19,15 +21,17 @@ OVERSAMPLING = 16
 def begin_with_bigrams(head: MarkovHead, dataset: ResponseDataset) -> None:
     """Set the tables so that `softmax(<W1[a], W2[b]>)` is about how often token `b` follows token `a` in the answers.
 
-    A drafter then only has to learn what the text before `a` changes. The last number of a token is how frequent it is,
-    so that tokens that are not in the answers are not likely. The other ones are the best approximation of
-    `log_ratios`, by squared errors that count as their two tokens are frequent.
+    A drafter then only has to learn what the text before `a` changes. The last column is how frequent each token is, so
+    that tokens that are not in the answers are not likely. The other columns approximate `log_ratios`: of all tables of
+    their rank they have about the smallest squared error, in a mean over pairs of tokens by how frequent both are.
 
     Memory: about `4 * MAX_TOKENS ** 2` numbers in fp32, 0.3 GB, for some seconds.
 
     Args:
         head: of an untrained drafter.
         dataset: what it will be trained on.
+
+    Source: ours; the head is DSpark's (arXiv 2607.05147).
     """
     vocab_size, rank = head.markov_w1.weight.shape
     counts = torch.zeros(vocab_size)
@@ -53,9 +57,9 @@ def begin_with_bigrams(head: MarkovHead, dataset: ResponseDataset) -> None:
 
 
 def log_ratios(
-    dataset: ResponseDataset, share: Float[Tensor, " vocab"], frequent: Tensor
-) -> Float[Tensor, "before after"]:
-    """Compute how much likelier a token is after another one than elsewhere: `log(p(b | a) / p(b))`.
+    dataset: ResponseDataset, share: Float[Tensor, " vocab"], frequent: Int[Tensor, " frequent"]
+) -> Float[Tensor, "frequent frequent"]:
+    """Compute how much likelier a token is after another one: `log(p(b | a) / p(b))`, with a row for each `a`.
 
     `p(b | a)` is the share of `b` among the tokens after `a` in the answers, with `PRIOR`. A constant of each row is
     left out, which changes no probability.
