@@ -51,6 +51,7 @@ from dpace.verbs import load_target
 LILICORR = {"drafter.selector": "lilicorr", "drafter.selector_candidates": 8}
 GROWING = {"train.grow_blocks": True}
 TAPS = {"drafter.conv_kernel_size": 2}
+BIGRAMS = {"drafter.selector": "markov_head", "drafter.causal": True, "drafter.num_features": 5}
 BV = {"loss.alpha": 1.0, "loss.alpha_end": 0.0}
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", {}),
@@ -74,7 +75,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "growing-head": ("dpace", LILICORR | GROWING),
     "growing-head-4": ("dpace", LILICORR | GROWING | {"drafter.selector_candidates": 4}),
     "growing-selector": ("dpace", GROWING | {"drafter.selector": "candidate_selector"}),
-    "growing-bigrams": ("dpace", GROWING | {"drafter.selector": "markov_head", "drafter.causal": True}),
+    "growing-bigrams": ("dpace", GROWING | BIGRAMS),
 }
 """By the study's names: the objective, as `dpace compare` takes it, and other changes of the recipe."""
 KINDS = {
@@ -215,10 +216,9 @@ def refuse_other_study(plan: Plan) -> None:
 
 
 def make_sets(
-    plan: Plan, target: Target, *, with_head_input: bool
+    plan: Plan, recipe: Recipe, target: Target, *, with_head_input: bool
 ) -> tuple[tuple[ResponseDataset, ResponseDataset], ResponseDataset]:
-    """Let the target answer, and make the datasets to train, to validate and to measure on, with hidden states."""
-    recipe = plan.recipe
+    """Let the target answer, and make the datasets to train, to validate and to measure on, with features."""
     if plan.data is not None or not (plan.output / "prompts.jsonl").exists():
         write_prompts(plan)
     parts = split_prompts(recipe.prompts)
@@ -241,10 +241,14 @@ def run_cells(plan: Plan, cells: Sequence[Cell]) -> None:
     target = load_target(plan.recipe)
     write_json(plan.output / "study.json", plan.settings)
     has_soft_labels = any(plan.recipe_of(cell).needs_target_hidden for cell in cells)
-    (train, validation), test_set = make_sets(plan, target, with_head_input=has_soft_labels)
+    sets = {}  # by the number of layers whose hidden states are kept
     for number, cell in enumerate(cells, start=1):
         print(f"cell {number} of {len(cells)}")
         folder, recipe = plan.folder(cell), plan.recipe_of(cell)
+        layers = recipe.drafter.num_features
+        if layers not in sets:
+            sets[layers] = make_sets(plan, recipe, target, with_head_input=has_soft_labels)
+        (train, validation), test_set = sets[layers]
         dataset = copy.copy(train)
         dataset.num_anchors = recipe.train.num_anchors
         train_cells(target, {folder: Run(recipe)}, (dataset, validation))

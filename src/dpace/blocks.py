@@ -47,8 +47,8 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
     """Return the sizes of the blocks of a training, one for each equal part of the steps.
 
     Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`.
-    Shorter ones have more parts: for 16 slots, 4 parts with 2, 3 with 4, 2 with 8 and 1 with 16. Blocks of half the
-    size are twice as many, so a step has as many slots at any time.
+    Each size has half as many parts as the one before: for 16 slots, 8 parts with 2, 4 with 4, 2 with 8 and 1 with 16.
+    Blocks of half the size are twice as many, so a step has as many slots at any time.
 
     Raises:
         ValueError: blocks that are too short to grow.
@@ -61,7 +61,7 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
             f"--train.grow-blocks begins with half a block, of {LEAST_SLOTS} slots or more, and --drafter.block-size "
             f"is {block_size}; take --train.no-grow-blocks, or blocks of {2 * LEAST_SLOTS} slots or more"
         )
-    return [size for place, size in enumerate(sizes) for _ in range(len(sizes) - place)]
+    return [size for size in sizes for _ in range(block_size // size)]
 
 
 def sample_anchors(

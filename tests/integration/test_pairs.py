@@ -273,7 +273,7 @@ PAIRS |= {
     ),
     "DSpark, out and in again": Pair(
         f"train {RECIPE} --drafter.selector markov_head --drafter.selector-width 16 --drafter.causal "
-        "--train.grow-blocks; "
+        "--drafter.num-features 3 --train.grow-blocks; "
         "doctor {out}/drafter --target {target} --engine vllm; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark}",

@@ -20,12 +20,12 @@ def test_an_objective_that_is_written_for_whole_blocks_is_refused():
 
 def test_training_takes_short_blocks_first(make_loop):
     """With 4 slots for 8, twice the blocks; shorter blocks for longer."""
-    loop = make_loop(make_recipe(EIGHT, max_steps=6, num_anchors=4, grow_blocks=True))
+    loop = make_loop(make_recipe(EIGHT, max_steps=7, num_anchors=4, grow_blocks=True))
     seen = []
     for batches in loop.batches_of_steps():
         seen.append(tuple(batches[0]["is_scored"].shape[1:]))
         loop.state.global_step += 1
-    assert seen == [(16, 2)] * 3 + [(8, 4)] * 2 + [(4, 8)]
+    assert seen == [(16, 2)] * 4 + [(8, 4)] * 2 + [(4, 8)]
 
 
 @torch.no_grad()
