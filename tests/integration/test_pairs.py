@@ -276,7 +276,7 @@ PAIRS |= {
         "--drafter.num-features 3 --train.grow-blocks; "
         "doctor {out}/drafter --target {target} --engine vllm; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
-        "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark}",
+        "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark} --drafter.num-features 3",
         "c/drafter/provenance.json",
     ),
     "from a GGUF file": Pair(
