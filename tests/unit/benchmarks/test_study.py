@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import paper
@@ -174,6 +175,14 @@ def test_the_page_says_what_bigrams_and_short_blocks_gave(tmp_path):
     gains = [percent(kept.gain("growing-bigrams", "dflash", 16, 400, kind)).replace(" %", "") for kind in kinds]
     assert f"| over the decay, % | {' | '.join(gains)} |" in page
     assert f"By seed: {kept.gains_by_seed('growing-bigrams', 'dflash', 16, 400)}." in page
+    ours, decays = (mean_seconds(kept, name) for name in ("growing-bigrams", "dflash"))
+    assert f"as long as the decay's**: {ours / decays:.2f} times, by the logs of seeds 0 to 3." in page
+
+
+def mean_seconds(kept, name):
+    """The mean time of a step, over seeds 0 to 3."""
+    logs = [read_log(kept.folders[study_report.Cell(name, 16, 400, seed)]) for seed in range(4)]
+    return fmean(fmean(entry["step_seconds"] for entry in log if "step_seconds" in entry) for log in logs)
 
 
 def test_the_papers_matrix_draws_prompts_with_their_turns():
