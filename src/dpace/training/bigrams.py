@@ -81,6 +81,14 @@ def fit_tables(
 
     The mean is over tokens `a` by how frequent they are. A singular value decomposition of the logarithms takes no
     steps, but rank 64 predicted other answers worse with it: 3.59 nats for 3.06, and 3.09 for the counts themselves.
+
+    Args:
+        probs: of `next_token_probs`, a row for each token before.
+        share: of each token among all, above 0.
+        rank: columns of a table.
+
+    Returns:
+        The tables of the token before and of the token after.
     """
     generator = torch.Generator().manual_seed(0)
     tables = [0.1 * torch.randn(len(share), rank, generator=generator) for _ in range(2)]
