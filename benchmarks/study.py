@@ -15,7 +15,7 @@ writes tables and a figure of all that is there. It takes hours and may be kille
 units for them, such as AMX.
 
 `--prompts FILE` trains on other prompts, such as the 6,005 of `box_prompts.py`, where data do not run out. All studies
-measure on the same prompts.
+measure on the same prompts. `--more-prompts FILE` trains on FILE too, such as what `dpace prompts` writes.
 """
 
 import copy
@@ -43,7 +43,7 @@ from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.answering import write_responses
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
-from dpace.system.ledger import lock_folder, write_json, write_text
+from dpace.system.ledger import lock_folder, read_jsonl, write_json, write_text
 from dpace.target import Target
 from dpace.training.run import Run, choose_conversations
 from dpace.verbs import load_target
@@ -102,6 +102,7 @@ class Plan:
     data: Path | None
     scale: float
     prompts: Path | None = None
+    more_prompts: Path | None = None
     num_evals: int = 1
 
     @property
@@ -115,6 +116,8 @@ class Plan:
         shared = {"scale": self.scale, "products": self.recipe.train.products}
         if self.prompts is not None:
             shared |= {"prompts": self.prompts.name, "max-new-tokens": self.recipe.respond.max_new_tokens}
+        if self.more_prompts is not None:
+            shared |= {"more-prompts": self.more_prompts.name}
         return shared
 
     def scaled(self, number: int, least: int = 1) -> int:
@@ -150,6 +153,7 @@ def make_plan(
     *,
     target: str | None = None,
     prompts: Path | None = None,
+    more_prompts: Path | None = None,
     max_new_tokens: int | None = None,
     num_evals: int = 1,
 ) -> Plan:
@@ -165,7 +169,7 @@ def make_plan(
         respond=replace(recipe.respond, max_new_tokens=max_new_tokens or recipe.respond.max_new_tokens),
         train=replace(recipe.train, products=products),
     )
-    return Plan(recipe, data, scale, prompts, num_evals)
+    return Plan(recipe, data, scale, prompts, more_prompts, num_evals)
 
 
 def write_prompts(plan: Plan) -> None:
@@ -175,8 +179,8 @@ def write_prompts(plan: Plan) -> None:
         if plan.prompts is None:
             rows["train"] += rows_of(plan, kind, "train", train_file, plan.scaled(num_train, 8))
         rows["heldout"] += rows_of(plan, kind, "heldout", heldout_file, plan.scaled(num_heldout, 3))
-    if plan.prompts is not None:
-        rows["train"] += map(json.loads, plan.prompts.read_text(encoding="utf-8").splitlines())
+    for path in filter(None, (plan.prompts, plan.more_prompts)):
+        rows["train"] += [row for _, row in read_jsonl(path)]
     if plan.data is not None and (plan.data / f"{APART}.jsonl").exists():
         rows["heldout"] += rows_of(plan, APART, "heldout", APART, plan.scaled(40, 3))
     for part, name in (("train", "prompts.jsonl"), ("heldout", "heldout.jsonl")):
@@ -267,6 +271,7 @@ def main(
     products: Literal["float32", "bfloat16"] = "float32",
     target: str | None = None,
     prompts: Path | None = None,
+    more_prompts: Path | None = None,
     max_new_tokens: int | None = None,
     num_evals: int = 1,
     dry_run: bool = False,
@@ -284,6 +289,7 @@ def main(
         products: dtype of products while training.
         target: another target than the recipe's.
         prompts: JSONL file of prompts to train on, in place of those of `--data`.
+        more_prompts: JSONL file of prompts to train on, beside the others.
         max_new_tokens: longest answer, by default the recipe's 96 tokens.
         num_evals: how often tau on validation prompts is written to a drafter's log. `dpace train` keeps the best.
         dry_run: say how much there is to do, and stop.
@@ -297,6 +303,7 @@ def main(
         products,
         target=target,
         prompts=prompts,
+        more_prompts=more_prompts,
         max_new_tokens=max_new_tokens,
         num_evals=num_evals,
     )

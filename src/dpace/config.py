@@ -427,6 +427,34 @@ class BenchConfig:
 
 
 @options
+class PromptsWriterConfig:
+    """Let the target write prompts of its own, where you have none, or few of the kinds that will come.
+
+    It writes as a user would, after the words with which its chat template opens the user's turn.
+    Its prompts are as varied as what it was trained on. Put them beside your own: cat mine.jsonl prompts.jsonl.
+    """
+
+    target: Text
+    """Folder, Hub id or GGUF file of the target, with a chat template."""
+    count: Count = 1000
+    """Number of prompts, all different."""
+    max_new_tokens: Count = 128
+    """Longest prompt in tokens; longer ones are left out."""
+    temperature: Positive = 1.0
+    """Sampling temperature; 1 draws from the target's own distribution."""
+    batch_size: Count = 64
+    """Number of prompts that are written together; lower it where memory is short."""
+    seed: Seed = 0
+    """Seed of the draws."""
+    dtype: Dtype = "auto"
+    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    output: Text = "dpace-prompts"
+    """Folder that prompts.jsonl is written to; the same command continues an interrupted run in it."""
+
+
+@options
 class ExplainConfig:
     """Say where tau is lost: slot by slot, which rejected drafts no block drafter could have avoided.
 

@@ -10,6 +10,7 @@ VERBS = {
     "demo": "train a drafter for a real LLM on this machine, and show its gain",
     "plan": "say what a recipe takes: memory by part, disk, steps and time",
     "data": "show what a drafter is trained on, and what is left out and why",
+    "prompts": "let the target write prompts, where you have none",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
     "compare": "train with several objectives and seeds, and say which is best",

@@ -1,0 +1,134 @@
+"""Let the target write prompts, for users who have none, or none of a kind that will come.
+
+A chat model was trained on what users write too: after the words with which its template opens the user's turn, it
+writes as a user would.
+
+Source: Magpie (arXiv 2406.08464).
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+from dpace.config import PromptsWriterConfig, RespondConfig
+from dpace.respond.in_process import generate_responses
+from dpace.system.ledger import (
+    cut_unfinished_line,
+    lock_folder,
+    naming_file,
+    read_jsonl,
+    read_object,
+    register_files,
+    write_json,
+)
+from dpace.system.progress import progress_bar
+from dpace.system.provenance import same_run
+from dpace.target import Target
+from dpace.target.chat import tokenizer_hashes
+
+FILE = "prompts.jsonl"
+META_FILE = "prompts.meta.json"
+PLACEHOLDER = "dpace asks"
+"""Stands for the user's text, to find where the template puts it."""
+MOST_FRUITLESS = 3
+"""Batches in a row without a new prompt, after which the target is taken to have no more."""
+
+
+def user_turn(target: Target) -> tuple[list[int], int]:
+    """Find the tokens that open a user's turn, and the token that ends the user's text.
+
+    Raises:
+        ValueError: the target has no chat template, or one that says neither.
+    """
+    tokenizer = target.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError(f"{target.name} has no chat template, so it does not write as a user; name a chat model")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PLACEHOLDER}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=target.thinking,
+    )
+    before, _, after = text.rpartition(PLACEHOLDER)
+    opening = tokenizer(before, add_special_tokens=False)["input_ids"]
+    closing = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    if not opening or not closing:
+        raise ValueError(
+            f"the chat template of {target.name} has nothing before or after the user's text, so nothing says where "
+            "that begins and ends; name another chat model"
+        )
+    return opening, closing[0]
+
+
+def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
+    """Let the target write prompts, appending whole lines to a file.
+
+    Each text is drawn with a seed of its own. Left out are those without an end, without a word, and those that are
+    there already. An interrupted call continues where it was.
+
+    Memory: as of `generate_responses`, and the prompts.
+
+    Args:
+        target: writes them.
+        config: how many, how long, temperature, batch size, seed, and the folder.
+
+    Returns:
+        The file, as `--prompts.path` reads it.
+
+    Raises:
+        ValueError: see `user_turn`; a file that was made in another way, or not by dpace; or nothing new comes.
+        OSError: the disk is full; the same call goes on when there is room.
+    """
+    opening, end = user_turn(target)
+    answering = RespondConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    path = Path(config.output) / FILE
+    with lock_folder(path.parent):
+        texts, num_drawn = _find_texts(target, config, path)
+        num_fruitless = 0
+        with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+            task = bar.add_task("writing prompts", total=config.count, completed=min(len(texts), config.count), info="")
+            while len(texts) < config.count:
+                draws = range(num_drawn, num_drawn + config.batch_size)
+                seeds = [random.Random(f"{config.seed}/{draw}").getrandbits(31) for draw in draws]
+                written = generate_responses(target, [opening] * len(draws), answering, seeds)
+                num_before = len(texts)
+                for draw, token_ids in zip(draws, written, strict=True):
+                    text = ""
+                    if end in token_ids:
+                        text = target.tokenizer.decode(token_ids[: token_ids.index(end)], skip_special_tokens=True)
+                    text = text.strip()
+                    if not text or text in texts or len(texts) == config.count:
+                        continue
+                    texts.add(text)
+                    messages = [{"role": "user", "content": text}]
+                    row = {"id": f"own/{config.seed}/{draw}", "set": "own", "messages": messages}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                # A kill from here on costs no prompt.
+                file.flush()
+                os.fsync(file.fileno())
+                num_drawn = draws.stop
+                num_fruitless = num_fruitless + 1 if len(texts) == num_before else 0
+                if num_fruitless == MOST_FRUITLESS:
+                    raise ValueError(
+                        f"{target.name} wrote {len(texts)} prompts, and nothing new in {MOST_FRUITLESS} batches; raise "
+                        "--max-new-tokens or --temperature, or lower --count"
+                    )
+                bar.update(task, completed=len(texts), info=f"{num_drawn} drawn")
+    return path
+
+
+def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tuple[set[str], int]:
+    """Read what an earlier call has written, and how many texts it drew; note what this one depends on."""
+    meta_path = path.parent / META_FILE
+    facts = {"target": target.name, "target_sha256": target.sha256, **tokenizer_hashes(target)}
+    facts |= {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    register_files(path.parent, FILE, META_FILE)
+    cut_unfinished_line(path)
+    rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+    if rows:
+        way_out = "set this as it was, or name another folder with --output"
+        same_run(read_object(meta_path, way_out), facts, f"{path} holds prompts", way_out)
+    write_json(meta_path, facts)
+    num_drawn = int(rows[-1]["id"].rpartition("/")[2]) + 1 if rows else 0
+    return {row["messages"][0]["content"] for row in rows}, num_drawn

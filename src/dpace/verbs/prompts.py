@@ -1,0 +1,16 @@
+"""Let the target write prompts."""
+
+from dpace.config import PromptsWriterConfig
+from dpace.recipes.flags import Arguments, Given, command
+from dpace.verbs import load_target
+
+ARGUMENTS = Arguments(PromptsWriterConfig)
+
+
+def run(config: PromptsWriterConfig, given: Given) -> None:
+    """Run `dpace prompts`."""
+    from dpace.respond.own_prompts import write_prompts
+
+    path = write_prompts(load_target(config), config)
+    print(f"{config.count} prompts in {path}")
+    print("next:", command("respond", "--target", config.target, "--prompts.path", str(path)))
