@@ -8,9 +8,9 @@ TARGETS = Path(__file__).with_name("targets")
 """Folder with the sizes of the recipes' targets, each in a folder of its name, from its `config.json` on the Hub."""
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine, and show its gain",
+    "prompts": "let the target write prompts, where you have none",
     "plan": "say what a recipe takes: memory by part, disk, steps and time",
     "data": "show what a drafter is trained on, and what is left out and why",
-    "prompts": "let the target write prompts, where you have none",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
     "compare": "train with several objectives and seeds, and say which is best",

@@ -12,12 +12,12 @@ import random
 from pathlib import Path
 
 from dpace.config import PromptsWriterConfig, RespondConfig
+from dpace.prompts.formats import read_prompts
 from dpace.respond.in_process import generate_responses
 from dpace.system.ledger import (
     cut_unfinished_line,
     lock_folder,
     naming_file,
-    read_jsonl,
     read_object,
     register_files,
     write_json,
@@ -31,8 +31,8 @@ FILE = "prompts.jsonl"
 META_FILE = "prompts.meta.json"
 PLACEHOLDER = "dpace asks"
 """Stands for the user's text, to find where the template puts it."""
-MOST_FRUITLESS = 3
-"""Batches in a row without a new prompt, after which the target is taken to have no more."""
+MOST_FRUITLESS = 256
+"""Texts in a row that give no prompt, after which the target is taken to have no more."""
 
 
 def user_turn(target: Target) -> tuple[list[int], int]:
@@ -81,18 +81,21 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
         OSError: the disk is full; the same call goes on when there is room.
     """
     opening, end = user_turn(target)
+    if target.context and len(opening) + config.max_new_tokens > target.context:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} passes the target's limit of {target.context} tokens; lower it"
+        )
     answering = RespondConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     path = Path(config.output) / FILE
     with lock_folder(path.parent):
         texts, num_drawn = _find_texts(target, config, path)
-        num_fruitless = 0
+        newest = num_drawn
         with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
             task = bar.add_task("writing prompts", total=config.count, completed=min(len(texts), config.count), info="")
             while len(texts) < config.count:
                 draws = range(num_drawn, num_drawn + config.batch_size)
                 seeds = [random.Random(f"{config.seed}/{draw}").getrandbits(31) for draw in draws]
                 written = generate_responses(target, [opening] * len(draws), answering, seeds)
-                num_before = len(texts)
                 for draw, token_ids in zip(draws, written, strict=True):
                     text = ""
                     if end in token_ids:
@@ -101,6 +104,7 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
                     if not text or text in texts or len(texts) == config.count:
                         continue
                     texts.add(text)
+                    newest = draw
                     messages = [{"role": "user", "content": text}]
                     row = {"id": f"own/{config.seed}/{draw}", "set": "own", "messages": messages}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -108,11 +112,10 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
                 num_drawn = draws.stop
-                num_fruitless = num_fruitless + 1 if len(texts) == num_before else 0
-                if num_fruitless == MOST_FRUITLESS:
+                if num_drawn - newest > MOST_FRUITLESS:
                     raise ValueError(
-                        f"{target.name} wrote {len(texts)} prompts, and nothing new in {MOST_FRUITLESS} batches; raise "
-                        "--max-new-tokens or --temperature, or lower --count"
+                        f"{target.name} wrote {len(texts)} prompts, and {num_drawn - newest} texts after them gave "
+                        "none that is new; raise --max-new-tokens or --temperature, or lower --count"
                     )
                 bar.update(task, completed=len(texts), info=f"{num_drawn} drawn")
     return path
@@ -125,10 +128,14 @@ def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tupl
     facts |= {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
     register_files(path.parent, FILE, META_FILE)
     cut_unfinished_line(path)
-    rows = [row for _, row in read_jsonl(path)] if path.exists() else []
-    if rows:
+    found = read_prompts(path) if path.exists() and path.stat().st_size else []
+    if found:
         way_out = "set this as it was, or name another folder with --output"
         same_run(read_object(meta_path, way_out), facts, f"{path} holds prompts", way_out)
     write_json(meta_path, facts)
-    num_drawn = int(rows[-1]["id"].rpartition("/")[2]) + 1 if rows else 0
-    return {row["messages"][0]["content"] for row in rows}, num_drawn
+    num_drawn = 0
+    for prompt in found:  # the user may have removed some lines, or added others
+        number = prompt.id.removeprefix(f"own/{config.seed}/")
+        if number.isdecimal():
+            num_drawn = max(num_drawn, int(number) + 1)
+    return {str(prompt.turns[0][-1].get("content")) for prompt in found}, num_drawn

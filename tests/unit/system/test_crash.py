@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from dpace.cli import main
-from dpace.config import RespondConfig
+from dpace.config import PromptsWriterConfig, RespondConfig
 from dpace.respond.answering import write_responses
+from dpace.respond.own_prompts import write_prompts as write_own_prompts
 from dpace.training.run import make_datasets, train
 from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
-from tests.support.models import make_recipe
+from tests.support.models import make_recipe, make_target
 
 UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
 """What tells of this process alone; Python's random numbers, which training does not use, among it."""
@@ -24,9 +25,9 @@ FAULTS = ("full", "torn", "")
 """What happens at an operation: no room from there on, half of its file, or nothing any more."""
 TORN = ("open", "append", "save", "fsync")
 """Operations that may leave half of a file."""
-ALL = ["train", "respond", "compare", "bench", "export zlab", "export speculators", "export gguf"]
+ALL = ["train", "respond", "prompts", "compare", "bench", "export zlab", "export speculators", "export gguf"]
 ALL += ["export over another", "import zlab", "import speculators", "import gguf"]
-QUICK = "train", "respond"
+QUICK = "train", "respond", "prompts"
 """Those that take hours; the others write in the same way."""
 
 
@@ -69,6 +70,12 @@ def runs(
         config = RespondConfig(max_new_tokens=6, batch_size=2)
         write_responses(language_target, make_prompts(language_prompts[:6]), output / "responses.jsonl", config)
 
+    def run_prompts(output: Path) -> None:
+        target = make_target("qwen3")
+        target.tokenizer = language_target.tokenizer
+        options = {"count": 5, "batch_size": 3, "max_new_tokens": 24, "temperature": 8.0, "output": str(output)}
+        write_own_prompts(target, PromptsWriterConfig(target="x", **options))
+
     def run_verb(words: str, output: Path) -> None:
         """Run a verb, and raise what it says when it fails: its last words, in one line."""
         with redirect_stderr(io.StringIO()) as said:
@@ -85,7 +92,7 @@ def runs(
             run_verb(commands["export speculators"], output)
 
     verbs = {name: partial(run_verb, words) for name, words in commands.items()}
-    return start, {"train": run_train, "respond": run_respond, **verbs}
+    return start, {"train": run_train, "respond": run_respond, "prompts": run_prompts, **verbs}
 
 
 def end_state(folder: Path) -> dict:
