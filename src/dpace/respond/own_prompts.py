@@ -25,7 +25,7 @@ from dpace.system.ledger import (
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import same_run
 from dpace.target import Target
-from dpace.target.chat import tokenizer_hashes
+from dpace.target.chat import encode_chat, tokenizer_hashes
 
 FILE = "prompts.jsonl"
 META_FILE = "prompts.meta.json"
@@ -39,19 +39,22 @@ def user_turn(target: Target) -> tuple[list[int], int]:
     """Find the tokens that open a user's turn, and the token that ends the user's text.
 
     Raises:
-        ValueError: the target has no chat template, or one that says neither.
+        ValueError: the target has no chat template, one that fails, or one that says neither.
     """
     tokenizer = target.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError(f"{target.name} has no chat template, so it does not write as a user; name a chat model")
+    messages = [{"role": "user", "content": PLACEHOLDER}]
+    encode_chat(target, messages)  # says what is wrong where the template fails
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PLACEHOLDER}],
+        messages,
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=target.thinking,
     )
     before, _, after = text.rpartition(PLACEHOLDER)
-    opening = tokenizer(before, add_special_tokens=False)["input_ids"]
+    # A word brings its own space in most vocabularies, so the one before it would be read as a token of its own.
+    opening = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
     closing = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     if not opening or not closing:
         raise ValueError(

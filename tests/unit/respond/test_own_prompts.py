@@ -119,12 +119,13 @@ def test_the_template_says_where_a_text_begins_and_ends(target):
         (None, "has no chat template"),
         ("{{ messages[0].content }} w1", "has nothing before or after the user's text"),
         ("w1 {{ messages[0].content }}", "has nothing before or after the user's text"),
+        ("{{ raise_exception('no') }}", r"refuses the messages \(no\)"),
         ("w1 {{ messages[0].content | upper }} w2", "has nothing before or after the user's text"),
     ],
 )
 def test_a_template_without_a_users_turn_is_refused(template, reason, target, write, tmp_path):
     target.tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=f"{reason}.*name a"):
+    with pytest.raises(ValueError, match=f"{reason}.*(name a|change the)"):
         write()
     assert not (tmp_path / "out").exists()
 
