@@ -13,7 +13,7 @@ import study
 import study_report
 
 from dpace.measure.results import read_log, write_heldout
-from dpace.metrics import Acceptance
+from dpace.metrics import Acceptance, tau_estimate, tau_gain
 from dpace.report.sections import percent
 from tests.support.rows import make_response, make_row
 from tests.support.scripts import run_script
@@ -179,9 +179,39 @@ def test_the_page_says_what_bigrams_and_short_blocks_gave(tmp_path):
     assert f"as long as the decay's**: {ours / decays:.2f} times, by the logs of seeds 0 to 3." in page
 
 
-def mean_seconds(kept, name):
-    """The mean time of a step, over seeds 0 to 3."""
-    logs = [read_log(kept.folders[study_report.Cell(name, 16, 400, seed)]) for seed in range(4)]
+def test_the_page_says_what_prompts_of_the_target_gave(tmp_path):
+    kept, page = unpack_records("study-own-prompts.tar.gz", tmp_path / "own")
+    before, _ = unpack_records("study-bigrams.tar.gz", tmp_path / "before")
+    kinds = ("", *study.KINDS, study.APART)
+    sides = {}
+    for name in ("dflash", "growing-bigrams"):
+        for found in (before, kept):
+            sides[found, name] = [found.acceptances(name, 16, 400, range(5), kind) for kind in kinds]
+    rows = {
+        "tau, the decay": [sides[kept, "dflash"]],
+        "tau, the changes": [sides[kept, "growing-bigrams"]],
+        "the changes over the decay, %": [sides[kept, "growing-bigrams"], sides[kept, "dflash"]],
+        "the decay over itself without these prompts, %": [sides[kept, "dflash"], sides[before, "dflash"]],
+        "the changes over themselves without them, %": [
+            sides[kept, "growing-bigrams"],
+            sides[before, "growing-bigrams"],
+        ],
+    }
+    assert kept.ids == before.ids
+    for shown, compared in rows.items():
+        if len(compared) == 1:
+            cells = [f"{tau_estimate([runs])[0]:.2f}" for runs in compared[0]]
+        else:
+            cells = [percent(tau_gain(*pair)).replace(" %", "") for pair in zip(*compared, strict=True)]
+        assert f"| {shown} | {' | '.join(cells)} |" in page
+    assert f"By seed: {kept.gains_by_seed('growing-bigrams', 'dflash', 16, 400)}; on `apart`" in page
+    ours, decays = (mean_seconds(kept, name, range(5)) for name in ("growing-bigrams", "dflash"))
+    assert f"A step of the changes takes {ours / decays:.2f} times as long as the decay's" in page
+
+
+def mean_seconds(kept, name, seeds=range(4)):
+    """The mean time of a step, over seeds."""
+    logs = [read_log(kept.folders[study_report.Cell(name, 16, 400, seed)]) for seed in seeds]
     return fmean(fmean(entry["step_seconds"] for entry in log if "step_seconds" in entry) for log in logs)
 
 
