@@ -9,7 +9,7 @@ ARGUMENTS = Arguments(PromptsWriterConfig)
 
 def run(config: PromptsWriterConfig, given: Given) -> None:
     """Run `dpace prompts`."""
-    from dpace.respond.own_prompts import write_prompts
+    from dpace.respond.prompt_writer import write_prompts
 
     path = write_prompts(load_target(config), config)
     print(f"{config.count} prompts in {path}")

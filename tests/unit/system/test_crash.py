@@ -13,7 +13,7 @@ import pytest
 from dpace.cli import main
 from dpace.config import PromptsWriterConfig, RespondConfig
 from dpace.respond.answering import write_responses
-from dpace.respond.own_prompts import write_prompts as write_own_prompts
+from dpace.respond.prompt_writer import write_prompts as write_prompts_of_target
 from dpace.training.run import make_datasets, train
 from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
@@ -74,7 +74,7 @@ def runs(
         target = make_target("qwen3")
         target.tokenizer = language_target.tokenizer
         options = {"count": 5, "batch_size": 3, "max_new_tokens": 24, "temperature": 8.0, "output": str(output)}
-        write_own_prompts(target, PromptsWriterConfig(target="x", **options))
+        write_prompts_of_target(target, PromptsWriterConfig(target="x", **options))
 
     def run_verb(words: str, output: Path) -> None:
         """Run a verb, and raise what it says when it fails: its last words, in one line."""

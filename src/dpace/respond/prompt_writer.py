@@ -9,6 +9,7 @@ Source: Magpie (arXiv 2406.08464).
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpace.config import PromptsWriterConfig, RespondConfig
@@ -29,6 +30,8 @@ from dpace.target.chat import encode_chat, tokenizer_hashes
 
 FILE = "prompts.jsonl"
 META_FILE = "prompts.meta.json"
+SET = "written"
+"""Dataset that results report the prompts under."""
 PLACEHOLDER = "dpace asks"
 """Stands for the user's text, to find where the template puts it."""
 MOST_FRUITLESS = 256
@@ -88,7 +91,6 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
         raise ValueError(
             f"--max-new-tokens {config.max_new_tokens} passes the target's limit of {target.context} tokens; lower it"
         )
-    answering = RespondConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     path = Path(config.output) / FILE
     with lock_folder(path.parent):
         texts, num_drawn = _find_texts(target, config, path)
@@ -97,20 +99,13 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
             task = bar.add_task("writing prompts", total=config.count, completed=min(len(texts), config.count), info="")
             while len(texts) < config.count:
                 draws = range(num_drawn, num_drawn + config.batch_size)
-                seeds = [random.Random(f"{config.seed}/{draw}").getrandbits(31) for draw in draws]
-                written = generate_responses(target, [opening] * len(draws), answering, seeds)
-                for draw, token_ids in zip(draws, written, strict=True):
-                    text = ""
-                    if end in token_ids:
-                        text = target.tokenizer.decode(token_ids[: token_ids.index(end)], skip_special_tokens=True)
-                    text = text.strip()
-                    if not text or text in texts or len(texts) == config.count:
-                        continue
-                    texts.add(text)
-                    newest = draw
-                    messages = [{"role": "user", "content": text}]
-                    row = {"id": f"own/{config.seed}/{draw}", "set": "own", "messages": messages}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                for draw, text in zip(draws, _draw_texts(target, config, opening, end, draws), strict=True):
+                    if text and text not in texts and len(texts) < config.count:
+                        texts.add(text)
+                        newest = draw
+                        messages = [{"role": "user", "content": text}]
+                        row = {"id": f"{_prefix(config)}{draw}", "set": SET, "messages": messages}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 # A kill from here on costs no prompt.
                 file.flush()
                 os.fsync(file.fileno())
@@ -122,6 +117,26 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
                     )
                 bar.update(task, completed=len(texts), info=f"{num_drawn} drawn")
     return path
+
+
+def _prefix(config: PromptsWriterConfig) -> str:
+    """Return how the ids of prompts begin; the number of the draw follows."""
+    return f"{SET}/{config.seed}/"
+
+
+def _draw_texts(
+    target: Target, config: PromptsWriterConfig, opening: list[int], end: int, draws: Sequence[int]
+) -> list[str]:
+    """Draw texts that a user might write; one without an end comes back empty."""
+    answering = RespondConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    seeds = [random.Random(f"{config.seed}/{draw}").getrandbits(31) for draw in draws]
+    texts = []
+    for token_ids in generate_responses(target, [opening] * len(draws), answering, seeds):
+        text = ""
+        if end in token_ids:
+            text = target.tokenizer.decode(token_ids[: token_ids.index(end)], skip_special_tokens=True)
+        texts.append(text.strip())
+    return texts
 
 
 def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tuple[set[str], int]:
@@ -138,7 +153,7 @@ def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tupl
     write_json(meta_path, facts)
     num_drawn = 0
     for prompt in found:  # the user may have removed some lines, or added others
-        number = prompt.id.removeprefix(f"own/{config.seed}/")
-        if number.isdecimal():
+        number = prompt.id.removeprefix(_prefix(config))
+        if number != prompt.id and number.isdecimal():
             num_drawn = max(num_drawn, int(number) + 1)
     return {str(prompt.turns[0][-1].get("content")) for prompt in found}, num_drawn

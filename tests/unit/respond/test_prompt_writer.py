@@ -11,7 +11,7 @@ import torch
 from dpace.config import PromptsWriterConfig
 from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import read_prompts
-from dpace.respond.own_prompts import user_turn, write_prompts
+from dpace.respond.prompt_writer import user_turn, write_prompts
 from tests.support.models import make_target, make_tokenizer
 
 CONFIG = PromptsWriterConfig(target="x", count=5, max_new_tokens=24, batch_size=4, temperature=8.0, seed=3)
@@ -54,14 +54,14 @@ def test_prompts_are_what_the_target_draws_as_a_user(target, write):
     for number in itertools.count():
         text = draw(target, number)
         if text:
-            texts.setdefault(text, f"own/3/{number}")
+            texts.setdefault(text, f"written/3/{number}")
         if len(texts) == CONFIG.count:
             break
     assert number + 1 > CONFIG.count, "some are left out"
     prompts = read_prompts(write())
     assert [prompt.id for prompt in prompts] == list(texts.values())
     assert [prompt.turns for prompt in prompts] == [[[{"role": "user", "content": text}]] for text in texts]
-    assert {prompt.set for prompt in prompts} == {"own"}
+    assert {prompt.set for prompt in prompts} == {"written"}
 
 
 def test_a_call_goes_on_where_one_ended(write, tmp_path):
@@ -158,5 +158,5 @@ def test_the_prompts_are_answered_and_trained_on(target, run_line, tmp_path, mon
     recipe = "--target target --prompts.path all.jsonl --respond.max-new-tokens 8"
     assert "40 responses in dpace-out/responses.jsonl" in run_line(f"respond {recipe}").out
     tiny = "--drafter.num-layers 1 --drafter.num-features 2 --drafter.block-size 4 --train.max-steps 2"
-    assert "own" in run_line(f"data {recipe}").out
+    assert "written" in run_line(f"data {recipe}").out
     run_line(f"train {recipe} {tiny}")
