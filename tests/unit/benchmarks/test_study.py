@@ -204,7 +204,13 @@ def test_the_page_says_what_prompts_of_the_target_gave(tmp_path):
         else:
             cells = [percent(tau_gain(*pair)).replace(" %", "") for pair in zip(*compared, strict=True)]
         assert f"| {shown} | {' | '.join(cells)} |" in page
-    assert f"By seed: {kept.gains_by_seed('growing-bigrams', 'dflash', 16, 400)}; on `apart`" in page
+    changed, decay = (sides[kept, name][-1] for name in ("growing-bigrams", "dflash"))
+    apart = " ".join(f"{100 * (ours.tau / theirs.tau - 1):+.1f}" for ours, theirs in zip(changed, decay, strict=True))
+    seeds = kept.gains_by_seed("growing-bigrams", "dflash", 16, 400)
+    assert f"By seed: {seeds}; on `apart`, {apart}." in page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    gain, gain_apart = (percent(kept.gain("growing-bigrams", "dflash", 16, 400, kind)) for kind in ("", study.APART))
+    assert f"gain {gain.removeprefix('+')} over the decay, and {gain_apart.removeprefix('+')} on text of" in readme
     ours, decays = (mean_seconds(kept, name, range(5)) for name in ("growing-bigrams", "dflash"))
     assert f"A step of the changes takes {ours / decays:.2f} times as long as the decay's" in page
 
