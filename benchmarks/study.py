@@ -9,7 +9,9 @@ FOLDER has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train
 measured too and stand in a column of their own: no other number, and so no choice, looks at them.
 
 Trains `dflash`, `dpace` and the objectives that are named, all by default, with all blocks, budgets and seeds, and then
-writes tables and a figure of all that is there. It takes hours and may be killed at any time: the same command goes on.
+writes tables and a figure of all that is there. `growing-blocks:drafter.num_layers=3` is an objective with another
+option of drafter, loss or training; there may be several, each after a colon. It takes hours and may be killed at any
+time: the same command goes on.
 `--scale 0.01` is a miniature that shows that everything works, and no more; give it an `--output` of its own.
 `--products bfloat16` trains with products in bf16, as on a GPU: about 1.8 times as many steps a second on a CPU with
 units for them, such as AMX.
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+import yaml
 from make_prompts import make
 from study_report import ALWAYS, APART, Cell, find_cells, write_report
 
@@ -130,7 +133,9 @@ class Plan:
 
     def recipe_of(self, cell: Cell) -> Recipe:
         """Make the recipe of a cell."""
-        objective, changes = CANDIDATES[cell.objective]
+        name, *given = cell.objective.split(":")
+        objective, changes = CANDIDATES[name]
+        changes = changes | dict(map(read_change, given))
         steps = {"max_steps": cell.steps, "eval_steps": math.ceil(cell.steps / self.num_evals), "seed": cell.seed}
         recipe = replace(
             self.recipe,
@@ -143,6 +148,15 @@ class Plan:
             recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{name: value})})
         make_weigh(recipe.loss, cell.block)
         return recipe
+
+
+def read_change(text: str) -> tuple[str, Any]:
+    """Read `drafter.num_layers=3` as an option of a recipe and its value."""
+    option, _, value = text.partition("=")
+    group, _, name = option.partition(".")
+    if group not in ("drafter", "loss", "train") or name not in vars(getattr(Recipe(), group)):
+        sys.exit(f"{text} is no option of drafter, loss or train with a value, such as drafter.num_layers=3")
+    return option, yaml.safe_load(value)
 
 
 def make_plan(
@@ -245,11 +259,11 @@ def run_cells(plan: Plan, cells: Sequence[Cell]) -> None:
     target = load_target(plan.recipe)
     write_json(plan.output / "study.json", plan.settings)
     has_soft_labels = any(plan.recipe_of(cell).needs_target_hidden for cell in cells)
-    sets = {}  # by the number of layers whose hidden states are kept
+    sets = {}  # by the layers whose hidden states are kept
     for number, cell in enumerate(cells, start=1):
         print(f"cell {number} of {len(cells)}")
         folder, recipe = plan.folder(cell), plan.recipe_of(cell)
-        layers = recipe.drafter.num_features
+        layers = tuple(Drafter.layer_ids(target, recipe.drafter))
         if layers not in sets:
             sets[layers] = make_sets(plan, recipe, target, with_head_input=has_soft_labels)
         (train, validation), test_set = sets[layers]
@@ -281,7 +295,7 @@ def main(
     Args:
         data: folder with the prompts.
         output: folder of answers, features, drafters and report; dpace-study by default.
-        objectives: names of candidates.
+        objectives: names of candidates, each with options that it changes.
         blocks: their sizes.
         steps: the budgets.
         seeds: of the trainings.
@@ -294,7 +308,7 @@ def main(
         num_evals: how often tau on validation prompts is written to a drafter's log. `dpace train` keeps the best.
         dry_run: say how much there is to do, and stop.
     """
-    if unknown := [name for name in objectives if name not in CANDIDATES]:
+    if unknown := [name for name in objectives if name.split(":")[0] not in CANDIDATES]:
         sys.exit(f"there is no objective {', '.join(unknown)}; choose from {', '.join(CANDIDATES)}")
     plan = make_plan(
         output,

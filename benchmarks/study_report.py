@@ -171,10 +171,13 @@ def write_report(output: Path, order: Sequence[str]) -> Path:
 
     Args:
         output: of the study.
-        order: names of all objectives.
+        order: names of all objectives, without options.
     """
     study = Study(output)
-    names = [name for name in order if any(cell.objective == name for cell in study.folders)]
+    # An objective with changed options stands behind the one without.
+    places = {name: place for place, name in enumerate(order)}
+    found = {cell.objective for cell in study.folders}
+    names = sorted(found, key=lambda name: (places.get(name.split(":")[0], len(order)), name))
     blocks = sorted({cell.block for cell in study.folders})
     sections = [make(study, names, block) for block in blocks for make in (budgets, kinds)]
     write_text(output / "study-tau.svg", draw(study, names, blocks))

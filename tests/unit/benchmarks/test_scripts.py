@@ -25,7 +25,7 @@ BEGINNINGS = "respond.py --beginnings --target {target} --prompts 6 --tokens 4 -
 OVERHEAD = "overhead.py 1 {target}"
 PAPER = "paper.py {out} --small --data-dir {data} --num-prompts 12 --tiny --target {target}"
 STUDY = "study.py --data {data} --output {out} --target {target} --blocks 8 --steps 400 1600 --seeds 0 --scale 0.0025"
-STUDY += " --more-prompts {data}/prompts.jsonl --objectives spec-auf"
+STUDY += " --more-prompts {data}/prompts.jsonl --objectives spec-auf dpace:drafter.num_layers=1"
 OWN_PROMPTS = "study.py --data {data} --prompts {data}/prompts.jsonl --output {out} --target {target} --blocks 8"
 OWN_PROMPTS += " --steps 200 --seeds 0 --max-new-tokens 8 --num-evals 2 --scale 0.01 --objectives growing-blocks"
 OF_A_STEP = " ".join(rf"{name} [\d.]+ ms [\d.]+ GFLOP \d+% of that.*" for name in ("drafter", "loss", "whole step"))
@@ -43,7 +43,7 @@ PRINTED = {
     BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
     OVERHEAD: [r"(tokens dpace [\d.]+ ms x [\d.]+ \[.*){2}", f"({OF_A_STEP}){{2}}"],
     PAPER: [r"dpace 3 1 .* 2\.96, 4\.19, \+8\.5%"],
-    STUDY: ["6 drafters to train", "written: .*study.md"],
+    STUDY: ["8 drafters to train", "written: .*study.md"],
     OWN_PROMPTS: ["3 drafters to train", "written: .*study.md"],
 }
 """What each prints; white space counts as one space."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -53,6 +54,18 @@ def test_each_candidate_is_a_recipe_of_its_own(tmp_path):
     plan = study.make_plan(tmp_path, None, 1.0, "float32")
     runs = [plan.recipe_of(study.Cell(name, 16, 25, 0)) for name in study.CANDIDATES]
     assert all(runs.count(run) == 1 for run in runs)
+
+
+def test_an_objective_may_change_options(tmp_path):
+    plan = study.make_plan(tmp_path, None, 1.0, "float32")
+    before = plan.recipe_of(study.Cell("growing-blocks", 16, 25, 0))
+    name = "growing-blocks:drafter.num_layers=3:drafter.target_layer_ids=[14, 21, 27]:train.learning_rate=6.0e-3"
+    changed = plan.recipe_of(study.Cell(name, 16, 25, 0))
+    assert (changed.drafter.num_layers, changed.drafter.target_layer_ids) == (3, (14, 21, 27))
+    assert changed.train == replace(before.train, learning_rate=6e-3) and changed.loss == before.loss
+    for wrong in ("respond.seed=1", "drafter.layers=1", "layers"):
+        with pytest.raises(SystemExit, match=f"{wrong} is no option of drafter, loss or train"):
+            plan.recipe_of(study.Cell(f"dpace:{wrong}", 16, 25, 0))
 
 
 def test_the_pages_commands_name_what_there_is(tmp_path, capsys):
