@@ -58,6 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
     _open_output()
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # whoever reads the output has enough, as `head` has
+        # Python flushes at its end, and would fail again.
+        with suppress(OSError, ValueError):  # the output is not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str]) -> int:
+    """Run a verb, or print what is asked of the command itself; give the exit code."""
     verb, *args = argv or [""]
     if verb == "--version":
         print(f"dpace {dpace.__version__}")
@@ -99,11 +110,8 @@ def main(argv: list[str] | None = None) -> int:
             _print_reason(verb, reason)
         signal_number = error.args[0] if error.args else signal.SIGINT
         return 128 + signal_number
-    except BrokenPipeError:  # whoever reads the output has enough, as `head` has
-        # Python flushes at its end, and would fail again.
-        with suppress(OSError, ValueError):  # the output is not a file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # an OSError, which is no failure here
+        raise
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         reason = _explain(error)
         if reason is None:  # a bug of dpace, which the traceback shows

@@ -177,7 +177,8 @@ def test_sigterm_is_an_interrupt(verb, words, advice, run_line, monkeypatch):
     assert said == f"dpace {verb}: interrupted{advice}\n" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_reader_that_has_enough_is_no_failure(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("word", ["respond", "--help"])
+def test_a_reader_that_has_enough_is_no_failure(word, tmp_path, monkeypatch, capsys):
     """What is still to be printed goes nowhere."""
 
     def fill(*_):
@@ -185,7 +186,8 @@ def test_a_reader_that_has_enough_is_no_failure(tmp_path, monkeypatch, capsys):
         raise BrokenPipeError
 
     monkeypatch.setattr("dpace.verbs.respond.run", fill)
+    monkeypatch.setattr("dpace.cli.print", fill, raising=False)
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert main(["respond"]) == 141
+        assert main([word]) == 141
     assert (tmp_path / "out").read_text() == capsys.readouterr().err == ""
