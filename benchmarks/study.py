@@ -228,7 +228,8 @@ def refuse_other_study(plan: Plan) -> None:
     """Refuse an output folder whose study has other sizes, or was trained otherwise."""
     path = plan.output / "study.json"
     found = json.loads(path.read_text()) if path.exists() else plan.settings
-    for name, value in plan.settings.items():
+    for name in found | plan.settings:
+        value = plan.settings.get(name)
         if found.get(name) != value:
             sys.exit(f"{plan.output} holds a study with --{name} {found.get(name)}, not {value}; name another --output")
 
@@ -295,7 +296,7 @@ def main(
     Args:
         data: folder with the prompts.
         output: folder of answers, features, drafters and report; dpace-study by default.
-        objectives: names of candidates, each with options that it changes.
+        objectives: names of candidates; each may be followed by options that it changes.
         blocks: their sizes.
         steps: the budgets.
         seeds: of the trainings.

@@ -431,7 +431,8 @@ class PromptsWriterConfig:
     """Let the target write prompts of its own, where you have none, or few of the kinds that will come.
 
     It writes as a user would, after the words with which its chat template opens the user's turn.
-    Its prompts are as varied as what it was trained on. Put them beside your own: cat mine.jsonl prompts.jsonl.
+    Its prompts are as varied as what it was trained on.
+    Add them to your own: cat mine.jsonl dpace-prompts/prompts.jsonl > prompts.jsonl
     """
 
     target: Text

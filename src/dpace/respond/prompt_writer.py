@@ -67,7 +67,7 @@ def user_turn(target: Target) -> tuple[list[int], int]:
     return opening, closing[0]
 
 
-def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
+def write_prompts(target: Target, config: PromptsWriterConfig) -> tuple[Path, int]:
     """Let the target write prompts, appending whole lines to a file.
 
     Each text is drawn with a seed of its own. Left out are those without an end, without a word, and those that are
@@ -80,7 +80,7 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
         config: how many, how long, temperature, batch size, seed, and the folder.
 
     Returns:
-        The file, as `--prompts.path` reads it.
+        The file, as `--prompts.path` reads it, and the number of its prompts.
 
     Raises:
         ValueError: see `user_turn`; a file that was made in another way, or not by dpace; or nothing new comes.
@@ -116,7 +116,7 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> Path:
                         "none that is new; raise --max-new-tokens or --temperature, or lower --count"
                     )
                 bar.update(task, completed=len(texts), info=f"{num_drawn} drawn")
-    return path
+    return path, len(texts)
 
 
 def _prefix(config: PromptsWriterConfig) -> str:
@@ -142,7 +142,7 @@ def _draw_texts(
 def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tuple[set[str], int]:
     """Read what an earlier call has written, and how many texts it drew; note what this one depends on."""
     meta_path = path.parent / META_FILE
-    facts = {"target": target.name, "target_sha256": target.sha256, **tokenizer_hashes(target)}
+    facts = {"target_sha256": target.sha256, **tokenizer_hashes(target)}
     facts |= {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
     register_files(path.parent, FILE, META_FILE)
     cut_unfinished_line(path)
@@ -150,7 +150,7 @@ def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tupl
     if found:
         way_out = "set this as it was, or name another folder with --output"
         same_run(read_object(meta_path, way_out), facts, f"{path} holds prompts", way_out)
-    write_json(meta_path, facts)
+    write_json(meta_path, {"target": target.name} | facts)  # its name is for people
     num_drawn = 0
     for prompt in found:  # the user may have removed some lines, or added others
         number = prompt.id.removeprefix(_prefix(config))

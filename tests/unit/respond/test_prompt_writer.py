@@ -27,7 +27,9 @@ def target():
 @pytest.fixture
 def write(target, tmp_path):
     def write(**options):
-        return write_prompts(target, replace(CONFIG, output=str(tmp_path / "out"), **options))
+        path, num_prompts = write_prompts(target, replace(CONFIG, output=str(tmp_path / "out"), **options))
+        assert num_prompts == len(read_prompts(path))
+        return path
 
     return write
 
@@ -64,7 +66,7 @@ def test_prompts_are_what_the_target_draws_as_a_user(target, write):
     assert {prompt.set for prompt in prompts} == {"written"}
 
 
-def test_a_call_goes_on_where_one_ended(write, tmp_path):
+def test_a_call_goes_on_where_one_ended(target, write):
     """After a kill in the middle of a line, and with a larger number too."""
     path = write()
     whole = path.read_bytes()
@@ -72,6 +74,7 @@ def test_a_call_goes_on_where_one_ended(write, tmp_path):
     path.write_bytes(b"".join(lines[:2]) + lines[2][:9])
     assert write(batch_size=3).read_bytes() == whole
     assert write(count=7).read_bytes().startswith(whole) and len(read_prompts(path)) == 7
+    target.model.config._name_or_path = "elsewhere/the-same-weights"
     assert len(read_prompts(write())) == 7, "nothing is cut off"
 
 
