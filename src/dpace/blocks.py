@@ -43,12 +43,13 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
     return ids
 
 
-def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
+def block_sizes(block_size: int, *, is_growing: bool, is_causal: bool = False) -> list[int]:
     """Return the sizes of the blocks of a training, one for each equal part of the steps.
 
     Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`.
-    Each size has half as many parts as the one before: for 16 slots, 8 parts with 2, 4 with 4, 2 with 8 and 1 with 16.
-    Blocks of half the size are twice as many, so a step has as many slots at any time.
+    Each size has one part. Where slots are causal, each has half as many parts as the one before: for 16 slots, 8 parts
+    with 2, 4 with 4, 2 with 8 and 1 with 16. Blocks of half the size are twice as many, so a step has as many slots at
+    any time.
 
     Raises:
         ValueError: blocks that are too short to grow.
@@ -61,7 +62,7 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
             f"--train.grow-blocks begins with half a block, of {LEAST_SLOTS} slots or more, and --drafter.block-size "
             f"is {block_size}; take --train.no-grow-blocks, or blocks of {2 * LEAST_SLOTS} slots or more"
         )
-    return [size for size in sizes for _ in range(block_size // size)]
+    return [size for size in sizes for _ in range(block_size // size if is_causal else 1)]
 
 
 def sample_anchors(

@@ -18,14 +18,17 @@ def test_an_objective_that_is_written_for_whole_blocks_is_refused():
         check_recipe(recipe, lambda slots: slots.is_scored * torch.ones(8))
 
 
-def test_training_takes_short_blocks_first(make_loop):
-    """With 4 slots for 8, twice the blocks; shorter blocks for longer."""
-    loop = make_loop(make_recipe(EIGHT, max_steps=7, num_anchors=4, grow_blocks=True))
+@pytest.mark.parametrize(("is_causal", "parts"), [(False, (1, 1, 1)), (True, (4, 2, 1))])
+def test_training_takes_short_blocks_first(make_loop, is_causal, parts):
+    """With 4 slots for 8, twice the blocks; where slots are causal, shorter blocks for longer."""
+    drafter = {**EIGHT, "causal": is_causal}
+    loop = make_loop(make_recipe(drafter, max_steps=sum(parts), num_anchors=4, grow_blocks=True))
     seen = []
     for batches in loop.batches_of_steps():
         seen.append(tuple(batches[0]["is_scored"].shape[1:]))
         loop.state.global_step += 1
-    assert seen == [(16, 2)] * 4 + [(8, 4)] * 2 + [(4, 8)]
+    sizes = [(16, 2), (8, 4), (4, 8)]
+    assert seen == [size for size, count in zip(sizes, parts, strict=True) for _ in range(count)]
 
 
 @torch.no_grad()
