@@ -47,9 +47,9 @@ def block_sizes(block_size: int, *, is_growing: bool, is_causal: bool = False) -
     """Return the sizes of the blocks of a training, one for each equal part of the steps.
 
     Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`.
-    Each size has one part. Where slots are causal, each has half as many parts as the one before: for 16 slots, 8 parts
-    with 2, 4 with 4, 2 with 8 and 1 with 16. Blocks of half the size are twice as many, so a step has as many slots at
-    any time.
+    Each size has one part; where slots are causal, half as many parts as the one before: for 16 slots, 8 parts with 2,
+    4 with 4, 2 with 8 and 1 with 16. docs/results.md compares both. Blocks of half the size are twice as many, so a
+    step has as many slots at any time.
 
     Raises:
         ValueError: blocks that are too short to grow.

@@ -284,8 +284,8 @@ class TrainConfig:
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     grow_blocks: bool = False
     """Train on short blocks first: block_size is halved down to 2 or 3 slots, then doubled again and again.
-    Each size takes as many steps, or with causal slots shorter blocks more of them. A step has as many slots as ever,
-    in more blocks; docs/objectives.md says what it gains."""
+    All sizes take the same number of steps; with causal slots, shorter blocks take more. A step has as many slots as
+    ever, in more blocks; docs/objectives.md says what it gains."""
     max_length: Annotated[int, integer(2)] = 3072
     """Length in tokens at which conversations are cut (the paper: 3072)."""
     max_grad_norm: PositiveOrZero = 1.0

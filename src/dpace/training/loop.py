@@ -135,7 +135,7 @@ class TrainingLoop:
         self.loss = recipe.loss
         self.checkpoints = checkpoints
         self.accelerator = self._make_accelerator()
-        is_causal = drafter.spec.is_causal is True
+        is_causal = drafter.spec.is_causal is True  # it may be "sliding" too
         self.block_sizes = block_sizes(drafter.block_size, is_growing=self.config.grow_blocks, is_causal=is_causal)
         self.micro_size = self.config.batch_size * ranks.num_ranks()
         self.step_size = self.micro_size * self.config.gradient_accumulation_steps

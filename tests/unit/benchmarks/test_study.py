@@ -231,6 +231,41 @@ def test_the_page_says_what_prompts_of_the_target_gave(tmp_path):
     assert f"A step of the changes takes {ours / decays:.2f} times as long as the decay's" in page
 
 
+def test_the_page_says_how_long_blocks_stay_short(tmp_path):
+    kept, page = unpack_records("study-alone.tar.gz", tmp_path)
+    for shown, name in (("1, 1, 1 and 1", "growing-blocks"), ("8, 4, 2 and 1", "parts-8-4-2-1")):
+        gains = [percent(kept.gain(name, "dflash", 16, 400, kind)).replace(" %", "") for kind in ("", study.APART)]
+        assert f"| {shown} | {kept.tau(name, 16, 400)[0]:.2f} | {gains[0]} | {gains[1]} |" in page
+    (acceptance,) = kept.acceptances("parts-8-4-2-1", 16, 400, [0])
+    assert not any(acceptance.reach_rate[7:]) and all(acceptance.reach_rate[:7])
+    losses = {
+        "equal ones lose": ("growing-bigrams-constant-rate-parts-1-1-1-1", "growing-bigrams-constant-rate"),
+        "seed 0:": ("growing-blocks-constant-rate", "growing-blocks"),
+        "with equal parts, and": ("growing-bigrams-constant-rate", "growing-bigrams"),
+    }
+    for words, pair in losses.items():
+        gain, low, high = kept.gain(*pair, 16, 400)
+        assert f"{words} {-100 * gain:.1f} % [{-100 * high:.1f}, {-100 * low:.1f}]" in page
+
+
+def test_the_page_says_what_methods_gave_alone(tmp_path):
+    kept, page = unpack_records("study-alone.tar.gz", tmp_path)
+    base = "parts-8-4-2-1"
+    rows = {
+        "three layers in the drafter": "three-layers",
+        "one layer": "one-layer",
+        "its MLP is half as wide": "narrow-mlp",
+        "it begins with layers of the target, times 0.3 (two seeds)": "target-layers",
+        "constant learning rate, which falls in the last fifth": "constant-rate",
+    }
+    for shown, name in rows.items():
+        gain, apart = (percent(kept.gain(name, base, 16, 100, kind)).replace(" %", "") for kind in ("", study.APART))
+        seeds = kept.gains_by_seed(name, base, 16, 100)
+        assert f"| {shown} | {gain} | {seeds} | {apart} | {kept.step_cost(name, base, 16):.2f} |" in page
+    taus = [f"{acceptance.tau:.2f}" for acceptance in kept.acceptances(base, 16, 100, range(3))]
+    assert f"Tau of the base itself is {taus[0]}, {taus[1]} and {taus[2]}." in page
+
+
 def mean_seconds(kept, name, seeds=range(4)):
     """The mean time of a step, over seeds."""
     logs = [read_log(kept.folders[study_report.Cell(name, 16, 400, seed)]) for seed in seeds]
