@@ -9,8 +9,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +50,7 @@ from dpace.training.optimizer import make_optimizer, products_dtype
 from dpace.training.progress import Interrupt, StepLog, latest_numbers, open_trackers
 from dpace.training.sharding import copy_weights, shard, wants_shards
 
+T = TypeVar("T")
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 
 
@@ -58,6 +60,18 @@ def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
         return train.max_steps
     step_size = train.batch_size * train.gradient_accumulation_steps * ranks
     return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Make each item in a thread, while the one before is used.
+
+    Memory: one more item.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
 
 
 def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any = None) -> tuple[SlotScores, Blocks]:
@@ -230,7 +244,10 @@ class TrainingLoop:
             task = bar.add_task(
                 f"training, {self.loss.objective}", total=state.max_steps, completed=state.global_step, info=""
             )
-            for batches in self.batches_of_steps():
+            steps = self.batches_of_steps()
+            if self.target.device.type != "cpu":  # there the thread would take cores from the training
+                steps = read_ahead(steps)
+            for batches in steps:
                 if self.interrupt.is_asked:
                     break
                 self.take_step(batches)
@@ -248,27 +265,31 @@ class TrainingLoop:
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
 
     def batches_of_steps(self) -> Iterator[list[Inputs]]:
-        """Yield this rank's micro-batches of each step, from where the training stands to its end."""
-        state = self.state
+        """Yield this rank's micro-batches of each step, from where the training stands to its end.
+
+        Counts the steps itself, since it may be ahead of the training.
+        """
+        step = self.state.global_step
+        max_steps = self.state.max_steps
         batch_size = self.config.batch_size
         # A micro-batch of all ranks is `micro_size` conversations in a row; the lower ranks take the first ones.
         offset = ranks.rank() * batch_size
-        while state.global_step < state.max_steps:
-            self.dataset.epoch, num_done = divmod(state.global_step, self.steps_per_epoch)
+        while step < max_steps:
+            self.dataset.epoch, num_done = divmod(step, self.steps_per_epoch)
             steps = self.dataset.steps(self.step_size, seed=self.config.seed, is_grouped=self.config.group_by_length)
-            num_left = state.max_steps - state.global_step
-            for numbers in steps[num_done : num_done + num_left]:
+            for numbers in steps[num_done : num_done + max_steps - step]:
+                num_slots = self.block_sizes[int(step / max_steps * len(self.block_sizes))]
                 starts = range(offset, len(numbers) + offset, self.micro_size)
-                yield [self.read_batch(numbers[start : start + batch_size]) for start in starts]
+                yield [self.read_batch(numbers[start : start + batch_size], num_slots) for start in starts]
+                step += 1
 
-    def read_batch(self, numbers: Sequence[int]) -> Inputs:
-        """Read a micro-batch and draw its blocks.
+    def read_batch(self, numbers: Sequence[int], num_slots: int) -> Inputs:
+        """Read a micro-batch and draw its blocks of `num_slots`.
 
         The last step of an epoch may have no conversation left for this rank, which then reads one whose slots do not
         count, because the ranks keep step.
         """
         rows = [self.dataset[number] for number in numbers or (0,)]
-        num_slots = self.block_sizes[int(self.progress * len(self.block_sizes))]
         if num_slots < self.drafter.block_size:
             # Of half the slots there are twice as many blocks.
             num_anchors = self.config.num_anchors * self.drafter.block_size // num_slots
@@ -279,10 +300,6 @@ class TrainingLoop:
         # Found here, on the host: on a device `nonzero` would make the host wait in each step.
         batch["scored_rows"] = is_scored.flatten().nonzero()[:, 0]
         batch["whole_blocks"] = is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
-        if self.target.device.type in TILED:
-            for name, value in batch.items():
-                if value is not None:
-                    batch[name] = value.pin_memory()  # copied while the device computes
         return batch | {"counts": bool(numbers)}
 
     def take_step(self, batches: Sequence[Inputs]) -> None:
@@ -306,7 +323,11 @@ class TrainingLoop:
         self.wrapped.train()
         totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):
-            inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
+            inputs: Any = {**batch}
+            if self.target.device.type in TILED:  # pinned memory is copied while the device computes
+                tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+                inputs |= {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            inputs = send_to_device(inputs, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]  # on the host, where the target looks for shared beginnings
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)

@@ -19,7 +19,7 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
 from dpace.training.finish import measure_and_calibrate
-from dpace.training.loop import TrainingLoop, num_steps, score_blocks
+from dpace.training.loop import TrainingLoop, num_steps, read_ahead, score_blocks
 from dpace.training.progress import open_trackers
 from dpace.training.run import keep_features, make_datasets, train
 from tests.support.files import read_json
@@ -179,6 +179,23 @@ def test_each_option_changes_the_weights_of_two_steps(make_loop):
     others = {"weight_decay": 0.5, "max_grad_norm": 1e-3, "group_by_length": False, "products": "bfloat16"}
     for option, value in {**others, "max_length": 20, "seed": 7, "norm_scale": 0.5}.items():
         assert not torch.equal(train_with(**{option: value}), usual), option
+
+
+def test_batches_that_are_read_ahead_are_the_same(make_loop):
+    """Over two epochs, with blocks that grow; and an error arrives."""
+
+    def train_with(read):
+        loop = make_loop(make_recipe(max_steps=8, num_anchors=4, batch_size=4, grow_blocks=True))
+        assert loop.steps_per_epoch < 8
+        for batches in read(loop.batches_of_steps()):
+            loop.take_step(batches)
+        return weights_of(loop.drafter)
+
+    assert torch.equal(train_with(read_ahead), train_with(iter))
+    steps = read_ahead(1 / (2 - number) for number in range(3))
+    assert [next(steps), next(steps)] == [0.5, 1.0]
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
 
 
 def test_the_gradient_is_that_of_the_mean_loss(make_loop):
