@@ -231,15 +231,26 @@ def test_the_page_says_what_prompts_of_the_target_gave(tmp_path):
     assert f"A step of the changes takes {ours / decays:.2f} times as long as the decay's" in page
 
 
+def gains_of(kept, name, over, steps):
+    """The gain in blocks of 16 as the page writes it, and that on text apart."""
+    return [percent(kept.gain(name, over, 16, steps, kind)).replace(" %", "") for kind in ("", study.APART)]
+
+
+def loss_of(kept, name, over):
+    """How much less tau is after 400 steps, in %."""
+    gain, low, high = kept.gain(name, over, 16, 400)
+    return f"{-100 * gain:.1f} % [{-100 * high:.1f}, {-100 * low:.1f}]"
+
+
 def test_the_page_says_how_long_blocks_stay_short(tmp_path):
     kept, page = unpack_records("study-alone.tar.gz", tmp_path)
     for shown, name in (("1, 1, 1 and 1", "growing-blocks"), ("8, 4, 2 and 1", "parts-8-4-2-1")):
-        gains = [percent(kept.gain(name, "dflash", 16, 400, kind)).replace(" %", "") for kind in ("", study.APART)]
-        assert f"| {shown} | {kept.tau(name, 16, 400)[0]:.2f} | {gains[0]} | {gains[1]} |" in page
+        gain, apart = gains_of(kept, name, "dflash", 400)
+        assert f"| {shown} | {kept.tau(name, 16, 400)[0]:.2f} | {gain} | {apart} |" in page
     (acceptance,) = kept.acceptances("parts-8-4-2-1", 16, 400, [0])
     assert not any(acceptance.reach_rate[7:]) and all(acceptance.reach_rate[:7])
-    gain, low, high = kept.gain("growing-bigrams-constant-rate-parts-1-1-1-1", "growing-bigrams-constant-rate", 16, 400)
-    assert f"equal ones lose {-100 * gain:.1f} % [{-100 * high:.1f}, {-100 * low:.1f}]" in page
+    base = "growing-bigrams-constant-rate"
+    assert f"equal ones lose {loss_of(kept, f'{base}-parts-1-1-1-1', base)}" in page
 
 
 def test_the_page_says_what_methods_gave_alone(tmp_path):
@@ -257,16 +268,15 @@ def test_the_page_says_what_methods_gave_alone(tmp_path):
         "constant learning rate, which falls in the last fifth": "constant-rate",
     }
     for shown, name in rows.items():
-        estimates = [kept.gain(name, base, 16, 400, kind) for kind in ("", study.APART)]
-        cost = f"{kept.step_cost(name, base, 16):.2f}"
-        estimates.append(kept.gain_in_equal_seconds(name, base, 16, 400))
-        gain, apart, in_equal_time = (percent(estimate).replace(" %", "") for estimate in estimates)
-        if name == "constant-rate":  # trained on another day
-            cost = in_equal_time = ""
-        assert f"| {shown} | {gain} | {apart} | {cost} | {in_equal_time} |".replace("  ", " ") in page
+        gain, apart = gains_of(kept, name, base, 400)
+        in_equal_time = percent(kept.gain_in_equal_seconds(name, base, 16, 400)).replace(" %", "")
+        time = f"{kept.step_cost(name, base, 16):.2f} | {in_equal_time} |"
+        if name == "constant-rate":  # trained in other hours than the base
+            time = "| |"
+        assert f"| {shown} | {gain} | {apart} | {time}" in page
     assert f"After 400 steps tau is {kept.tau(base, 16, 400)[0]:.2f}." in page
-    gain, low, high = kept.gain("growing-bigrams-constant-rate", "growing-bigrams", 16, 400)
-    assert f"{-100 * gain:.1f} % [{-100 * high:.1f}, {-100 * low:.1f}]." in page
+    loss = loss_of(kept, "growing-bigrams-constant-rate", "growing-bigrams")
+    assert f"with [bigrams](#bigrams-and-short-blocks-for-longer), {loss}." in page
 
 
 def test_the_page_says_what_methods_gave_after_100_steps(tmp_path):
@@ -281,7 +291,7 @@ def test_the_page_says_what_methods_gave_after_100_steps(tmp_path):
     }
     for shown, name in rows.items():
         name = f"{base}-{name}"
-        gain, apart = (percent(kept.gain(name, base, 16, 100, kind)).replace(" %", "") for kind in ("", study.APART))
+        gain, apart = gains_of(kept, name, base, 100)
         seeds = kept.gains_by_seed(name, base, 16, 100)
         assert f"| {shown} | {gain} | {seeds} | {apart} | {kept.step_cost(name, base, 16):.2f} |" in page
     taus = [f"{acceptance.tau:.2f}" for acceptance in kept.acceptances(base, 16, 100, range(3))]

@@ -23,10 +23,7 @@ def test_training_takes_short_blocks_first(make_loop, is_causal, parts):
     """With 4 slots for 8, twice the blocks; where slots are causal, shorter blocks for longer."""
     drafter = {**EIGHT, "causal": is_causal}
     loop = make_loop(make_recipe(drafter, max_steps=sum(parts), num_anchors=4, grow_blocks=True))
-    seen = []
-    for batches in loop.batches_of_steps():
-        seen.append(tuple(batches[0]["is_scored"].shape[1:]))
-        loop.state.global_step += 1
+    seen = [tuple(batches[0]["is_scored"].shape[1:]) for batches in loop.batches_of_steps()]
     sizes = [(16, 2), (8, 4), (4, 8)]
     assert seen == [size for size, count in zip(sizes, parts, strict=True) for _ in range(count)]
 
