@@ -279,6 +279,14 @@ PAIRS |= {
         "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark} --drafter.num-features 3",
         "c/drafter/provenance.json",
     ),
+    "a narrow MLP, out and in again": Pair(
+        f"train {RECIPE} --drafter.intermediate-size 32; respond {{recipe}} --output {{out}}/c; "
+        "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
+        "train {recipe} --output {out}/c --drafter.init {out}/g/{file} --drafter.intermediate-size 32; "
+        "export {out}/c/drafter --target {target} --to vllm --output {out}/vllm; "
+        "generate --target {target} --drafter {out}/vllm --prompt 'w3 w51' --max-new-tokens 4",
+        printed=r"w\d+",
+    ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         f"train {RECIPE} --drafter.init {{out}}/g/{{file}}",

@@ -244,7 +244,7 @@ class Drafter(DFlashDraftModel):
 
     @classmethod
     def from_target(cls, target: Target, *, seed: int = 0, **options: Any) -> "Drafter":
-        """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
+        """Make an untrained drafter with the target's width, heads and rotary embedding.
 
         Args:
             target: the model to draft for.
@@ -264,7 +264,9 @@ class Drafter(DFlashDraftModel):
             values["conv_group_size"] = math.gcd(CONV_GROUP_SIZE, target.hidden_size)
         if config.selector:
             values["selector"] = SELECTORS[config.selector].chosen(config, target.hidden_size)
-        spec = DrafterSpec(**facts_of(target), **sizes_of(target.config), **values)
+        sizes = sizes_of(target.config)
+        values["intermediate_size"] = config.intermediate_size or sizes["intermediate_size"]
+        spec = DrafterSpec(**(facts_of(target) | sizes | values))
         spec.check()
         # The caller's random numbers go on as if none were drawn here.
         with torch.random.fork_rng():

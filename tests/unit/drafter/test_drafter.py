@@ -98,6 +98,14 @@ def test_a_drafter_rotates_as_its_target():
     assert make_drafter(target).config.rope_parameters == expected and expected["rope_theta"] == 500_000
 
 
+def test_a_narrow_mlp_changes_nothing_else(target):
+    narrow = make_drafter(target, intermediate_size=24)
+    shapes = {name: weight.shape for name, weight in make_drafter(target).named_parameters()}
+    changed = {name for name, weight in narrow.named_parameters() if weight.shape != shapes[name]}
+    assert narrow.layers[0].mlp.down_proj.weight.shape == (target.hidden_size, 24)
+    assert changed == {f"layers.{i}.mlp.{name}_proj.weight" for i in (0, 1) for name in ("gate", "up", "down")}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
