@@ -179,7 +179,7 @@ class DrafterConfig:
     """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
     intermediate_size: Annotated[int, integer(1, 2**20)] | None = None
     """Width of each layer's MLP; the target's by default, as published.
-    In short trainings half of it gives the same tau in 0.82 of the time; docs/train.md says more."""
+    Half of it gave the same tau after 400 steps, in 0.82 of the time; docs/train.md says more."""
     block_size: Annotated[int, integer(2, 1000)] = 16
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: Size | None = None
