@@ -273,14 +273,14 @@ PAIRS |= {
     ),
     "DSpark, out and in again": Pair(
         f"train {RECIPE} --drafter.selector markov_head --drafter.selector-width 16 --drafter.causal "
-        "--drafter.num-features 3 --train.grow-blocks; "
+        "--drafter.num-features 3 --drafter.intermediate-size 32 --train.grow-blocks; "
         "doctor {out}/drafter --target {target} --engine vllm; respond {recipe} --output {out}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark} --drafter.num-features 3",
         "c/drafter/provenance.json",
     ),
     "a narrow MLP, out and in again": Pair(
-        f"train {RECIPE} --drafter.intermediate-size 32; respond {{recipe}} --output {{out}}/c; "
+        f"train {RECIPE} --drafter.intermediate-size 32 --train.grow-blocks; respond {{recipe}} --output {{out}}/c; "
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         "train {recipe} --output {out}/c --drafter.init {out}/g/{file} --drafter.intermediate-size 32; "
         "export {out}/c/drafter --target {target} --to vllm --output {out}/vllm; "
