@@ -286,6 +286,8 @@ def test_the_page_says_what_methods_gave_alone(tmp_path):
             assert f"a step takes {kept.step_cost(name, base, 16):.2f} of the time" in advice
         assert f"| {shown} | {gain} | {apart} | {time}" in page
     assert f"After 400 steps tau is {kept.tau(base, 16, 400)[0]:.2f}." in page
+    drift = [kept.step_cost(name, base, 16) for name in SAME_WORK]
+    assert f"took {min(drift):.2f} to {max(drift):.2f} times as long as the base's." in page
     decay = "dflash-narrow-mlp"
     assert f"the decay gains {percent(kept.gain(decay, 'dflash', 16, 400))} from it" in page
     assert f"with D-PACE are {percent(kept.gain('narrow-mlp', decay, 16, 400))} above that." in page
