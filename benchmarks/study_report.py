@@ -1,17 +1,25 @@
-"""Tables and a figure of what `benchmarks/study.py` has trained so far."""
+"""Tables and a figure of what `benchmarks/study.py` has trained so far; and the tables of the pages, from the records.
+
+    python benchmarks/study_report.py FOLDER
+
+unpacks records into FOLDER, which is empty, and prints the tables of `docs/results.md` and `benchmarks/tried.md` that
+follow from them: those of `benchmarks/records/tables.yaml`, as the pages have them.
+"""
 
 import statistics
 import sys
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from dpace.measure.results import HELDOUT_FILE, Estimate, nullable, read_heldout, read_log
 from dpace.metrics import Acceptance, tau_estimate, tau_gain
 from dpace.report.plots import draw_panels
-from dpace.report.sections import percent, with_interval
+from dpace.report.sections import percent
 from dpace.report.tables import Section, to_markdown
 from dpace.system.ledger import write_text
 
@@ -21,6 +29,9 @@ ALWAYS = (BASELINE, OURS)
 APART = "apart"
 """A kind of text that is reported alone, so that no choice looks at it."""
 UNKNOWN: Estimate = (None, None, None)
+Pairs = Sequence[tuple[str, str]]
+"""An objective, and the one that it is compared with."""
+RECORDS = Path(__file__).parent / "records"
 
 
 class Cell(NamedTuple):
@@ -71,10 +82,9 @@ class Study:
         found = [self.measured[Cell(name, block, steps, seed)].acceptance(ids) for seed in seeds]
         return [acceptance for acceptance in found if acceptance is not None]
 
-    def tau(self, name: str, block: int, steps: int) -> Estimate:
+    def tau(self, name: str, block: int, steps: int) -> float:
         """Return tau, all kinds and seeds pooled."""
-        seeds = self.seeds(block, (name, steps))
-        return nullable(tau_estimate([self.acceptances(name, block, steps, seeds)])) if seeds else UNKNOWN
+        return tau_estimate([self.acceptances(name, block, steps, self.seeds(block, (name, steps)))])[0]
 
     def gain(self, name: str, over: str, block: int, steps: int, kind: str = "") -> Estimate:
         """Return the gain of tau at equal steps, as a ratio minus 1, of the seeds that both have."""
@@ -121,33 +131,36 @@ class Study:
         return statistics.median(ours / theirs for ours, theirs in known)
 
 
-def budgets(study: Study, names: Sequence[str], block: int) -> Section:
-    """Make a row for each budget and each objective that was trained with it."""
+def compare(study: Study, pairs: Pairs, block: int, steps: int, by: str) -> list[dict[str, str]]:
+    """Make a row for each pair that was trained: the gain of the first over the second, in percent.
+
+    Args:
+        study: of the drafters.
+        pairs: of objectives.
+        block: size of the blocks.
+        steps: the budget of both.
+        by: `kind` adds the gain on each kind of text, and `time` that in equal training time.
+    """
     rows = []
-    for steps in study.budgets:
-        for name in names:
-            if not study.seeds(block, (name, steps)):
-                continue
-            row = {"objective": name, "steps": str(steps), "tau": with_interval(*study.tau(name, block, steps))}
-            row["by seed"] = study.gains_by_seed(name, BASELINE, block, steps)
-            for over in ALWAYS:
-                row[f"over {over}, equal steps"] = percent(study.gain(name, over, block, steps))
-                row[f"over {over}, equal seconds"] = percent(study.gain_in_equal_seconds(name, over, block, steps))
-            rows.append(row)
-    return Section(f"Blocks of {block}, every budget", f"By seed: over {BASELINE} at equal steps, in %.", rows)
+    for name, over in pairs:
+        gain = study.gain(name, over, block, steps)
+        if gain == UNKNOWN:
+            continue
+        row = {"objective": name, "over": over, "tau": f"{study.tau(name, block, steps):.2f}", "all": in_percent(gain)}
+        if by == "time":
+            row["by seed"] = study.gains_by_seed(name, over, block, steps)
+            row["time of a step"] = f"{study.step_cost(name, over, block):.2f}"
+            row["all, in equal time"] = in_percent(study.gain_in_equal_seconds(name, over, block, steps))
+        for kind in dict.fromkeys(name.partition("/")[0] for name in study.ids):
+            if by == "kind" or kind == APART:
+                row[kind] = in_percent(study.gain(name, over, block, steps, kind))
+        rows.append(row)
+    return rows
 
 
-def kinds(study: Study, names: Sequence[str], block: int) -> Section:
-    """Make a row for each objective, over both baselines, with a column for each kind of text."""
-    rows = []
-    of_ids = dict.fromkeys(name.partition("/")[0] for name in study.ids)
-    for steps in study.budgets:
-        for name, over in [(name, over) for name in names for over in ALWAYS if name not in (over, BASELINE)]:
-            gains = {kind or "all": study.gain(name, over, block, steps, kind) for kind in ("", *of_ids)}
-            if gains["all"] != UNKNOWN:
-                cells = {kind: percent(gain) for kind, gain in gains.items()}
-                rows.append({"objective": name, "over": over, "steps": str(steps), **cells})
-    return Section(f"Blocks of {block}, by kind", "Gains of tau at equal steps.", rows)
+def in_percent(gain: Estimate) -> str:
+    """Write a gain in a table that has the unit."""
+    return percent(gain).replace(" %", "")
 
 
 def draw(study: Study, names: Sequence[str], blocks: Sequence[int]) -> str:
@@ -156,7 +169,7 @@ def draw(study: Study, names: Sequence[str], blocks: Sequence[int]) -> str:
     def panel(axis: Any, block: int) -> None:
         for number, name in enumerate(names):
             known = [steps for steps in study.budgets if study.seeds(block, (name, steps))]
-            taus = [study.tau(name, block, steps)[0] for steps in known]
+            taus = [study.tau(name, block, steps) for steps in known]
             axis.plot(known, taus, color=f"C{number % 10}", label=name)
         axis.set_xscale("log")
         axis.set_xticks(study.budgets, [str(steps) for steps in study.budgets])
@@ -164,6 +177,16 @@ def draw(study: Study, names: Sequence[str], blocks: Sequence[int]) -> str:
         axis.set(xlabel="optimizer steps", ylabel="tau")
 
     return draw_panels({f"blocks of {block}": block for block in blocks}, panel)
+
+
+def sections(study: Study, names: Sequence[str]) -> Iterator[Section]:
+    """Make two tables for each block size and budget; some have no rows."""
+    pairs = [(name, over) for name in names for over in ALWAYS if name != BASELINE]
+    for block in sorted({cell.block for cell in study.folders}):
+        for steps in study.budgets:
+            for by in ("kind", "time"):
+                title = f"Blocks of {block}, {steps} steps, by {by}"
+                yield Section(title, "Gains of tau in %.", compare(study, pairs, block, steps, by))
 
 
 def write_report(output: Path, order: Sequence[str]) -> Path:
@@ -179,8 +202,31 @@ def write_report(output: Path, order: Sequence[str]) -> Path:
     found = {cell.objective for cell in study.folders}
     names = sorted(found, key=lambda name: (places.get(name.split(":")[0], len(order)), name))
     blocks = sorted({cell.block for cell in study.folders})
-    sections = [make(study, names, block) for block in blocks for make in (budgets, kinds)]
     write_text(output / "study-tau.svg", draw(study, names, blocks))
     page = output / "study.md"
-    write_text(page, "\n\n".join(map(to_markdown, sections)) + "\n\n![Tau against the budget](study-tau.svg)\n")
+    tables = [to_markdown(section) for section in sections(study, names) if section.rows]
+    write_text(page, "\n\n".join(tables) + "\n\n![Tau against the budget](study-tau.svg)\n")
     return page
+
+
+def unpack(records: Sequence[str], folder: Path) -> Study:
+    """Unpack records into one study; objectives of the second one on have its name behind theirs."""
+    (folder / "cells").mkdir(parents=True)
+    for record in records:
+        with tarfile.open(RECORDS / f"study-{record}.tar.gz") as file:
+            file.extractall(folder / record, filter="data")
+        added = "" if record == records[0] else f", {record}"
+        for path in list(folder.glob(f"{record}/cells/*")):
+            path.rename(folder / "cells" / (path.name + added))
+    return Study(folder)
+
+
+def page_tables(folder: Path) -> Iterator[str]:
+    """Write the tables that `tables.yaml` names, in Markdown; their records are unpacked into an empty folder."""
+    for number, table in enumerate(yaml.safe_load((RECORDS / "tables.yaml").read_text())):
+        study = unpack(table.pop("records"), folder / str(number))
+        yield to_markdown(Section("", rows=compare(study, **table))).rpartition("\n\n")[2]
+
+
+if __name__ == "__main__":
+    print(*page_tables(Path(sys.argv[1])), sep="\n\n")
