@@ -25,10 +25,13 @@ FRAME = """\
   </style>
   <rect width="700" height="335" rx="10" fill="#ffffff"/>
   <text x="20" y="30">Tokens per second, over plain decoding</text>
-  <rect class="drafter" x="330" y="19" width="14" height="12"/><text class="note" x="350" y="30">with the drafter</text>
-  <rect class="copies" x="470" y="19" width="14" height="12"/><text class="note" x="490" y="30">copies of earlier text alone</text>
+  <rect class="drafter" x="330" y="19" width="14" height="12"/>
+  <text class="note" x="350" y="30">with the drafter</text>
+  <rect class="copies" x="470" y="19" width="14" height="12"/>
+  <text class="note" x="490" y="30">copies of earlier text alone</text>
 BARS
-  <line x1="360" y1="44" x2="360" y2="318"/><text class="note" x="366" y="322">1: plain decoding</text>
+  <line x1="360" y1="44" x2="360" y2="318"/>
+  <text class="note" x="366" y="322">1: plain decoding</text>
 </svg>
 """
 BARS = """\

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 LEAST_SLOTS = 2
-"""Slots of the shortest blocks where blocks grow: one token is drafted. docs/results.md compares them with 4."""
+"""Slots of the shortest blocks where blocks grow: one token is drafted. benchmarks/tried.md compares them with 4."""
 MASK_TILE = 128
 """Number of queries, and of keys, that `flex_attention` skips or computes together."""
 
@@ -48,7 +48,7 @@ def block_sizes(block_size: int, *, is_growing: bool, is_causal: bool = False) -
 
     Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`.
     Each size has one part; where slots are causal, half as many parts as the one before: for 16 slots, 8 parts with 2,
-    4 with 4, 2 with 8 and 1 with 16. docs/results.md compares both. Blocks of half the size are twice as many, so a
+    4 with 4, 2 with 8 and 1 with 16. benchmarks/tried.md compares both. Blocks of half the size are twice as many, so a
     step has as many slots at any time.
 
     Raises:

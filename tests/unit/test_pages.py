@@ -18,7 +18,8 @@ from tests.support.files import write_prompts
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "src" / "dpace" / "target" / "drafters").rglob("README.md"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *CARDS]
+TRIED = ROOT / "benchmarks" / "tried.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *CARDS, TRIED]
 PARSED_ONLY = "<!-- parsed only"
 """Stands before a block that needs the network, a server, a GPU or hours."""
 TINY = {

@@ -24,7 +24,7 @@ TABLE_DECAY = 1.0
 """Weight decay of tables of tokens beside Muon, times the learning rate in each step.
 
 Short trainings see most pairs of tokens once or twice, and learned them by heart without it. Chosen on validation
-answers and on prompts that nothing was trained on; docs/results.md has what it gains.
+answers and on prompts that nothing was trained on; benchmarks/tried.md has what it gains.
 """
 
 
