@@ -12,7 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "src" / "dpace" / "target" / "drafters" / "smollm2-135m" / "README.md"
 PICTURE = ROOT / "docs" / "speed.svg"
-ROW = re.compile(r"^\| (.+) \| [\d.]+ \| ([\d.]+) (.+?) \| ([\d.]+) (.+?) \|", flags=re.MULTILINE)
+ROW = re.compile(
+    r"^\| (?P<kind>.+) \| [\d.]+ \| (?P<drafter>[\d.]+) (?P<interval>.+?) "
+    r"\| (?P<copies>[\d.]+) (?P<copies_interval>.+?) \|",
+    flags=re.MULTILINE,
+)
 """Kind of text; speed with the drafter and with copies alone, each with its interval."""
 FRAME = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 335" width="700" height="335" role="img">
@@ -37,10 +41,10 @@ BARS
 BARS = """\
   <g transform="translate(220 {top})">
     <text x="-200" y="24">{kind}</text>
-    <rect class="drafter" y="0" width="{drafter_width:.0f}" height="17"/>
-    <text class="note" x="{drafter_end:.0f}" y="13">{drafter} {drafter_interval}</text>
+    <rect class="drafter" y="0" width="{width:.0f}" height="17"/>
+    <text class="note" x="8" y="13" dx="{width:.0f}">{drafter} {interval}</text>
     <rect class="copies" y="18" width="{copies_width:.0f}" height="17"/>
-    <text class="note" x="{copies_end:.0f}" y="31">{copies} {copies_interval}</text>
+    <text class="note" x="8" y="31" dx="{copies_width:.0f}">{copies} {copies_interval}</text>
   </g>"""
 PLAIN = 140
 """Pixels of the speed of plain decoding."""
@@ -49,24 +53,11 @@ PLAIN = 140
 def draw() -> tuple[str, str]:
     """Return the picture, and what it shows in words."""
     bars, words = [], []
-    for number, row in enumerate(ROW.findall(CARD.read_text())):
-        kind, drafter, drafter_interval, copies, copies_interval = row
-        widths = [PLAIN * float(speed) for speed in (drafter, copies)]
-        bars.append(
-            BARS.format(
-                top=54 + 50 * number,
-                kind=kind,
-                drafter=drafter,
-                drafter_interval=drafter_interval,
-                drafter_width=widths[0],
-                drafter_end=widths[0] + 8,
-                copies=copies,
-                copies_interval=copies_interval,
-                copies_width=widths[1],
-                copies_end=widths[1] + 8,
-            )
-        )
-        words.append(f"{kind} {drafter}, copies alone {copies}")
+    for number, found in enumerate(ROW.finditer(CARD.read_text())):
+        row = found.groupdict()
+        lengths = {"width": PLAIN * float(row["drafter"]), "copies_width": PLAIN * float(row["copies"])}
+        bars.append(BARS.format(top=54 + 50 * number, **lengths, **row))
+        words.append("{kind} {drafter}, copies alone {copies}".format(**row))
     text = f"Tokens per second with the drafter, over plain decoding: {'; '.join(words)}"
     return FRAME.replace("BARS", "\n".join(bars)), text
 

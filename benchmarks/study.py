@@ -9,7 +9,7 @@ FOLDER has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train
 measured too and stand in a column of their own: no other number, and so no choice, looks at them.
 
 Trains `dflash`, `dpace` and the objectives that are named, all by default, with all blocks, budgets and seeds, and then
-writes tables and a figure of all that is there. `growing-blocks:drafter.num_layers=3` is an objective with another
+writes tables of all that is there. `growing-blocks:drafter.num_layers=3` is an objective with another
 option of drafter, loss or training; there may be several, each after a colon. It takes hours and may be killed at any
 time: the same command goes on.
 `--scale 0.01` is a miniature that shows that everything works, and no more; give it an `--output` of its own.

@@ -1,4 +1,4 @@
-"""Tables and a figure of what `benchmarks/study.py` has trained so far; and the tables of the pages, from the records.
+"""Tables of what `benchmarks/study.py` has trained so far; and the tables of the pages, from the records.
 
     python benchmarks/study_report.py FOLDER
 
@@ -18,7 +18,6 @@ import yaml
 
 from dpace.measure.results import HELDOUT_FILE, Estimate, nullable, read_heldout, read_log
 from dpace.metrics import Acceptance, tau_estimate, tau_gain
-from dpace.report.plots import draw_panels
 from dpace.report.sections import percent
 from dpace.report.tables import Section, to_markdown
 from dpace.system.ledger import write_text
@@ -163,22 +162,6 @@ def in_percent(gain: Estimate) -> str:
     return percent(gain).replace(" %", "")
 
 
-def draw(study: Study, names: Sequence[str], blocks: Sequence[int]) -> str:
-    """Draw tau against the budget, a panel for each block size and a line for each objective; as SVG."""
-
-    def panel(axis: Any, block: int) -> None:
-        for number, name in enumerate(names):
-            known = [steps for steps in study.budgets if study.seeds(block, (name, steps))]
-            taus = [study.tau(name, block, steps) for steps in known]
-            axis.plot(known, taus, color=f"C{number % 10}", label=name)
-        axis.set_xscale("log")
-        axis.set_xticks(study.budgets, [str(steps) for steps in study.budgets])
-        axis.minorticks_off()
-        axis.set(xlabel="optimizer steps", ylabel="tau")
-
-    return draw_panels({f"blocks of {block}": block for block in blocks}, panel)
-
-
 def sections(study: Study, names: Sequence[str]) -> Iterator[Section]:
     """Make two tables for each block size and budget; some have no rows."""
     pairs = [(name, over) for name in names for over in ALWAYS if name != BASELINE]
@@ -190,7 +173,7 @@ def sections(study: Study, names: Sequence[str]) -> Iterator[Section]:
 
 
 def write_report(output: Path, order: Sequence[str]) -> Path:
-    """Write `study.md` and `study-tau.svg` into the study's folder, and give the path of the first.
+    """Write `study.md` into the study's folder, and give its path.
 
     Args:
         output: of the study.
@@ -201,11 +184,8 @@ def write_report(output: Path, order: Sequence[str]) -> Path:
     places = {name: place for place, name in enumerate(order)}
     found = {cell.objective for cell in study.folders}
     names = sorted(found, key=lambda name: (places.get(name.split(":")[0], len(order)), name))
-    blocks = sorted({cell.block for cell in study.folders})
-    write_text(output / "study-tau.svg", draw(study, names, blocks))
     page = output / "study.md"
-    tables = [to_markdown(section) for section in sections(study, names) if section.rows]
-    write_text(page, "\n\n".join(tables) + "\n\n![Tau against the budget](study-tau.svg)\n")
+    write_text(page, "\n\n".join(to_markdown(section) for section in sections(study, names) if section.rows) + "\n")
     return page
 
 
