@@ -356,18 +356,17 @@ PAIRS |= {
         "vllm/README.md",
     ),
     "a GGUF file as target, every verb": Pair(
-        f"plan {SERVED}; respond {SERVED}; data {SERVED}; train {SERVED}; bench {SERVED}; "
+        f"plan {SERVED}; respond {SERVED}; train {SERVED}; bench {SERVED}; "
         f"compare {SERVED}-compared --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
         f"check --target {{served}} {CHECK}; doctor {{out}}/new/drafter --target {{served}} --engine gguf; "
         "generate --target {served} --drafter {out}/new/drafter --prompt w1 --max-new-tokens 4; "
-        "explain --drafter {out}/new/drafter --target {served} --prompts {prompts} --num-prompts 1 --max-new-tokens 8; "
         "export {out}/new/drafter --target {served} --to gguf --output {out}/gguf; "
         "import {out}/gguf/dflash-served-BF16.gguf --target {served} --output {out}/ours",
         "gguf/README.md",
         printed="llama-server -m served.gguf -md .*dflash-served-BF16.gguf --spec-type draft-dflash",
     ),
     "an adapter, every verb": Pair(
-        f"plan {ADAPTER}; respond {ADAPTER}; data {ADAPTER}; train {ADAPTER}; bench {ADAPTER}; "
+        f"plan {ADAPTER}; respond {ADAPTER}; train {ADAPTER}; bench {ADAPTER}; "
         "respond {recipe} --target {adapter} --output {out}/served --respond.server {server}; "
         "bench {recipe} --target {adapter} --output {out}/before --bench.drafters {drafter}; "
         "respond {recipe} --target {adapter} --output {out}/init; "

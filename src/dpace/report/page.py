@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dpace.measure.results import (
     CompareResults,
-    ExplainResults,
     Provenance,
     Results,
     ServerResults,
@@ -74,7 +73,7 @@ def _without_control(value: object) -> object:
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     """Yield all that results, and the training logs in their folder, have to show."""
     yield from tables_of(results)
-    if isinstance(results, ServerResults | ExplainResults):
+    if isinstance(results, ServerResults):
         return
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
     logs: dict[str, list[list[JsonObject]]] = {}

@@ -69,7 +69,6 @@ WRITERS = {
     "compare": "results.json",
     "respond": "responses.jsonl",
     "bench --drafters .": "results.json",
-    "explain --drafter . --target owner/name": "explain.json",
 }
 """Verbs, and a file that they write."""
 

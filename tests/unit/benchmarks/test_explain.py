@@ -6,15 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from explain import Options, draw_continuations, explain_prompt, fit_blind, rejections, score_block
 
-import dpace.measure.floor as floor
-from dpace.config import ExplainConfig
 from dpace.decode import generate
 from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import PackedRows
-from dpace.measure.floor import draw_continuations, explain_prompt, fit_blind, score_block
-from dpace.measure.results import read_results
-from tests.support.files import write_prompts, write_rows
 from tests.support.models import (
     make_drafter,
     make_with_candidate_selector,
@@ -22,7 +18,7 @@ from tests.support.models import (
     make_with_selector,
 )
 
-CONFIG = ExplainConfig(target="target", drafter="drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
+OPTIONS = Options("target", "drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
 
 @pytest.mark.parametrize("is_drawn", [True, False])
@@ -33,8 +29,8 @@ def test_no_other_distribution_is_rejected_less(is_drawn):
     assert torch.allclose(best.sum(), torch.ones(()))
     steps = 40 if is_drawn else 1
     others = [torch.tensor([i, j, steps - i - j]) / steps for i in range(steps + 1) for j in range(steps + 1 - i)]
-    rejected = [floor.rejections(probs, other, weights) for other in others]
-    least = floor.rejections(probs, best, weights)
+    rejected = [rejections(probs, other, weights) for other in others]
+    least = rejections(probs, best, weights)
     assert min(rejected) >= least - 1e-6 and min(rejected) <= least + 0.1 * is_drawn + 1e-6
 
 
@@ -76,7 +72,7 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
         # The chance of a path up to here, accepted as it is drafted, spread over what comes behind it.
         shares = weights / num_tokens ** (num_slots - slot)
         fitted = fit_blind(probs[:, slot], shares, is_drawn=is_drawn)
-        exact[:, slot] = [floor.rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
+        exact[:, slot] = [rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
         true = probs[:, slot].gather(1, paths[:, slot, None])[:, 0]
         drafts = own[slot][paths[:, slot]]
         weights = weights * (torch.minimum(true, drafts) if is_drawn else true * drafts)
@@ -88,9 +84,9 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
 
 def test_greedy_rejections_are_those_of_decoding(language_target, language_drafter, questions):
     """At temperature 0 each block is rejected where decoding rejects it, and nothing of it is unavoidable."""
-    config = replace(CONFIG, temperature=0.0, num_blocks=99, num_samples=2, max_new_tokens=16)
+    options = replace(OPTIONS, temperature=0.0, num_blocks=99, num_samples=2, max_new_tokens=16)
     for token_ids in questions[:3]:
-        found = explain_prompt(language_target, language_drafter, token_ids, config, seed=0)
+        found = explain_prompt(language_target, language_drafter, token_ids, options, seed=0)
         answer = generate(language_target, language_drafter, token_ids, width="full", max_new_tokens=16)
         assert len(found) == len(answer.accepted_lengths) > 1
         assert not found[:, 2:].any()
@@ -102,7 +98,7 @@ def test_greedy_rejections_are_those_of_decoding(language_target, language_draft
 def test_a_head_is_explained_too(language_target, questions):
     """Its drafts are drawn one after the other, and its first slot is reached always."""
     drafter = make_with_selector(language_target, block_size=5)
-    found = explain_prompt(language_target, drafter, questions[0], CONFIG, seed=0)
+    found = explain_prompt(language_target, drafter, questions[0], OPTIONS, seed=0)
     assert np.allclose(found[:, 0, 0], 1)
     assert (found[:, 1] <= found[:, 0] + 1e-6).all()
 
@@ -129,33 +125,3 @@ def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions
         drawn = [drafter.selector.draw(draft, 4, rows, questions[0], sampler) for _ in range(3)]
         chances = drafter.selector.chances(draft, torch.stack([tokens for tokens, _ in drawn]), rows, sampler)
     assert torch.allclose(chances, torch.stack([probs for _, probs in drawn]), atol=1e-6)
-
-
-def test_the_command_says_where_tau_is_lost_and_goes_on(
-    language_folder, random_drafter_folder, language_prompts, run_line, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:57])
-    ask = f"explain --target {language_folder} --drafter {random_drafter_folder} --prompts prompts.jsonl"
-    ask += " --num-blocks 2 --num-samples 4"
-    whole = f"{ask} --num-prompts 6 --max-new-tokens 8"
-    shown = run_line(whole).out
-    assert "most rejections are the drafter's own" in shown and "explain.json" in shown
-    folder = tmp_path / "dpace-explain"
-    results = read_results(folder / "explain.json")
-    (kept,) = folder.glob("explain-*.jsonl")
-    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-2]))
-    run_line(whole)
-    assert len(kept.read_text().splitlines()) == 1 + 6, "only the two that were lost are measured again"
-    assert read_results(folder / "explain.json") == results and results.num_samples == 4
-    run_line("report dpace-explain")
-    assert "Where tau is lost" in (folder / "report.html").read_text()
-    ask += " --num-prompts 2 --max-new-tokens"
-    for temperature in ("0", "1e-40"):
-        assert "100 to 100 %" in run_line(f"{ask} 8 --temperature {temperature} --output {temperature}").out
-    assert "nothing was rejected" in run_line(f"{ask} 1 --output one").out
-    sets = [{"prompt": prompt, "set": name} for prompt, name in zip(language_prompts[50:], ("all", "s"), strict=False)]
-    write_rows(tmp_path / "prompts.jsonl", sets)
-    run_line(f"{ask} 8 --output sets")
-    rows = {row.set: row.num_prompts for row in read_results(tmp_path / "sets" / "explain.json").rows}
-    assert rows == {"all": 1, "s": 1, "all sets": 2}

@@ -1,59 +1,67 @@
-"""Find how many rejected drafts no block drafter could have avoided, slot by slot, and how many are the drafter's own.
+"""Find where tau is lost: slot by slot, which rejected drafts no block drafter could have avoided.
+
+    python benchmarks/explain.py TARGET DRAFTER --prompts heldout.jsonl --max-new-tokens 32
 
 A slot of a block drafter is blind: it does not know the tokens of the slots before it. Above temperature 0 the target
 draws those, and its next token depends on them. So the target continues the text after real anchors several times, and
 for each slot the one distribution is sought that is rejected least in all continuations: its rejections are the floor.
+At temperature 0 there is no floor. Only the first turn of a prompt is answered.
 
 Source: the idea of arXiv 2608.27339.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dpace.blocks import build_blocks
-from dpace.config import ExplainConfig
 from dpace.decode import generate
 from dpace.decode.sampling import Sampler
-from dpace.drafter import Drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
-from dpace.measure.benchmark import hash_config
-from dpace.measure.records import Records, group_by_set, setup_of, spread_evenly
-from dpace.measure.results import (
-    Estimate,
-    ExplainedRecord,
-    ExplainResults,
-    ExplainRow,
-    ExplainSetup,
-    SlotLoss,
-    nullable,
-    write_results,
-)
+from dpace.measure.records import spread_evenly
 from dpace.metrics import estimate
-from dpace.prompts.prompts import Prompt
-from dpace.respond.conversation import refuse_long_prompts
-from dpace.system.device import dtype_name
-from dpace.system.ledger import register_files
+from dpace.prompts.prompts import read_heldout_prompts
 from dpace.system.progress import track
-from dpace.system.provenance import fingerprint
 from dpace.target import Target
 from dpace.target.chat import encode_chat
+from dpace.target.locate import find_target
 
 NUM_FOLDS = 4
 """Parts of the samples of an anchor; the floor's upper end is fitted on all but one, and measured on that one."""
 LEAST_PROB = 1e-7
 """Tokens to which no sample gives this probability are left out of a fit, which is never better by more than their sum.
 """
-EXPLAIN_FILE = "explain.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how."""
+
+    target: tyro.conf.Positional[str]
+    """Folder, Hub id or GGUF file."""
+    drafter: tyro.conf.Positional[str]
+    """Its folder or Hub id."""
+    prompts: str = "demo"
+    """JSONL file of prompts that the drafter was not trained on."""
+    num_prompts: int = 16
+    """Most prompts to take from the file, evenly spread."""
+    num_blocks: int = 8
+    """Most blocks of an answer, evenly spread."""
+    num_samples: int = 16
+    """Continuations that the target draws after each anchor, 2 or more; more of them narrow the floor."""
+    temperature: float = 1.0
+    """Sampling temperature of the target."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
 
 
 def fit_blind(
@@ -156,46 +164,56 @@ def draw_continuations(
         The tokens, and the distribution that each was drawn from.
     """
     inputs = torch.tensor([prefix], device=target.device)
-    cache: Any = DynamicCache(config=target.config)
+    cache = DynamicCache(config=target.config)
     # The prefix is read once: its last hidden state and its keys and values are repeated for each sample.
     hidden = target.hidden(inputs, cache)[:, -1].expand(num_samples, -1)
     cache.reorder_cache(inputs.new_zeros(num_samples))
     tokens = []
     probs = []
-    while True:
+    for _ in range(num_slots):
         probs.append(sampler.probs(sampler.scores(target.logits(hidden), ())))
         tokens.append(torch.multinomial(probs[-1], 1, generator=sampler.generator))
-        if len(tokens) == num_slots:
-            return torch.cat(tokens, dim=1), torch.stack(probs, dim=1)
         hidden = target.hidden(tokens[-1], cache)[:, -1]
+    return torch.cat(tokens, dim=1), torch.stack(probs, dim=1)
 
 
 @torch.inference_mode()
 def explain_prompt(
-    target: Target, drafter: Drafter, token_ids: Sequence[int], config: ExplainConfig, seed: int
+    target: Target, drafter: Drafter, token_ids: Sequence[int], options: Options, seed: int
 ) -> Float[np.ndarray, "block 4 slot"]:
-    """Decode a prompt with whole drafts, and measure the rejections in some of its blocks; see `score_block`."""
-    is_drawn = config.verify_rule == "speculative" and config.temperature > 0
-    options: Any = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
-    answer = generate(target, drafter, token_ids, width="full", verify_rule=config.verify_rule, **options)
+    """Decode a prompt with whole drafts, and measure the rejections in some of its blocks; see `score_block`.
+
+    Cost: for each block, `num_samples` rows in as many passes of the target as a block has draft slots.
+    """
+    is_drawn = options.temperature > 0
+    answer = generate(
+        target,
+        drafter,
+        token_ids,
+        width="full",
+        verify_rule="speculative",
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=seed,
+    )
     text = torch.tensor([[*token_ids, *answer.token_ids]], device=target.device)
     # The first anchor is the token of the prefill, and each next one the last token that a verification emitted.
     starts = len(token_ids) + np.cumsum([0, *answer.emitted_lengths])[:-1]
-    anchors = spread_evenly(starts.tolist(), config.num_blocks)
+    anchors = spread_evenly(starts.tolist(), options.num_blocks)
     if not anchors:  # the answer is one token
         return np.zeros((0, 4, drafter.block_size - 1))
     is_response = torch.ones_like(text).bool()  # only the loss reads which slots are scored
     blocks = build_blocks(text, is_response, [torch.tensor(anchors)], drafter.block_size)
     out = blocks_hidden(drafter, target, {**vars(blocks), "token_ids": text, "features": None})
     rows = PackedRows(target, drafter.vocabulary, token_ids)
-    sampler = Sampler(config.temperature, seed=seed, device=target.device)
+    sampler = Sampler(options.temperature, seed=seed, device=target.device)
     stops = torch.tensor(target.stop_token_ids, device=target.device)
     losses = []
     for anchor, hidden, before in zip(anchors, out.hidden[0], out.before[0], strict=True):
         read_before = partial(before.__getitem__, None)  # with a batch axis
         draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], read_before, drafter.block_size)
         prefix = text[0, : anchor + 1].tolist()
-        tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)
+        tokens, probs = draw_continuations(target, prefix, options.num_samples, draft.tokens.shape[1], sampler)
         if is_drawn:
             drafted = drafter.selector.chances(draft, tokens, rows, sampler)
         else:
@@ -204,77 +222,34 @@ def explain_prompt(
     return np.array(losses)
 
 
-def explain(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: ExplainConfig) -> ExplainResults:
-    """Measure what is rejected of a drafter's drafts, and what of it no block drafter avoids; write `explain.json`.
-
-    Each finished prompt is kept in `explain-*.jsonl`, a file for each way to measure; an interrupted call goes on after
-    it. Only the first turn of a prompt is answered.
-
-    Cost: for each block, `num_samples` rows in as many passes of the target as a block has draft slots.
-
-    Raises:
-        ValueError: a drafter for another target, or an over-long prompt.
-    """
-    folder = Path(config.output)
-    refuse_long_prompts(target, prompts, config.max_new_tokens)
-    register_files(folder, EXPLAIN_FILE)
-    setup = ExplainSetup(
-        **setup_of(target, config),
-        target_weights_sha256=target.sha256,
-        drafter_sha256=fingerprint(drafter),
-        drafter_config=hash_config(drafter),
-        dtype=dtype_name(target.model.dtype),
-        temperature=config.temperature,
-        verify_rule=config.verify_rule,
-        num_samples=config.num_samples,
-        num_blocks=config.num_blocks,
-    )
-    records = Records(folder / "explain.jsonl", ExplainedRecord, setup, prompts)
-    for _, (temperature, prompt) in track(records.missing(product([config.temperature], prompts)), "sampling"):
-        token_ids = encode_chat(target, prompt.turns[0])
-        losses = explain_prompt(target, drafter, token_ids, config, records.seeds[prompt.id])
-        record = ExplainedRecord(
-            set=prompt.set,
-            id=prompt.id,
-            temperature=temperature,
-            num_blocks=len(losses),
-            losses=losses.sum(0).tolist(),
-        )
-        records.add(record)
-    results = ExplainResults(**vars(setup), drafter=config.drafter, rows=make_rows(list(records.rows.values())))
-    write_results(folder / EXPLAIN_FILE, results)
-    return results
+def own_share(losses: Float[np.ndarray, "4 prompt"]) -> str:
+    """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
+    _, rejected, low, high = losses
+    # What lies above a floor is the drafter's own. Shares from few samples may lie outside of 0 to 1.
+    shares = [estimate([[np.stack([rejected - floor, rejected], axis=1)]]) for floor in (high, low)]
+    (least, bottom, _), (most, _, top) = 100 * np.clip(shares, 0, 1)
+    return f"{least:.0f} to {most:.0f} % [{bottom:.0f}, {top:.0f}]"
 
 
-def make_rows(records: Sequence[ExplainedRecord]) -> list[ExplainRow]:
-    """Pool prompts by set, and all of several sets together."""
-    rows = []
-    for name, group in group_by_set(records).items():
-        losses = np.array([record.losses for record in group]).transpose(2, 1, 0)  # (slot, 4, prompt)
-        num_blocks = sum(record.num_blocks for record in group)
-        row = ExplainRow(
-            set=name,
-            num_prompts=len(group),
-            num_blocks=num_blocks,
-            whole=_slot_loss(losses.sum(0), num_blocks),
-            slots=[_slot_loss(of_slot, num_blocks) for of_slot in losses],
-        )
-        rows.append(row)
-    return rows
+def main(options: Options) -> None:
+    """Print what is rejected, and how much of it is the drafter's own: slot by slot, and in all."""
+    target = Target.load(find_target(options.target))
+    drafter = load_drafter(options.drafter, target)
+    prompts = spread_evenly(read_heldout_prompts(options.prompts), options.num_prompts)
+    num_blocks = 0
+    losses = []
+    for seed, prompt in enumerate(track(prompts, "sampling")):
+        of_blocks = explain_prompt(target, drafter, encode_chat(target, prompt.turns[0]), options, seed)
+        num_blocks += len(of_blocks)
+        losses.append(of_blocks.sum(0))
+    by_slot = np.stack(losses, axis=-1).swapaxes(0, 1)  # (slot, 4, prompt)
+    print(f"{len(prompts)} prompts, {num_blocks} blocks, temperature {options.temperature:g}; % of the blocks")
+    print("slot  reached  rejected  the drafter's own [95 %]")
+    for slot, of_slot in enumerate([*by_slot, by_slot.sum(0)], start=1):
+        reached, rejected = 100 * of_slot[:2].sum(-1) / max(1, num_blocks)
+        name = slot if slot <= len(by_slot) else "all"
+        print(f"{name:>4}  {reached:7.1f}  {rejected:8.1f}  {own_share(of_slot)}")
 
 
-def _slot_loss(losses: Float[np.ndarray, "4 prompt"], num_blocks: int) -> SlotLoss:
-    """Make shares of blocks, and of the rejections, from sums by prompt."""
-    reached, rejected, low, high = losses
-
-    def share_above(floor: Float[np.ndarray, " prompt"]) -> Estimate:
-        """Estimate which share of the rejections lies above a floor: these are the drafter's own."""
-        return nullable(estimate([[np.stack([rejected - floor, rejected], axis=1)]]))
-
-    count = max(1, num_blocks)
-    return SlotLoss(
-        reached=float(reached.sum() / count),
-        rejected=float(rejected.sum() / count),
-        own_least=share_above(high),
-        own_most=share_above(low),
-    )
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
