@@ -167,7 +167,7 @@ def draw_continuations(
     cache = DynamicCache(config=target.config)
     # The prefix is read once: its last hidden state and its keys and values are repeated for each sample.
     hidden = target.hidden(inputs, cache)[:, -1].expand(num_samples, -1)
-    cache.reorder_cache(inputs.new_zeros(num_samples))
+    cache.batch_repeat_interleave(num_samples)
     tokens = []
     probs = []
     for _ in range(num_slots):

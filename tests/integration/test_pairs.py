@@ -170,8 +170,7 @@ PAIRS = {
         "train {recipe} --output {out}/new --train.feature-files {out}/states",
         "new/drafter/provenance.json",
     ),
-    "own answers, data, train": Pair(
-        "data {recipe} --prompts.path {own} --output {out}/new; "
+    "own answers, train": Pair(
         "respond {recipe} --prompts.path {own} --output {out}/new --respond.source own; "
         "train {recipe} --prompts.path {own} --output {out}/new",
         "new/drafter/provenance.json",
@@ -218,7 +217,7 @@ PAIRS |= {
     "turns, messages, every verb": Pair(
         f"respond {TURNS}; train {TURNS}; bench {TURNS} --num-prompts 2; "
         "check --target {target} --drafter {out}/t/drafter --prompts {turns} --num-prompts 1 --max-new-tokens 6; "
-        f"data {TURNS}",
+        f"plan {TURNS}",
         "t/results.json",
     ),
     "thinking, every verb": Pair(
@@ -240,8 +239,8 @@ PAIRS |= {
         refused="take --train.no-grow-blocks, or blocks of 4",
     ),
     "public sets": Pair(
-        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
-        printed="left out: 2 in the public sets",
+        f"plan {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
+        printed="2 prompts left out: in the public sets\n  such as ",
     ),
     "check, two dtypes": Pair(
         f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --dtypes float32 bfloat16",

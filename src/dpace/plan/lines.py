@@ -104,7 +104,7 @@ def length_lines(examples: Sequence[Example], recipe: Recipe) -> list[str]:
     """Write how long answers and conversations are, and how many of them are cut or left out."""
     answers = [end - start for example in examples for start, end in example.spans]
     conversations = [len(example.token_ids) for example in examples]
-    limit = read_meta(recipe.responses_path).get("max_new_tokens")
+    limit = read_meta(recipe.responses_path).get("max_new_tokens", 0)
     max_length = recipe.train.max_length
     num_cut = sum(length > max_length for length in conversations)
     num_without = sum(not example.num_anchors(max_length) for example in examples)
