@@ -109,6 +109,7 @@ def test_answers_that_are_not_the_targets_are_refused(files):
 def test_a_plan_says_how_long_answers_are_and_what_is_cut(files):
     path, config = files
     examples, _ = load_examples(path, split_and_explain(config)[0])
+    examples[0] = examples[0]._replace(spans=[[1, 2]])
     path.with_name("responses.meta.json").write_text('{"max_new_tokens": 10}')
     recipe = Recipe(prompts=config, output=str(path.parent), train=TrainConfig(max_length=20))
     answers = sorted(end - start for example in examples for start, end in example.spans)
