@@ -3,9 +3,9 @@
     python benchmarks/explain.py TARGET DRAFTER --prompts heldout.jsonl --max-new-tokens 32
 
 A slot of a block drafter is blind: it does not know the tokens of the slots before it. Above temperature 0 the target
-draws those, and its next token depends on them. So the target continues the text after real anchors several times, and
-for each slot the one distribution is sought that is rejected least in all continuations: its rejections are the floor.
-At temperature 0 there is no floor. Only the first turn of a prompt is answered.
+draws those, and its next token depends on them. So several drafts are drawn after real anchors, and the target reads
+them. For each slot the one distribution is sought that is rejected least after all of them: its rejections are the
+floor. At temperature 0 there is no floor. Only the first turn of a prompt is answered.
 
 Source: the idea of arXiv 2608.27339.
 """
@@ -57,16 +57,14 @@ class Options:
     num_blocks: int = 8
     """Most blocks of an answer, evenly spread."""
     num_samples: int = 16
-    """Continuations that the target draws after each anchor, 2 or more; more of them narrow the floor."""
+    """Drafts that are drawn after each anchor, 2 or more; more of them narrow the floor."""
     temperature: float = 1.0
     """Sampling temperature of the target."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
 
 
-def fit_blind(
-    probs: Float[Tensor, "sample vocab"], weights: Float[Tensor, " sample"], *, is_drawn: bool
-) -> Float[Tensor, " vocab"]:
+def fit_blind(probs: Float[Tensor, "sample vocab"], weights: Float[Tensor, " sample"]) -> Float[Tensor, " vocab"]:
     """Find the distribution `q` of drafts that the target accepts most, where it cannot be told which sample is true.
 
     It has the largest `sum over samples of weight * sum over tokens of min(p, q)`. One more bit of `q[x]` gains the
@@ -75,10 +73,7 @@ def fit_blind(
     Args:
         probs: the target's distributions.
         weights: of the samples.
-        is_drawn: whether drafts are drawn from `q`; otherwise `q` is one token, the one that the target draws most.
     """
-    if not is_drawn:
-        return nn.functional.one_hot((weights @ probs).argmax(), probs.shape[1]).to(probs.dtype)
     tokens = (probs.amax(0) > LEAST_PROB).nonzero()[:, 0]
     # A token's probabilities, ascending, are levels. `q[x]` is filled from one level to the next, as one piece.
     levels, order = probs[:, tokens].sort(dim=0)  # (level, token)
@@ -106,13 +101,11 @@ def score_block(
     drafted: Float[Tensor, "sample slot vocab"],
     tokens: Int[Tensor, "sample slot"],
     is_end: Bool[Tensor, "sample slot"],
-    *,
-    is_drawn: bool,
 ) -> Float[np.ndarray, "4 slot"]:
-    """Measure the rejections in a block, on continuations that the target has drawn after its anchor.
+    """Measure the rejections in a block, on drafts that were drawn after its anchor.
 
-    A continuation counts for a slot as far as the drafter's own drafts reach it: each token before is accepted with
-    probability `min(1, q / p)`. So decoding has the same rejections.
+    A draft counts for a slot as far as it is accepted: each token before with probability `min(1, p / q)`. So decoding
+    has the same rejections.
 
     The floor has two ends. A distribution that is fitted to the same samples knows them too well, so it rejects too
     little; one that is fitted to others does not know enough, so it rejects too much. In expectation the floor of a
@@ -122,10 +115,9 @@ def score_block(
 
     Args:
         probs: the target's distributions.
-        drafted: the drafter's; of one token where drafts are not drawn. Only with a selector do samples differ in it.
-        tokens: that the target drew.
+        drafted: those that the tokens were drawn from. Only with a selector do samples differ in them.
+        tokens: of the drafts.
         is_end: tokens that end a text.
-        is_drawn: whether drafts are drawn from `drafted`, as in `fit_blind`.
 
     Returns:
         For each slot: how often it is reached; how often it is reached and rejected; and the lower and the upper end of
@@ -139,42 +131,36 @@ def score_block(
     for slot in range(num_slots):
         true = probs[:, slot]
         draft = drafted[:, slot]
-        low = rejections(true, fit_blind(true, weights, is_drawn=is_drawn), weights)
+        low = rejections(true, fit_blind(true, weights), weights)
         high = 0.0
         for fold in folds.unique():
             is_measured = folds == fold
-            fitted = fit_blind(true[~is_measured], weights[~is_measured], is_drawn=is_drawn)
+            fitted = fit_blind(true[~is_measured], weights[~is_measured])
             high += rejections(true[is_measured], fitted, weights[is_measured])
         # Few samples may bring the ends into the wrong order.
         losses[:, slot] = float(weights.sum()), rejections(true, draft, weights), low, max(low, high)
         chosen = tokens[:, slot, None]
-        accepted = (draft.gather(1, chosen) / true.gather(1, chosen))[:, 0].clamp_max(1)
+        accepted = (true.gather(1, chosen) / draft.gather(1, chosen))[:, 0].clamp_max(1)
         weights = torch.where(is_end[:, slot], 0.0, weights * accepted)
     return losses
 
 
-def draw_continuations(
-    target: Target, prefix: Sequence[int], num_samples: int, num_slots: int, sampler: Sampler
-) -> tuple[Int[Tensor, "sample slot"], Float[Tensor, "sample slot vocab"]]:
-    """Let the target continue a text several times.
+def read_drafts(
+    target: Target, prefix: Int[Tensor, " seq"], tokens: Int[Tensor, "sample slot"], sampler: Sampler
+) -> Float[Tensor, "sample slot vocab"]:
+    """Let the target read drafts after a text of two tokens or more; return its distributions in their slots.
 
-    Memory: keys and values of the text for each sample, and the distributions that are returned.
-
-    Returns:
-        The tokens, and the distribution that each was drawn from.
+    Memory: keys and values of the text for each draft, and what is returned.
     """
-    inputs = torch.tensor([prefix], device=target.device)
+    num_samples = len(tokens)
     cache = DynamicCache(config=target.config)
-    # The prefix is read once: its last hidden state and its keys and values are repeated for each sample.
-    hidden = target.hidden(inputs, cache)[:, -1].expand(num_samples, -1)
+    # The text is read once, but for its last token, whose distribution is the first slot's.
+    target.hidden(prefix[None, :-1], cache)
     cache.batch_repeat_interleave(num_samples)
-    tokens = []
-    probs = []
-    for _ in range(num_slots):
-        probs.append(sampler.probs(sampler.scores(target.logits(hidden), ())))
-        tokens.append(torch.multinomial(probs[-1], 1, generator=sampler.generator))
-        hidden = target.hidden(tokens[-1], cache)[:, -1]
-    return torch.cat(tokens, dim=1), torch.stack(probs, dim=1)
+    known = torch.cat([prefix[-1:].expand(num_samples, 1), tokens[:, :-1]], dim=1)
+    hidden = target.hidden(known, cache)
+    probs = sampler.probs(sampler.scores(target.logits(hidden.flatten(0, 1)), ()))
+    return probs.unflatten(0, tokens.shape)
 
 
 @torch.inference_mode()
@@ -183,9 +169,8 @@ def explain_prompt(
 ) -> Float[np.ndarray, "block 4 slot"]:
     """Decode a prompt with whole drafts, and measure the rejections in some of its blocks; see `score_block`.
 
-    Cost: for each block, `num_samples` rows in as many passes of the target as a block has draft slots.
+    Cost: for each block, a pass of the target over its text, and one over `num_samples` drafts.
     """
-    is_drawn = options.temperature > 0
     answer = generate(
         target,
         drafter,
@@ -212,13 +197,17 @@ def explain_prompt(
     for anchor, hidden, before in zip(anchors, out.hidden[0], out.before[0], strict=True):
         read_before = partial(before.__getitem__, None)  # with a batch axis
         draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], read_before, drafter.block_size)
-        prefix = text[0, : anchor + 1].tolist()
-        tokens, probs = draw_continuations(target, prefix, options.num_samples, draft.tokens.shape[1], sampler)
-        if is_drawn:
-            drafted = drafter.selector.chances(draft, tokens, rows, sampler)
+        prefix = text[0, : anchor + 1]
+        num_drafts = draft.tokens.shape[1]
+        if options.temperature > 0:
+            samples = range(options.num_samples)
+            drawn = [drafter.selector.draw(draft, num_drafts, rows, prefix.tolist(), sampler) for _ in samples]
+            tokens, drafted = map(torch.stack, zip(*drawn, strict=True))
         else:
-            drafted = nn.functional.one_hot(draft.tokens, probs.shape[-1]).to(probs.dtype).expand_as(probs)
-        losses.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops), is_drawn=is_drawn))
+            tokens = draft.tokens.expand(options.num_samples, -1)
+            drafted = nn.functional.one_hot(tokens, len(target.head.weight)).float()
+        probs = read_drafts(target, prefix, tokens, sampler)
+        losses.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops)))
     return np.array(losses)
 
 

@@ -132,20 +132,6 @@ class Selector:
         """
         return draw_draft(rows.spread(draft.scores[0, :num_drawn]), text, sampler)
 
-    def chances(
-        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
-    ) -> Float[Tensor, "path draft vocab"]:
-        """Return the distributions that `draw` draws from, where the slots before have these tokens.
-
-        Args:
-            draft: what was proposed after one text.
-            tokens: several drafts of the same length.
-            rows: of the tokens that may be drafted.
-            sampler: the target's, without processors.
-        """
-        probs = sampler.probs(sampler.scores(rows.spread(draft.scores[0]), ()))
-        return probs.expand(len(tokens), -1, -1)
-
     def match(self, drafted: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
         """Find the slots of a text's blocks that greedy verification accepts: those before its first wrong draft.
 

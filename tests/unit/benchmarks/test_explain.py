@@ -6,14 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from explain import Options, draw_continuations, explain_prompt, fit_blind, rejections, score_block
+from explain import Options, explain_prompt, fit_blind, read_drafts, rejections, score_block
 
 from dpace.decode import generate
 from dpace.decode.sampling import Sampler
-from dpace.drafter.vocabulary import PackedRows
 from tests.support.models import (
     make_drafter,
-    make_with_candidate_selector,
     make_with_markov_head,
     make_with_selector,
 )
@@ -21,17 +19,16 @@ from tests.support.models import (
 OPTIONS = Options("target", "drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("is_drawn", [True, False])
-def test_no_other_distribution_is_rejected_less(is_drawn):
+def test_no_other_distribution_is_rejected_less():
     probs = torch.rand(5, 3).softmax(-1)
     weights = torch.rand(5)
-    best = fit_blind(probs, weights, is_drawn=is_drawn)
+    best = fit_blind(probs, weights)
     assert torch.allclose(best.sum(), torch.ones(()))
-    steps = 40 if is_drawn else 1
+    steps = 40
     others = [torch.tensor([i, j, steps - i - j]) / steps for i in range(steps + 1) for j in range(steps + 1 - i)]
     rejected = [rejections(probs, other, weights) for other in others]
     least = rejections(probs, best, weights)
-    assert min(rejected) >= least - 1e-6 and min(rejected) <= least + 0.1 * is_drawn + 1e-6
+    assert min(rejected) >= least - 1e-6 and min(rejected) <= least + 0.1
 
 
 def test_a_text_that_ended_reaches_no_slot():
@@ -40,29 +37,24 @@ def test_a_text_that_ended_reaches_no_slot():
     tokens = torch.zeros(8, 2, dtype=torch.long)
     is_end = tokens.bool()
     is_end[:4, 0] = True
-    assert score_block(probs, probs, tokens, is_end, is_drawn=True)[0].tolist() == [1.0, 0.5]
+    assert score_block(probs, probs, tokens, is_end)[0].tolist() == [1.0, 0.5]
 
 
-@pytest.mark.parametrize("is_drawn", [True, False])
-def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
+def test_the_floor_of_a_chain_lies_between_its_ends():
     """All paths with their probabilities give the exact floor; few samples of them give bounds."""
     num_tokens, num_slots = 5, 3
     generator = torch.Generator().manual_seed(1)
     start = torch.rand(num_tokens, generator=generator).softmax(-1)
     then = (3 * torch.randn(num_tokens, num_tokens, generator=generator)).softmax(-1)
     own = torch.randn(num_slots, num_tokens, generator=generator).softmax(-1)
-    if not is_drawn:
-        own = torch.nn.functional.one_hot(own.argmax(-1), num_tokens).float()
 
     def probs_of(paths):
         return torch.stack([start.expand(len(paths), -1), then[paths[:, 0]], then[paths[:, 1]]], 1)
 
     def measure(num_samples):
-        paths = torch.multinomial(start.expand(num_samples, -1), 1)
-        while paths.shape[1] < num_slots:
-            paths = torch.cat([paths, torch.multinomial(then[paths[:, -1]], 1)], 1)
+        paths = torch.multinomial(own, num_samples, replacement=True).T
         drafted = own.expand(num_samples, -1, -1)
-        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool(), is_drawn=is_drawn)
+        return score_block(probs_of(paths), drafted, paths, torch.zeros_like(paths).bool())
 
     paths = torch.tensor(list(itertools.product(range(num_tokens), repeat=num_slots)))
     probs = probs_of(paths)
@@ -71,11 +63,11 @@ def test_the_floor_of_a_chain_lies_between_its_ends(is_drawn):
     for slot in range(num_slots):
         # The chance of a path up to here, accepted as it is drafted, spread over what comes behind it.
         shares = weights / num_tokens ** (num_slots - slot)
-        fitted = fit_blind(probs[:, slot], shares, is_drawn=is_drawn)
+        fitted = fit_blind(probs[:, slot], shares)
         exact[:, slot] = [rejections(probs[:, slot], q, shares) for q in (own[slot], fitted)]
         true = probs[:, slot].gather(1, paths[:, slot, None])[:, 0]
         drafts = own[slot][paths[:, slot]]
-        weights = weights * (torch.minimum(true, drafts) if is_drawn else true * drafts)
+        weights = weights * torch.minimum(true, drafts)
     reached, rejected, low, high = np.mean([measure(8) for _ in range(100)], 0)
     assert np.allclose(rejected, exact[0], atol=0.03) and reached[0] == 1
     assert (low <= exact[1] + 0.01).all() and (high >= exact[1] - 0.01).all() and high[1] - low[1] > 0.01
@@ -95,33 +87,19 @@ def test_greedy_rejections_are_those_of_decoding(language_target, language_draft
             assert rejected.tolist() == [float(slot == accepted) for slot in range(len(reached))]
 
 
-def test_a_head_is_explained_too(language_target, questions):
-    """Its drafts are drawn one after the other, and its first slot is reached always."""
-    drafter = make_with_selector(language_target, block_size=5)
+@pytest.mark.parametrize("make", [make_drafter, make_with_selector, make_with_markov_head])
+def test_the_first_slot_of_a_block_is_always_reached(language_target, questions, make):
+    drafter = make(language_target, block_size=5)
     found = explain_prompt(language_target, drafter, questions[0], OPTIONS, seed=0)
-    assert np.allclose(found[:, 0, 0], 1)
+    assert len(found) and np.allclose(found[:, 0, 0], 1)
     assert (found[:, 1] <= found[:, 0] + 1e-6).all()
 
 
-def test_continuations_have_the_distribution_of_their_text(language_target, questions):
+def test_drafts_are_read_after_their_text(language_target, questions):
     sampler = Sampler(1.0, seed=0)
-    tokens, probs = draw_continuations(language_target, questions[0], 3, 4, sampler)
-    for row, own in zip(tokens.tolist(), probs, strict=True):
+    tokens = torch.randint(5, 40, (3, 4))
+    for row, probs in zip(
+        tokens, read_drafts(language_target, torch.tensor(questions[0]), tokens, sampler), strict=True
+    ):
         hidden = language_target.hidden(torch.tensor([[*questions[0], *row[:-1]]]))[0, -4:]
-        assert torch.allclose(own, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "make", [make_drafter, make_with_selector, make_with_candidate_selector, make_with_markov_head]
-)
-def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions, make):
-    drafter = make(language_target, block_size=5)
-    rows = PackedRows(language_target, drafter.vocabulary, questions[0])
-    hidden = torch.randn(1, 5, language_target.hidden_size)
-    before = torch.randn(1, language_target.hidden_size)
-    sampler = Sampler(0.7, seed=0)
-    with torch.no_grad():
-        draft = drafter.selector.propose(rows, hidden, torch.tensor(questions[0][-1:]), lambda: before, 5)
-        drawn = [drafter.selector.draw(draft, 4, rows, questions[0], sampler) for _ in range(3)]
-        chances = drafter.selector.chances(draft, torch.stack([tokens for tokens, _ in drawn]), rows, sampler)
-    assert torch.allclose(chances, torch.stack([probs for _, probs in drawn]), atol=1e-6)
+        assert torch.allclose(probs, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
