@@ -144,14 +144,14 @@ def recipe_page() -> str:
 
 def results_page() -> str:
     """Write the keys of the files that measuring writes."""
-    from dpace.measure.results import BenchResults, CompareResults, ExplainResults, Heldout, ServerResults
+    from dpace.measure.results import BenchResults, CompareResults, Heldout, ServerResults
 
     parts = [
         "# Keys of result files",
         "Each table is a JSON object. [measure.md](../measure.md#files) says which file holds which. "
         "Where a value is `null`, its meaning says why.",
     ]
-    waiting, seen = [BenchResults, CompareResults, ServerResults, ExplainResults, Heldout], []
+    waiting, seen = [BenchResults, CompareResults, ServerResults, Heldout], []
     while waiting:
         kind = waiting.pop(0)
         seen.append(kind)

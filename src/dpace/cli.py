@@ -42,7 +42,7 @@ CASES
 }
 complete -o default -F _dpace dpace"""
 """Script for bash that completes verbs and, after a hyphen, their flags; other words are completed as files."""
-CONTINUING = ("demo", "prompts", "respond", "train", "compare", "bench", "explain")
+CONTINUING = ("demo", "prompts", "respond", "train", "compare", "bench")
 """Verbs that go on where they were interrupted."""
 SAME_REASON_SECONDS = 15.0
 """How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""

@@ -459,45 +459,6 @@ class PromptsWriterConfig:
 
 
 @options
-class ExplainConfig:
-    """Say where tau is lost: slot by slot, which rejected drafts no block drafter could have avoided.
-
-    A slot does not know the tokens before it in its block, which the target draws. So the target continues the text
-    after some anchors several times. What no distribution of a slot can serve in all continuations is the floor; the
-    rest is the drafter's own loss, which data, steps or the objective can change. At temperature 0 there is no floor.
-    """
-
-    target: Text
-    """Folder, Hub id or GGUF file of the target."""
-    drafter: Text
-    """Folder or Hub id of the drafter."""
-    prompts: Text = "demo"
-    """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
-    num_prompts: Count = 16
-    """Prompts to take from each dataset of the file."""
-    num_blocks: Count = 8
-    """Blocks of each answer that are measured, evenly spread."""
-    num_samples: Annotated[int, integer(2)] = 16
-    """Continuations that the target draws after each anchor; more of them narrow the floor."""
-    temperature: PositiveOrZero = 1.0
-    """Sampling temperature of the target."""
-    verify_rule: VerifyRule = "speculative"
-    """Rule that accepts draft tokens above temperature 0, as in `dpace generate`; engines have speculative."""
-    max_new_tokens: Count = 128
-    """Longest answer in tokens."""
-    thinking: bool = False
-    """Turn thinking on, for chat templates that offer it."""
-    dtype: Dtype = "auto"
-    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU."""
-    device_map: DeviceMap = None
-    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    seed: Seed = 0
-    """Seed for sampling."""
-    output: Text = "dpace-explain"
-    """Folder that everything is written to; the same command continues an interrupted run in it."""
-
-
-@options
 class ExportConfig:
     """Write a drafter in the format of an engine, with a model card.
 

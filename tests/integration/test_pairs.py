@@ -170,8 +170,7 @@ PAIRS = {
         "train {recipe} --output {out}/new --train.feature-files {out}/states",
         "new/drafter/provenance.json",
     ),
-    "own answers, data, train": Pair(
-        "data {recipe} --prompts.path {own} --output {out}/new; "
+    "own answers, train": Pair(
         "respond {recipe} --prompts.path {own} --output {out}/new --respond.source own; "
         "train {recipe} --prompts.path {own} --output {out}/new",
         "new/drafter/provenance.json",
@@ -218,7 +217,7 @@ PAIRS |= {
     "turns, messages, every verb": Pair(
         f"respond {TURNS}; train {TURNS}; bench {TURNS} --num-prompts 2; "
         "check --target {target} --drafter {out}/t/drafter --prompts {turns} --num-prompts 1 --max-new-tokens 6; "
-        f"data {TURNS}",
+        f"plan {TURNS}",
         "t/results.json",
     ),
     "thinking, every verb": Pair(
@@ -240,8 +239,8 @@ PAIRS |= {
         refused="take --train.no-grow-blocks, or blocks of 4",
     ),
     "public sets": Pair(
-        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
-        printed="left out: 2 in the public sets",
+        f"plan {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
+        printed="2 prompts left out: in the public sets\n  such as ",
     ),
     "check, two dtypes": Pair(
         f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --dtypes float32 bfloat16",
@@ -356,18 +355,17 @@ PAIRS |= {
         "vllm/README.md",
     ),
     "a GGUF file as target, every verb": Pair(
-        f"plan {SERVED}; respond {SERVED}; data {SERVED}; train {SERVED}; bench {SERVED}; "
+        f"plan {SERVED}; respond {SERVED}; train {SERVED}; bench {SERVED}; "
         f"compare {SERVED}-compared --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
         f"check --target {{served}} {CHECK}; doctor {{out}}/new/drafter --target {{served}} --engine gguf; "
         "generate --target {served} --drafter {out}/new/drafter --prompt w1 --max-new-tokens 4; "
-        "explain --drafter {out}/new/drafter --target {served} --prompts {prompts} --num-prompts 1 --max-new-tokens 8; "
         "export {out}/new/drafter --target {served} --to gguf --output {out}/gguf; "
         "import {out}/gguf/dflash-served-BF16.gguf --target {served} --output {out}/ours",
         "gguf/README.md",
         printed="llama-server -m served.gguf -md .*dflash-served-BF16.gguf --spec-type draft-dflash",
     ),
     "an adapter, every verb": Pair(
-        f"plan {ADAPTER}; respond {ADAPTER}; data {ADAPTER}; train {ADAPTER}; bench {ADAPTER}; "
+        f"plan {ADAPTER}; respond {ADAPTER}; train {ADAPTER}; bench {ADAPTER}; "
         "respond {recipe} --target {adapter} --output {out}/served --respond.server {server}; "
         "bench {recipe} --target {adapter} --output {out}/before --bench.drafters {drafter}; "
         "respond {recipe} --target {adapter} --output {out}/init; "

@@ -61,7 +61,7 @@ def test_from_prompts_to_an_exported_drafter(
         )
         patch.setattr("dpace.recipes.flags.read_settings", read)
         patch.setattr("dpace.training.run.check_recipe", checked)
-        for module in ("plan", "training.initial", "target.locate"):
+        for module in ("plan.training", "training.initial", "target.locate"):
             patch.setattr(f"dpace.{module}.find_target", found)
         printed = run(train)
     assert read.call_count == checked.call_count == found.call_count == 1

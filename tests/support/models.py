@@ -177,7 +177,7 @@ def _seed(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 4)
     monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
-    monkeypatch.setattr("dpace.plan.TIMING_SECONDS", 0.02)
+    monkeypatch.setattr("dpace.plan.speed.TIMING_SECONDS", 0.02)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from dpace.cli import USAGE, main
 from dpace.config import Recipe
 from dpace.recipes import VERBS
+from dpace.report.tables import console
 from dpace.system.progress import print_text
 from tests.support.files import write_prompts, write_rows
 
@@ -245,9 +246,10 @@ def test_a_table_for_a_reader_who_has_enough_ends_as_other_texts_do(monkeypatch,
         def write(self, _):
             raise BrokenPipeError
 
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda *_: console().print("a table"))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Enough())
-        assert main(["data"]) == 141
+        assert main(["respond"]) == 141
 
 
 ERRORS = {

@@ -32,7 +32,6 @@ TINY = {
 SHORTER = {
     "compare": "--train.max-steps 2 --train.eval-steps 2 --seeds 0 --bench.num-prompts 1 --bench.widths full",
     "check": "--num-prompts 1 --max-new-tokens 6",
-    "explain": "--num-prompts 2 --num-blocks 2 --num-samples 4 --max-new-tokens 6",
 }
 """Flags that keep a command within seconds."""
 

@@ -16,16 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan import (
-    BESIDE_PRODUCTS,
-    UNCOUNTED_SHARE,
-    TrainingPlan,
-    known_lengths,
-    measure_flops,
-    plan_recipe,
-    size,
-    training_lines,
-)
+from dpace.plan import TrainingPlan, known_lengths, measure_flops, plan_recipe, training_lines
+from dpace.plan.lines import size
+from dpace.plan.speed import BESIDE_PRODUCTS
+from dpace.plan.training import UNCOUNTED_SHARE
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, known_settings
@@ -125,7 +119,8 @@ def test_weights_and_moments_of_a_plan_are_those_of_the_files(tmp_path):
 
 def test_the_time_of_a_training_is_that_of_its_steps_and_of_hidden_states(tmp_path, monkeypatch):
     """Of 12 conversations, 3 in a step; hidden states that are kept are read once, and else in each of 5 steps."""
-    monkeypatch.setattr("dpace.plan.measure_flops", lambda *_: FLOPS)
+    for module in ("speed", "training"):
+        monkeypatch.setattr(f"dpace.plan.{module}.measure_flops", lambda *_: FLOPS)
     plan, _ = make_loop(SOFT, tmp_path)
     reading, training = plan.flops()
     for cache_gib, num_read in ((4.0, 4), (0.0, 5)):
@@ -189,7 +184,8 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, run_line, tmp_p
 
     said = plan("--memory", "20MiB", "--device", "cpu")
     assert "does not fit in 20.0 MiB: lower " in said and "largest --train.batch-size that fits: 0" in said
-    assert "\ntraining: about 0:" in said and "answer" not in said
+    assert "\ntraining: about 0:" in said and "to come" not in said
+    assert "held out\nsets to train on: prompts 17\nanswers: 17 of 30 tokens in the median, 30 at most\n" in said
     assert "17 conversations of 40 tokens" in said and "not all answers are there" not in said
     assert said.endswith(f"next: dpace train {' '.join(answered)} --device cpu\n")
     other = ["--output", str(tmp_path / "other"), "--memory=80GB"]
@@ -243,7 +239,7 @@ def test_the_recipes_of_dpace_are_planned_without_a_network(recipe, run_line, tm
 
 def test_the_speed_follows_from_the_least_time(monkeypatch):
     times = SimpleNamespace(times=[0.05, 0.02, 0.03])
-    monkeypatch.setattr("dpace.plan.Timer.blocked_autorange", lambda *_, **__: times)
+    monkeypatch.setattr("dpace.plan.speed.Timer.blocked_autorange", lambda *_, **__: times)
     speed = measure_flops.__wrapped__(torch.device("cpu"), torch.float32)
     assert speed == pytest.approx(2 * 512 * 2048 * 1024 * 50)
 
@@ -253,11 +249,11 @@ def test_a_full_disk_is_refused_before_a_training_begins(tmp_path, monkeypatch):
     plan = replace(plan, recipe=replace(plan.recipe, output=str(tmp_path / "new" / "folder")))
     folders = [tmp_path / "new" / "folder" / name for name in "abc"]
     free = SimpleNamespace(free=int(2.5 * plan.disk_bytes))
-    monkeypatch.setattr("dpace.plan.shutil.disk_usage", lambda path: free if path == tmp_path else None)
+    monkeypatch.setattr("dpace.plan.lines.shutil.disk_usage", lambda path: free if path == tmp_path else None)
     assert training_lines(plan, folders[:2])[0] == "drafters: 0 kept, 2 to come"
     with pytest.raises(ValueError, match="make room, or name another folder with --output"):
         training_lines(plan, folders)
-    monkeypatch.setattr("dpace.plan.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("dpace.plan.lines.shutil.disk_usage", lambda _: free)
     folders[0].mkdir(parents=True)
     assert training_lines(plan, folders)[0] == "drafters: 0 kept, 3 to come", "one goes on"
     (folders[0] / "provenance.json").touch()

@@ -95,16 +95,6 @@ class MarkovSelector(Selector):
         tokens, slot_probs = map(torch.cat, zip(*drawn, strict=True))
         return tokens, slot_probs
 
-    def chances(
-        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
-    ) -> Float[Tensor, "path draft vocab"]:
-        """Compute the distributions after each path's own tokens."""
-        base, last_ids = draft.lattice
-        before = torch.cat([last_ids.expand(len(tokens), 1), tokens[:, :-1]], dim=1)
-        scores = base[:, : tokens.shape[1]] + self.network.markov_w1(before) @ self.table(rows).T
-        probs = sampler.probs(sampler.scores(rows.spread(scores.flatten(0, 1)), ()))
-        return probs.unflatten(0, tokens.shape)
-
 
 @dataclass(frozen=True)
 class MarkovSizes(SelectorSizes):

@@ -132,20 +132,6 @@ class Selector:
         """
         return draw_draft(rows.spread(draft.scores[0, :num_drawn]), text, sampler)
 
-    def chances(
-        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
-    ) -> Float[Tensor, "path draft vocab"]:
-        """Return the distributions that `draw` draws from, where the slots before have these tokens.
-
-        Args:
-            draft: what was proposed after one text.
-            tokens: several drafts of the same length.
-            rows: of the tokens that may be drafted.
-            sampler: the target's, without processors.
-        """
-        probs = sampler.probs(sampler.scores(rows.spread(draft.scores[0]), ()))
-        return probs.expand(len(tokens), -1, -1)
-
     def match(self, drafted: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
         """Find the slots of a text's blocks that greedy verification accepts: those before its first wrong draft.
 
@@ -276,23 +262,17 @@ class LatticeSelector(Selector):
         lattice = draft.lattice
         index = 0  # in the first slot all rows are alike
         drawn = []
+        slot_probs = []
         for scores in lattice.scores[0, :num_drawn]:
             probs = (scores[index] / sampler.temperature).softmax(-1)
             index = torch.multinomial(probs, 1, generator=sampler.generator)[0]
             drawn.append(index)
-        tokens = lattice.candidates[0, :num_drawn].gather(1, torch.stack(drawn)[:, None])[:, 0]
-        return tokens, self.chances(draft, tokens[None], rows, sampler)[0]
-
-    def chances(
-        self, draft: Draft, tokens: Int[Tensor, "path draft"], rows: DraftRows, sampler: DraftSampler
-    ) -> Float[Tensor, "path draft vocab"]:
-        """Score the candidates after each token before; after one that is no candidate, as after the first."""
-        # The paths share one lattice.
-        lattice = Lattice(*(values.expand(len(tokens), *values.shape[1:]) for values in draft.lattice))
-        candidates = lattice.candidates[:, : tokens.shape[1]]  # (path, draft, choice)
-        index = (candidates == tokens[..., None]).int().argmax(-1)
-        probs = (rows_after(lattice, index) / sampler.temperature).softmax(-1)
-        return probs.new_zeros(*tokens.shape, len(rows.target.head.weight)).scatter_(2, candidates, probs)
+            slot_probs.append(probs)
+        candidates = lattice.candidates[0, :num_drawn]  # (draft, choice)
+        tokens = candidates.gather(1, torch.stack(drawn)[:, None])[:, 0]
+        probs = torch.stack(slot_probs)
+        # Tokens that are no candidates are never drawn.
+        return tokens, probs.new_zeros(len(tokens), len(rows.target.head.weight)).scatter_(1, candidates, probs)
 
     def match(self, drafted: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""

@@ -1,7 +1,7 @@
 """Finished prompts of a measurement, kept on disk at once, so that an interrupted one goes on after them.
 
-`Records` takes what is measured and how, and gives back what a file holds of it: prompts of `dpace bench`, of running
-servers or of `dpace explain`. The rows of results are pooled from these records.
+`Records` takes what is measured and how, and gives back what a file holds of it: prompts of `dpace bench` or
+of running servers. The rows of results are pooled from these records.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from dpace.config import BenchConfig, ExplainConfig, RespondConfig
+from dpace.config import BenchConfig, RespondConfig
 from dpace.measure.results import Estimate, PromptRecord, ResponseRecord, ServedAnswer, Setup, nullable
 from dpace.metrics import estimate, ratio
 from dpace.prompts.prompts import Prompt, group_by
@@ -41,7 +41,7 @@ Job = tuple[float, Prompt]
 """What a record is made of: a temperature and a prompt."""
 
 
-def setup_of(chat: Target | ChatTokenizer, config: BenchConfig | ExplainConfig) -> JsonObject:
+def setup_of(chat: Target | ChatTokenizer, config: BenchConfig) -> JsonObject:
     """Return the values of a `Setup`."""
     return {
         "target": chat.name,

@@ -1,8 +1,8 @@
 """The files that measuring writes, and reading and writing them; no other module does.
 
-The dataclasses are the files: a field is a key. A `PromptRecord` is a line of bench-*.jsonl, servers-*.jsonl or
-explain-*.jsonl; `Results` are results.json, servers.json and explain.json, which the report, the model card and scripts
-read; and `Heldout` is heldout.json. The keys and types of what is read are checked.
+The dataclasses are the files: a field is a key. A `PromptRecord` is a line of bench-*.jsonl or servers-*.jsonl;
+`Results` are results.json and servers.json, which the report, the model card and scripts read; and `Heldout` is
+heldout.json. The keys and types of what is read are checked.
 """
 
 import math
@@ -20,7 +20,7 @@ from dpace.system.ledger import JsonObject, lock_folder, read_object, register_f
 from dpace.system.provenance import Hardware, Versions
 from dpace.system.validation import from_json, to_json
 
-RESULT_FILES = ("results.json", "servers.json", "explain.json")
+RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
 SPECULATIVE = ", speculative"
@@ -100,23 +100,6 @@ class ServerSetup(Setup):
 
 
 @json_object
-class ExplainSetup(Setup):
-    """What made the numbers of `dpace explain`."""
-
-    target_weights_sha256: str
-    drafter_sha256: str
-    drafter_config: str
-    """Hash of the drafter's config."""
-    dtype: str
-    temperature: float
-    verify_rule: str
-    num_samples: int
-    """Continuations of an anchor."""
-    num_blocks: int
-    """Most blocks of a response."""
-
-
-@json_object
 class ResponseRecord(Generation):
     """One response, decoded by a drafter or plainly."""
 
@@ -177,15 +160,6 @@ class ServedRecord(PromptRecord):
     turns: list[dict[str, ServedAnswer]]
     """For each turn the answers by side: `drafter` or the depths, and `plain` and `plain again` where there is such a
     server."""
-
-
-@json_object
-class ExplainedRecord(PromptRecord):
-    """A prompt whose blocks were measured by `dpace explain`; a line of explain-*.jsonl."""
-
-    num_blocks: CountOrZero
-    losses: list[list[float]]
-    """What `dpace.measure.floor.score_block` returns, summed over the blocks."""
 
 
 @json_object
@@ -338,43 +312,7 @@ class ServerResults(ServerSetup):
     """One for each set and temperature."""
 
 
-@json_object
-class SlotLoss:
-    """What is rejected at a slot, or in whole blocks."""
-
-    reached: float
-    """Share of the blocks whose earlier draft tokens are all accepted; of whole blocks, the draft tokens read."""
-    rejected: float
-    """Share of the blocks in which the first rejected token is here."""
-    own_least: Estimate
-    """Smallest share of these rejections that a block drafter could avoid; below 0 where samples are too few."""
-    own_most: Estimate
-    """Largest such share; below 0 where a selector avoids what no block drafter without one could."""
-
-
-@json_object
-class ExplainRow:
-    """Where the tau of a drafter is lost, on one set."""
-
-    set: str
-    num_prompts: int
-    num_blocks: int
-    whole: SlotLoss
-    """All slots together."""
-    slots: list[SlotLoss]
-
-
-@json_object
-class ExplainResults(ExplainSetup):
-    """explain.json of `dpace explain`."""
-
-    schema_version: Literal[1] = 1
-    drafter: str
-    rows: Annotated[list[ExplainRow], NOT_EMPTY]
-    """One for each set; all sets together come last where there are several."""
-
-
-Results = BenchResults | CompareResults | ServerResults | ExplainResults
+Results = BenchResults | CompareResults | ServerResults
 
 
 def write_results(path: Path, results: Results) -> None:
@@ -392,7 +330,7 @@ def read_results(path: Path) -> Results:
     value = read_object(path, MEASURE_AGAIN)
     # Each kind but the first has a key that no other kind has.
     kind = BenchResults
-    for key, other in (("decode", CompareResults), ("servers", ServerResults), ("num_samples", ExplainResults)):
+    for key, other in (("decode", CompareResults), ("servers", ServerResults)):
         if key in value:
             kind = other
     return _parse(kind, value, path, MEASURE_AGAIN)

@@ -15,7 +15,7 @@ from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.overlap import find_repeats
 from dpace.system.ledger import JsonObject
-from dpace.system.progress import count, note
+from dpace.system.progress import count, note, shorten
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -52,7 +52,9 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     parts, dropped = split_and_explain(config)
     for reason, names in dropped.items():
         if names:
-            note(f"{count(len(names), 'prompt')} left out: {reason}")
+            name, like = next(iter(names.items()))  # the first prompt stands for all
+            example = shorten(f"such as {name}, which is like {like}", 78)
+            note(f"{count(len(names), 'prompt')} left out: {reason}\n  {example}")
     if not parts.train:
         raise ValueError(f"{config.path} has no prompt left to train on; add some, or leave fewer out")
     return parts

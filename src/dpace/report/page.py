@@ -7,11 +7,11 @@ drawings.
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from dpace.measure.results import (
     CompareResults,
-    ExplainResults,
     Provenance,
     Results,
     ServerResults,
@@ -22,9 +22,15 @@ from dpace.recipes.flags import command
 from dpace.report.plots import DRAWINGS
 from dpace.report.sections import tables_of
 from dpace.report.tables import Section
+from dpace.respond.responses import iterate_responses
 from dpace.system.ledger import JsonObject, lock_folder, refuse_foreign_files, register_files, write_text
-from dpace.system.progress import printable
+from dpace.system.progress import printable, shorten
 from dpace.system.validation import to_json
+
+NUM_SHOWN = 2
+"""Conversations that are shown, from the beginning of the answers."""
+SHOWN_CHARACTERS = 240
+"""Characters of a message that are shown."""
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
@@ -74,7 +80,7 @@ def _without_control(value: object) -> object:
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     """Yield all that results, and the training logs in their folder, have to show."""
     yield from tables_of(results)
-    if isinstance(results, ServerResults | ExplainResults):
+    if isinstance(results, ServerResults):
         return
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
     logs: dict[str, list[list[JsonObject]]] = {}
@@ -94,6 +100,28 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
             if value is not None:
                 rows.append({"fact": field.name, "value": _fact(value)})
         yield Section("Provenance", "", rows, num_texts=2)
+    answers = folder / "responses.jsonl"
+    if answers.exists():
+        yield scored_text(answers)
+
+
+def scored_text(answers: Path) -> Section:
+    """Show the beginnings of what is said in some conversations, and which answers a drafter's training scores."""
+    rows = []
+    for response in islice(iterate_responses(answers), NUM_SHOWN):
+        roles = [message.get("role") for message in response.messages]
+        replies = [place for place, role in enumerate(roles) if role == "assistant"]
+        # The last replies have the spans: those before may be the prompt's, or a template has rewritten them.
+        scored = replies[len(replies) - len(response.response_spans) :]
+        for place, message in enumerate(response.messages):
+            cells = {
+                "conversation": response.id,
+                "role": str(roles[place]),
+                "scored": "yes" if place in scored else "",
+                "text": shorten(message.get("content") or message.get("tool_calls"), SHOWN_CHARACTERS),
+            }
+            rows.append(cells)
+    return Section("What is scored, in some conversations", "", rows, num_texts=4)
 
 
 def _fact(value: object) -> str:

@@ -14,20 +14,16 @@ from dpace.measure.results import (
     CompareResults,
     DraftedRow,
     Estimate,
-    ExplainResults,
     Results,
     Row,
     ServerResults,
     ServerRow,
-    SlotLoss,
 )
 from dpace.prompts.prompts import group_by
 from dpace.report.tables import Section
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
-LEAST_REJECTED = 0.001
-"""Share of the blocks below which nothing is said of what is rejected at a slot."""
 
 
 def with_interval(
@@ -101,10 +97,6 @@ def tables_of(results: Results) -> Iterator[Section]:
     """Yield all tables of results, in the order in which they are read."""
     if isinstance(results, ServerResults):
         yield depths(results) if results.rows[0].depth else servers(results)
-        return
-    if isinstance(results, ExplainResults):
-        yield losses_by_set(results)
-        yield losses_by_slot(results)
         return
     if isinstance(results, CompareResults):
         yield comparison(results)
@@ -217,77 +209,6 @@ def comparison(results: CompareResults) -> Section:
     seeds = ", ".join(map(str, results.seeds))
     title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
     return Section(title, text, rows, num_texts=3)
-
-
-def _own_share(loss: SlotLoss) -> str:
-    """Write which share of the rejections is the drafter's own, `20 to 35 % [15, 41]`: bounds, and their interval."""
-    least, low, _ = loss.own_least
-    most, _, high = loss.own_most
-    if least is None or most is None or loss.rejected < LEAST_REJECTED:
-        return "-"
-    bounds = f"{_clipped(least):.0f} to {_clipped(most):.0f} %"
-    if low is None or high is None:
-        return bounds
-    return f"{bounds} [{_clipped(low):.0f}, {_clipped(high):.0f}]"
-
-
-def _clipped(share: float) -> float:
-    """Return a share in %, from 0 to 100: estimates from few samples may lie outside."""
-    return 100 * min(max(0.0, share), 1.0)
-
-
-def losses_by_set(results: ExplainResults) -> Section:
-    """Make the table of what is rejected, and how much of it is the drafter's own, for each set."""
-    text = (
-        "A draft slot does not know the tokens before it in its block, which the target draws. So some rejections no "
-        f"block drafter avoids: estimated from {results.num_samples} continuations of the target after each anchor. "
-        "The others are the drafter's own. The two numbers are the bounds of that share, and in brackets stands the "
-        "95 % interval over prompts around both."
-    )
-    rows = []
-    for row in results.rows:
-        cells = {
-            "set": row.set,
-            "prompts": f"{row.num_prompts}",
-            "blocks": f"{row.num_blocks}",
-            "with a rejection": f"{100 * min(row.whole.rejected, 1.0):.0f} %",
-            "the drafter's own [95 %]": _own_share(row.whole),
-        }
-        rows.append(cells)
-    title = f"Where tau is lost: {Path(results.target).name}, T={results.temperature:g}, {results.verify_rule}"
-    return Section(title, text, rows, note=lever(results))
-
-
-def lever(results: ExplainResults) -> str:
-    """Tell what can bring tau up."""
-    whole = results.rows[-1].whole
-    least = whole.own_least[0]
-    most = whole.own_most[0]
-    if results.temperature == 0:
-        return "at temperature 0 the text before decides every token, so all rejections are the drafter's own"
-    if least is None or most is None:
-        return "nothing was rejected"
-    train = "train on more prompts, for more steps, or with another objective (docs/train.md)"
-    serve = "train with a selector (docs/objectives.md), which knows the tokens before, or serve shorter drafts"
-    if least > 0.5:
-        return f"most rejections are the drafter's own: {train}"
-    if most < 0.5:
-        return f"most rejections no block drafter avoids: {serve}"
-    return f"neither share is clearly larger: {train}; or {serve}; more --num-samples narrow the bounds"
-
-
-def losses_by_slot(results: ExplainResults) -> Section:
-    """Make one line for each slot, of all sets together."""
-    rows = []
-    for slot, loss in enumerate(results.rows[-1].slots, start=1):
-        cells = {
-            "slot": f"{slot}",
-            "reached": f"{100 * loss.reached:.0f} %",
-            "rejected": f"{100 * loss.rejected:.1f} %",
-            "the drafter's own [95 %]": _own_share(loss),
-        }
-        rows.append(cells)
-    return Section("Slot by slot, in % of the blocks, and of what is rejected at the slot", "", rows)
 
 
 def servers(results: ServerResults) -> Section:

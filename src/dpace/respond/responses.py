@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pydantic
 
-from dpace.config import MAX_TOKENS, STRICT, PromptsConfig, Recipe, RespondConfig
-from dpace.prompts.prompts import Prompt, split_and_explain
+from dpace.config import MAX_TOKENS, STRICT, Recipe, RespondConfig
+from dpace.prompts.prompts import Prompt, PromptParts, split_and_explain
 from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
@@ -252,13 +252,12 @@ def read_examples(path: Path, parts: Sequence[Sequence[Prompt]]) -> list[list[Ex
     return examples
 
 
-def load_examples(path: Path, config: PromptsConfig) -> tuple[list[Example], list[Example]]:
+def load_examples(path: Path, parts: PromptParts) -> tuple[list[Example], list[Example]]:
     """Read the answers to the prompts of training and of validation, in the order of the prompts.
 
     Raises:
-        ValueError: prompts or responses that cannot be read, or none to train on.
+        ValueError: responses that cannot be read, or none to train on.
     """
-    parts, _ = split_and_explain(config)
     train, validation = read_examples(path, [parts.train, parts.validation])
     if not train:
         raise ValueError(f"{path} has no answers to these prompts; write them first with `dpace respond`")

@@ -102,6 +102,7 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     Raises:
         ValueError: its run was split in another way.
     """
+    from dpace.prompts.prompts import split_and_explain
     from dpace.recipes.recipe_file import read_recipe
     from dpace.respond.responses import load_examples
     from dpace.system.provenance import same_run
@@ -114,7 +115,8 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     training = read_recipe(drafter / "recipe.yaml")
     way_out = "the held-out prompts may be among them; give the prompts and options of the training"
     # Where the prompts were split in the same way, the same conversations are left for training.
-    train, validation = choose_conversations(*load_examples(responses, recipe.prompts), training)
+    parts, _ = split_and_explain(recipe.prompts)
+    train, validation = choose_conversations(*load_examples(responses, parts), training)
     same_run(run_facts, data_facts(train, validation), f"{drafter} holds a run", way_out)
 
 

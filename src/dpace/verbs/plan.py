@@ -1,4 +1,4 @@
-"""Say what a recipe takes before it is run: memory by part, disk, tokens, steps and time."""
+"""Say what a recipe takes before it is run: prompts and answers, memory by part, disk, steps and time."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description
 
 @options
 class PlanConfig(Recipe):
-    """Say what a recipe takes: answers to come, memory by part, disk, steps and time.
+    """Say what a recipe takes: its prompts and answers, memory by part, disk, steps and time.
 
     It reads the target's config.json, prompts, answers, and the drafter of --drafter.init, and computes the rest from
     their sizes.

@@ -14,7 +14,8 @@ class ReportConfig:
     """
 
     folders: OneOrMore[Text]
-    """Folders with results, which other verbs wrote; given first, or with this flag."""
+    """Folders with results, which other verbs wrote; given first, or with this flag.
+    Where the answers that were trained on are there too, the page shows which of them are scored."""
     output: Text | None = None
     """HTML file to write; report.html in the first folder by default."""
 

@@ -18,6 +18,8 @@ DECODE += " --ways 'dpace, width' 'random drafter' T=1 transformers 'drafts alon
 ENGINES = "engines.py {target} {drafter} --gguf {gguf} --rounds 1 --prompts 1 --tokens 6 --precisions float16"
 DEPTHS = "depths.py {gguf} {drafter_gguf} --depths 1 3@0.5 --port 8470 --bench --target {target} --sets gsm8k"
 DEPTHS += " --sets-dir {data} --output {out} --temperatures 0 --bench.max-new-tokens 4"
+EXPLAIN = "explain.py {target} {drafter} --prompts {data}/prompts.jsonl --num-prompts 6 --num-blocks 2"
+EXPLAIN += " --num-samples 4 --max-new-tokens 8"
 LOSS = "loss.py --shape 8192 64 32 --rounds 1"
 GGUF = "gguf_target.py {served} --data {data} --sets gsm8k --num-prompts 3 --max-new-tokens 6"
 SERVER = "respond.py --seconds 0.001 --concurrencies 1 2"
@@ -38,6 +40,7 @@ PRINTED = {
     ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],
     GGUF: ["llama.cpp that dpace chooses too: .* dpace: ./3 texts equal .* llama.cpp, 4 at a time: ./3 texts equal"],
     DEPTHS: ["Depth: .* llama.cpp .* best depth: gsm8k"],
+    EXPLAIN: [r"6 prompts, \d+ blocks, temperature 1; .* 1 100.0 .* all .* \d+ to \d+ % \[\d+, \d+\]$"],
     LOSS: [" 8192 64 32 frozen-head ", "frozen-head over checkpointed: time"],
     SERVER: [r" 1 [\d.]+ 1\.00 2 [\d.]+ [\d.]+$"],
     BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
@@ -85,7 +88,7 @@ def run(endless_folder, random_drafter_folder, random_drafter_gguf, target_gguf,
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
-@pytest.mark.parametrize("command", wide(PRINTED, DECODE, LOSS, SERVER, BEGINNINGS))
+@pytest.mark.parametrize("command", wide(PRINTED, DECODE, EXPLAIN, LOSS, SERVER, BEGINNINGS))
 def test_a_script_prints_what_it_measured(command, run):
     printed = run(command)
     for pattern in PRINTED[command]:

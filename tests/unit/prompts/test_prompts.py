@@ -99,13 +99,6 @@ def test_one_prompt_of_a_file(tmp_path):
         find_prompt(f"{path}#z")
 
 
-def test_without_answers_the_page_of_data_ends_with_the_command_for_them(run_line, tmp_path):
-    path = write_prompts(tmp_path / "p.jsonl", (f"q{i}" for i in range(40)))
-    (tmp_path / "responses.jsonl").touch()
-    out = run_line(f"data --output {tmp_path} --prompts.path {path}").out
-    assert "responses.jsonl has no answers to these prompts" in out and "next: dpace respond" in out
-
-
 def test_a_fixed_share_is_held_out(tmp_path):
     config = PromptsConfig(path=write_prompts(tmp_path / "p.jsonl", (f"q{i}" for i in range(40))))
     parts = split_prompts(config)

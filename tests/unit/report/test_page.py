@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -16,7 +16,8 @@ from dpace.report.page import sections_of, write_report
 from dpace.report.plots import DRAWINGS
 from dpace.report.sections import speeds, tables_of
 from dpace.report.tables import Section, console, section_table, to_markdown
-from tests.support.files import change_json, make_prompts
+from dpace.respond.responses import Response
+from tests.support.files import change_json, make_prompts, write_rows
 from tests.support.rows import make_bench, make_compare, make_compared, make_plain, make_response, make_row
 from tests.unit.engines.test_hostile_engines import ESC, refused, tree
 
@@ -74,6 +75,25 @@ def test_the_page_has_every_section(folder, run_line):
     without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|rdf:resource="[^"]*"', "", text)
     assert not re.search(r'(src|href)="(?!data:|#)|url\(http|<script', without_names), "it needs no network"
     assert text.count("<svg") == len(DRAWINGS) and len(re.findall(r'<g id="([^"]*)"', text)) > 10
+
+
+def test_the_page_shows_what_is_scored(folder, run_line):
+    """The last answers, as many as there are spans; hostile messages are shown as they are."""
+    said = [("user", NAME), ("assistant", "example"), ("user", "why?"), ("assistant", "so " * 200)]
+    messages = [{"role": role, "content": text} for role, text in said]
+    rows = [asdict(Response(NAME, "s", messages, [1, 2, 3], [[1, 3]])), asdict(Response("b", "s", [{}], [1], []))]
+    write_rows(folder / "responses.jsonl", rows)
+    run_line(f"report {folder}")
+    text = (folder / "report.html").read_text()
+    rows = re.findall(r"<td>(user|assistant|None)</td><td>(.*?)</td><td>(.*?)</td>", text)
+    assert [(role, scored) for role, scored, _ in rows] == [
+        ("user", ""),
+        ("assistant", ""),
+        ("user", ""),
+        ("assistant", "yes"),
+        ("None", ""),
+    ]
+    assert rows[3][2].endswith("so so...") and "<script" not in text
 
 
 def test_a_folder_of_compare_and_logs_are_read(tmp_path):

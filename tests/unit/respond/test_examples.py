@@ -4,15 +4,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
-from dpace.config import PromptsConfig, Recipe
+from dpace.config import PromptsConfig, Recipe, TrainConfig
+from dpace.plan.lines import length_lines
 from dpace.prompts.prompts import read_prompts, split_and_explain
-from dpace.report.data_page import prompts_page, responses_page
-from dpace.report.tables import console
 from dpace.respond.responses import (
     Example,
     Response,
@@ -24,7 +24,6 @@ from dpace.respond.responses import (
 )
 from dpace.system.provenance import hash_file
 from tests.support.files import write_rows
-from tests.support.models import make_tokenizer
 
 
 @pytest.fixture
@@ -48,14 +47,15 @@ def test_what_is_trained_on_is_what_the_files_say(files, capsys):
     path, config = files
     by_id = {response.id: response for response in read_responses(path)}
     parts, _ = split_and_explain(config)
-    for examples, prompts in zip(load_examples(path, config), parts[:2], strict=True):
+    for examples, prompts in zip(load_examples(path, parts), parts[:2], strict=True):
         expected = [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
         assert as_rows(examples) == [(one.id, one.token_ids, one.response_spans) for one in expected]
     assert "left out: no answer" in capsys.readouterr().err
-    assert len(load_examples(path, replace(config, limit=4))[0]) <= 4
+    few, _ = split_and_explain(replace(config, limit=4))
+    assert len(load_examples(path, few)[0]) <= 4
     write_rows(Path(config.path), [{"prompt": f"other {i}", "id": f"p{i}"} for i in range(30)])
     with pytest.raises(ValueError, match="but to another text; put the prompts back"):
-        load_examples(path, config)
+        load_examples(path, split_and_explain(config)[0])
 
 
 SPANS = st.lists(st.integers(0, 12), max_size=8, unique=True).map(
@@ -106,15 +106,21 @@ def test_answers_that_are_not_the_targets_are_refused(files):
         find_answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
 
 
-def test_one_page_says_what_is_there(files, capsys):
+def test_a_plan_says_how_long_answers_are_and_what_is_cut(files):
     path, config = files
-    examples, _ = load_examples(path, config)
-    page = responses_page(examples, 20, {"max_new_tokens": 10}, make_tokenizer())
-    console().print(prompts_page(*split_and_explain(config)), page)
-    shown = capsys.readouterr().out
-    lengths = [end - start for example in examples for start, end in example.spans]
-    assert f"at --respond.max-new-tokens 10: {lengths.count(10)} of {len(lengths)}" in shown
-    num_cut = sum(len(example.token_ids) > 20 for example in examples)
-    assert f"conversations cut at --train.max-length 20: {num_cut}" in shown
-    assert "25 to train, 2 to choose by, 3 held out" in shown and "⟦" in shown
-    assert f"{len(examples)} conversations, " in shown and "answers, all turns" in shown
+    examples, _ = load_examples(path, split_and_explain(config)[0])
+    examples[0] = examples[0]._replace(spans=[[1, 2]])
+    path.with_name("responses.meta.json").write_text('{"max_new_tokens": 10}')
+    recipe = Recipe(prompts=config, output=str(path.parent), train=TrainConfig(max_length=20))
+    answers = sorted(end - start for example in examples for start, end in example.spans)
+    lengths = [len(example.token_ids) for example in examples]
+    num_cut = sum(length > 20 for length in lengths)
+    num_short = sum(length < 2 for length in answers)
+    assert length_lines(examples, recipe) == [
+        f"answers: {len(answers)} of {np.median(answers):.0f} tokens in the median, {answers[-1]} at most",
+        f"  ending at --respond.max-new-tokens 10: {answers.count(10)}",
+        f"conversations: {len(lengths)} of {np.median(lengths):.0f}, {max(lengths)} at most",
+        f"  cut at --train.max-length 20: {num_cut}",
+        f"  left out, without two tokens of an answer in a row: {num_short}",
+    ]
+    assert num_cut and num_short and answers.count(10)

@@ -161,5 +161,5 @@ def test_the_prompts_are_answered_and_trained_on(target, run_line, tmp_path, mon
     recipe = "--target target --prompts.path all.jsonl --respond.max-new-tokens 8"
     assert "40 responses in dpace-out/responses.jsonl" in run_line(f"respond {recipe}").out
     tiny = "--drafter.num-layers 1 --drafter.num-features 2 --drafter.block-size 4 --train.max-steps 2"
-    assert "written" in run_line(f"data {recipe}").out
+    assert "written" in run_line(f"plan {recipe}").out
     run_line(f"train {recipe} {tiny}")

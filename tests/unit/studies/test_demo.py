@@ -49,13 +49,13 @@ def test_quick_takes_fewer_prompts_and_steps(tmp_path, monkeypatch):
 )
 def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, short_demo, run_line, monkeypatch):
     """It says so before it starts; what was begun goes on, also where the speed was measured otherwise."""
-    for module in ("plan", "studies.demo"):
+    for module in ("plan.speed", "plan.training", "studies.demo"):
         monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
     trained = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", trained)
     said = run_line(["demo", *flags, *asked], 130).err
     assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)
-    for module in ("plan", "studies.demo"):
+    for module in ("plan.speed", "plan.training", "studies.demo"):
         monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: 1e21 / speed)
     assert run_line(["demo", *flags], 130).err.startswith(f"the {name} demo, ") and trained.call_count == 2
 
@@ -69,7 +69,6 @@ WRITERS = {
     "compare": "results.json",
     "respond": "responses.jsonl",
     "bench --drafters .": "results.json",
-    "explain --drafter . --target owner/name": "explain.json",
 }
 """Verbs, and a file that they write."""
 
@@ -78,7 +77,7 @@ WRITERS = {
 @pytest.mark.parametrize("is_foreign", [False, True])
 def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign, run_line, tmp_path, monkeypatch):
     """The demo's target is a download."""
-    for module in ("plan", "training.initial", "target.locate"):  # the last is where the others take it from
+    for module in ("plan.training", "training.initial", "target.locate"):  # the last is where the others take it from
         monkeypatch.setattr(f"dpace.{module}.find_target", lambda _: pytest.fail("the target was looked for"))
     path = out = tmp_path / "out"
     if is_foreign:

@@ -1,38 +1,30 @@
-"""Plan by formula what a training takes, before a weight is loaded, and write it in lines.
+"""Compute memory, operations, time and disk of a training from sizes alone.
 
-Models whose tensors have shapes only, and the lengths of the conversations come in; memory, time and disk go out, or
-lines of at most 80 columns that a verb prints before it starts. Memory is a sum of named terms, as if all of them were
-there at once. Time is operations over speed: of the products of matrices, and of such a product on this machine.
+Models whose tensors have shapes only, and the lengths of the conversations come in. Memory is a sum of named terms, as
+if all of them were there at once. Time is operations over speed: of the products of matrices, and of such a product on
+this machine.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from functools import cache
-from itertools import chain
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from huggingface_hub import try_to_load_from_cache
-from pydantic import ByteSize
-from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
 from dpace.drafter import Drafter
+from dpace.fast.cache import CacheAbility
 from dpace.loss.head_scores import chunk_bytes_of
-from dpace.prompts.prompts import Prompt, PromptParts, prompts_line, split_prompts
-from dpace.recipes import TARGETS
-from dpace.respond.responses import iterate_responses, load_examples, read_meta
+from dpace.plan.speed import Number, expected_step_seconds, measure_flops
+from dpace.prompts.prompts import Prompt
 from dpace.system.device import default_dtype, find_device
 from dpace.system.loading import translate_library_errors
-from dpace.system.progress import count, note
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
@@ -40,9 +32,7 @@ from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.training.loop import num_steps
 from dpace.training.optimizer import is_factor, products_dtype
-from dpace.training.run import choose_conversations, is_finished
 
-Number = int | float
 LIBRARY_BYTES = 2**29
 """Bytes of Python with its libraries in the memory of a CPU."""
 CONTEXT_BYTES = 3 * 2**28
@@ -61,55 +51,23 @@ SMALL_FILES = 2**25
 """Bytes of a drafter's files but weights and moments, at most: lists of tokens, and the logs of 20,000 steps."""
 MOST_BATCH = 64
 """Largest batch that is tried."""
-TIMING_SECONDS = 1.0
-"""How long a product is timed."""
-FEW_ROWS = 64
-"""Rows of a product whose speed stands for what is no large product: as many as prompts that are answered together."""
-BESIDE_PRODUCTS = 0.4
-"""What a training step on a CPU does beside its products, as a share of these, at that speed."""
-GPU_FLOPS = 3e14
-"""Operations in a second by a GPU that is not at hand: a third of an H100's products in bf16."""
-
-
-@cache
-def measure_flops(device: torch.device, dtype: torch.dtype, num_rows: int = 512) -> Number:
-    """Time a product, by default one as large as a training's, and return operations a second."""
-    if device.type != "cpu" and not torch.accelerator.is_available():
-        return GPU_FLOPS
-    rows = torch.ones(num_rows, 2**11, device=device, dtype=dtype)
-    weights = torch.ones(2**11, 2**10, device=device, dtype=dtype)
-    timer = Timer("rows @ weights", globals=locals(), num_threads=torch.get_num_threads())
-    # The least time is the one that other programs disturbed least.
-    seconds = min(timer.blocked_autorange(min_run_time=TIMING_SECONDS).times)
-    # A product is a multiplication and an addition for each row and weight.
-    return 2 * len(rows) * weights.numel() / seconds
-
-
-def expected_step_seconds(
-    operations: Number, device: torch.device, products: torch.dtype, dtype: torch.dtype
-) -> Number:
-    """Estimate the seconds of training steps from the operations of their products.
-
-    Args:
-        operations: a multiplication and an addition are two.
-        device: where the steps are taken.
-        products: dtype of the factors in large products.
-        dtype: of the target.
-    """
-    seconds = operations / measure_flops(device, products)
-    if device.type == "cpu":
-        seconds += BESIDE_PRODUCTS * operations / measure_flops(device, dtype, FEW_ROWS)
-    return seconds
 
 
 class PaperTarget(Target):
-    """A target whose tensors have shapes and no values; that embedding and head are plain tables is not looked at."""
-
-    cache_ability: Any = "crop"
-    stop_token_ids: Any = ()
+    """A target whose tensors have shapes and no values; what only values tell is not looked at."""
 
     def _find_tables(self) -> tuple[float, LmHead]:
         return 1.0, LmHead(self.model.get_output_embeddings().weight)
+
+    @cached_property
+    def cache_ability(self) -> CacheAbility:
+        """As if drafts could be verified."""
+        return "crop"
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """None, so that the mask token, which needs a tokenizer, may be any."""
+        return []
 
 
 def known_lengths(dataset: ResponseDataset) -> np.ndarray:
@@ -217,29 +175,21 @@ class TrainingPlan:
             activations = activations / num_layers + num_layers * states
         chunk_bytes = chunk_bytes_of(self.recipe.loss, head, is_cpu=is_cpu)
         tile_bytes = min(chunk_bytes, 4 * slots * self.num_rows)  # of logits, in fp32
-        # The weights are in fp32; for products in 16 bits there is a copy of them.
-        weight_bytes = 4
-        if item_bytes < 4:
-            weight_bytes += item_bytes
+        has_copies = item_bytes < 4  # of the drafter's weights, which are in fp32
+        is_kept = is_cpu and self.feature_place == "kept"
         parts = {
             "target": of_target * head.itemsize,
-            "its copies in 16 bits": 0,
-            "drafter": of_drafter * weight_bytes,
+            "its copies in 16 bits": 2 * of_target * (is_cpu and head.itemsize == 4),
+            "drafter": of_drafter * (4 + item_bytes * has_copies),
             "optimizer's moments": 4 * self.num_moments,
             "gradient": 4 * of_drafter,
             "gradient for other ranks": 4 * of_drafter * (self.ranks > 1),
             "hidden states": batch_size * num_tokens * self.token_bytes(),
-            "hidden states that are kept": 0,
+            "hidden states that are kept": self.feature_bytes * is_kept,
             "activations of the drafter": activations,
             "loss through the head": 3 * states + 2 * tile_bytes,
-            "libraries": CONTEXT_BYTES,
+            "libraries": LIBRARY_BYTES if is_cpu else CONTEXT_BYTES,
         }
-        if is_cpu:
-            parts["libraries"] = LIBRARY_BYTES
-            if head.itemsize == 4:
-                parts["its copies in 16 bits"] = 2 * of_target
-            if self.feature_place == "kept":
-                parts["hidden states that are kept"] = self.feature_bytes
         return parts | {"what is not counted": UNCOUNTED_SHARE * sum(parts.values())}
 
     def largest_batch(self) -> int:
@@ -316,21 +266,6 @@ class TrainingPlan:
         return 12 * (num_weights + self.num_moments) + 2 * num_weights + SMALL_FILES
 
 
-def find_config(name: str) -> Any:
-    """Read the config of a target; of one that is not on this machine, the one in `recipes/targets/` if there is one.
-
-    Raises:
-        OSError: there is no readable config of that name.
-        ValueError: the name stands for no target, as in `find_target` and `find_target_files`.
-    """
-    sizes = Path(f"{TARGETS}/{name}")
-    is_here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if is_here or not sizes.exists():
-        return find_target_files(find_target(name)).config
-    note(f"{name} is not on this machine; the plan takes its sizes, which come with dpace")
-    return AutoConfig.from_pretrained(sizes)
-
-
 def plan_recipe(
     recipe: Recipe, lengths: np.ndarray, *, memory: int | None = None, init: Drafter | None = None, config: Any = None
 ) -> TrainingPlan:
@@ -361,117 +296,3 @@ def plan_recipe(
     with torch.device("meta"):
         drafter = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
     return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))
-
-
-def size(num_bytes: Number) -> str:
-    """Write a number of bytes, such as 1.2 GiB."""
-    return ByteSize(num_bytes).human_readable(separator=" ")
-
-
-def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
-    """Write how many prompts there are, and how many of them `dpace respond` will answer."""
-    path = recipe.responses_path
-    answered = set()
-    if path.exists():
-        answered = {response.id for response in iterate_responses(path)}
-    num_prompts = sum(map(len, parts))
-    num_kept = sum(prompt.id in answered for prompt in chain.from_iterable(parts))
-    return [prompts_line(parts), f"answers: {num_kept:,} kept, {num_prompts - num_kept:,} to come"]
-
-
-def size_lines(plan: TrainingPlan) -> list[str]:
-    """Write what the training of a drafter is, and what it takes."""
-    return [
-        f"training: {count(plan.num_steps, 'step')}, "
-        f"{count(plan.lengths.shape[1], 'conversation')} of {int(plan.lengths[0].mean()):,} tokens",
-        f"drafter: {plan.drafter.num_parameters() / 1e6:.4g} M parameters; hidden states {plan.feature_place} "
-        f"({size(plan.feature_bytes)})",
-        f"memory: {size(sum(plan.memory(plan.batch_size).values()))} of {size(plan.free_bytes)}",
-        f"disk: up to {size(plan.disk_bytes)} for the drafter and its checkpoints",
-    ]
-
-
-def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
-    """Write how many drafters a verb trains, and what each takes.
-
-    `folders` has the folder of each drafter, also of finished ones.
-
-    Raises:
-        ValueError: the disk has too little room for them; where a training goes on, that is not looked at.
-    """
-    waiting = [folder for folder in folders if not is_finished(folder)]
-    num_new = sum(not folder.exists() for folder in waiting)
-    needed = num_new * plan.disk_bytes
-    # The folders may be new, but some folder above them is there.
-    there = next(filter(Path.exists, folders[0].absolute().parents))
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise ValueError(
-            f"drafters and checkpoints will take {size(needed)} in {plan.recipe.output}, and its disk has {size(free)} "
-            "free; make room, or name another folder with --output"
-        )
-    lines = [f"drafters: {len(folders) - len(waiting)} kept, {len(waiting)} to come"]
-    if waiting:
-        lines += size_lines(plan)
-    return lines
-
-
-def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
-    """Write what `dpace compare` or `dpace demo` will do.
-
-    Raises:
-        ValueError: the disk has too little room, as in `training_lines`.
-    """
-    return [prompts_line(parts), *training_lines(plan, folders)]
-
-
-def plan_lines(
-    recipe: Recipe, memory: int | None, init: Drafter | None, ranks: int | None, minutes: float | None
-) -> list[str]:
-    """Write what `dpace plan` says of a recipe: its answers, memory by part, disk, tokens, steps and time.
-
-    Prompts that are not on this machine are not read: a batch of the longest conversations stands for them.
-
-    Raises:
-        ValueError: see `load_examples`, `split_prompts` and `plan_recipe`.
-    """
-    answers = recipe.responses_path
-    if read_meta(answers).get("complete"):
-        lines = []
-        lengths = known_lengths(choose_conversations(*load_examples(answers, recipe.prompts), recipe)[0])
-    elif recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists():
-        parts = split_prompts(recipe.prompts)
-        lines = [*answer_lines(recipe, parts), "not all answers are there: each counts as long as the recipe allows"]
-        lengths = expected_lengths(parts.train, recipe)
-    else:
-        lines = ["prompts are not on this machine: steps and time are of one batch of the longest conversations"]
-        lengths = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
-    plan = plan_recipe(recipe, lengths, memory=memory, init=init, config=find_config(recipe.target))
-    if ranks is not None:
-        plan = replace(plan, ranks=ranks)
-    parts_of_memory = plan.memory(plan.batch_size)
-    lines += size_lines(plan)
-    lines.append(f"training: about {timedelta(seconds=round(plan.seconds))}")
-    lines.append("memory of a training step, computed:")
-    for name, num_bytes in parts_of_memory.items():
-        if num_bytes:
-            lines.append(f"  {name:<28} {size(num_bytes):>10}")
-    lines.append(f"largest --train.batch-size that fits: {plan.largest_batch()}")
-    if minutes:
-        steps = plan.steps_in(60 * minutes)
-        lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {max(1, steps // 4)}")
-    if plan.ranks > 1:
-        of_others = 1 - 1 / plan.ranks
-        # Both gradients and the moments, in fp32; a copy of the weights stays whole.
-        trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments
-        layers = sum(weight.nbytes for weight in plan.target.layers.parameters())
-        lines.append(
-            f"a rank of {plan.ranks} takes {size(of_others * trained)} less with `accelerate launch --use_fsdp`,\n"
-            f"and {size(of_others * layers)} less with --train.target-shard fsdp"
-        )
-    if sum(parts_of_memory.values()) > plan.free_bytes:
-        lines.append(
-            f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "
-            "--train.max-length, or set --train.gradient-checkpointing where it is not set"
-        )
-    return lines
