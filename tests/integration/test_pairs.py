@@ -169,6 +169,7 @@ PAIRS = {
         "respond {recipe} --output {out}/new --respond.server {server}; "
         "train {recipe} --output {out}/new --train.feature-files {out}/states",
         "new/drafter/provenance.json",
+        printed=r"\n100% of the tokens of the given answers, in a sample",
     ),
     "own answers, data, train": Pair(
         "data {recipe} --prompts.path {own} --output {out}/new; "

@@ -8,8 +8,7 @@ to measure what decoding does.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.own_text import Finding, find_divergence, generate_transformers, text_finding
+from dpace.measure.own_text import find_divergence, generate_transformers
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
@@ -37,6 +36,16 @@ MAX_RELATIVE_ERROR = 1e-3
 """Largest relative difference, in fp32, between hidden states that are computed in two ways."""
 RULES: dict[VerifyRule, Width] = {"equality": "auto", "speculative": "full"}
 """Verification lengths with which the distribution of each verify rule is tested."""
+
+
+class Finding(NamedTuple):
+    """The result of one check."""
+
+    name: str
+    cases: str
+    """What was examined, in words."""
+    is_passed: bool
+    detail: str
 
 
 def check(
@@ -62,60 +71,37 @@ def check(
         ValueError: a drafter for another target, or an over-long prompt.
     """
     limits = RespondConfig(max_new_tokens=max_new_tokens)
-    encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
-    findings, whole = check_texts(target, drafter, prompts, encoded, max_new_tokens=max_new_tokens, seed=seed)
+    questions = {prompt.id: Conversation(target, prompt, limits).ask() for prompt in prompts}
+    findings, whole = check_texts(target, drafter, questions, max_new_tokens=max_new_tokens, seed=seed)
     if target.model.dtype != torch.float32:
         return findings
     responses = []
-    for prompt, token_ids, generation in zip(prompts, encoded, whole, strict=True):
+    for prompt, generation in zip(prompts, whole, strict=True):
+        token_ids = questions[prompt.id]
         text = token_ids + generation.token_ids
         responses.append(Response(prompt.id, prompt.set, [], text, [[len(token_ids), len(text)]]))
-    findings += check_distribution(target, drafter, encoded, max_new_tokens=max_new_tokens, seed=seed)
+    findings += check_distribution(target, drafter, list(questions.values()), max_new_tokens=max_new_tokens, seed=seed)
     findings += check_views(target, drafter, responses)
     findings.append(check_lengths(target, drafter, responses, whole))
     return findings
 
 
 def check_texts(
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    seed: int,
+    target: Target, drafter: Drafter, questions: Mapping[str, list[int]], *, max_new_tokens: int, seed: int
 ) -> tuple[list[Finding], list[Generation]]:
     """Compare the text of every way of decoding with the baseline, and that with `generate` of transformers.
 
     Args:
         target: the model.
         drafter: drafts.
-        prompts: of which the first turns are decoded.
-        encoded: their token ids.
+        questions: token ids of the prompts, by id.
         max_new_tokens: longest answer.
         seed: of the first prompt; each other has the next one.
 
     Returns:
         The findings, and the greedy generations that verified whole blocks.
     """
-
-    def compare(
-        name: str, ways: Mapping[str, Sequence[Generation]], texts: Sequence[Sequence[int]], temperature: float
-    ) -> Finding:
-        """Compare what each way of decoding gave for each prompt with the texts that are expected."""
-        divergences = []
-        for (way, generations), (number, expected) in product(ways.items(), enumerate(texts)):
-            text = generations[number].token_ids
-            if text == expected:
-                continue
-            where = f"{prompts[number].id}, {way}"
-            divergence = find_divergence(
-                target, where, encoded[number], text, expected, temperature=temperature, seed=seed + number
-            )
-            divergences.append(divergence)
-        cases = f"{count(len(prompts), 'prompt')} x {', '.join(ways)}"
-        return text_finding(name, cases, len(ways) * len(prompts), divergences)
-
+    encoded = list(questions.values())
     ways: dict[str, Callable[..., Generation]] = {"plain": partial(generate_plain, target)}
     for size in sorted({2, (drafter.block_size + 2) // 2, drafter.block_size}):
         ways[f"width {size}"] = partial(generate, target, drafter, width=size)
@@ -127,6 +113,7 @@ def check_texts(
     whole = []
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
         options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        compare = partial(compare_texts, target, questions, temperature=temperature, seed=seed)
         outs: dict[str, list[Generation]] = {}
         for way, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
             outs[way] = [decode(ids, seed=number, **options) for number, ids in enumerate(encoded, start=seed)]
@@ -138,10 +125,41 @@ def check_texts(
             whole = outs[f"width {drafter.block_size}"]
             del ways["rule speculative"]
             own = [generate_transformers(target, token_ids, max_new_tokens) for token_ids in encoded]
-            name_of_baseline = "plain decoding is generate of transformers"
-            findings.append(compare(name_of_baseline, {"plain decoding": plain}, own, temperature))
-        findings.append(compare(name, outs, [generation.token_ids for generation in plain], temperature))
+            findings.append(compare("plain decoding is generate of transformers", {"plain decoding": plain}, own))
+        findings.append(compare(name, outs, [generation.token_ids for generation in plain]))
     return findings, whole
+
+
+def compare_texts(
+    target: Target,
+    questions: Mapping[str, list[int]],
+    name: str,
+    ways: Mapping[str, Sequence[Generation]],
+    texts: Sequence[list[int]],
+    *,
+    temperature: float,
+    seed: int,
+) -> Finding:
+    """Compare what each way of decoding gave for each prompt with the texts that are expected.
+
+    The check passes where every difference is a tie within rounding.
+    """
+    lines = []
+    is_passed = True
+    for way, generations in ways.items():
+        for number, (prompt_id, prompt) in enumerate(questions.items()):
+            text = generations[number].token_ids
+            if text == texts[number]:
+                continue
+            where = f"{prompt_id}, {way}"
+            divergence = find_divergence(
+                target, where, prompt, text, texts[number], temperature=temperature, seed=seed + number
+            )
+            lines.append(divergence.line)
+            is_passed &= divergence.is_tie
+    total = len(ways) * len(questions)
+    cases = f"{count(len(questions), 'prompt')} x {', '.join(ways)}"
+    return Finding(name, cases, is_passed, "\n".join([f"{total - len(lines)} of {total} texts equal", *lines]))
 
 
 def check_distribution(
