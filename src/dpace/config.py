@@ -33,9 +33,9 @@ def options(kind: Any) -> Any:
 
 
 def integer(low: int, high: int = LARGEST) -> Any:
-    """Return the range of an integer, with its words for messages and pages."""
+    """Return the range of an integer, with its words for pages; a message has pydantic's."""
     words = f"of {low} or more" if high == LARGEST else f"from {low} to {high}"
-    return Field(ge=low, le=high, description=f"an integer {words}")  # messages say: expected an integer of 1 or more
+    return Field(ge=low, le=high, description=f"an integer {words}")
 
 
 Count = Annotated[int, integer(1)]

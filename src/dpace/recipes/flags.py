@@ -141,18 +141,6 @@ def _with_full_names(config_class: type, verb: str, args: list[str]) -> list[str
     return words
 
 
-def flags_of(config_class: type, verb: str) -> str:
-    """Return in one line the flags that `--help-all` lists, and those that are short for ones of the verb's group."""
-    groups = _groups(config_class)
-    names = set(get_type_hints(config_class)) - groups.keys()
-    for group, options in groups.items():
-        option_names = get_type_hints(options).keys()
-        names |= {f"{group}.{name}" for name in option_names}
-        if group == verb:
-            names |= option_names
-    return " ".join(sorted(_flag_of(name) for name in names))
-
-
 def _read_recipe(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
