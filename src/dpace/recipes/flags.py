@@ -75,7 +75,6 @@ def parse(reads: Arguments, verb: str, args: list[str]) -> tuple[Any, Given]:
     recipe, settings, flags = _read_recipe(config_class, words)
     output = io.StringIO()
     try:
-        # Without a terminal, tyro draws in ASCII, which `_problem_of` takes apart.
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             options = tyro.cli(config_class, prog=f"dpace {verb}", args=flags, default=recipe)
     except (SystemExit, ValidationError) as end:
@@ -194,17 +193,16 @@ def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> 
 def _problem_of(output: str, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant.
 
-    The box has a title between two lines, what is wrong, a line of hyphens, and then options with their help.
+    tyro has no public way to give errors as data: its hook, `tyro._errors`, is private and "may change in any release".
+    Without a terminal it draws in ASCII: a title between two lines, what is wrong, a line of hyphens, and then options
+    with their help.
     """
     lines = [line.strip("| ") for line in output.splitlines()][2:]
     problem = " ".join(itertools.takewhile(_is_text, lines)).removesuffix(".")
+    options = [line.split()[0] for line in lines if line.startswith("--") and _is_text(line)]
     hint = ""
-    for line in lines:
-        if line.startswith("--") and _is_text(line):
-            option = line.split()[0]
-            if option not in problem:  # else it is the option whose value is wrong
-                hint = f"did you mean {option}? "
-            break
+    if options and options[0] not in problem:  # else it is the option whose value is wrong
+        hint = f"did you mean {options[0]}? "
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 

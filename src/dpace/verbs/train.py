@@ -53,7 +53,7 @@ def run(recipe: Recipe, given: Given) -> None:
     refuse_other_answers(path, meta, facts)
     run.facts |= facts
     # One rank alone cannot read with a target that is spread over all of them.
-    advice = MORE_GREEDY.get(meta.get("source"))
+    advice = MORE_GREEDY.get(meta.get("source", ""))
     if advice and recipe.train.target_shard == "none" and ranks.is_first():
         note(
             f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the "

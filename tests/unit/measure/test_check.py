@@ -14,7 +14,7 @@ import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode import generate_batch, generate_plain
 from dpace.drafter.vocabulary import DraftVocabulary
-from dpace.measure.check import check, check_distribution, uniformity
+from dpace.measure.check import Question, check, check_distribution, uniformity
 from dpace.measure.own_text import find_divergence, greedy_share
 from dpace.prompts.prompts import Prompt
 from dpace.target import Target
@@ -109,8 +109,10 @@ def test_another_distribution_is_found(language_target, language_drafter, prompt
         return len(draft), int(target_probs[len(draft)].argmax())
 
     monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
-    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
-    found = check_distribution(language_target, language_drafter, encoded, max_new_tokens=24, seed=0)
+    questions = []
+    for number, prompt in enumerate(prompts):
+        questions.append(Question(prompt.id, encode_chat(language_target, prompt.turns[0]), number))
+    found = check_distribution(language_target, language_drafter, questions, max_new_tokens=24)
     assert failed(found) == ["distribution, rule speculative"]
 
 
