@@ -9,39 +9,39 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, ModuleType
+from types import FrameType
 
 import dpace
-from dpace.recipes import RECIPES, VERBS
+from dpace.recipes import MAIN_VERBS, OF_FOLDERS, OF_RECIPES, RECIPES, VERBS
 from dpace.system import ranks
 
-VERB_LINES = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
-RECIPE_LINES = textwrap.fill(", ".join(RECIPES) + ".", 80, break_on_hyphens=False)
+
+def _list_verbs(verbs: Iterable[str]) -> str:
+    """Write a line for each verb."""
+    return "\n".join(f"  {verb:<9} {VERBS[verb]}" for verb in verbs)
+
+
+RECIPE_LINES = textwrap.fill(
+    f"These take a recipe before the options, which override it: {', '.join(OF_RECIPES)}. A recipe is a YAML file of "
+    f"options, or the name of one that dpace has: {', '.join(RECIPES)}.",
+    80,
+    break_on_hyphens=False,
+)
 USAGE = f"""usage: dpace VERB [RECIPE or FOLDER] [--option value ...]
 
-{VERB_LINES}
+from prompts to a served drafter:
+{_list_verbs(MAIN_VERBS)}
 
-The verbs from plan to bench take a recipe before the options,
-which override it: a YAML file of options, or the name of one that dpace has:
+more verbs:
+{_list_verbs(verb for verb in VERBS if verb not in MAIN_VERBS)}
+
 {RECIPE_LINES}
-To report, doctor, export and import, give a folder there.
+To these, a folder may be given there: {", ".join(OF_FOLDERS)}.
 `dpace VERB --help` lists the verb's options, `--help-all` those of all groups;
-`dpace --version` prints the version;
-`eval "$(dpace --completion bash)"` lets bash complete verbs and options.
+`dpace --version` prints the version.
 """
-
-COMPLETION = """_dpace() {
-  local word=${COMP_WORDS[COMP_CWORD]} words=
-  case $COMP_CWORD:${COMP_WORDS[1]}:$word in
-    1:*) words='VERBS' ;;
-CASES
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
-}
-complete -o default -F _dpace dpace"""
-"""Script for bash that completes verbs and, after a hyphen, their flags; other words are completed as files."""
 CONTINUING = ("demo", "prompts", "respond", "train", "compare", "bench")
 """Verbs that go on where they were interrupted."""
 SAME_REASON_SECONDS = 15.0
@@ -70,23 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     """Run a verb, or print what is asked of the command itself; give the exit code."""
     verb, *args = argv or [""]
-    if verb == "--version":
-        print(f"dpace {dpace.__version__}")
-        return 0
-    if verb in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if argv == ["--completion", "bash"]:
-        print(_completion())
-        return 0
     if verb not in VERBS:
-        if argv:
-            hint = "choose one of those below"
-            for meant in difflib.get_close_matches(verb, VERBS, n=1):
-                hint = f"did you mean {meant}?"
-            print(f"unknown verb {ascii(verb)}; {hint}\n", file=sys.stderr)
-        print(USAGE, file=sys.stderr)
-        return 2
+        return _print_about(verb)
     for name in ("WORLD_SIZE", "RANK"):
         if not os.environ.get(name, "0").isdecimal():
             _print_reason(verb, f"{name} is {os.environ[name]!r}, expected a number as torchrun sets it; unset it")
@@ -100,45 +85,62 @@ def _run(argv: list[str]) -> int:
         with _sigterm_as_interrupt():
             from dpace.recipes.flags import parse
 
-            file = _file_of(verb)
+            # `import` is a word of Python.
+            file = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
             file.run(*parse(file.ARGUMENTS, verb, args))
     except KeyboardInterrupt as error:
-        if ranks.is_first():
-            reason = "interrupted"
-            if verb in CONTINUING:
-                reason += "; what is on disk is kept: run the same command to continue"
-            _print_reason(verb, reason)
-        signal_number = error.args[0] if error.args else signal.SIGINT
-        return 128 + signal_number
+        return _end_interrupted(verb, error)
     except BrokenPipeError:  # an OSError, which is no failure here
         raise
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        reason = _explain(error)
-        if reason is None:  # a bug of dpace, which the traceback shows
-            raise
-        if not ranks.is_first():
-            time.sleep(SAME_REASON_SECONDS)
-        _print_reason(verb, reason)
-        from dpace.system.validation import UsageError
-
-        return 2 if isinstance(error, UsageError) else 1
+        return _end_failed(verb, error)
     return 0
 
 
-def _file_of(verb: str) -> ModuleType:
-    """Import the file of a verb."""
-    return importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
+def _print_about(word: str) -> int:
+    """Print what a word says that is no verb; give the exit code."""
+    if word == "--version":
+        print(f"dpace {dpace.__version__}")
+        return 0
+    if word in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if not word:
+        print(USAGE, file=sys.stderr)
+        return 2
+    hint = ""
+    for meant in difflib.get_close_matches(word, VERBS, n=1):
+        hint = f"did you mean {meant}? "
+    print(f"unknown verb {ascii(word)}; {hint}`dpace --help` lists the verbs", file=sys.stderr)
+    return 2
 
 
-def _completion() -> str:
-    """Write the script for bash."""
-    from dpace.recipes.flags import flags_of
+def _end_interrupted(verb: str, error: KeyboardInterrupt) -> int:
+    """Say how to go on after a signal; give the exit code."""
+    if ranks.is_first():
+        reason = "interrupted"
+        if verb in CONTINUING:
+            reason += "; what is on disk is kept: run the same command to continue"
+        _print_reason(verb, reason)
+    signal_number = error.args[0] if error.args else signal.SIGINT
+    return 128 + signal_number
 
-    cases = []
-    for verb in VERBS:
-        flags = flags_of(_file_of(verb).ARGUMENTS.options, verb)
-        cases.append(f"    *:{verb}:-*) words='{flags}' ;;")
-    return COMPLETION.replace("VERBS", " ".join(VERBS)).replace("CASES", "\n".join(cases))
+
+def _end_failed(verb: str, error: Exception) -> int:
+    """Say why a verb failed; give the exit code.
+
+    Raises:
+        Exception: the error, where it is a bug of dpace, which the traceback shows.
+    """
+    reason = _explain(error)
+    if reason is None:
+        raise error
+    if not ranks.is_first():
+        time.sleep(SAME_REASON_SECONDS)
+    _print_reason(verb, reason)
+    from dpace.system.validation import UsageError
+
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _open_output() -> None:

@@ -171,12 +171,12 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
     """
     config, config_check = attempt(CONFIG, read_config, folder)
     tensors, weights_check = attempt(WEIGHTS, read_tensors, folder)
-    if config is None:
-        return None, [config_check, weights_check]
-    spec, config_check = attempt(CONFIG, DrafterSpec.from_config, own_tables(tensors or {}) | config)
-    if spec is None:
-        return None, [config_check, weights_check]
     stored = tensors or {}
+    spec = None
+    if config is not None:
+        spec, config_check = attempt(CONFIG, DrafterSpec.from_config, own_tables(stored) | config)
+    if config is None or spec is None:
+        return None, [config_check, weights_check]
     if quantized := read_group(config, "quantization_config"):
         stored = {}  # their dtype is not the one that the config names
         tensors, weights_check = attempt(WEIGHTS, read_quantized, folder, spec, quantized)

@@ -87,11 +87,6 @@ PAIRS = {
     "the recipe of a drafter that started from another": Pair(
         f"train {RECIPE} --drafter.init {{drafter}}; train {{out}}/drafter/recipe.yaml", "drafter/provenance.json"
     ),
-    "check, replies that the prompts came with": Pair(
-        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
-        f"check {TARGET} --responses {{out}}/a/responses.jsonl",
-        refused="has source own .* only the target's greedy answers can be read again; leave --responses out",
-    ),
     "compare, soft labels of the recipe": Pair(
         f"compare {RECIPE} --loss.token-loss kl",
         refused="--loss.token-loss and --loss.confidence are taken from the names of --objectives",
@@ -169,6 +164,7 @@ PAIRS = {
         "respond {recipe} --output {out}/new --respond.server {server}; "
         "train {recipe} --output {out}/new --train.feature-files {out}/states",
         "new/drafter/provenance.json",
+        printed=r"\n100% of the tokens of the given answers, in a sample",
     ),
     "own answers, train": Pair(
         "respond {recipe} --prompts.path {own} --output {out}/new --respond.source own; "

@@ -1,5 +1,6 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
+import importlib
 import io
 import itertools
 import json
@@ -11,9 +12,9 @@ from unittest import mock
 
 import pytest
 
-from dpace.cli import USAGE, main
+from dpace.cli import main
 from dpace.config import Recipe
-from dpace.recipes import VERBS
+from dpace.recipes import OF_FOLDERS, OF_RECIPES, VERBS
 from dpace.report.tables import console
 from dpace.system.progress import print_text
 from tests.support.files import write_prompts, write_rows
@@ -166,7 +167,6 @@ def test_files(line, text, refused, tmp_path):
     refused(line, FILES[line][text])
 
 
-CHECK = f"check --target {TARGET} --drafter . --responses"
 PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
@@ -181,9 +181,8 @@ PATHS = {
     ),
     "respond --target no/such/folder": "there is no folder",
     "respond --target .": "has no config.json or adapter_config.json",
-    f"{CHECK} file": "has no response",
-    f"{CHECK} answers.jsonl": "answers.meta.json.*delete it",
-    f"{CHECK} spans.jsonl": r"response_spans is \[\[0, 9\]\]",
+    "plan --output answers": "answers/responses.meta.json.*delete it",
+    "plan --output spans": r"response_spans is \[\[0, 9\]\]",
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
     "bench --prompts.path good.jsonl --drafters foreign ./foreign": "one folder is twice",
@@ -203,8 +202,9 @@ def test_lines(line, refused, tmp_path):
     os.mkfifo(tmp_path / "pipe.parquet")
     for name, end in {"spans": 9, "answers": 3}.items():
         row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[0, end]]}
-        write_rows(tmp_path / f"{name}.jsonl", [row])
-    (tmp_path / "answers.meta.json").write_text("{")
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "responses.jsonl", [row])
+    (tmp_path / "answers" / "responses.meta.json").write_text("{")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "responses.jsonl").write_text("another's")
     write_prompts(tmp_path / "good.jsonl", (f"q{i}" for i in range(12)))
@@ -279,17 +279,17 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80 and "(default: )" not in "".join(lines)
     empty = [not line.strip("│ ") for line in lines]
     assert not any(first and second for first, second in itertools.pairwise(empty))
-    names = list(VERBS)
-    takes_recipe = verb in names[names.index("plan") : names.index("bench") + 1]
+    reads = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}").ARGUMENTS
+    takes_recipe = issubclass(reads.options, Recipe)
+    assert takes_recipe == (verb in OF_RECIPES)
     assert (f"--{verb}.NAME may be written as --NAME." in lines) == (takes_recipe and hasattr(Recipe(), verb))
     assert any(line.startswith(f"usage: dpace {verb} [RECIPE]") for line in lines) == takes_recipe
     usages = [line for line in lines if line.lower().startswith("usage:")]
     assert len(usages) == 1, "two usage lines may disagree"
     text = " ".join(" ".join(line.strip("│ ") for line in lines).split())
-    takes_folder = verb in ("report", "doctor", "export", "import")
+    takes_folder = bool(reads.first)
+    assert takes_folder == (verb in OF_FOLDERS)
     assert ("given first, or with this flag" in text) == (f"may stand first: dpace {verb} " in text) == takes_folder
-    (of_folders,) = [line for line in USAGE.splitlines() if "give a folder" in line]
-    assert takes_folder == (verb in of_folders.replace(",", "").split())
     if verb == "respond":
         assert lines[0] == f"{VERBS[verb].capitalize()}." and "usage: dpace respond [RECIPE] [-h] [OPTIONS]" in lines
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)

@@ -1,11 +1,9 @@
 """Measure drafters against plain decoding, by prompt sets and temperatures, and write results.json.
 
-Every prompt is decoded plainly, with each drafter and verification length, and maybe plainly with compiled steps, which
-is the baseline that a drafter has to beat where compiling pays. `dpace.measure.records` keeps the responses; rows with
-tau, speeds and their intervals are pooled from them.
+Every prompt is decoded plainly, and with each drafter and verification length. `dpace.measure.records` keeps the
+responses; rows with tau, speeds and their intervals are pooled from them.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,18 +12,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._dynamo.exc import TorchDynamoException
-
 from dpace.config import BenchConfig, Width
-from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
+from dpace.decode import Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     SPECULATIVE,
     BenchRecord,
     BenchResults,
-    CompiledBaseline,
     Estimate,
     Provenance,
     ResponseRecord,
@@ -39,17 +33,15 @@ from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, register_files
-from dpace.system.progress import shorten, track
+from dpace.system.progress import track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
-WARM_UP_TOKENS = 8
-"""Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
-RECOMPILE_LIMIT = 256
-"""Shapes that may be compiled. Torch's own limit is 8; after it, steps are not compiled, and nothing says so."""
+WARM_UP_TOKENS = 16
+"""Tokens that each way decodes before answers are timed."""
 Way = tuple[str, Width | None]
-"""A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
+"""A way to decode: the drafter's name or `PLAIN`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
 """What decodes in each way: it gets token ids and the options of `generate_plain`."""
 
@@ -82,16 +74,12 @@ def bench(
         drafters_by_row[row_name] = drafter
         for width in config.widths:
             ways[row_name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
-    is_compiled = config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu")
-    if is_compiled:
-        ways[COMPILED, None] = partial(decode_compiled, Decoder(target, None, compile=True))
     setup = Provenance(
         **setup_of(target, config),
         drafters={name: fingerprint(drafter) for name, drafter in drafters_by_row.items()},
         target_weights_sha256=target.sha256,
         drafter_configs={name: hash_config(drafter) for name, drafter in drafters_by_row.items()},
         widths=list(config.widths),
-        is_compiled=is_compiled,
         engine="dpace.decode",
         dtype=dtype_name(target.model.dtype),
         hardware=find_hardware(target.device),
@@ -133,21 +121,11 @@ def hash_config(drafter: Drafter) -> str:
 
 
 def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_tokens: int) -> None:
-    """Decode a prompt in every way, and compile steps; leave those out where they cannot be had."""
+    """Decode a prompt in every way."""
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
-    for (name, _), decode in ways.items():
-        if name != COMPILED:
-            decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
-    if (COMPILED, None) not in ways:
-        return
-    print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
-    try:
-        # As long as the answers may be: shorter texts would leave steps to be compiled while answers are timed.
-        ways[COMPILED, None](token_ids, max_new_tokens=max_new_tokens, temperature=temperature)
-    except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
-        print(f"plain decoding with compiled steps is left out: {shorten(error, 300)}", file=sys.stderr)
-        del ways[COMPILED, None]
+    for decode in ways.values():
+        decode(token_ids, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens), temperature=temperature)
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
@@ -166,20 +144,6 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
             )
 
 
-def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
-    """Decode plainly with compiled steps, as `generate_plain` does without them, with its options.
-
-    The first tokens are decoded twice. Steps are compiled for each length of a text, rounded up, see
-    `Decoder.make_room`, so what compiling takes is not counted.
-    """
-    # Room for the whole text at once: the steps that the warm-up compiles are then the steps that are timed.
-    decoder.make_room(len(token_ids) + max_new_tokens + 1)
-    warm_up: Any = options | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "stop_token_ids": ()}
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        decoder.generate(token_ids, **warm_up)
-        return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)
-
-
 def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[Row]:
     """Pool prompts into one row for each temperature, set, drafter and width.
 
@@ -193,13 +157,11 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
         responses = chain.from_iterable(record.responses for record in groups[temperature, set_name])
         by_way = group_by(responses, attrgetter("drafter", "width"))
         plain = by_way.pop((PLAIN, None))
-        compiled = by_way.pop((COMPILED, None), [])
         # Sorting is stable, so the widths of a drafter stay in the order of the command.
         for name, width in sorted(by_way, key=lambda way: drafters.index(way[0])):
             row = _pool_responses(
                 by_way[name, width],
                 plain,
-                compiled,
                 by_way[drafters[0], width],
                 set=set_name,
                 temperature=temperature,
@@ -221,20 +183,11 @@ def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
 def _pool_responses(
     drafted: list[ResponseRecord],
     plain: list[ResponseRecord],
-    compiled: list[ResponseRecord],
     of_first: list[ResponseRecord],
     **way: Any,
 ) -> Row:
-    """Make the row of a drafter, from its responses, the baselines' and the first drafter's to the same prompts."""
+    """Make the row of a drafter, from its responses, the plain ones and the first drafter's to the same prompts."""
     acceptance = acceptance_of(drafted)
-    baseline = None
-    # A call that could not compile has left prompts without compiled steps, which a later one does not measure again.
-    if len(compiled) == len(plain):
-        baseline = CompiledBaseline(
-            tokens_per_second=tokens_per_second(compiled),
-            decode_speedup=_speedup(drafted, compiled),
-            num_same_text=sum(response.same_text for response in compiled),
-        )
     num_copied = sum(response.num_copied for response in drafted)
     num_decoded = sum(response.num_decode_tokens for response in drafted)
     return Row(
@@ -250,7 +203,6 @@ def _pool_responses(
         num_same_text=sum(response.same_text for response in drafted),
         responses=drafted,
         plain_responses=plain,
-        compiled=baseline,
     )
 
 

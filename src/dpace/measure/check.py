@@ -8,8 +8,7 @@ to measure what decoding does.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import Inputs, blocks_hidden, draft_block
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.own_text import Finding, find_divergence, generate_transformers, text_finding
+from dpace.measure.own_text import find_divergence, generate_transformers
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
@@ -37,6 +36,24 @@ MAX_RELATIVE_ERROR = 1e-3
 """Largest relative difference, in fp32, between hidden states that are computed in two ways."""
 RULES: dict[VerifyRule, Width] = {"equality": "auto", "speculative": "full"}
 """Verification lengths with which the distribution of each verify rule is tested."""
+
+
+class Finding(NamedTuple):
+    """The result of one check."""
+
+    name: str
+    cases: str
+    """What was examined, in words."""
+    is_passed: bool
+    detail: str
+
+
+class Question(NamedTuple):
+    """A prompt that is decoded in several ways."""
+
+    id: str
+    token_ids: list[int]
+    seed: int
 
 
 def check(
@@ -62,66 +79,37 @@ def check(
         ValueError: a drafter for another target, or an over-long prompt.
     """
     limits = RespondConfig(max_new_tokens=max_new_tokens)
-    encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
-    findings, whole = check_texts(target, drafter, prompts, encoded, max_new_tokens=max_new_tokens, seed=seed)
+    questions = []
+    for number, prompt in enumerate(prompts, start=seed):
+        questions.append(Question(prompt.id, Conversation(target, prompt, limits).ask(), number))
+    findings, whole = check_texts(target, drafter, questions, max_new_tokens)
     if target.model.dtype != torch.float32:
         return findings
     responses = []
-    for prompt, token_ids, generation in zip(prompts, encoded, whole, strict=True):
-        text = token_ids + generation.token_ids
-        responses.append(Response(prompt.id, prompt.set, [], text, [[len(token_ids), len(text)]]))
-    findings += check_distribution(target, drafter, encoded, max_new_tokens=max_new_tokens, seed=seed)
+    for prompt, question, generation in zip(prompts, questions, whole, strict=True):
+        text = question.token_ids + generation.token_ids
+        responses.append(Response(prompt.id, prompt.set, [], text, [[len(question.token_ids), len(text)]]))
+    findings += check_distribution(target, drafter, questions, max_new_tokens)
     findings += check_views(target, drafter, responses)
     findings.append(check_lengths(target, drafter, responses, whole))
     return findings
 
 
 def check_texts(
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    seed: int,
+    target: Target, drafter: Drafter, questions: Sequence[Question], max_new_tokens: int
 ) -> tuple[list[Finding], list[Generation]]:
     """Compare the text of every way of decoding with the baseline, and that with `generate` of transformers.
-
-    Args:
-        target: the model.
-        drafter: drafts.
-        prompts: of which the first turns are decoded.
-        encoded: their token ids.
-        max_new_tokens: longest answer.
-        seed: of the first prompt; each other has the next one.
 
     Returns:
         The findings, and the greedy generations that verified whole blocks.
     """
-
-    def compare(
-        name: str, ways: Mapping[str, Sequence[Generation]], texts: Sequence[Sequence[int]], temperature: float
-    ) -> Finding:
-        """Compare what each way of decoding gave for each prompt with the texts that are expected."""
-        divergences = []
-        for (way, generations), (number, expected) in product(ways.items(), enumerate(texts)):
-            text = generations[number].token_ids
-            if text == expected:
-                continue
-            where = f"{prompts[number].id}, {way}"
-            divergence = find_divergence(
-                target, where, encoded[number], text, expected, temperature=temperature, seed=seed + number
-            )
-            divergences.append(divergence)
-        cases = f"{count(len(prompts), 'prompt')} x {', '.join(ways)}"
-        return text_finding(name, cases, len(ways) * len(prompts), divergences)
-
     ways: dict[str, Callable[..., Generation]] = {"plain": partial(generate_plain, target)}
     for size in sorted({2, (drafter.block_size + 2) // 2, drafter.block_size}):
         ways[f"width {size}"] = partial(generate, target, drafter, width=size)
     ways["width auto"] = partial(generate, target, drafter, paces=Paces())
     # Greedy only: above temperature 0 this rule draws another text.
     ways["rule speculative"] = partial(generate, target, drafter, width="full", verify_rule="speculative")
+    encoded = [question.token_ids for question in questions]
     lengths = [(len(token_ids), len(token_ids) + max_new_tokens) for token_ids in encoded]
     findings = []
     whole = []
@@ -129,23 +117,58 @@ def check_texts(
         options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         outs: dict[str, list[Generation]] = {}
         for way, decode in track(list(ways.items()), f"texts, T={temperature:g}"):
-            outs[way] = [decode(ids, seed=number, **options) for number, ids in enumerate(encoded, start=seed)]
+            outs[way] = [decode(question.token_ids, seed=question.seed, **options) for question in questions]
         # A target that cannot decode a batch has none that could be wrong.
         if not batch_fault(target, lengths):
-            outs["batch"] = generate_batch(target, drafter, encoded, seed=seed, **options)
+            outs["batch"] = generate_batch(target, drafter, encoded, seed=questions[0].seed, **options)
         plain = outs.pop("plain")
         if temperature == 0:
             whole = outs[f"width {drafter.block_size}"]
             del ways["rule speculative"]
             own = [generate_transformers(target, token_ids, max_new_tokens) for token_ids in encoded]
             name_of_baseline = "plain decoding is generate of transformers"
-            findings.append(compare(name_of_baseline, {"plain decoding": plain}, own, temperature))
-        findings.append(compare(name, outs, [generation.token_ids for generation in plain], temperature))
+            findings.append(compare_texts(target, name_of_baseline, questions, {"plain decoding": plain}, own))
+        texts = [generation.token_ids for generation in plain]
+        findings.append(compare_texts(target, name, questions, outs, texts, temperature))
     return findings, whole
 
 
+def compare_texts(
+    target: Target,
+    name: str,
+    questions: Sequence[Question],
+    ways: Mapping[str, Sequence[Generation]],
+    texts: Sequence[list[int]],
+    temperature: float = 0.0,
+) -> Finding:
+    """Compare what each way of decoding gave for each prompt with the text that is expected.
+
+    The check passes where every difference is a tie within rounding.
+    """
+    lines = []
+    is_passed = True
+    for way, generations in ways.items():
+        for question, generation, expected in zip(questions, generations, texts, strict=True):
+            if generation.token_ids == expected:
+                continue
+            divergence = find_divergence(
+                target,
+                f"{question.id}, {way}",
+                question.token_ids,
+                generation.token_ids,
+                expected,
+                temperature=temperature,
+                seed=question.seed,
+            )
+            lines.append(divergence.line)
+            is_passed &= divergence.is_tie
+    total = len(ways) * len(questions)
+    cases = f"{count(len(questions), 'prompt')} x {', '.join(ways)}"
+    return Finding(name, cases, is_passed, "\n".join([f"{total - len(lines)} of {total} texts equal", *lines]))
+
+
 def check_distribution(
-    target: Target, drafter: Drafter, encoded: Sequence[list[int]], *, max_new_tokens: int, seed: int
+    target: Target, drafter: Drafter, questions: Sequence[Question], max_new_tokens: int
 ) -> list[Finding]:
     """Test sampled tokens and pairs of tokens by chi-square, for each verify rule.
 
@@ -153,13 +176,13 @@ def check_distribution(
     the jump at the token filled evenly). The results are independent and uniform if and only if the text has the
     target's distribution, whatever the prompts are.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(questions[0].seed)
     findings = []
     for rule, width in RULES.items():
         options: Any = {"width": width, "verify_rule": rule, "paces": Paces(), "temperature": 1.0}
         values = []
-        for number, token_ids in enumerate(track(encoded, f"distribution, rule {rule}"), start=seed):
-            out = generate(target, drafter, token_ids, max_new_tokens=max_new_tokens, seed=number, **options)
+        for _, token_ids, seed in track(questions, f"distribution, rule {rule}"):
+            out = generate(target, drafter, token_ids, max_new_tokens=max_new_tokens, seed=seed, **options)
             # The first token comes from the prefill, which no rule verifies.
             values.append(distribution_values(target, token_ids, out.token_ids, generator)[1:])
         singles = torch.cat(values)[:, None]

@@ -1,18 +1,15 @@
-"""Check that a text is the target's own, and tell ties within rounding from bugs.
+"""Tell how near a text is to the target's own: ties within rounding from bugs, and the share of its greedy tokens.
 
-What comparisons rest on is checked here: plain decoding is transformers' `generate`, and kept responses are the
-target's greedy text. Where a text differs, a `Divergence` has the target's margin there and the size of rounding.
+The text that others are compared with is checked itself: plain decoding is transformers' `generate`. Where a text
+differs, a `Divergence` has the target's margin there and the size of rounding.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
@@ -20,29 +17,12 @@ from dpace.fast.cache import TextCache
 from dpace.fast.top import argmax
 from dpace.measure.records import spread_evenly
 from dpace.respond.in_process import run_transformers
-from dpace.respond.responses import Response, read_meta, read_responses
-from dpace.system.ledger import JsonObject
-from dpace.system.progress import count
-from dpace.system.provenance import same_run
-from dpace.target import Target, answer_end
-from dpace.target.chat import tokenizer_hashes
+from dpace.target import Target
 
-NUM_REREAD = 8
-"""Responses of a file that are read again."""
 NUM_SHARED = 32
 """Conversations of a data set that `greedy_share` reads."""
 READ_ROWS = 128
 """Tokens whose logits exist at once where answers are read."""
-
-
-class Finding(NamedTuple):
-    """The result of one check."""
-
-    name: str
-    cases: str
-    """What was examined, in words."""
-    is_passed: bool
-    detail: str
 
 
 class Divergence(NamedTuple):
@@ -62,62 +42,6 @@ def generate_transformers(target: Target, token_ids: list[int], max_new_tokens: 
     return out[0, len(token_ids) :].tolist()
 
 
-def read_greedy(path: str | Path) -> tuple[list[Response], JsonObject]:
-    """Read a file of responses that can be read again, and what made it.
-
-    Raises:
-        ValueError: it cannot be read, is empty, or has other answers than greedy ones of the target.
-    """
-    responses = read_responses(path)
-    meta = read_meta(path)
-    if not responses or "max_new_tokens" not in meta:
-        raise ValueError(
-            f"{path} has no response, or no meta file beside it; name a file that `dpace respond` wrote with "
-            "--responses"
-        )
-    source = meta.get("source")
-    temperature = meta.get("temperature")
-    if temperature != 0 or source == "own":
-        raise ValueError(
-            f"{path} has source {source} and temperature {temperature}, and only the target's greedy answers can be "
-            "read again; leave --responses out"
-        )
-    return responses, meta
-
-
-def check_responses(target: Target, responses: Sequence[Response], meta: JsonObject) -> Finding:
-    """Read a sample of greedy answers again.
-
-    Every token must be the most likely one after the text before it, and an answer must end at a stop token or where it
-    was cut.
-
-    Args:
-        target: loaded in the precision that the answers were written in.
-        responses: of which some are read, evenly chosen.
-        meta: what made them, as `dpace.respond.responses.read_meta` reads it.
-
-    Raises:
-        ValueError: another target answered, or with another tokenizer or chat template.
-    """
-    now = {}
-    if meta.get("source") != "servers":  # which do not tell the hash of their weights
-        now["target_sha256"] = target.sha256
-    now |= tokenizer_hashes(target)
-    same_run(meta, now, "the answers were made", "name the target that answered, or leave --responses out")
-    chosen = spread_evenly(responses, NUM_REREAD)
-    divergences = []
-    num_answers = 0
-    for response in chosen:
-        for number, span in enumerate(response.response_spans, start=1):
-            where = f"{response.id}, answer {number}"
-            divergence = _reread(target, response, span, where, meta["max_new_tokens"])
-            if divergence is not None:
-                divergences.append(divergence)
-            num_answers += 1
-    name = "responses are the target's greedy text"
-    return text_finding(name, count(len(chosen), "response"), num_answers, divergences)
-
-
 @torch.inference_mode()
 def greedy_share(target: Target, dataset: ResponseDataset) -> float:
     """Return which share of the answers' tokens are the target's most likely ones, in some of them.
@@ -129,37 +53,10 @@ def greedy_share(target: Target, dataset: ResponseDataset) -> float:
         token_ids = dataset.token_ids(index).to(target.device)
         # The row of the token before predicts a token; nothing predicts the first one.
         is_answer = dataset.is_response(index)[1:].to(target.device)
-        hidden = target.hidden(token_ids[None])[0, :-1]
-        is_greedy.append(_best_tokens(target, hidden[is_answer]) == token_ids[1:][is_answer])
+        hidden = target.hidden(token_ids[None])[0, :-1][is_answer]
+        best = torch.cat([argmax(target.head.logits(rows).float()) for rows in hidden.split(READ_ROWS)])
+        is_greedy.append(best == token_ids[1:][is_answer])
     return float(torch.cat(is_greedy).float().mean())
-
-
-def _best_tokens(target: Target, hidden: Float[Tensor, "row hidden"]) -> Int[Tensor, " row"]:
-    """Find the target's most likely tokens."""
-    return torch.cat([argmax(target.head.logits(rows).float()) for rows in hidden.split(READ_ROWS)])
-
-
-@torch.inference_mode()
-def _reread(
-    target: Target, response: Response, span: Sequence[int], where: str, max_new_tokens: int
-) -> Divergence | None:
-    """Return the first token of an answer that the target would not have written; without one, the last tie."""
-    prompt = response.token_ids[: span[0]]
-    answer = response.token_ids[slice(*span)]
-    text = torch.tensor([prompt + answer], device=target.device)
-    best = _best_tokens(target, target.hidden(text)[0, len(prompt) - 1 :]).tolist()
-    # One token more than the answer has: it tells an answer that was cut too early.
-    expected = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
-    divergence = None
-    for place, (token, best_token) in enumerate(itertools.zip_longest(answer, expected)):
-        if token == best_token:
-            continue
-        other = answer[:place] + expected[place : place + 1]
-        divergence = find_divergence(target, where, prompt, answer, other)
-        # After a tie the answer may be right again: what follows was read after the answer's own token.
-        if not divergence.is_tie:
-            break
-    return divergence
 
 
 @torch.inference_mode()
@@ -214,10 +111,3 @@ def find_divergence(
         f"{'tie' if is_tie else 'NOT A TIE'}"
     )
     return Divergence(is_tie, line)
-
-
-def text_finding(name: str, cases: str, total: int, divergences: Sequence[Divergence]) -> Finding:
-    """Make the finding of a check of texts, which passes where every difference is a tie."""
-    lines = [f"{total - len(divergences)} of {total} texts equal"]
-    lines += [divergence.line for divergence in divergences]
-    return Finding(name, cases, all(divergence.is_tie for divergence in divergences), "\n".join(lines))

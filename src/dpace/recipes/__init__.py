@@ -1,4 +1,4 @@
-"""Recipes that come with dpace, whose names stand for their files on the command line, and all verbs."""
+"""Recipes that come with dpace, whose names stand for their files on the command line, and the verbs."""
 
 from pathlib import Path
 
@@ -6,19 +6,26 @@ RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml
 """File of each recipe, by name."""
 TARGETS = Path(__file__).with_name("targets")
 """Folder with the sizes of the recipes' targets, each in a folder of its name, from its `config.json` on the Hub."""
-VERBS = {
+MAIN_VERBS = {
     "demo": "train a drafter for a real LLM on this machine, and show its gain",
-    "prompts": "let the target write prompts, where you have none",
-    "plan": "say what a recipe takes: memory by part, disk, steps and time",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
-    "compare": "train with several objectives and seeds, and say which is best",
     "bench": "measure drafters against no drafter, on held-out prompts",
+    "generate": "answer one prompt, or chat",
+    "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
+}
+"""One line of help for each verb on the way from prompts to a served drafter, in its order."""
+VERBS = MAIN_VERBS | {
+    "prompts": "let the target write prompts, where you have none",
+    "plan": "say what a recipe takes: data, memory by part, disk, steps and time",
+    "compare": "train with several objectives and seeds, and say which is best",
     "report": "write one HTML page from the folders that other verbs wrote",
     "check": "prove that a drafter does not change the text",
     "doctor": "say what would go wrong when a drafter is served",
-    "generate": "answer one prompt, or chat",
-    "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
     "import": "read a drafter that another project trained, and write it for dpace",
 }
-"""One line of help for each verb; `dpace.verbs` has a file for each. Those from `plan` to `bench` take a recipe."""
+"""One line of help for each verb; `dpace.verbs` has a file for each."""
+OF_RECIPES = ("plan", "respond", "train", "compare", "bench")
+"""Verbs that take a recipe."""
+OF_FOLDERS = ("report", "doctor", "export", "import")
+"""Verbs whose folder may stand first."""

@@ -75,7 +75,6 @@ def parse(reads: Arguments, verb: str, args: list[str]) -> tuple[Any, Given]:
     recipe, settings, flags = _read_recipe(config_class, words)
     output = io.StringIO()
     try:
-        # Without a terminal, tyro draws in ASCII, which `_problem_of` takes apart.
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             options = tyro.cli(config_class, prog=f"dpace {verb}", args=flags, default=recipe)
     except (SystemExit, ValidationError) as end:
@@ -141,18 +140,6 @@ def _with_full_names(config_class: type, verb: str, args: list[str]) -> list[str
     return words
 
 
-def flags_of(config_class: type, verb: str) -> str:
-    """Return in one line the flags that `--help-all` lists, and those that are short for ones of the verb's group."""
-    groups = _groups(config_class)
-    names = set(get_type_hints(config_class)) - groups.keys()
-    for group, options in groups.items():
-        option_names = get_type_hints(options).keys()
-        names |= {f"{group}.{name}" for name in option_names}
-        if group == verb:
-            names |= option_names
-    return " ".join(sorted(_flag_of(name) for name in names))
-
-
 def _read_recipe(config_class: type, words: list[str]) -> tuple[Any, JsonObject, list[str]]:
     """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
@@ -206,17 +193,16 @@ def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> 
 def _problem_of(output: str, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant.
 
-    The box has a title between two lines, what is wrong, a line of hyphens, and then options with their help.
+    tyro has no public way to give errors as data: its hook, `tyro._errors`, is private and "may change in any release".
+    Without a terminal it draws in ASCII: a title between two lines, what is wrong, a line of hyphens, and then options
+    with their help.
     """
     lines = [line.strip("| ") for line in output.splitlines()][2:]
     problem = " ".join(itertools.takewhile(_is_text, lines)).removesuffix(".")
+    options = [line.split()[0] for line in lines if line.startswith("--") and _is_text(line)]
     hint = ""
-    for line in lines:
-        if line.startswith("--") and _is_text(line):
-            option = line.split()[0]
-            if option not in problem:  # else it is the option whose value is wrong
-                hint = f"did you mean {option}? "
-            break
+    if options and options[0] not in problem:  # else it is the option whose value is wrong
+        hint = f"did you mean {options[0]}? "
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 

@@ -74,6 +74,17 @@ def find_shared(texts: Sequence[Any]) -> tuple[list[int], list[Shared]]:
     return order, shared
 
 
+def passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Put texts that are about equally long into passes, each by its number, the short ones first."""
+    together: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Ascending, so this row is the longest of the pass, and all others are padded to it.
+        if together[-1] and (len(together[-1]) + 1) * lengths[row] > PASS_TOKENS:
+            together.append([])
+        together[-1].append(row)
+    return together
+
+
 def read_texts(
     target: Target, texts: Sequence[list[int]], cache: RaggedCache, layer_ids: Sequence[int] = ()
 ) -> tuple[Float[Tensor, "row hidden"], Float[Tensor, "row seq feature"]]:
@@ -128,14 +139,7 @@ def read_texts(
         cache.copy_columns(first, others, part.start, part.end)
         features[others, part.start : part.end] = features[first, part.start : part.end]
         starts[part.rows] = part.end
-    num_left = (lengths - starts).tolist()
-    together: list[int] = []
-    for row in sorted(range(len(texts)), key=num_left.__getitem__):
-        # Ascending, so this row is the longest of the pass, and all others are padded to it.
-        if together and (len(together) + 1) * num_left[row] > PASS_TOKENS:
-            read(together)
-            together = []
-        together.append(row)
-    read(together)
+    for rows in passes((lengths - starts).tolist()):
+        read(rows)
     cache.end = capacity
     return last_hidden, features

@@ -14,7 +14,7 @@ PRIOR = 20.0
 
 Of 5, 20 and 60: fewer predict other answers of the same kinds a little better, and other text worse."""
 NUM_STEPS, NUM_ROWS, LEARNING_RATE = 300, 256, 0.03
-"""Steps of Adam, tokens `a` in each, and the first learning rate; benchmarks/tried.md compares them with 1,000 steps."""
+"""Steps of Adam, tokens `a` in each, and the first learning rate; benchmarks/tried.md compares 1,000 steps."""
 
 
 @torch.no_grad()

@@ -10,6 +10,11 @@ from dpace.system.progress import note
 from dpace.verbs import load_target, note_untrained
 
 ARGUMENTS = Arguments(Recipe, groups=("prompts", "drafter", "loss", "train"))
+MORE_GREEDY = {
+    "own": "more are where `dpace respond` without --respond.source own let the target answer",
+    "servers": "of greedy answers, about 99 % or more are where the servers have this target's weights and template",
+}
+"""When more of the answers' tokens are the target's own, by where the answers come from; this process wrote others."""
 
 
 def run(recipe: Recipe, given: Given) -> None:
@@ -50,11 +55,11 @@ def run(recipe: Recipe, given: Given) -> None:
     refuse_other_answers(path, meta, facts)
     run.facts |= facts
     # One rank alone cannot read with a target that is spread over all of them.
-    if meta.get("source") == "own" and recipe.train.target_shard == "none" and ranks.is_first():
+    advice = MORE_GREEDY.get(meta.get("source", ""))
+    if advice and recipe.train.target_shard == "none" and ranks.is_first():
         note(
             f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the "
-            "target's greedy choice, and only such tokens are accepted; more are where `dpace respond` without "
-            "--respond.source own let the target answer"
+            f"target's greedy choice, and only such tokens are accepted; {advice}"
         )
     drafter = train(target, dataset, validation, run.recipe, folder, init=run.init, run=run)
     note_untrained(drafter.spec.record.get("tau"))

@@ -1,7 +1,6 @@
 """The checks pass where they should, and fail for each kind of bug that they are for."""
 
 import copy
-import json
 import operator
 from dataclasses import replace
 from unittest.mock import Mock
@@ -13,19 +12,16 @@ from scipy.stats import chisquare
 
 import dpace.decode.loop
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import RespondConfig
-from dpace.decode import generate_batch
+from dpace.decode import generate_batch, generate_plain
 from dpace.drafter.vocabulary import DraftVocabulary
-from dpace.measure.check import check, check_distribution, uniformity
-from dpace.measure.own_text import check_responses, greedy_share, read_greedy
+from dpace.measure.check import Question, check, check_distribution, uniformity
+from dpace.measure.own_text import find_divergence, greedy_share
 from dpace.prompts.prompts import Prompt
-from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from tests.support.cases import wide
-from tests.support.files import change_json, make_prompts, write_prompts, write_rows
+from tests.support.files import make_prompts, write_prompts
 from tests.support.models import (
-    EOS,
     VOCAB,
     make_drafter,
     make_target,
@@ -113,8 +109,10 @@ def test_another_distribution_is_found(language_target, language_drafter, prompt
         return len(draft), int(target_probs[len(draft)].argmax())
 
     monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
-    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
-    found = check_distribution(language_target, language_drafter, encoded, max_new_tokens=24, seed=0)
+    questions = []
+    for number, prompt in enumerate(prompts):
+        questions.append(Question(prompt.id, encode_chat(language_target, prompt.turns[0]), number))
+    found = check_distribution(language_target, language_drafter, questions, max_new_tokens=24)
     assert failed(found) == ["distribution, rule speculative"]
 
 
@@ -137,68 +135,26 @@ def test_the_p_value_is_that_of_scipy():
 def test_the_verb(language_folder, language_target, language_prompts, run_line, tmp_path, monkeypatch):
     make_drafter(language_target).save_pretrained(tmp_path / "drafter")
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])
-    answers = tmp_path / "r.jsonl"
-    write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
-    ask = f"check --target {language_folder} --drafter {tmp_path / 'drafter'} --prompts {path} --responses {answers}"
+    ask = f"check --target {language_folder} --drafter {tmp_path / 'drafter'} --prompts {path}"
     ask += " --num-prompts 1 --max-new-tokens 6"
-    assert [line.split()[:1] for line in run_line(ask).out.splitlines()].count(["pass"]) == 9
-    change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
-    assert "with other weights of the target (sha256 000000000000, not" in run_line(ask, 1).err
-    change_json(tmp_path / "r.meta.json", target_sha256=language_target.sha256, max_new_tokens=7)
+    assert [line.split()[:1] for line in run_line(ask).out.splitlines()].count(["pass"]) == 8
     monkeypatch.setattr("dpace.measure.check.generate_batch", spoil(generate_batch))
-    said = run_line(ask, 1).err
-    assert "failed: responses are the target's greedy text (float32); text at temperature 0 (float32)" in said
+    assert "failed: text at temperature 0 (float32)" in run_line(ask, 1).err
     broken = Mock(side_effect=ValueError("no batch here"))
     monkeypatch.setattr("dpace.measure.check.generate_batch", broken)
     assert "dpace check: no batch here" in run_line(ask, 1).err, "a batch that fails is no check that passed"
 
 
-SPOILT = {
-    "another token": lambda answer: [*answer[:2], answer[2] + 1, *answer[3:]],
-    "cut": lambda answer: answer[:-2],
-    "past the end": lambda answer: [answer[0], EOS, *answer[2:]],
-}
-
-
-@pytest.mark.parametrize("change", [None, *SPOILT])
-def test_kept_responses_are_read_again(change, language_target, prompts, tmp_path):
-    path = tmp_path / "responses.jsonl"
-    write_responses(language_target, prompts, path, RespondConfig(max_new_tokens=12))
-    responses, meta = read_greedy(path)
-    for number, response in enumerate(responses if change else ()):
-        ((start, end),) = response.response_spans
-        token_ids = response.token_ids[:start] + SPOILT[change](response.token_ids[start:end])
-        responses[number] = replace(response, token_ids=token_ids, response_spans=[[start, len(token_ids)]])
-    finding = check_responses(language_target, responses, meta)
-    assert finding.is_passed is not bool(change) and ("NOT A TIE" in finding.detail) is bool(change)
-
-
-@pytest.mark.parametrize("is_spoilt", [False, True])
-def test_a_token_after_a_tie_is_checked_too(is_spoilt, language_target, prompts, tmp_path):
-    """An answer begins with a token that has the same rows of the tables as the target's own."""
-    path = tmp_path / "responses.jsonl"
+@pytest.mark.parametrize("is_twin", [True, False])
+def test_a_tie_is_told_from_a_bug(is_twin, language_target, questions):
+    """A twin has the same rows of the tables as the target's own token."""
     target = Target(copy.deepcopy(language_target.model), language_target.tokenizer)
-    write_responses(target, prompts[:1], path, RespondConfig(max_new_tokens=12))
-    (response,), meta = read_greedy(path)
-    start, _ = response.response_spans[0]
+    own = generate_plain(target, questions[0], max_new_tokens=4).token_ids
     twin = VOCAB - 1
-    own = response.token_ids[start]
-    with torch.no_grad():
-        for table in (target.model.get_input_embeddings(), target.model.get_output_embeddings()):
-            table.weight[twin] = table.weight[own]
-    response.token_ids[start] = twin
-    if is_spoilt:
-        response.token_ids[start + 3] = (response.token_ids[start + 3] + 1) % VOCAB
-    finding = check_responses(target, [response], meta | {"target_sha256": target.sha256})
-    assert finding.is_passed is not is_spoilt and ("token 3" in finding.detail) is is_spoilt, finding.detail
-
-
-def test_only_greedy_responses_can_be_read_again(tmp_path):
-    path = tmp_path / "responses.jsonl"
-    write_rows(path, [{"id": "a", "set": "s", "messages": [], "token_ids": [1], "response_spans": []}])
-    with pytest.raises(ValueError, match="no meta file beside it"):
-        read_greedy(path)
-    meta = {"temperature": 0.5, "max_new_tokens": 2, "dtype": "float32", "target_sha256": "0"}
-    path.with_name("responses.meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="temperature 0.5, and only the target's"):
-        read_greedy(path)
+    if is_twin:
+        with torch.no_grad():
+            for table in (target.model.get_input_embeddings(), target.model.get_output_embeddings()):
+                table.weight[twin] = table.weight[own[1]]
+    divergence = find_divergence(target, "here", questions[0], [own[0], twin, *own[2:]], own)
+    assert divergence.is_tie is is_twin and divergence.line.startswith("here, token 1: ")
+    assert divergence.line.endswith(": tie" if is_twin else ": NOT A TIE")

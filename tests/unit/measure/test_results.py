@@ -34,10 +34,10 @@ def test_what_is_written_is_read(results, tmp_path):
 
 KEYS = {
     "target max_new_tokens seed tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
-    "target_weights_sha256 widths is_compiled engine dtype hardware versions schema_version rows": BENCH,
+    "target_weights_sha256 widths engine dtype hardware versions schema_version rows": BENCH,
     "drafter width set temperature num_responses block_size histogram tau reach_rate "
     "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup "
-    "num_same_text responses plain_responses compiled": BENCH.rows[0],
+    "num_same_text responses plain_responses": BENCH.rows[0],
     "drafter width id turn prompt_tokens token_ids block_size accepted_lengths emitted_lengths widths "
     "num_copied decode_seconds prefill_seconds same_text": BENCH.rows[0].responses[0],
     "schema_version target baseline seeds reduction rows decode": COMPARE,
@@ -77,6 +77,17 @@ def test_what_is_wrong_is_named(tmp_path):
         value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
     with pytest.raises(ValueError, match=r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected "):
         read_results(path)
+
+
+def test_files_of_older_versions_are_read(tmp_path):
+    """They say whether plain decoding was compiled, and how fast that was."""
+    path = tmp_path / "results.json"
+    write_results(path, COMPARE)
+    with changed_json(path) as value:
+        value["decode"]["is_compiled"] = True
+        value["decode"]["rows"][0]["compiled"] = {"tokens_per_second": 3.0}
+        value["decode"]["rows"][1]["compiled"] = None
+    assert read_results(path) == COMPARE
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):
