@@ -7,8 +7,8 @@ optimizer. The loss uses all tokens of the vocabulary, and then 1000 of them, ab
 drafter and batch take each kind of step in turn, so only the weights differ. Prints the median step, and the median
 ratio to uniform weights in the same round with a 95 % bootstrap interval.
 
-Then it prints the parts of the demo's step for each precision of products: seconds, operations of products, and the
-share of what a large product of that precision reaches here; and the time that `dpace plan` would say.
+Then it prints the parts of the demo's step for each precision of products: seconds, and operations of products; and
+the time that `dpace plan` would say.
 """
 
 import statistics
@@ -41,7 +41,6 @@ from dpace.training.optimizer import make_optimizer, products_dtype
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS, NUM_SEEN = 260, 180, 1000
-PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 
 
 class Step:
@@ -114,17 +113,6 @@ class Step:
                 before = counter.get_total_flops()
         return counts
 
-    def peak(self) -> float:
-        """Measure the operations a second of a large product."""
-        rows = torch.randn(PEAK_SIZE, PEAK_SIZE, device=self.target.device).to(self.dtype)
-        seconds = []
-        for _ in range(PEAK_ROUNDS):
-            start = time.perf_counter()
-            rows @ rows
-            synchronize(self.target.device)
-            seconds.append(time.perf_counter() - start)
-        return 2 * PEAK_SIZE**3 / min(seconds)
-
 
 def compare_objectives(step: Step, num_tokens: int, rounds: int) -> None:
     """Print the seconds of a step with each objective."""
@@ -157,13 +145,11 @@ def compare_products(step: Step, rounds: int) -> None:
     operations = step.operations(weigh, head)
     for name in names:
         step.use(name)
-        peak = step.peak()
-        print(f"products in {name}: at most {peak / 1e12:.3f} TFLOP/s")
+        print(f"products in {name}")
         medians = {part: statistics.median(each[part] for each in seconds[name]) for part in operations}
         medians["whole step"], operations["whole step"] = sum(medians.values()), sum(operations.values())
         for part, value in medians.items():
-            share = operations[part] / value / peak
-            print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP  {share:4.0%} of that")
+            print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP")
         whole = operations.pop("whole step")
         planned = expected_step_seconds(whole, step.target.device, step.dtype, step.target.model.dtype)
         print(f"  {'planned':<20} {1000 * planned:7.1f} ms")

@@ -20,15 +20,14 @@ DEPTHS = "depths.py {gguf} {drafter_gguf} --depths 1 3@0.5 --port 8470 --bench -
 DEPTHS += " --sets-dir {data} --output {out} --temperatures 0 --bench.max-new-tokens 4"
 LOSS = "loss.py --shape 8192 64 32 --rounds 1"
 GGUF = "gguf_target.py {served} --data {data} --sets gsm8k --num-prompts 3 --max-new-tokens 6"
-SERVER = "respond.py --seconds 0.001 --concurrencies 1 2"
-BEGINNINGS = "respond.py --beginnings --target {target} --prompts 6 --tokens 4 --batch-size 4"
+RESPOND = "respond.py --target {target} --prompts 6 --tokens 4 --batch-size 4"
 OVERHEAD = "overhead.py 1 {target}"
 PAPER = "paper.py {out} --small --data-dir {data} --num-prompts 12 --tiny --target {target}"
 STUDY = "study.py --data {data} --output {out} --target {target} --blocks 8 --steps 400 1600 --seeds 0 --scale 0.0025"
 STUDY += " --more-prompts {data}/prompts.jsonl --objectives spec-auf dpace:drafter.num_layers=1"
 OWN_PROMPTS = "study.py --data {data} --prompts {data}/prompts.jsonl --output {out} --target {target} --blocks 8"
 OWN_PROMPTS += " --steps 200 --seeds 0 --max-new-tokens 8 --num-evals 2 --scale 0.01 --objectives growing-blocks"
-OF_A_STEP = " ".join(rf"{name} [\d.]+ ms [\d.]+ GFLOP \d+% of that.*" for name in ("drafter", "loss", "whole step"))
+OF_A_STEP = " ".join(rf"{name} [\d.]+ ms [\d.]+ GFLOP.*" for name in ("drafter", "loss", "whole step"))
 WAYS = "plain, dpace, auto, drafts alone, random drafter, auto"
 PRINTED = {
     DECODE: [
@@ -38,9 +37,8 @@ PRINTED = {
     ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],
     GGUF: ["llama.cpp that dpace chooses too: .* dpace: ./3 texts equal .* llama.cpp, 4 at a time: ./3 texts equal"],
     DEPTHS: ["Depth: .* llama.cpp .* best depth: gsm8k"],
-    LOSS: [" 8192 64 32 frozen-head ", "frozen-head over checkpointed: time"],
-    SERVER: [r" 1 [\d.]+ 1\.00 2 [\d.]+ [\d.]+$"],
-    BEGINNINGS: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
+    LOSS: [" 8192 64 32 frozen-head .* 8192 64 32 materialized .* 1\\.00$"],
+    RESPOND: ["; 6 of 6 texts equal", "; 2 of 2 texts equal"],
     OVERHEAD: [r"(tokens dpace [\d.]+ ms x [\d.]+ \[.*){2}", f"({OF_A_STEP}){{2}}"],
     PAPER: [r"dpace 3 1 .* 2\.96, 4\.19, \+8\.5%"],
     STUDY: ["8 drafters to train", "written: .*study.md"],
@@ -85,7 +83,7 @@ def run(endless_folder, random_drafter_folder, random_drafter_gguf, target_gguf,
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
-@pytest.mark.parametrize("command", wide(PRINTED, DECODE, LOSS, SERVER, BEGINNINGS))
+@pytest.mark.parametrize("command", wide(PRINTED, DECODE, LOSS, RESPOND))
 def test_a_script_prints_what_it_measured(command, run):
     printed = run(command)
     for pattern in PRINTED[command]:
@@ -126,9 +124,3 @@ def test_a_target_in_another_kind_of_matrices(run, tmp_path):
     run("gguf_target.py {served} --write-as Q8_0 {out}.gguf")
     tensors = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(tmp_path / "out.gguf")[0].tensors}
     assert tensors["blk.0.ffn_down.weight"] == "Q8_0" and tensors["output_norm.weight"] == "F32"
-
-
-def test_make_prompts(run, tmp_path):
-    run("make_prompts.py {out} tuning")
-    rows = (tmp_path / "out" / "tuning.jsonl").read_text().splitlines()
-    assert len(rows) == 32 and {json.loads(row)["set"] for row in rows} == {"notes", "problems"}
