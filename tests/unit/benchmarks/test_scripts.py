@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from dpace.engines.gguf import open_gguf
 from tests.support.cases import wide
 from tests.support.files import write_rows
 from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, make_target, write_target_gguf
-from tests.support.scripts import run_script
+from tests.support.scripts import BENCHMARKS, run_script
 
 DECODE = "decode.py {target} {drafter} --rounds 1 --prompts 1 --tokens 4"
 DECODE += " --ways 'dpace, width' 'random drafter' T=1 transformers 'drafts alone'"
@@ -118,6 +119,24 @@ def test_box_prompts_are_of_all_kinds_and_none_is_measured(run, tmp_path):
     write_rows(tmp_path / "data" / "mbpp.jsonl", [{"turns": [task]}])
     run("box_prompts.py {data} {out} 1")
     assert "compute the cube of a number" not in (tmp_path / "out" / "prompts.jsonl").read_text()
+
+
+@pytest.mark.wide
+def test_mutants_are_caught_and_nothing_runs_twice(tmp_path):
+    """In a process of its own, since here dpace is imported."""
+    command = [
+        sys.executable,
+        BENCHMARKS / "mutants.py",
+        tmp_path / "out.jsonl",
+        "--files",
+        "weights.py",
+        "--number",
+        "2",
+    ]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert re.search("[12] of 2 caught$", done.stdout.strip()), done.stderr[-2000:]
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1 + 2  # first a copy without a change
 
 
 def test_a_target_in_another_kind_of_matrices(run, tmp_path):
