@@ -41,7 +41,7 @@ TESTS = {
     "training/optimizer.py": "training/test_optimizer.py training/test_train.py",
 }
 """What is changed, and its tests in tests/unit, the nearest first."""
-SWAPS = dict(
+SWAPS: dict[str, str] = dict(
     pair.split(":")
     for pair in "Add:Sub Sub:Add Mult:Div Div:Mult FloorDiv:Mult Pow:Mult BitAnd:BitOr BitOr:BitAnd And:Or Or:And "
     "Lt:LtE LtE:Lt Gt:GtE GtE:Gt Eq:NotEq NotEq:Eq Is:IsNot IsNot:Is min:max max:min any:all all:any amin:amax "
@@ -67,8 +67,8 @@ def changed(node: ast.AST) -> ast.AST | None:
             return ast.IfExp(node.test, node.orelse, node.body)
         case ast.If():
             return ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
-        case ast.Call(func=ast.Attribute(attr=name)) if name in DROPPED:
-            return node.func.value
+        case ast.Call(func=ast.Attribute(value=value, attr=name)) if name in DROPPED:
+            return value
         case ast.Name(id=name) if name in SWAPS:
             return ast.Name(SWAPS[name])
         case ast.Attribute(attr=name) if name in SWAPS:
@@ -76,13 +76,11 @@ def changed(node: ast.AST) -> ast.AST | None:
 
 
 class Mutant(ast.NodeTransformer):
-    """A file with one place changed, or with none where it has no such place."""
+    """A file with one place changed, or with none where it has no place of that number."""
 
     def __init__(self, file: str, place: int):
         self.place, self.num_places, self.line = place, 0, 0
-        source = (SOURCE / file).read_text()
-        tree = self.visit(ast.parse(source))
-        self.text = ast.unparse(ast.fix_missing_locations(tree))
+        self.text = ast.unparse(ast.fix_missing_locations(self.visit(ast.parse((SOURCE / file).read_text()))))
         """What the file holds now."""
 
     def visit(self, node: ast.AST) -> ast.AST:
@@ -91,13 +89,12 @@ class Mutant(ast.NodeTransformer):
             return node
         if isinstance(node, ast.FunctionDef):
             node.returns = None
-        new = changed(node)
         if self.num_places <= self.place:
             self.line = getattr(node, "lineno", self.line)
-        if new is not None:
-            self.num_places += 1
-            if self.num_places - 1 == self.place:
-                return new
+        new = changed(node)
+        self.num_places += new is not None
+        if new is not None and self.num_places - 1 == self.place:
+            return new
         return self.generic_visit(node)
 
 
@@ -139,21 +136,19 @@ def main(out: tyro.conf.Positional[Path], number: int = 200, seed: int = 0, file
     places = [(name, place) for name in names for place in range(Mutant(name, -1).num_places)]
     drawn = random.Random(seed).sample(places, min(number, len(places)))
     rows = {(row["file"], row["place"]): row for row in map(json.loads, out.open())} if out.exists() else {}
-    for key in [*((name, -1) for name in dict(drawn)), *drawn]:
-        if key not in rows:
-            mutant = Mutant(*key)
-            found = survives(key[0], mutant.text)
-            rows[key] = {"file": key[0], "place": key[1], "line": mutant.line, "survives": found}
+    for file, place in [*((file, -1) for file in dict(drawn)), *drawn]:
+        if (file, place) not in rows:
+            mutant = Mutant(file, place)
+            row = {"file": file, "place": place, "line": mutant.line, "survives": survives(file, mutant.text)}
+            assert place >= 0 or row["survives"], f"the tests of {file} fail where nothing is changed"
+            rows[file, place] = row
             with out.open("a") as lines:
-                lines.write(json.dumps(rows[key]) + "\n")
-        if key[1] < 0 and not rows[key]["survives"]:
-            sys.exit(f"the tests of {key[0]} fail where nothing is changed")
-    for name in dict(drawn):
-        found = [rows[key] for key in drawn if key[0] == name]
-        lines = [row["line"] for row in found if row["survives"]]
-        print(f"{name}: {len(found) - len(lines)} of {len(found)} caught; not in lines {lines}")
-    num_caught = sum(not rows[key]["survives"] for key in drawn)
-    print(f"{num_caught} of {len(drawn)} caught")
+                lines.write(json.dumps(row) + "\n")
+    survivors = [rows[key] for key in drawn if rows[key]["survives"]]
+    for file in dict(drawn):
+        lines = [row["line"] for row in survivors if row["file"] == file]
+        print(f"{file}: {len(lines)} of {sum(name == file for name, _ in drawn)} survive, in lines {lines}")
+    print(f"{len(drawn) - len(survivors)} of {len(drawn)} caught")
 
 
 if __name__ == "__main__":
