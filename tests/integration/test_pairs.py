@@ -153,11 +153,6 @@ PAIRS = {
         "report {out}",
         "report.html",
     ),
-    "servers, hidden states on disk": Pair(
-        "respond {recipe} --output {out}/new --respond.server {server}; "
-        "train {recipe} --output {out}/new --train.feature-files {out}/states",
-        "new/drafter/provenance.json",
-    ),
     "own answers, data, train": Pair(
         "data {recipe} --prompts.path {own} --output {out}/new; "
         "respond {recipe} --prompts.path {own} --output {out}/new --respond.source own; "

@@ -30,11 +30,10 @@ from dpace.drafter.views import BlocksHidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.heldout import walk
-from dpace.metrics import Acceptance
 from dpace.modeling_dflash import DFlashDraftModel, MarkovHead
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import LmHead
-from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights, spec_auf_weights
+from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights
 
 
 def row(*values):
@@ -107,7 +106,7 @@ def test_overlap():
 
     Its loss is `1 - (sum of products) / slots`. `dpace+lk+overlap` at alpha 0 has its gradient times the slots, and
     another value, because its weights are constants and its losses logarithms. The weight of the first slot is that
-    sum. Its mask up to the first rejection is Spec-AUF's.
+    sum.
     """
     target_hidden = torch.tensor([0.2, 0.6, 0.2]).log().repeat(1, 1, 4, 1)
     hidden = torch.tensor([0.0, 0.0, -40.0]).repeat(1, 1, 4, 1).requires_grad_()
@@ -120,23 +119,16 @@ def test_overlap():
     expected = [0.25 * (1 + 0.7 + 0.49) / 3, 0.25 * (0.7 + 0.49) / 3, 0.25 * 0.49 / 3]
     assert hidden.grad is not None
     assert (hidden.grad[0, 0, 1:, 0] / 3).tolist() == pytest.approx(expected)
-    slots = torch.arange(8)
-    is_scored = (slots > 0) & (slots <= torch.tensor([7, 7, 7, 7, 3, 0])[:, None])
-    is_match = is_scored & (slots <= torch.tensor([0, 1, 6, 7, 7, 0])[:, None])
-    assert spec_auf_weights(is_match[None], is_scored[None]).sum(-1).tolist() == [[1, 2, 7, 7, 3, 0]]
 
 
 def test_anchors():
-    """SpecForge's, with the one target of a block that begins at the last token but one.
+    """SpecForge's.
 
     A batch without an anchor is an error there; here its loss is 0. TorchSpec takes an anchor only where its whole
     block fits into the text, and so leaves the ends out: none of 4 tokens with blocks of 8.
     """
     masks = {"1101011": [0, 5], "0011": [2], "0011000": [2], "1010000": [], "000011": [4], "101": []}
     assert {mask: sample_anchors([bit == "1" for bit in mask]).tolist() for mask in masks} == masks
-    token_ids = torch.tensor([[1, 2, 3, 4]])
-    tail = build_blocks(token_ids, token_ids > 0, [torch.tensor([2])], block_size=5)
-    assert tail.labels[tail.is_scored].tolist() == [4] and tail.is_scored[0, 0, 1]
     assert sample_anchors([True] * 4).tolist() == [0, 1, 2]
 
 
@@ -158,11 +150,10 @@ def test_what_slots_see():
 
 
 def test_accepted_lengths():
-    """SpecForge's walks and Model-Optimizer's rates.
+    """SpecForge's walks.
 
     SpecForge goes from one sampled anchor to the next. Here every token of a response is an anchor, so a gap between
-    sampled ones is the end of a response. Model-Optimizer does not count the token that corrects a draft, but the one
-    before each draft; here it is the other way round.
+    sampled ones is the end of a response.
     """
     walks = [
         ({0: 2, 1: 0, 2: 5, 3: 1, 4: 0, 5: 3}, [(0, 10)], (9, 3)),
@@ -173,8 +164,6 @@ def test_accepted_lengths():
     for accepted_from, spans, expected in walks:
         found = walk(accepted_from, spans, block_size=6)
         assert (found.emitted_tokens.sum(), found.counts.sum()) == expected
-    assert Acceptance.from_lengths([2], block_size=3).tau == 3.0
-    assert Acceptance.from_lengths([0, 0], block_size=3).tau == 1.0
 
 
 def waves(*shape, start=0.0):
@@ -247,20 +236,3 @@ def test_the_drafts_of_dsparks_head(dspark):
     assert draft.tokens.tolist() == [[1, 7, 8], [8, 3, 4]]
     expected = [[-2.213072, 0.123303, 2.308403], [0.136741, -1.116235, -4.424423]]
     torch.testing.assert_close(draft.scores[..., 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("ids", "slots", "overlap", "length"), [
-    ([0, 1, 0, 2], [0, 1], 1.0, 2.0), ([0, 1, 0, 2], [1, 1], 1.0, 3.0), ([0, 3, 0, 4], [0, 1], 0.0, 1.0),
-])  # fmt: skip
-def test_how_much_of_dsparks_drafts_is_accepted(ids, slots, overlap, length):
-    """speculators': a sure draft of tokens 1 and 2, for a target that is sure of these or of others."""
-    theirs, ours = (10 * torch.eye(8)[torch.tensor(tokens)].view(1, 2, 2, 8) for tokens in (ids, [0, 1, 0, 2]))
-    is_scored = torch.tensor(slots).bool().expand(1, 2, 2)
-    seen = []
-    weigh = lambda slots: seen.append(slots) or torch.ones(1, 2, 2)  # noqa: E731
-    labels = theirs.argmax(-1)
-    out = frozen_head_nll(ours, LmHead(10 * torch.eye(8)), labels, is_scored, weigh=weigh, target_hidden=theirs)
-    assert seen[0].overlap[is_scored].mean() == pytest.approx(overlap, abs=1e-2)
-    accepted = seen[0].overlap.where(is_scored, 1.0).cumprod(-1).where(is_scored, 0.0).sum(-1)
-    assert float(1 + accepted.mean()) == pytest.approx(length, abs=1e-2)
-    assert (float(out.nll.sum()) < 1e-2) == (overlap == 1.0)
