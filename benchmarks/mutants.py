@@ -34,7 +34,7 @@ TESTS = {
     "decode/sampling.py": "decode/test_sampling.py decode/test_decode.py",
     "decode/loop.py": "decode/test_decode.py decode/test_sampling.py decode/test_copies.py",
     "decode/copies.py": "decode/test_copies.py decode/test_decode.py",
-    "drafter/views.py": "drafter/test_windows.py drafter/test_drafter.py",
+    "drafter/views.py": "drafter/test_views.py drafter/test_windows.py drafter/test_drafter.py",
     "drafter/selector.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
     "drafter/markov_head.py": "drafter/test_selector.py training/test_selector.py",
     "training/bigrams.py": "training/test_bigrams.py",
