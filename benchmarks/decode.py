@@ -4,7 +4,7 @@
 
 All loops use the same weights and prompts. Each decodes every prompt in every round, in rotating order. The seconds of
 a call for one token are subtracted from those of the full call, so that reading the prompt is not counted. Prints
-medians over rounds, and ratios of them. z-lab's loop runs where its package is found, see `benchmarks/zlab.py`.
+medians over rounds, and ratios of them. z-lab's loop runs where its package is found; else it is said how to get it.
 
 Width `auto` must not lose to a part of itself; to see only that:
 

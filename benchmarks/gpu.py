@@ -5,7 +5,7 @@
 Trains 50 steps of the recipe `qwen3-4b-3l` on random tokens, whose steps take as long as those on text. Then it decodes
 the demo's prompts with this drafter, or with that of --drafter, whose text is accepted more often. --random makes a
 target of the same shape where nothing can be downloaded; then only seconds mean something, not accepted lengths. Writes
-`gpu.json` and, for pages, `gpu.md`. z-lab's loop runs where its package is found, see `benchmarks/zlab.py`.
+`gpu.json` and, for pages, `gpu.md`. z-lab's loop runs where its package is found.
 """
 
 import json

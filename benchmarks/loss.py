@@ -1,11 +1,10 @@
-"""Compare time and peak memory of the frozen-head loss with two other implementations.
+"""Compare time and peak memory of the frozen-head loss with those of plain PyTorch.
 
     python benchmarks/loss.py [--shape 49152 576 64]
 
-All three process the same scored rows, give the same gradient (checked) and use D-PACE's weights. `materialized` is
-plain PyTorch, which keeps the logits for the backward pass. `checkpointed` cuts the rows into chunks and recomputes
-each chunk's logits in the backward pass (`torch.utils.checkpoint`). Time is the median of alternating runs of forward
-and backward pass; memory is the peak that a run adds, as reported by the operating system (Linux) or the GPU.
+Both process the same scored rows, give the same gradient (checked) and use D-PACE's weights. `materialized` is plain
+PyTorch, which keeps the logits for the backward pass. Time is the median of alternating runs of forward and backward
+pass; memory is the peak that a run adds, as reported by the operating system (Linux) or the GPU.
 """
 
 import ctypes
@@ -16,7 +15,6 @@ import psutil
 import torch
 import tyro
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from dpace.config import LossConfig
 from dpace.loss import Slots, frozen_head_nll
@@ -37,35 +35,17 @@ def weigh(slots: Slots) -> torch.Tensor:
     return dpace_weights(slots.token_probs, slots.is_scored)
 
 
-def spread(nll, is_scored):
-    return torch.zeros(is_scored.shape, device=nll.device).masked_scatter(is_scored, nll)
-
-
 def frozen(hidden, head, labels, is_scored):
     chunk_bytes = chunk_bytes_of(LossConfig(), head.weight, is_cpu=head.weight.is_cpu)
     return frozen_head_nll(hidden, head, labels, is_scored, weigh=weigh, chunk_bytes=chunk_bytes).losses
 
 
-def losses(nll, is_scored):
-    """Compute weighted losses of blocks from the nll of the scored rows."""
-    nll = spread(nll, is_scored)
-    with torch.no_grad():
-        weights = dpace_weights(torch.exp(-nll), is_scored)
-    return (weights * nll).sum(-1)
-
-
 def materialized(hidden, head, labels, is_scored):
     logits = head.logits(hidden[is_scored]).float()
-    return losses(cross_entropy(logits, labels[is_scored], reduction="none"), is_scored)
-
-
-def checkpointed(hidden, head, labels, is_scored):
-    def chunk_nll(rows, row_labels):
-        return cross_entropy(head.logits(rows).float(), row_labels, reduction="none")
-
-    size = max(384, 2**25 // (4 * len(head.weight)))  # fewer rows make the products slow
-    pairs = zip(hidden[is_scored].split(size), labels[is_scored].split(size), strict=True)
-    return losses(torch.cat([checkpoint(chunk_nll, *pair, use_reentrant=False) for pair in pairs]), is_scored)
+    scored = cross_entropy(logits, labels[is_scored], reduction="none")
+    nll = torch.zeros(is_scored.shape, device=scored.device).masked_scatter(is_scored, scored)
+    weights = dpace_weights(torch.exp(-nll).detach(), is_scored)
+    return (weights * nll).sum(-1)
 
 
 def run(method, hidden, head, labels, is_scored):
@@ -84,7 +64,7 @@ def measure(
     is_scored = torch.ones_like(labels, dtype=torch.bool)
     is_scored[..., 0] = False
     data = (hidden, LmHead(weight), labels, is_scored)
-    methods = {"frozen-head": frozen, "materialized": materialized, "checkpointed": checkpointed}
+    methods = {"frozen-head": frozen, "materialized": materialized}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     grads = {}
     for repeat in range(repeats + 1):
@@ -131,8 +111,6 @@ def main(shape: tuple[int, int, int] | None = None, rounds: int = 5) -> None:
         for name, (seconds, size) in results.items():
             found = f"{1000 * seconds:8.0f}{seconds / base_seconds:7.2f}{size / 2**20:8.0f}{size / base_bytes:7.2f}"
             print(f"{vocab:>7}{width:>7}{num_blocks:>7}   {name:<14}{found}", flush=True)
-        ratio = results["frozen-head"][0] / results["checkpointed"][0]
-        print(f"{'':24}frozen-head over checkpointed: time {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time a whole training step with uniform, decay and D-PACE weights, and its parts.
+"""Time a whole training step with uniform, decay and D-PACE weights, and with products in fp32 and bf16.
 
     python benchmarks/overhead.py [ROUNDS [TARGET]]
 
@@ -7,13 +7,13 @@ optimizer. The loss uses all tokens of the vocabulary, and then 1000 of them, ab
 drafter and batch take each kind of step in turn, so only the weights differ. Prints the median step, and the median
 ratio to uniform weights in the same round with a 95 % bootstrap interval.
 
-Then it prints the parts of the demo's step for each precision of products: seconds, operations of products, and the
-share of what a large product of that precision reaches here; and the time that `dpace plan` would say.
+Then it prints the demo's step for each precision of products, which take turns, and the time that `dpace plan` would
+say of it.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +41,6 @@ from dpace.training.optimizer import make_optimizer, products_dtype
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS, NUM_SEEN = 260, 180, 1000
-PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 
 
 class Step:
@@ -76,54 +75,23 @@ class Step:
         """Make the weights of an objective."""
         return make_weigh(replace(self.recipe.loss, objective=objective), self.drafter.block_size)
 
-    def parts(self, weigh: Callable, head: LmHead) -> Iterator[str]:
-        """Take a step, and yield the name of each part after it."""
+    def take(self, weigh: Callable, head: LmHead) -> float:
+        """Take a step, and return its seconds."""
         device = self.target.device
+        start = time.perf_counter()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden, blocks = blocks_hidden(self.drafter, self.target, self.batch)[:2]
-        yield "drafter"
         chunk_bytes = chunk_bytes_of(self.recipe.loss, head.weight, is_cpu=device.type == "cpu")
         out = frozen_head_nll(
             hidden.float(), head, blocks.labels, blocks.is_scored, weigh=weigh, chunk_bytes=chunk_bytes
         )
         loss, _ = block_loss(out.losses, blocks.is_scored, out.weights)
-        yield "loss"
         loss.backward()
-        yield "backward pass"
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.recipe.train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        yield "clipping, optimizer"
-
-    def take(self, weigh: Callable, head: LmHead) -> dict[str, float]:
-        """Take a step, and give the seconds of each part."""
-        seconds = {}
-        start = time.perf_counter()
-        for name in self.parts(weigh, head):
-            synchronize(self.target.device)
-            seconds[name] = time.perf_counter() - start
-            start = time.perf_counter()
-        return seconds
-
-    def operations(self, weigh: Callable, head: LmHead) -> dict[str, float]:
-        """Count the operations of each part's products."""
-        counts, before = {}, 0
-        with FlopCounterMode(display=False) as counter:
-            for name in self.parts(weigh, head):
-                counts[name] = counter.get_total_flops() - before
-                before = counter.get_total_flops()
-        return counts
-
-    def peak(self) -> float:
-        """Measure the operations a second of a large product."""
-        rows = torch.randn(PEAK_SIZE, PEAK_SIZE, device=self.target.device).to(self.dtype)
-        seconds = []
-        for _ in range(PEAK_ROUNDS):
-            start = time.perf_counter()
-            rows @ rows
-            synchronize(self.target.device)
-            seconds.append(time.perf_counter() - start)
-        return 2 * PEAK_SIZE**3 / min(seconds)
+        synchronize(device)
+        return time.perf_counter() - start
 
 
 def compare_objectives(step: Step, num_tokens: int, rounds: int) -> None:
@@ -134,7 +102,7 @@ def compare_objectives(step: Step, num_tokens: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
     for number in track(range(rounds), f"{num_tokens} tokens", console=None, transient=True):
         for name in OBJECTIVES[number % 3 :] + OBJECTIVES[: number % 3]:
-            seconds[name].append(sum(step.take(weighers[name], head).values()))
+            seconds[name].append(step.take(weighers[name], head))
     for name in OBJECTIVES:
         ratios = np.array(seconds[name]) / np.array(seconds["uniform"])
         picks = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
@@ -144,29 +112,24 @@ def compare_objectives(step: Step, num_tokens: int, rounds: int) -> None:
 
 
 def compare_products(step: Step, rounds: int) -> None:
-    """Print the parts of a step for both precisions, whose steps take turns."""
+    """Print the seconds of a step for both precisions, whose steps take turns, and those of a plan."""
     head, weigh = step.head(NUM_SEEN), step.weigh("dpace")
-    names = ("float32", "bfloat16")
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for number in range(rounds + 1):  # the first is a warm-up
-        for name in names:
+        for name in seconds:
             step.use(name)
             step.take(weigh, head)  # makes the optimizer's state
             if number:
                 seconds[name].append(step.take(weigh, head))
-    operations = step.operations(weigh, head)
-    for name in names:
+    with FlopCounterMode(display=False) as counter:
+        step.take(weigh, head)
+    for name in seconds:
         step.use(name)
-        peak = step.peak()
-        print(f"products in {name}: at most {peak / 1e12:.3f} TFLOP/s")
-        medians = {part: statistics.median(each[part] for each in seconds[name]) for part in operations}
-        medians["whole step"], operations["whole step"] = sum(medians.values()), sum(operations.values())
-        for part, value in medians.items():
-            share = operations[part] / value / peak
-            print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP  {share:4.0%} of that")
-        whole = operations.pop("whole step")
-        planned = expected_step_seconds(whole, step.target.device, step.dtype, step.target.model.dtype)
-        print(f"  {'planned':<20} {1000 * planned:7.1f} ms")
+        planned = expected_step_seconds(
+            counter.get_total_flops(), step.target.device, step.dtype, step.target.model.dtype
+        )
+        middle = 1000 * statistics.median(seconds[name])
+        print(f"products in {name:<8} {middle:7.1f} ms, planned {1000 * planned:.1f} ms")
 
 
 def main(rounds: tyro.conf.Positional[int] = 60, target: tyro.conf.Positional[str | None] = None) -> None:

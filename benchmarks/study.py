@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import tyro
 import yaml
-from make_prompts import make
+from box_prompts import demo_rows
 from study_report import ALWAYS, APART, Cell, find_cells, write_report
 
 from dpace.batches.dataset import ResponseDataset
@@ -60,19 +60,15 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", {}),
     "dpace": ("dpace", {}),
     "dpace-0.3": ("dpace", {"loss.alpha": 0.3}),
-    "dpace-0.5-to-0.1": ("dpace", {"loss.alpha_end": 0.1}),
     "dpace+kl": ("dpace+kl", {}),
     "dpace+kl+overlap": ("dpace+kl+overlap", {}),
     "spec-auf": ("spec-auf", {}),
     "vat": ("vat", {}),
     "bv": ("bv", BV),
-    "16-anchors": ("dpace", {"train.num_anchors": 16}),
     "growing-blocks": ("dpace", GROWING),
-    "growing-blocks-0.3": ("dpace", GROWING | {"loss.alpha": 0.3}),
     "dflash-growing-blocks": ("dflash", GROWING),
     "bv-growing-blocks": ("bv", BV | GROWING),
     "two-taps": ("dpace", TAPS),
-    "two-taps-growing-blocks": ("dpace", TAPS | GROWING),
     "dflash-head": ("dflash", LILICORR),
     "dpace-head": ("dpace", LILICORR),
     "growing-head": ("dpace", LILICORR | GROWING),
@@ -98,34 +94,84 @@ LIMIT_GIB = 20.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a call is about."""
+class Options:
+    """What a study trains and measures."""
 
-    recipe: Recipe
-    data: Path | None
-    scale: float
+    data: Path | None = None
+    """Folder with the prompts."""
+    output: Path | None = None
+    """Folder of answers, features, drafters and report; dpace-study by default."""
+    objectives: tuple[str, ...] = tuple(CANDIDATES)
+    """Names of candidates; each may be followed by options that it changes."""
+    blocks: tuple[Literal[8, 16], ...] = (8, 16)
+    """Their sizes."""
+    steps: tuple[int, ...] = (25, 100, 400)
+    """The budgets."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trainings."""
+    scale: float = 1.0
+    """Of the numbers of prompts and steps."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of products while training."""
+    target: str | None = None
+    """Another target than the recipe's."""
     prompts: Path | None = None
+    """JSONL file of prompts to train on, in place of those of `--data`."""
     more_prompts: Path | None = None
+    """JSONL file of prompts to train on, beside the others."""
+    max_new_tokens: int | None = None
+    """Longest answer, by default the recipe's 96 tokens."""
     num_evals: int = 1
+    """How often tau on validation prompts is written to a drafter's log. `dpace train` keeps the best."""
+    dry_run: bool = False
+    """Say how much there is to do, and stop."""
+
+
+class Plan:
+    """The options of a call, and the recipe that its drafters share."""
+
+    def __init__(self, options: Options):
+        recipe = read_recipe(RECIPES["study-cpu"])
+        self.options = options
+        self.output = options.output or Path(recipe.output)
+        paths = {"path": str(self.output / "prompts.jsonl"), "heldout_path": str(self.output / "heldout.jsonl")}
+        max_new_tokens = options.max_new_tokens or recipe.respond.max_new_tokens
+        self.recipe = replace(
+            recipe,
+            target=options.target or recipe.target,
+            output=str(self.output),
+            prompts=replace(recipe.prompts, **paths, num_validation=NUM_VALIDATION),
+            respond=replace(recipe.respond, max_new_tokens=max_new_tokens),
+            train=replace(recipe.train, products=options.products),
+        )
 
     @property
-    def output(self) -> Path:
-        """The study's folder."""
-        return Path(self.recipe.output)
+    def cells(self) -> list[Cell]:
+        """What is asked for, seed by seed."""
+        names = dict.fromkeys([*ALWAYS, *self.options.objectives])
+        budgets = [self.scaled(number) for number in self.options.steps]
+        return [
+            Cell(name, block, steps, seed)
+            for seed in self.options.seeds
+            for block in self.options.blocks
+            for steps in budgets
+            for name in names
+        ]
 
     @property
     def settings(self) -> dict[str, Any]:
         """What all drafters of a study share."""
-        shared = {"scale": self.scale, "products": self.recipe.train.products}
-        if self.prompts is not None:
-            shared |= {"prompts": self.prompts.name, "max-new-tokens": self.recipe.respond.max_new_tokens}
-        if self.more_prompts is not None:
-            shared |= {"more-prompts": self.more_prompts.name}
+        options = self.options
+        shared = {"scale": options.scale, "products": options.products}
+        if options.prompts is not None:
+            shared |= {"prompts": options.prompts.name, "max-new-tokens": self.recipe.respond.max_new_tokens}
+        if options.more_prompts is not None:
+            shared |= {"more-prompts": options.more_prompts.name}
         return shared
 
     def scaled(self, number: int, least: int = 1) -> int:
         """Scale a number of prompts or steps."""
-        return max(least, round(number * self.scale))
+        return max(least, round(number * self.options.scale))
 
     def folder(self, cell: Cell) -> Path:
         """Name the folder of a cell."""
@@ -136,12 +182,12 @@ class Plan:
         name, *given = cell.objective.split(":")
         objective, changes = CANDIDATES[name]
         changes = changes | dict(map(read_change, given))
-        steps = {"max_steps": cell.steps, "eval_steps": math.ceil(cell.steps / self.num_evals), "seed": cell.seed}
+        eval_steps = math.ceil(cell.steps / self.options.num_evals)
         recipe = replace(
             self.recipe,
             drafter=replace(self.recipe.drafter, block_size=cell.block),
             loss=with_objective(self.recipe.loss, objective),
-            train=replace(self.recipe.train, **steps),
+            train=replace(self.recipe.train, max_steps=cell.steps, eval_steps=eval_steps, seed=cell.seed),
         )
         for option, value in changes.items():
             group, _, name = option.partition(".")
@@ -159,43 +205,16 @@ def read_change(text: str) -> tuple[str, Any]:
     return option, yaml.safe_load(value)
 
 
-def make_plan(
-    output: Path | None,
-    data: Path | None,
-    scale: float,
-    products: Any,
-    *,
-    target: str | None = None,
-    prompts: Path | None = None,
-    more_prompts: Path | None = None,
-    max_new_tokens: int | None = None,
-    num_evals: int = 1,
-) -> Plan:
-    """Read the recipe, and let its prompts be those of the study."""
-    recipe = read_recipe(RECIPES["study-cpu"])
-    output = output or Path(recipe.output)
-    paths = {"path": str(output / "prompts.jsonl"), "heldout_path": str(output / "heldout.jsonl")}
-    recipe = replace(
-        recipe,
-        target=target or recipe.target,
-        output=str(output),
-        prompts=replace(recipe.prompts, **paths, num_validation=NUM_VALIDATION),
-        respond=replace(recipe.respond, max_new_tokens=max_new_tokens or recipe.respond.max_new_tokens),
-        train=replace(recipe.train, products=products),
-    )
-    return Plan(recipe, data, scale, prompts, more_prompts, num_evals)
-
-
 def write_prompts(plan: Plan) -> None:
     """Choose the prompts of every kind, and write them."""
     rows: dict[str, list[dict]] = {"train": [], "heldout": []}
     for kind, (train_file, heldout_file, num_train, num_heldout) in KINDS.items():
-        if plan.prompts is None:
+        if plan.options.prompts is None:
             rows["train"] += rows_of(plan, kind, "train", train_file, plan.scaled(num_train, 8))
         rows["heldout"] += rows_of(plan, kind, "heldout", heldout_file, plan.scaled(num_heldout, 3))
-    for path in filter(None, (plan.prompts, plan.more_prompts)):
+    for path in filter(None, (plan.options.prompts, plan.options.more_prompts)):
         rows["train"] += [row for _, row in read_jsonl(path)]
-    if plan.data is not None and (plan.data / f"{APART}.jsonl").exists():
+    if plan.options.data is not None and (plan.options.data / f"{APART}.jsonl").exists():
         rows["heldout"] += rows_of(plan, APART, "heldout", APART, plan.scaled(40, 3))
     for part, name in (("train", "prompts.jsonl"), ("heldout", "heldout.jsonl")):
         write_text(plan.output / name, "".join(json.dumps(row) + "\n" for row in rows[part]))
@@ -204,24 +223,16 @@ def write_prompts(plan: Plan) -> None:
 def rows_of(plan: Plan, kind: str, part: str, file: str | None, count: int) -> list[dict[str, Any]]:
     """Draw different prompts, not too long, from a file of the data folder; notes are made."""
     if file is None:
-        chosen = [row["messages"] for row in make(kind, part, count)]
-    elif plan.data is None:
+        chosen = [row["messages"] for row in demo_rows(kind, part, count)]
+    elif plan.options.data is None:
         sys.exit(f"--data is missing; name the folder that has {file}.jsonl")
     else:
-        lines = (plan.data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (plan.options.data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
         texts = dict.fromkeys(json.loads(line)["turns"][0] for line in lines)
         short = [text for text in texts if len(text) <= MAX_CHARACTERS]
         drawn = random.Random(0).sample(short, min(count, len(short)))
         chosen = [[{"role": "user", "content": text}] for text in drawn]
     return [{"id": f"{kind}/{part}/{i}", "set": kind, "messages": messages} for i, messages in enumerate(chosen)]
-
-
-def estimate(plan: Plan, cells: Sequence[Cell]) -> None:
-    """Print how many drafters are to be trained, and how long their steps take."""
-    found = find_cells(plan.output)
-    waiting = [cell for cell in cells if cell not in found]
-    seconds = sum(cell.steps * STEP_SECONDS[cell.block] for cell in waiting)
-    print(f"{len(waiting)} drafters to train, {seconds / 60:.0f} minutes of steps")
 
 
 def refuse_other_study(plan: Plan) -> None:
@@ -238,7 +249,7 @@ def make_sets(
     plan: Plan, recipe: Recipe, target: Target, *, with_head_input: bool
 ) -> tuple[tuple[ResponseDataset, ResponseDataset], ResponseDataset]:
     """Let the target answer, and make the datasets to train, to validate and to measure on, with features."""
-    if plan.data is not None or not (plan.output / "prompts.jsonl").exists():
+    if plan.options.data is not None or not (plan.output / "prompts.jsonl").exists():
         write_prompts(plan)
     parts = split_prompts(recipe.prompts)
     prompts = [prompt for part in parts for prompt in part]
@@ -275,68 +286,25 @@ def run_cells(plan: Plan, cells: Sequence[Cell]) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def main(
-    data: Path | None = None,
-    output: Path | None = None,
-    objectives: tuple[str, ...] = tuple(CANDIDATES),
-    blocks: tuple[Literal[8, 16], ...] = (8, 16),
-    steps: tuple[int, ...] = (25, 100, 400),
-    seeds: tuple[int, ...] = (0, 1, 2),
-    scale: float = 1.0,
-    products: Literal["float32", "bfloat16"] = "float32",
-    target: str | None = None,
-    prompts: Path | None = None,
-    more_prompts: Path | None = None,
-    max_new_tokens: int | None = None,
-    num_evals: int = 1,
-    dry_run: bool = False,
-) -> None:
-    """Train what is missing, and write the report.
-
-    Args:
-        data: folder with the prompts.
-        output: folder of answers, features, drafters and report; dpace-study by default.
-        objectives: names of candidates; each may be followed by options that it changes.
-        blocks: their sizes.
-        steps: the budgets.
-        seeds: of the trainings.
-        scale: of the numbers of prompts and steps.
-        products: dtype of products while training.
-        target: another target than the recipe's.
-        prompts: JSONL file of prompts to train on, in place of those of `--data`.
-        more_prompts: JSONL file of prompts to train on, beside the others.
-        max_new_tokens: longest answer, by default the recipe's 96 tokens.
-        num_evals: how often tau on validation prompts is written to a drafter's log. `dpace train` keeps the best.
-        dry_run: say how much there is to do, and stop.
-    """
-    if unknown := [name for name in objectives if name.split(":")[0] not in CANDIDATES]:
+def main(options: Options) -> None:
+    """Train what is missing, and write the report."""
+    if unknown := [name for name in options.objectives if name.split(":")[0] not in CANDIDATES]:
         sys.exit(f"there is no objective {', '.join(unknown)}; choose from {', '.join(CANDIDATES)}")
-    plan = make_plan(
-        output,
-        data,
-        scale,
-        products,
-        target=target,
-        prompts=prompts,
-        more_prompts=more_prompts,
-        max_new_tokens=max_new_tokens,
-        num_evals=num_evals,
-    )
-    names = dict.fromkeys([*ALWAYS, *objectives])
-    budgets = [plan.scaled(number) for number in steps]
-    cells = [Cell(name, block, n, seed) for seed in seeds for block in blocks for n in budgets for name in names]
+    plan = Plan(options)
     refuse_other_study(plan)
-    for cell in cells:  # before any work
+    for cell in plan.cells:  # before any work
         Run(plan.recipe_of(cell)).is_in(plan.folder(cell))
-    estimate(plan, cells)
-    if dry_run:
-        return
     found = find_cells(plan.output)
+    missing = [cell for cell in plan.cells if cell not in found]
+    seconds = sum(cell.steps * STEP_SECONDS[cell.block] for cell in missing)
+    print(f"{len(missing)} drafters to train, {seconds / 60:.0f} minutes of steps")
+    if options.dry_run:
+        return
     with lock_folder(plan.output):
-        if missing := [cell for cell in cells if cell not in found]:
+        if missing:
             run_cells(plan, missing)
         print(f"written: {write_report(plan.output, list(CANDIDATES))}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main(tyro.cli(Options, description=__doc__))

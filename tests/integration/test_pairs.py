@@ -105,18 +105,6 @@ PAIRS = {
         f"train {RECIPE} --drafter.init {{drafter}} --drafter.selector lilicorr",
         refused="--drafter.selector is lilicorr, but .* has None",
     ),
-    "from another drafter, hidden states on disk in 8 bits": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --train.feature-files {{out}}/states --train.feature-dtype float8",
-        "drafter/provenance.json",
-    ),
-    "accumulation, division by the weights, seen tokens": Pair(
-        f"train {RECIPE} --train.gradient-accumulation-steps 2 --loss.reduction weights --loss.vocabulary seen",
-        "drafter/provenance.json",
-    ),
-    "Muon, checkpointing, soft labels": Pair(
-        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss kl",
-        "drafter/provenance.json",
-    ),
     "convolutions, draft vocabulary, export": Pair(
         f"train {RECIPE} --drafter.conv-kernel-size 2; "
         "export {out}/drafter --target {target} --to zlab --output {out}/zlab; "
@@ -171,11 +159,6 @@ PAIRS = {
         "train {recipe} --prompts.path {own} --output {out}/new",
         "new/drafter/provenance.json",
         printed=r"\n\d{1,2}% of the tokens of the given answers, in a sample",
-    ),
-    "sampled answers, batches, train": Pair(
-        "respond {recipe} --output {out}/new --respond.temperature 0.7 --respond.seed 3 --respond.batch-size 7; "
-        "train {recipe} --output {out}/new",
-        "new/drafter/provenance.json",
     ),
     "stream, speculative sampling": Pair(
         f"generate {TARGET} --prompt 'w3 w51' --stream --temperature 0.8 --seed 1 --verify-rule speculative "
@@ -241,16 +224,6 @@ PAIRS |= {
     "check, two dtypes": Pair(
         f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --dtypes float32 bfloat16",
         printed="passed",
-    ),
-    "soft labels, overlap, options of the loss and of memory": Pair(
-        f"train {RECIPE} --loss.token-loss lk --loss.confidence overlap --loss.alpha 0 --loss.alpha-end 0.1 "
-        "--loss.chunk-mib 256 --train.no-group-by-length --train.save-steps 1 --train.max-grad-norm 0.5 "
-        "--train.feature-cache-gib 0",
-        "drafter/provenance.json",
-    ),
-    "options of a selector": Pair(
-        f"train {RECIPE} {LILICORR} --drafter.selector-width 16 --loss.selector-penalty 0",
-        "drafter/provenance.json",
     ),
     "from a drafter with a selector": Pair(
         f"train {RECIPE} {LILICORR}; respond {{recipe}} --output {{out}}/b; "

@@ -10,13 +10,12 @@ They are copied as data, from these files at these commits:
   611df5430bdd (pull request 874, open), tests/test_utils/test_dflash_opd.py
 * TorchSpec: lightseekorg/TorchSpec 6f21829cd0e3, tests/test_dflash.py
 * speculators: vllm-project/speculators c05b95b303f7, tests/unit/models/test_dflash_attention.py, test_dflash_utils.py,
-  test_sample_from_anchor.py, test_dspark_metrics.py and test_dspark_model_definitions.py, and the code that these test
+  test_dspark_metrics.py and test_dspark_model_definitions.py, and the code that these test
 * DeepSpec: deepseek-ai/DeepSpec afdfa7c9382a, deepspec/modeling/dspark/markov_head.py
 * optimum-intel: huggingface/optimum-intel e1de5beecfd0, optimum/exporters/openvino/model_patcher.py
 """
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -31,12 +30,10 @@ from dpace.drafter.views import BlocksHidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.heldout import walk
-from dpace.metrics import Acceptance
 from dpace.modeling_dflash import DFlashDraftModel, MarkovHead
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import LmHead
-from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights, spec_auf_weights
-from tests.support.models import make_drafter, make_target
+from dpace.weights import dflash_weights, dpace_confidence_only_weights, dpace_weights
 
 
 def row(*values):
@@ -44,15 +41,11 @@ def row(*values):
     return torch.tensor([[values]])
 
 
-def cut_blocks(length, anchors, block_size=4):
-    """Blocks of a text of one response."""
-    token_ids = torch.zeros(1, length, dtype=torch.long)
-    return build_blocks(token_ids, token_ids == 0, [torch.tensor(anchors)], block_size)
-
-
 def seen_keys(num_context, anchors, reach=FULL):
-    """The keys that each slot sees, in blocks of 4."""
-    mask = dense_mask(cut_blocks(num_context, anchors), num_context, reach)
+    """The keys that each slot sees, in blocks of 4 of a text of one response."""
+    token_ids = torch.zeros(1, num_context, dtype=torch.long)
+    blocks = build_blocks(token_ids, token_ids == 0, [torch.tensor(anchors)], block_size=4)
+    mask = dense_mask(blocks, num_context, reach)
     return [keys.nonzero().flatten().tolist() for keys in mask[0, 0]]
 
 
@@ -60,12 +53,10 @@ def test_layer_ids():
     """Of Model-Optimizer and TorchSpec."""
     assert build_target_layer_ids(36, 5) == [1, 9, 17, 25, 33]
     assert build_target_layer_ids(36, 2) == [1, 33]
-    assert build_target_layer_ids(36, 1) == [18]
-    assert build_target_layer_ids(32, 1) == [16]
 
 
 def test_weights():
-    """D-PACE's of Model-Optimizer, and the decay and the expected length of TorchSpec.
+    """D-PACE's of Model-Optimizer, and the expected length of TorchSpec.
 
     TorchSpec's `simulated_acc_len` multiplies mean accuracies and leaves out the bonus token. So it is the sum that
     D-PACE's weights come from, and not tau, which is counted block by block.
@@ -75,8 +66,6 @@ def test_weights():
     masked = dpace_weights(row(0.0, 0.9, 0.2, 0.3, 0.8), row(False, True, False, True, True), 0.5)
     kept = dpace_weights(row(0.0, 0.9, 0.3, 0.8), row(False, True, True, True), 0.5)
     torch.testing.assert_close(masked[..., [0, 1, 3, 4]], kept)
-    decay = dflash_weights(row(*[True] * 16), gamma=7.0)[0, 0]
-    assert decay[[1, 2, 15]].tolist() == pytest.approx([1, 0.867, 0.135], abs=5e-4)
     probs = row(0.5, 0.4, 0.5)
     assert dpace_confidence_only_weights(probs, probs > 0, 0.0).sum().item() == pytest.approx(0.8)
 
@@ -117,7 +106,7 @@ def test_overlap():
 
     Its loss is `1 - (sum of products) / slots`. `dpace+lk+overlap` at alpha 0 has its gradient times the slots, and
     another value, because its weights are constants and its losses logarithms. The weight of the first slot is that
-    sum. Its mask up to the first rejection is Spec-AUF's.
+    sum.
     """
     target_hidden = torch.tensor([0.2, 0.6, 0.2]).log().repeat(1, 1, 4, 1)
     hidden = torch.tensor([0.0, 0.0, -40.0]).repeat(1, 1, 4, 1).requires_grad_()
@@ -130,31 +119,17 @@ def test_overlap():
     expected = [0.25 * (1 + 0.7 + 0.49) / 3, 0.25 * (0.7 + 0.49) / 3, 0.25 * 0.49 / 3]
     assert hidden.grad is not None
     assert (hidden.grad[0, 0, 1:, 0] / 3).tolist() == pytest.approx(expected)
-    slots = torch.arange(8)
-    is_scored = (slots > 0) & (slots <= torch.tensor([7, 7, 7, 7, 3, 0])[:, None])
-    is_match = is_scored & (slots <= torch.tensor([0, 1, 6, 7, 7, 0])[:, None])
-    assert spec_auf_weights(is_match[None], is_scored[None]).sum(-1).tolist() == [[1, 2, 7, 7, 3, 0]]
 
 
 def test_anchors():
-    """SpecForge's, with the one target of a block that begins at the last token but one.
+    """SpecForge's.
 
     A batch without an anchor is an error there; here its loss is 0. TorchSpec takes an anchor only where its whole
     block fits into the text, and so leaves the ends out: none of 4 tokens with blocks of 8.
     """
     masks = {"1101011": [0, 5], "0011": [2], "0011000": [2], "1010000": [], "000011": [4], "101": []}
     assert {mask: sample_anchors([bit == "1" for bit in mask]).tolist() for mask in masks} == masks
-    token_ids = torch.tensor([[1, 2, 3, 4]])
-    tail = build_blocks(token_ids, token_ids > 0, [torch.tensor([2])], block_size=5)
-    assert tail.labels[tail.is_scored].tolist() == [4] and tail.is_scored[0, 0, 1]
     assert sample_anchors([True] * 4).tolist() == [0, 1, 2]
-
-
-def test_positions():
-    """TorchSpec's and speculators'."""
-    assert cut_blocks(32, [5, 20]).position_ids.flatten().tolist() == [5, 6, 7, 8, 20, 21, 22, 23]
-    expected = [0, 1, 2, 5, 6, 7, 10, 11, 12]
-    assert cut_blocks(13, [0, 5, 10], block_size=3).position_ids.flatten().tolist() == expected
 
 
 def test_what_slots_see():
@@ -175,11 +150,10 @@ def test_what_slots_see():
 
 
 def test_accepted_lengths():
-    """SpecForge's walks and Model-Optimizer's rates.
+    """SpecForge's walks.
 
     SpecForge goes from one sampled anchor to the next. Here every token of a response is an anchor, so a gap between
-    sampled ones is the end of a response. Model-Optimizer does not count the token that corrects a draft, but the one
-    before each draft; here it is the other way round.
+    sampled ones is the end of a response.
     """
     walks = [
         ({0: 2, 1: 0, 2: 5, 3: 1, 4: 0, 5: 3}, [(0, 10)], (9, 3)),
@@ -190,15 +164,6 @@ def test_accepted_lengths():
     for accepted_from, spans, expected in walks:
         found = walk(accepted_from, spans, block_size=6)
         assert (found.emitted_tokens.sum(), found.counts.sum()) == expected
-    assert Acceptance.from_lengths([2], block_size=3).tau == 3.0
-    assert Acceptance.from_lengths([0, 0], block_size=3).tau == 1.0
-
-
-def test_draft_tokens_of_a_block():
-    """speculators': 7 tokens in a block of 8, and 8 where the anchor's slot predicts. Its DSpark always does."""
-    spec = make_drafter(make_target("qwen3"), block_size=8).spec
-    assert not spec.sample_from_anchor and spec.num_draft_tokens == 7
-    assert replace(spec, sample_from_anchor=True).num_draft_tokens == 8
 
 
 def waves(*shape, start=0.0):
@@ -271,20 +236,3 @@ def test_the_drafts_of_dsparks_head(dspark):
     assert draft.tokens.tolist() == [[1, 7, 8], [8, 3, 4]]
     expected = [[-2.213072, 0.123303, 2.308403], [0.136741, -1.116235, -4.424423]]
     torch.testing.assert_close(draft.scores[..., 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("ids", "slots", "overlap", "length"), [
-    ([0, 1, 0, 2], [0, 1], 1.0, 2.0), ([0, 1, 0, 2], [1, 1], 1.0, 3.0), ([0, 3, 0, 4], [0, 1], 0.0, 1.0),
-])  # fmt: skip
-def test_how_much_of_dsparks_drafts_is_accepted(ids, slots, overlap, length):
-    """speculators': a sure draft of tokens 1 and 2, for a target that is sure of these or of others."""
-    theirs, ours = (10 * torch.eye(8)[torch.tensor(tokens)].view(1, 2, 2, 8) for tokens in (ids, [0, 1, 0, 2]))
-    is_scored = torch.tensor(slots).bool().expand(1, 2, 2)
-    seen = []
-    weigh = lambda slots: seen.append(slots) or torch.ones(1, 2, 2)  # noqa: E731
-    labels = theirs.argmax(-1)
-    out = frozen_head_nll(ours, LmHead(10 * torch.eye(8)), labels, is_scored, weigh=weigh, target_hidden=theirs)
-    assert seen[0].overlap[is_scored].mean() == pytest.approx(overlap, abs=1e-2)
-    accepted = seen[0].overlap.where(is_scored, 1.0).cumprod(-1).where(is_scored, 0.0).sum(-1)
-    assert float(1 + accepted.mean()) == pytest.approx(length, abs=1e-2)
-    assert (float(out.nll.sum()) < 1e-2) == (overlap == 1.0)

@@ -94,6 +94,14 @@ def test_fp32_and_detached():
     torch.testing.assert_close(weights, dpace_weights(probs.bfloat16().float(), flags))
 
 
+def test_published_defaults():
+    probs, flags = published("1101")
+    for weigh in (dpace_weights, dpace_confidence_only_weights, dpace_continuation_only_weights, bv_weights):
+        assert torch.equal(weigh(probs, flags), weigh(probs, flags, 0.5))
+    assert torch.equal(dflash_weights(flags), dflash_weights(flags, 7.0))
+    assert torch.equal(vat_weights(flags & False, flags), vat_weights(flags & False, flags, 7.0))
+
+
 def test_schedules():
     e = math.exp
     flags = scored([1, 1, 0, 1])

@@ -27,7 +27,7 @@ LENGTHS = {25: 4, 100: 6, 400: 8}
 @pytest.fixture
 def output(tmp_path):
     """Two objectives that learn the same in a step, where a step of `spec-auf` takes twice as long."""
-    plan = study.make_plan(tmp_path, None, 1.0, "float32")
+    plan = study.Plan(study.Options(output=tmp_path))
     for name, seconds in {"dflash": 1.0, "dpace": 1.0, "spec-auf": 2.0}.items():
         for steps, length in LENGTHS.items():
             for seed in (0, 1):
@@ -42,13 +42,13 @@ def output(tmp_path):
 
 
 def test_each_candidate_is_a_recipe_of_its_own(tmp_path):
-    plan = study.make_plan(tmp_path, None, 1.0, "float32")
+    plan = study.Plan(study.Options(output=tmp_path))
     runs = [plan.recipe_of(study.Cell(name, 16, 25, 0)) for name in study.CANDIDATES]
     assert all(runs.count(run) == 1 for run in runs)
 
 
 def test_an_objective_may_change_options(tmp_path):
-    plan = study.make_plan(tmp_path, None, 1.0, "float32")
+    plan = study.Plan(study.Options(output=tmp_path))
     before = plan.recipe_of(study.Cell("growing-blocks", 16, 25, 0))
     name = "growing-blocks:drafter.num_layers=3:drafter.target_layer_ids=[14, 21, 27]:train.learning_rate=6.0e-3"
     changed = plan.recipe_of(study.Cell(name, 16, 25, 0))
@@ -86,7 +86,7 @@ def test_equal_seconds_take_the_budgets_that_the_seeds_share(output):
 
 
 def test_a_study_in_other_products_is_refused(tmp_path):
-    plan = study.make_plan(tmp_path, None, 1.0, "bfloat16")
+    plan = study.Plan(study.Options(output=tmp_path, products="bfloat16"))
     assert plan.recipe.train.products == "bfloat16"
     (tmp_path / "study.json").write_text('{"scale": 1.0, "products": "float32"}')
     with pytest.raises(SystemExit, match="holds a study with --products float32, not bfloat16; name another --output"):

@@ -4,8 +4,9 @@ import math
 import re
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
-import make_prompts
+import box_prompts
 import pytest
 
 from dpace.config import PromptsConfig
@@ -141,10 +142,11 @@ def test_held_out_prompts_of_a_file_are_no_training_prompts_by_id_or_text(tmp_pa
 
 
 def test_demo_parts_are_what_the_script_writes_and_share_no_text_and_no_value(tmp_path):
-    for pools in (make_prompts.NOTES, make_prompts.PROBLEMS):
+    for kind in ("notes", "problems"):
+        pools = box_prompts.POOLS[kind]
         for name, values in pools["train"].items():
-            assert not set(values.split("|")) & set(pools["heldout"][name].split("|")), name
-    make_prompts.main([str(tmp_path), "train", "heldout", "tuning"])
+            assert not set(values.split(" | ")) & set(pools["heldout"][name].split(" | ")), name
+    box_prompts.main(Path("demo"), tmp_path)
     files = {part: tmp_path / f"{part}.jsonl" for part in ("train", "heldout", "tuning")}
     train, heldout, tuning = ({p.turns[-1][-1]["content"] for p in read_prompts(path)} for path in files.values())
     for part in ("train", "heldout"):
