@@ -308,13 +308,13 @@ class TrainingLoop:
 
     def send(self, batch: Inputs) -> Inputs:
         """Send a micro-batch to the target's device."""
-        sent = {**batch}
+        device = self.target.device
+        inputs: Any = {**batch}
         for name, value in batch.items():
-            # Pinned memory is copied while the device computes.
-            if self.target.device.type in TILED and isinstance(value, torch.Tensor):
-                sent[name] = value.pin_memory()
-        sent: Any = send_to_device(sent, self.target.device, non_blocking=True)
-        return sent | {"text": batch["token_ids"]}  # on the host, where the target looks for shared beginnings
+            if device.type in TILED and isinstance(value, torch.Tensor):
+                inputs[name] = value.pin_memory()  # which is copied while the device computes
+        inputs = send_to_device(inputs, device, non_blocking=True)
+        return inputs | {"text": batch["token_ids"]}  # on the host, where the target looks for shared beginnings
 
     def take_step(self, batches: Sequence[Inputs]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
@@ -340,21 +340,21 @@ class TrainingLoop:
             inputs = self.send(batch)
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = score_blocks(self.trained, self.scorer, inputs, forward=self.forward)
-                loss, num_items = block_loss(out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction)
-                loss.backward()  # divided by the step's items below, when they are known
-            totals[:2] += torch.stack([loss.detach(), num_items * batch["counts"]])
+                losses, items = block_loss(out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction)
+                losses.backward()  # divided by the step's items below, when they are known
+            totals[:2] += torch.stack([losses.detach(), items * batch["counts"]])
             self.log.add_batch(out, blocks.is_scored)
         gradients = [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
-        norm = ranks.whole(get_total_norm(gradients))
+        norm_of_sum = ranks.whole(get_total_norm(gradients))
         totals[2] = self.interrupt.asked_at is not None
 
         over_ranks = self.accelerator.reduce(totals, reduction="sum")
         # The only time that the host waits for the device.
-        loss, num_items, num_asked, norm = torch.stack([*over_ranks, norm]).tolist()
+        sum_of_losses, num_items, num_asked, norm = torch.stack([*over_ranks, norm_of_sum]).tolist()
         self.interrupt.is_asked = num_asked > 0
         divisor = max(num_items, TINY)
+        loss = sum_of_losses / divisor
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
-        loss /= divisor
         norm *= factor
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
