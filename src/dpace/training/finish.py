@@ -49,7 +49,9 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
     target = loop.target
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    objective = {name: run[f"loss.{name}"] for name in ("objective", "objective_sha256") if f"loss.{name}" in run}
+    objective = {"objective": run["loss.objective"]}
+    if "loss.objective_sha256" in run:  # of a custom one
+        objective["objective_sha256"] = run["loss.objective_sha256"]
     record = {
         "target": target.short_name,
         "dtype": dtype_name(target.model.dtype),
