@@ -218,14 +218,17 @@ def _keep_best(sums: _Sums, logits: Tensor, first_tokens: Tensor) -> None:
     if num_candidates == 1:
         columns = argmax(logits)[:, None]
         highest = logits.gather(-1, columns)
-    else:
-        highest, columns = topk(logits, min(num_candidates, logits.shape[1]))
+        # Strictly greater: on ties the token of the earlier tile stays, as argmax over a whole row would choose.
+        sums.top_tokens = torch.where(highest > sums.top_logits, columns + first_tokens, sums.top_tokens)
+        sums.top_logits = torch.maximum(sums.top_logits, highest)
+        return
+    highest, columns = topk(logits, min(num_candidates, logits.shape[1]))
     top_logits = torch.cat([sums.top_logits, highest], dim=1)
     top_tokens = torch.cat([sums.top_tokens, columns + first_tokens], dim=1)
-    # Stable, with the tokens of earlier tiles first: on ties these stay, as argmax over a whole row would choose.
-    order = top_logits.argsort(dim=1, descending=True, stable=True)[:, :num_candidates]
-    sums.top_logits = top_logits.gather(1, order)
-    sums.top_tokens = top_tokens.gather(1, order)
+    # Stable, with the tokens of earlier tiles first: on ties these stay.
+    top_logits, order = top_logits.sort(dim=1, descending=True, stable=True)
+    sums.top_logits = top_logits[:, :num_candidates]
+    sums.top_tokens = top_tokens.gather(1, order[:, :num_candidates])
 
 
 @functools.cache

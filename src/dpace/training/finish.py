@@ -49,7 +49,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
     target = loop.target
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    objective = {"objective": run["loss.objective"]}
+    objective: JsonObject = {"objective": run["loss.objective"]}
     if "loss.objective_sha256" in run:  # of a custom one
         objective["objective_sha256"] = run["loss.objective_sha256"]
     record = {
@@ -76,25 +76,30 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
             vocabulary = seen
     if not ranks.is_first():
         return
-    provenance = {
-        "target": target.name,
-        "target_revision": getattr(target.model.config, "_commit_hash", None),
-        "conversations": len(loop.dataset),
-        "steps": loop.state.global_step,
-        "best_eval_tau": loop.state.best_metric,
-        "hardware": vars(find_hardware(target.device)),
-        "versions": vars(find_versions()),
-        **objective,
-        "init": loop.recipe.drafter.init,
-        "init_sha256": run["init_sha256"],
-        "peak_memory_bytes": peak_memory(target.device),
-    }
+    provenance = _provenance(loop, run, objective)
     drafter.save_pretrained(folder, dtype=SERVED)
     if vocabulary is not None:
         vocabulary.save(folder)
     write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
     write_state(folder / STATE, loop.state)
     write_json(folder / "provenance.json", provenance)  # last: it says that all others are there
+
+
+def _provenance(loop: TrainingLoop, run: JsonObject, objective: JsonObject) -> JsonObject:
+    """Return from what, on what and how long the drafter was trained."""
+    return {
+        "target": loop.target.name,
+        "target_revision": getattr(loop.target.model.config, "_commit_hash", None),
+        "conversations": len(loop.dataset),
+        "steps": loop.state.global_step,
+        "best_eval_tau": loop.state.best_metric,
+        "hardware": vars(find_hardware(loop.target.device)),
+        "versions": vars(find_versions()),
+        **objective,
+        "init": loop.recipe.drafter.init,
+        "init_sha256": run["init_sha256"],
+        "peak_memory_bytes": peak_memory(loop.target.device),
+    }
 
 
 def _seen_vocabulary(loop: TrainingLoop, init: Drafter | None) -> DraftVocabulary:
