@@ -247,8 +247,8 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    ends = [(start, min(end, config.max_length)) for example in dataset.examples for start, end in example.spans]
-    if recipe.drafter.selector in WALKED and max(end - start for start, end in ends) < size:
+    spans = [(start, min(end, config.max_length)) for example in dataset.examples for start, end in example.spans]
+    if recipe.drafter.selector in WALKED and max(end - start for start, end in spans) < size:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.selector would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.selector out"
