@@ -146,7 +146,7 @@ def tell_all() -> None:
 
 def check_shares_of_a_drafter(loop: TrainingLoop) -> None:
     """A rank has its share of weights, gradients and moments only."""
-    model = loop.model
+    model = loop.trained
     assert isinstance(model, FSDPModule) and all(isinstance(layer, FSDPModule) for layer in model.layers)
     for parameter in model.parameters():
         moments = [value for value in loop.optimizer.state[parameter].values() if value.ndim]

@@ -97,10 +97,9 @@ class ResponseDataset:
         self, target: Target, layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
     ) -> None:
         """Compute the features of every conversation once, where they fit in memory; see `Target.read_features`."""
-        width = (len(layer_ids) + with_head_input) * target.hidden_size
-        size = int(self.lengths.sum()) * width * target.head.weight.element_size()
+        token_bytes = bytes_of_token(target, len(layer_ids), "target", with_head_input=with_head_input)
         self.features = None  # frees features of other layers before these are computed
-        if size > limit_bytes:
+        if token_bytes * int(self.lengths.sum()) > limit_bytes:
             return
         compute = partial(compute_features, target, layer_ids, with_head_input=with_head_input)
         rows = self.compute_rows(compute, self.batches_that_begin_alike(range(len(self))), "reading hidden states")
@@ -168,6 +167,15 @@ class ResponseDataset:
 def pad(rows: Sequence[Tensor]) -> Tensor:
     """Stack rows of different lengths, padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def bytes_of_token(target: Target, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
+    """Return the bytes of a token's features, kept in a dtype of `--train.feature-dtype`."""
+    num_values = (num_layers + with_head_input) * target.hidden_size
+    if dtype == "float8":
+        num_scales = 1 + with_head_input
+        return num_values + 4 * num_scales
+    return num_values * (2 if dtype == "bfloat16" else target.head.weight.element_size())
 
 
 def compute_features(

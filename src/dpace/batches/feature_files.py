@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_features
+from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, bytes_of_token, compute_features
 from dpace.config import TrainConfig
 from dpace.servers.apis import connect
 from dpace.system import ranks
@@ -236,15 +236,6 @@ def _index_rows(folder: Path) -> dict[str, Path]:
                 f"{path} is damaged ({error}); delete it, and the same command computes its rows again"
             ) from error
     return rows
-
-
-def bytes_of_token(target: Target, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
-    """Return the bytes of a token's features on disk."""
-    num_values = (num_layers + with_head_input) * target.hidden_size
-    if dtype == "float8":
-        num_scales = 1 + with_head_input
-        return num_values + 4 * num_scales
-    return num_values * (2 if dtype == "bfloat16" else target.head.weight.element_size())
 
 
 def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:

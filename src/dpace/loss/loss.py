@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.config import Reduction, TokenLoss
-from dpace.loss.head_scores import CPU_CHUNK_BYTES, TokenLosses
+from dpace.loss.head_scores import CPU_CHUNK_BYTES, score_tokens
 from dpace.target.head import LmHead
 from dpace.weights import uniform_weights
 
@@ -43,7 +43,8 @@ Weigh = Callable[[Slots], Float[Tensor, "batch block slot"]]
 class SlotScores(NamedTuple):
     """Losses and statistics from one pass through the head.
 
-    All but the losses are detached. Values are 0 where a slot is not scored and nothing else is said.
+    Numbers are fp32 for operands of any dtype. All but the losses are detached. Values are 0 where a slot is not scored
+    and nothing else is said.
     """
 
     losses: Float[Tensor, "batch block"]
@@ -74,23 +75,8 @@ def frozen_head_nll(
 ) -> SlotScores:
     """Compute the weighted loss of each block.
 
-    It equals `frozen_head_nll_reference` of `tests/support/losses.py`, which has all logits at once.
-
-    The head is frozen, so the gradient of a row's cross-entropy with respect to its hidden state is
-    `(softmax - onehot) @ W`. It is computed together with the loss, tile by tile of rows and vocabulary: logits,
-    running sums, gradient, then the logits are dropped. That takes two products with the head; no logits are kept or
-    recomputed, and rows that are not scored are never multiplied. The weights then scale the rows' gradients. With
-    `target_hidden`, a third product computes the target's logits, and tiles are whole rows. Statistics are fp32 for
-    operands of any dtype.
-
-    With `q` the drafter's distribution and `p` the target's, the token loss of a slot is
-
-    - `nll`: `-log q[label]`, as in the paper;
-    - `kl`: `sum of p log(p / q)`, soft labels;
-    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
-      2602.23881).
-
-    Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
+    With `q` the drafter's distribution and `p` the target's, a token loss is `-log q[label]` (`nll`), `sum of p log(p /
+    q)` (`kl`) or `-log sum of min(p, q)` (`lk`). `dpace.loss.head_scores` says how they are computed, in which memory.
 
     Args:
         hidden: the drafter's final hidden states.
@@ -99,15 +85,12 @@ def frozen_head_nll(
         is_scored: slots that count.
         weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
         token_loss: see above.
-        target_hidden: input of the target's own head where it predicts each slot; `nll` without
-            `Slots.overlap` does not need it.
+        target_hidden: input of the target's own head where it predicts each slot; `nll` without `Slots.overlap` needs
+            none.
         scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host
             waits for the device.
         chunk_bytes: size of the fp32 logits that exist at once, see `chunk_bytes_of`; changes results by rounding only.
         num_candidates: number of best tokens to find, exactly; 1 with `target_hidden`.
-
-    Returns:
-        See `SlotScores`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
 
     Raises:
         ValueError: a `token_loss` that needs `target_hidden`, without it.
@@ -116,9 +99,16 @@ def frozen_head_nll(
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
     if scored_rows is None:
         scored_rows = is_scored.flatten().nonzero()[:, 0]
-    # By position, since autograd functions take no keywords.
-    losses, nll, overlap, candidates = TokenLosses.apply(
-        hidden, head, labels, is_scored, scored_rows, token_loss, target_hidden, chunk_bytes, num_candidates
+    losses, nll, overlap, candidates, _ = score_tokens(
+        hidden,
+        head,
+        labels,
+        is_scored,
+        scored_rows,
+        token_loss=token_loss,
+        target_hidden=target_hidden,
+        chunk_bytes=chunk_bytes,
+        num_candidates=num_candidates,
     )
     is_match = (candidates[..., 0] == labels) & is_scored
     # Detached: weights depend on the drafter's probabilities, but are constants of the loss.

@@ -47,54 +47,36 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
     """
     drafter = loop.drafter
     target = loop.target
-    validation = loop.validation
-    recipe = loop.recipe
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    objective = {"objective": run["loss.objective"]}
+    objective: JsonObject = {"objective": run["loss.objective"]}
     if "loss.objective_sha256" in run:  # of a custom one
         objective["objective_sha256"] = run["loss.objective_sha256"]
     record = {
         "target": target.short_name,
         "dtype": dtype_name(target.model.dtype),
-        "thinking": recipe.thinking,
+        "thinking": loop.recipe.thinking,
         **tokenizer_hashes(target),
         **objective,
         "confidence_temperature": 1.0,
     }
     drafter.config.dpace = record  # `dpace doctor` compares with it; engines ignore it
     vocabulary = None
-    if len(validation):
-        token_ids = [*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids]
-        # A drafter that started from another one has learned tokens of other texts.
-        before = None if init is None else init.vocabulary
-        is_known = init is None or before is not None
-        if before is not None:
-            token_ids += before.token_ids[before.token_ids < len(target.head.weight)].tolist()
-        seen = DraftVocabulary(token_ids)
-        of_all, of_seen = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
+    if len(loop.validation):
+        seen = _seen_vocabulary(loop, init)
+        of_all, of_seen = measure_and_calibrate(drafter, target, loop.validation, [None, seen.token_ids])
         acceptance, record["confidence_temperature"] = of_all
         record["tau"] = acceptance.tau
         record["tau_interval"] = list(map(defined, acceptance.interval()))
-        record["tau_responses"] = validation.ids
+        record["tau_responses"] = loop.validation.ids
         seen_acceptance, seen.confidence_temperature = of_seen
+        # A drafter without a vocabulary that this one started from has learned tokens that nobody listed.
+        is_known = init is None or init.vocabulary is not None
         if is_known and seen_acceptance.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
             vocabulary = seen
     if not ranks.is_first():
         return
-    provenance = {
-        "target": target.name,
-        "target_revision": getattr(target.model.config, "_commit_hash", None),
-        "conversations": len(loop.dataset),
-        "steps": loop.state.global_step,
-        "best_eval_tau": loop.state.best_metric,
-        "hardware": vars(find_hardware(target.device)),
-        "versions": vars(find_versions()),
-        **objective,
-        "init": recipe.drafter.init,
-        "init_sha256": run["init_sha256"],
-        "peak_memory_bytes": peak_memory(target.device),
-    }
+    provenance = _provenance(loop, run, objective)
     drafter.save_pretrained(folder, dtype=SERVED)
     if vocabulary is not None:
         vocabulary.save(folder)
@@ -103,10 +85,36 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
     write_json(folder / "provenance.json", provenance)  # last: it says that all others are there
 
 
+def _provenance(loop: TrainingLoop, run: JsonObject, objective: JsonObject) -> JsonObject:
+    """Return from what, on what and how long the drafter was trained."""
+    return {
+        "target": loop.target.name,
+        "target_revision": getattr(loop.target.model.config, "_commit_hash", None),
+        "conversations": len(loop.dataset),
+        "steps": loop.state.global_step,
+        "best_eval_tau": loop.state.best_metric,
+        "hardware": vars(find_hardware(loop.target.device)),
+        "versions": vars(find_versions()),
+        **objective,
+        "init": loop.recipe.drafter.init,
+        "init_sha256": run["init_sha256"],
+        "peak_memory_bytes": peak_memory(loop.target.device),
+    }
+
+
+def _seen_vocabulary(loop: TrainingLoop, init: Drafter | None) -> DraftVocabulary:
+    """Return the tokens of the training text, the stop tokens, and what the drafter to start from had seen before."""
+    token_ids = [*loop.dataset.seen_tokens.tolist(), *loop.target.stop_token_ids]
+    if init is not None and init.vocabulary is not None:
+        before = init.vocabulary.token_ids
+        token_ids += before[before < len(loop.target.head.weight)].tolist()
+    return DraftVocabulary(token_ids)
+
+
 def _find_answers(dataset: ResponseDataset) -> list[int]:
     """Return the tokens of the answers that were trained on; of every n-th conversation where all are too many."""
     num_tokens = sum(int(dataset.is_response(number).sum()) for number in range(len(dataset)))
-    tokens = []
+    tokens: list[int] = []
     for number in range(0, len(dataset), 1 + num_tokens // MAX_ANSWER_TOKENS):
         tokens += dataset.token_ids(number)[dataset.is_response(number)].tolist()
     return tokens[:MAX_ANSWER_TOKENS]

@@ -20,7 +20,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
 
     Args:
         recipe: names the drafter: what `read_drafter` reads, or a Hub id.
-        given: options that the user set, as `flags.given_options` names them.
+        given: names of the options that the user set, such as `drafter.block_size`.
 
     Returns:
         The recipe and the drafter, in the precision of its files, with its draft vocabulary and the asked length of

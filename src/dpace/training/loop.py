@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to_device, set_seed
+from accelerate.utils import convert_to_fp32, patch_environment, send_to_device, set_seed
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
@@ -54,11 +54,11 @@ T = TypeVar("T")
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 
 
-def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
+def num_steps(train: TrainConfig, conversations: int, num_ranks: int = 1) -> int:
     """Count the optimizer steps of a training."""
     if train.max_steps > 0:
         return train.max_steps
-    step_size = train.batch_size * train.gradient_accumulation_steps * ranks
+    step_size = train.batch_size * train.gradient_accumulation_steps * num_ranks
     return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
@@ -74,20 +74,20 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any = None) -> tuple[SlotScores, Blocks]:
+def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, forward: Any = None) -> tuple[SlotScores, Blocks]:
     """Draft the blocks of a micro-batch, and compute their losses.
 
     Args:
         drafter: is trained.
         scorer: computes the losses.
         batch: of `TrainingLoop.read_batch`, on the target's device.
-        model: the drafter's wrapper; by default the drafter itself.
+        forward: runs the drafter; by default the drafter itself does.
 
     Returns:
         What the LM head and the drafter's selector give, and the blocks.
     """
     drafted = blocks_hidden(
-        drafter, scorer.rows.target, batch, model=model, with_target_hidden=scorer.needs_target_hidden
+        drafter, scorer.rows.target, batch, model=forward, with_target_hidden=scorer.needs_target_hidden
     )
     blocks = drafted.blocks
     config = scorer.loss
@@ -112,9 +112,10 @@ def score_blocks(drafter: Drafter, scorer: Scorer, batch: Inputs, *, model: Any 
 class TrainingLoop:
     """Trains a drafter on blocks of a target's responses.
 
-    Where accelerate's configuration asks for FSDP2, a copy of the drafter is sharded and trained. The drafter itself
-    stays whole on each rank, and gets the weights for measuring, for checkpoints and at the end. So the files are the
-    same as from one process.
+    `drafter` is whole on each rank; it is measured and written. `trained` has the parameters that steps change. It is
+    the same drafter, or, where accelerate's configuration asks for FSDP2, a sharded copy, whose weights `drafter` gets
+    for measuring, for checkpoints and at the end. So the files are the same as from one process. `wrapped` is `trained`
+    as accelerate runs it.
 
     Memory, of a rank among n: a whole drafter with its gradient and moments; sharded, a whole drafter and a share 1/n
     of weights, gradient and moments.
@@ -158,7 +159,7 @@ class TrainingLoop:
         if self.config.gradient_checkpointing:
             drafter.activation_checkpointing_enable()
         self.is_sharded = wants_shards()
-        self.model = shard(copy.deepcopy(drafter)) if self.is_sharded else drafter
+        self.trained = shard(copy.deepcopy(drafter)) if self.is_sharded else drafter
         drafted_tokens = dataset.seen_tokens if self.loss.vocabulary == "seen" else None
         self.scorer = Scorer(
             self.loss,
@@ -170,13 +171,11 @@ class TrainingLoop:
         )
         # Prepared are autocast and compilation, and, without shards, the sum of the gradients over the ranks.
         self.wrapped: Any = self.accelerator.prepare_model(
-            self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
+            self.trained, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
         )
-        # Losses and their gradients start from fp32, whatever the products are rounded to.
-        self.forward = convert_outputs_to_fp32(self._rounded)
         if self.is_sharded:
             self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
-        self.optimizer = make_optimizer(self.model, self.config)
+        self.optimizer = make_optimizer(self.trained, self.config)
         self.schedule = self._make_schedule()
         self.log = StepLog(drafter.block_size, target.device)
         self.interrupt = Interrupt()
@@ -211,10 +210,10 @@ class TrainingLoop:
         dtype = products_dtype(self.config, self.target.device)
         return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
-    def _rounded(self, **inputs: Any) -> Any:
-        """Run the drafter; on an accelerator, accelerate's wrapper rounds its products too."""
-        with self.autocast():
-            return self.wrapped(**inputs)
+    def forward(self, **inputs: Any) -> Any:
+        """Run the drafter; whatever its products are rounded to, losses and their gradients start from fp32."""
+        with self.autocast():  # on an accelerator, accelerate's wrapper opens it too
+            return convert_to_fp32(self.wrapped(**inputs))
 
     @property
     def progress(self) -> float:
@@ -251,18 +250,23 @@ class TrainingLoop:
                 if self.interrupt.is_asked:
                     break
                 self.take_step(batches)
-                is_last = state.global_step == state.max_steps
-                if is_last or state.global_step % config.logging_steps == 0:
+                if self.is_due(config.logging_steps):
                     track(state.add_to_log(self.log.entry(self.accelerator)))
                 # Before a checkpoint, which records whether it is the best one.
-                is_best = self.measure(track)
-                is_due = state.global_step % (config.save_steps or config.eval_steps) == 0
-                if is_last or self.interrupt.is_asked or is_best or is_due:
+                if len(self.validation) and self.is_due(config.eval_steps):
+                    track(self.measure())
+                is_best = state.best_global_step == state.global_step
+                if is_best or self.interrupt.is_asked or self.is_due(config.save_steps or config.eval_steps):
                     self.save()
                 bar.update(task, completed=state.global_step, info=latest_numbers(state))
         self.gather()
         if state.best_global_step not in (None, state.global_step):
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
+
+    def is_due(self, num_steps: int) -> bool:
+        """Return whether the time has come for what is done every so many steps, and after the last one."""
+        step = self.state.global_step
+        return step == self.state.max_steps or step % num_steps == 0
 
     def batches_of_steps(self) -> Iterator[list[Inputs]]:
         """Yield this rank's micro-batches of each step, from where the training stands to its end.
@@ -302,6 +306,16 @@ class TrainingLoop:
         batch["whole_blocks"] = is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
         return batch | {"counts": bool(numbers)}
 
+    def send(self, batch: Inputs) -> Inputs:
+        """Send a micro-batch to the target's device."""
+        device = self.target.device
+        inputs: Any = {**batch}
+        for name, value in batch.items():
+            if device.type in TILED and isinstance(value, torch.Tensor):
+                inputs[name] = value.pin_memory()  # which is copied while the device computes
+        inputs = send_to_device(inputs, device, non_blocking=True)
+        return inputs | {"text": batch["token_ids"]}  # on the host, where the target looks for shared beginnings
+
     def take_step(self, batches: Sequence[Inputs]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
 
@@ -320,32 +334,27 @@ class TrainingLoop:
         started = time.perf_counter()
         # Of an objective that draws: the same after a resume.
         set_seed((self.config.seed + self.state.global_step) % 2**32)
-        self.wrapped.train()
+        self.trained.train()
         totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):
-            inputs: Any = {**batch}
-            if self.target.device.type in TILED:  # pinned memory is copied while the device computes
-                tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-                inputs |= {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            inputs = send_to_device(inputs, self.target.device, non_blocking=True)
-            inputs["text"] = batch["token_ids"]  # on the host, where the target looks for shared beginnings
+            inputs = self.send(batch)
             with self.reduced_over_ranks(number == len(batches)):
-                out, blocks = score_blocks(self.model, self.scorer, inputs, model=self.forward)
-                loss, num_items = block_loss(out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction)
-                loss.backward()  # divided by the step's items below, when they are known
-            totals[:2] += torch.stack([loss.detach(), num_items * batch["counts"]])
+                out, blocks = score_blocks(self.trained, self.scorer, inputs, forward=self.forward)
+                losses, items = block_loss(out.losses, blocks.is_scored, out.weights, reduction=self.loss.reduction)
+                losses.backward()  # divided by the step's items below, when they are known
+            totals[:2] += torch.stack([losses.detach(), items * batch["counts"]])
             self.log.add_batch(out, blocks.is_scored)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = ranks.whole(get_total_norm(gradients))
+        gradients = [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
+        norm_of_sum = ranks.whole(get_total_norm(gradients))
         totals[2] = self.interrupt.asked_at is not None
 
         over_ranks = self.accelerator.reduce(totals, reduction="sum")
         # The only time that the host waits for the device.
-        loss, num_items, num_asked, norm = torch.stack([*over_ranks, norm]).tolist()
+        sum_of_losses, num_items, num_asked, norm = torch.stack([*over_ranks, norm_of_sum]).tolist()
         self.interrupt.is_asked = num_asked > 0
         divisor = max(num_items, TINY)
+        loss = sum_of_losses / divisor
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
-        loss /= divisor
         norm *= factor
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
@@ -369,7 +378,7 @@ class TrainingLoop:
     def reduced_over_ranks(self, is_last: bool) -> Iterator[None]:
         """Let the ranks exchange gradients in the backward pass of a step's last micro-batch only."""
         if self.is_sharded:
-            self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
+            self.trained.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
         if is_last or self.is_sharded:
             yield
         else:
@@ -383,30 +392,25 @@ class TrainingLoop:
             ValueError: a step has spoilt them; names it and the tensors.
         """
         if self.is_sharded:
-            copy_weights(self.model, self.drafter)
+            copy_weights(self.trained, self.drafter)
         refuse_infinite(f"the drafter after step {self.state.global_step}", self.drafter, LOWER)
 
-    def measure(self, track: Callable[[dict[str, float]], None]) -> bool:
-        """Measure tau of the validation responses where that is due, and return whether it is the best one so far.
+    def measure(self) -> dict[str, float]:
+        """Measure tau of the validation responses, keep it where it is the best so far, and return the log's entry.
 
         Tau is what selects the best checkpoint: the loss cannot be compared between steps or objectives, and D-PACE's
         grows as the drafter gets better.
         """
         state = self.state
-        is_due = state.global_step == state.max_steps or state.global_step % self.config.eval_steps == 0
-        if not len(self.validation) or not is_due:
-            return False
         self.gather()
         acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
+        if state.best_metric is None or acceptance.tau > state.best_metric:
+            state.best_metric = acceptance.tau
+            state.best_global_step = state.global_step
         names = ("eval_tau", "eval_tau_top", "eval_tau_oracle")
         # Only a selector has bounds.
         taus: dict[str, float] = dict(zip(names, (acceptance.tau, *acceptance.bounds), strict=False))
-        track(state.add_to_log(taus))
-        is_best = state.best_metric is None or acceptance.tau > state.best_metric
-        if is_best:
-            state.best_metric = acceptance.tau
-            state.best_global_step = state.global_step
-        return is_best
+        return state.add_to_log(taus)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -418,4 +422,4 @@ class TrainingLoop:
         """Read the weights, into the tensors that the optimizer knows."""
         self.drafter.load_state_dict(load_file(folder / WEIGHTS))
         if self.is_sharded:
-            copy_weights(self.drafter, self.model)
+            copy_weights(self.drafter, self.trained)

@@ -247,11 +247,8 @@ def choose_conversations(
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     size = recipe.drafter.block_size
-    longest = 0
-    for example in dataset.examples:
-        for start, end in example.spans:
-            longest = max(longest, min(end, config.max_length) - start)
-    if recipe.drafter.selector in WALKED and longest < size:
+    spans = [(start, min(end, config.max_length)) for example in dataset.examples for start, end in example.spans]
+    if recipe.drafter.selector in WALKED and max(end - start for start, end in spans) < size:
         raise ValueError(
             f"no answer fills a block of {size} tokens, so --drafter.selector would learn nothing; lower "
             "--drafter.block-size, or leave --drafter.selector out"
@@ -339,10 +336,16 @@ def train(
     """
     if weigh is not None:
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
-    folder = Path(folder)
     if run is None:
         run = Run(recipe, init, weigh)
         run.facts |= data_facts(dataset, validation) | target_facts(target)
+    return _train_in(Path(folder), run, target, dataset, validation)
+
+
+def _train_in(folder: Path, run: Run, target: Target, dataset: ResponseDataset, validation: ResponseDataset) -> Drafter:
+    """Go on with a run in its folder, from nothing, from its newest checkpoint, or from its end."""
+    recipe = run.recipe
+    init = run.init
     with lock_folder(folder):
         # All ranks go the way that rank 0 finds, since each may see the disk at another time.
         ranks.from_first(lambda: register_files(folder, *FILES))

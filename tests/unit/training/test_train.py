@@ -201,7 +201,7 @@ def test_batches_that_are_read_ahead_are_the_same(make_loop):
 def test_the_gradient_is_that_of_the_mean_loss(make_loop):
     loop = make_loop(short(batch_size=3, max_grad_norm=0.0))
     (batch,) = next(loop.batches_of_steps())
-    out, blocks = score_blocks(loop.model, loop.scorer, batch | {"text": batch["token_ids"]}, model=loop.forward)
+    out, blocks = score_blocks(loop.trained, loop.scorer, loop.send(batch), forward=loop.forward)
     loss, num_items = block_loss(out.losses, blocks.is_scored, out.weights)
     loss = loss / num_items
     expected = get_total_norm(torch.autograd.grad(loss, list(loop.drafter.parameters())))
@@ -245,5 +245,5 @@ def test_steps_follow_from_epochs_and_ranks():
     """As the paper's: 100,000 conversations, two in a step, six times."""
     paper = TrainConfig(num_epochs=6, batch_size=2)
     assert num_steps(paper, 100_000) == 300_000
-    assert num_steps(replace(paper, num_epochs=1.5, gradient_accumulation_steps=3), 13, ranks=2) == 3
+    assert num_steps(replace(paper, num_epochs=1.5, gradient_accumulation_steps=3), 13, num_ranks=2) == 3
     assert num_steps(replace(paper, max_steps=7), 100_000) == 7
