@@ -151,7 +151,7 @@ def cut_blocks(token_ids, anchors, mask_token):
 def dpace_weights(token_probs, is_scored):
     """Return w[j] = sum over m >= j of P[m], where P[m] is the chance that slots 1 to m are all accepted.
 
-    The drafter's own probability q of the right token, smoothed to s = (1 - ALPHA) q + ALPHA, stands for the chance that
+    The probability q that the drafter gives the right token, smoothed to s = (1 - ALPHA) q + ALPHA, is the chance that
     one slot is accepted. The sum of all P is then the expected accepted length, and w[j] is its gradient by log s[j].
     Without smoothing (ALPHA = 0) this is the gradient by log q[j] itself; but the products vanish while the drafter is
     bad, late slots get no weight, and the training collapses. With it, P[m] is never below ALPHA ** m. The weights are

@@ -1,12 +1,14 @@
 """The demo on the tiny target, through the command line."""
 
 import re
+from collections.abc import Callable
+from pkgutil import resolve_name
 from unittest.mock import Mock
 
 import pytest
 
 from dpace.config import DemoConfig
-from dpace.studies.demo import demo_prompts, demo_recipe, demo_sizes, remarks
+from dpace.studies.demo import demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -30,38 +32,56 @@ def test_what_is_slower_or_worse_has_a_reason():
     assert behind.startswith("s: D-PACE is behind")
 
 
-def test_quick_takes_fewer_prompts_and_steps(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no demo was begun
-    whole, quick = demo_sizes(DemoConfig())
+def test_quick_takes_fewer_prompts_and_steps():
+    whole, quick = DemoConfig(), DemoConfig(quick=True)
     assert demo_recipe(quick).train.max_steps < demo_recipe(whole).train.max_steps
+    assert demo_recipe(quick).output != demo_recipe(whole).output
     parts = zip(demo_prompts(quick), demo_prompts(whole), strict=True)
     assert [0 < len(fewer) < len(prompts) for fewer, prompts in parts] == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("speed", "asked", "name"),
-    [
-        (1e15, [], "whole"),
-        (1e6, [], "quick"),
-        (1e6, ["--full"], "whole"),
-        (1e15, ["--quick"], "quick"),
-    ],
-)
-def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, short_demo, run_line, monkeypatch):
-    """It says so before it starts; what was begun goes on, also where the speed was measured otherwise."""
-    for module in ("plan", "studies.demo"):
-        monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
-    trained = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", trained)
-    said = run_line(["demo", *flags, *asked], 130).err
-    assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)
-    for module in ("plan", "studies.demo"):
-        monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: 1e21 / speed)
-    assert run_line(["demo", *flags], 130).err.startswith(f"the {name} demo, ") and trained.call_count == 2
+class Clock:
+    """Time that only passes in the work that it is told of."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def takes(self, name: str, seconds: Callable[..., float]) -> None:
+        """Let a function of the demo take so many seconds by its arguments."""
+        module, _, function = f"dpace.studies.{name}".rpartition(".")
+        work = getattr(resolve_name(module), function)
+
+        def timed(*args, **options):
+            self.now += seconds(*args)
+            return work(*args, **options)
+
+        self.monkeypatch.setattr(f"{module}.{function}", timed)
 
 
-def test_two_sizes_at_once_are_refused(run_line):
-    assert "leave one of them out" in run_line("demo --quick --full", 1).err
+def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo, run_line, monkeypatch):
+    """A demo that goes on says it no more; one of another length is refused."""
+    clock = Clock(monkeypatch)
+    clock.takes("demo.decode_kinds", lambda *_: 60.0)
+    clock.takes("demo.answer_prompts", lambda _, prompts, *__: 10.0 * len(prompts))
+    clock.takes("demo.keep_features", lambda _, *datasets: 5.0 * sum(map(len, datasets[:2])))
+    clock.takes("demo.heldout_acceptance", lambda _, __, dataset: 20.0 * len(dataset))
+
+    def take_step(*_):
+        clock.now += 30
+        if step.call_count > 1:  # of the training itself
+            raise KeyboardInterrupt
+
+    step = Mock(side_effect=take_step)
+    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", step)
+    # 6 prompts are held out, 5 validate and 49 train: 54 answers, hidden states of 60 conversations, 2 x 4 steps,
+    # 2 x (5 + 6) scored answers, and decoding.
+    minutes = round((54 * 10 + 60 * 5 + 8 * 30 + 22 * 20 + 60) / 60)
+    said = run_line(["demo", *flags], 130).err
+    assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
+    assert " more, " not in run_line(["demo", *flags], 130).err and step.call_count == 3
+    assert "train.max_steps" in run_line(["demo", "--quick", *flags], 1).err
 
 
 WRITERS = {
