@@ -1,8 +1,6 @@
 """The demo on the tiny target, through the command line."""
 
 import re
-from collections.abc import Callable
-from pkgutil import resolve_name
 from unittest.mock import Mock
 
 import pytest
@@ -40,47 +38,19 @@ def test_quick_takes_fewer_prompts_and_steps():
     assert [0 < len(fewer) < len(prompts) for fewer, prompts in parts] == [True, False, True]
 
 
-class Clock:
-    """Time that only passes in the work that it is told of."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        self.monkeypatch = monkeypatch
-        monkeypatch.setattr("time.perf_counter", lambda: self.now)
-
-    def takes(self, name: str, seconds: Callable[..., float]) -> None:
-        """Let a function of the demo take so many seconds by its arguments."""
-        module, _, function = f"dpace.studies.{name}".rpartition(".")
-        work = getattr(resolve_name(module), function)
-
-        def timed(*args, **options):
-            self.now += seconds(*args)
-            return work(*args, **options)
-
-        self.monkeypatch.setattr(f"{module}.{function}", timed)
-
-
 def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo, run_line, monkeypatch):
     """A demo that goes on says it no more; one of another length is refused."""
-    clock = Clock(monkeypatch)
-    clock.takes("demo.decode_kinds", lambda *_: 60.0)
-    clock.takes("demo.answer_prompts", lambda _, prompts, *__: 10.0 * len(prompts))
-    clock.takes("demo.keep_features", lambda _, *datasets: 5.0 * sum(map(len, datasets[:2])))
-    clock.takes("demo.heldout_acceptance", lambda _, __, dataset: 20.0 * len(dataset))
-
-    def take_step(*_):
-        clock.now += 30
-        if step.call_count > 1:  # of the training itself
-            raise KeyboardInterrupt
-
-    step = Mock(side_effect=take_step)
-    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", step)
-    # 6 prompts are held out, 5 validate and 49 train: 54 answers, hidden states of 60 conversations, 2 x 4 steps,
-    # 2 x (5 + 6) scored answers, and decoding.
-    minutes = round((54 * 10 + 60 * 5 + 8 * 30 + 22 * 20 + 60) / 60)
+    # Of 6 answers, of the hidden states of these 6 to train on and the same 6 to score, of one step, of 6 scored ones.
+    measured = iter([60.0, 60.0, 30.0, 120.0])
+    monkeypatch.setattr("dpace.studies.demo._seconds", lambda work: (work(), next(measured))[1])
+    taken = Mock(side_effect=[None, KeyboardInterrupt, KeyboardInterrupt])
+    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", taken)
+    # 6 prompts are held out, 5 validate and 49 train: 54 more answers, hidden states of 60 conversations, and for each
+    # of two drafters 4 steps and 11 scored answers.
+    minutes = round((54 * 10 + 60 * 5 + 2 * (4 * 30 + 11 * 20)) / 60)
     said = run_line(["demo", *flags], 130).err
     assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
-    assert " more, " not in run_line(["demo", *flags], 130).err and step.call_count == 3
+    assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 3
     assert "train.max_steps" in run_line(["demo", "--quick", *flags], 1).err
 
 
