@@ -20,7 +20,7 @@ from dpace.report.sections import judge_gain, percent, same_text
 from dpace.report.tables import Section
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import read_examples
-from dpace.studies.compare import cell_folder, compare
+from dpace.studies.compare import cell_folder, compare, heldout_set
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import count, note
@@ -122,7 +122,10 @@ def announce(target: Target, recipe: CompareConfig, parts: PromptParts, decoding
     num_heldout = len(parts.heldout)
     num_prompts = sum(map(len, parts))
     of_answer = _seconds(lambda: answer_prompts(target, parts.heldout, path, recipe.respond)) / num_heldout
-    *_, answered = read_examples(path, PromptParts([], [], parts.heldout))
+    *_, examples = read_examples(path, PromptParts([], [], parts.heldout))
+    answered = heldout_set(examples, recipe).examples  # those with something to draft
+    if not answered:
+        return  # `compare` says what is wrong
     # Spread over the sets, whose conversations have other lengths.
     some = answered[:: max(1, len(answered) // TIMED_CONVERSATIONS)]
     dataset, scored = choose_conversations(some, some[:: max(1, len(some) // TIMED_SCORED)], recipe)
