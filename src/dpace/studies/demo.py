@@ -171,13 +171,9 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
     """Make what the terminal shows at the end: speeds, taus, and remarks."""
     decoded = demo.decoded
-    decay = {}
-    gains = []
-    for row in demo.compared.rows:
-        if row.drafter == demo.compared.baseline:
-            decay[row.set] = row.tau[0] or 0
-        else:
-            gains.append(row)
+    rows = demo.compared.rows
+    decay = {row.set: row.tau[0] or 0 for row in rows if row.drafter == demo.compared.baseline}
+    gains = [row for row in rows if row.drafter != demo.compared.baseline]
     taus = []
     for row in gains:
         cells = {
