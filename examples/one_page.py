@@ -25,8 +25,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 BLOCK_SIZE = 8
 NUM_LAYERS = 2  # of the drafter
-MASK_TOKEN = 3  # stands in slots that are to be drafted; a token that no text has
-ALPHA = 0.5  # smoothing of the weights, as in the paper
+ALPHA, GAMMA = 0.5, 4.0  # smoothing of the weights, and length of the fixed decay, as in both papers
 ANSWER_TOKENS = 48
 STEPS, BATCH, NUM_ANCHORS, LEARNING_RATE = 200, 4, 8, 2e-3
 NUM_HELDOUT = 3  # of these prompts, which only measure
@@ -47,6 +46,24 @@ def read(target, token_ids, cache=None):
     # hidden_states[0] is the embedding, so the output of layer i is hidden_states[i + 1].
     features = torch.cat([out.hidden_states[i + 1][0] for i in feature_layers(target)], dim=-1)
     return out.logits[0].argmax(-1).tolist(), features
+
+
+def stop_tokens(target):
+    """Return the tokens that end an answer."""
+    stops = target.generation_config.eos_token_id
+    return stops if isinstance(stops, list) else [stops]
+
+
+def choose_mask_token(tokenizer, target):
+    """Return a token that no text has, for slots that are to be drafted: an unused one, else a special one."""
+    if len(tokenizer) < target.config.vocab_size:
+        return len(tokenizer)
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+        is_used = token.content in named or token.content in tokenizer.chat_template or token_id in stop_tokens(target)
+        if token.special and not is_used:
+            return token_id
+    raise ValueError("no special token is free to be the mask token; choose a target whose tokenizer has one")
 
 
 # 2. The drafter: a few layers in which the slots of a block see the target's features of the text, and each other.
@@ -86,8 +103,9 @@ class DraftLayer(nn.Module):
 class Drafter(nn.Module):
     """The DFlash network. Embedding and LM head are the target's; names of the parts are those that engines read."""
 
-    def __init__(self, target):
+    def __init__(self, target, mask_token):
         super().__init__()
+        self.mask_token = mask_token
         same = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split()
         same += ["rms_norm_eps", "rope_parameters", "max_position_embeddings"]
         sizes = {name: getattr(target.config, name) for name in same}
@@ -111,14 +129,14 @@ class Drafter(nn.Module):
 
 
 # 3. Blocks: a text is cut at anchors, and all of its blocks are drafted in one pass.
-def cut_blocks(token_ids, anchors):
+def cut_blocks(token_ids, anchors, mask_token):
     """Cut blocks at anchors: inputs, labels, which slots are scored, positions (all "block slot"), and the mask."""
     text = torch.tensor(token_ids)
     positions = torch.tensor(anchors)[:, None] + torch.arange(BLOCK_SIZE)
     is_scored = positions < len(text)
     labels = text[positions.clamp_max(len(text) - 1)].where(is_scored, 0)
     is_scored[:, 0] = False  # the anchor is known
-    inputs = torch.full_like(labels, MASK_TOKEN)
+    inputs = torch.full_like(labels, mask_token)
     inputs[:, 0] = labels[:, 0]
     # A slot sees the text strictly before its anchor: the anchor's own features are not there yet when one decodes.
     sees_text = (torch.arange(len(text)) < positions[:, :1]).repeat_interleave(BLOCK_SIZE, 0)
@@ -133,26 +151,37 @@ def cut_blocks(token_ids, anchors):
 def dpace_weights(token_probs, is_scored):
     """Return w[j] = sum over m >= j of P[m], where P[m] is the chance that slots 1 to m are all accepted.
 
-    The drafter's own probability of the right token, smoothed, stands for the chance that one slot is accepted. So w is
-    the gradient of the expected accepted length by the slots' log probabilities. It is a constant in the loss.
+    The probability q that the drafter gives the right token, smoothed to s = (1 - ALPHA) q + ALPHA, is the chance that
+    one slot is accepted. The sum of all P is then the expected accepted length, and w[j] is its gradient by log s[j].
+    Without smoothing (ALPHA = 0) this is the gradient by log q[j] itself; but the products vanish while the drafter is
+    bad, late slots get no weight, and the training collapses. With it, P[m] is never below ALPHA ** m. The weights are
+    constants in the loss, which would otherwise fall where the drafter makes itself less sure.
     """
     smoothed = torch.where(is_scored, (1 - ALPHA) * token_probs + ALPHA, 1.0)
     reached = smoothed.cumprod(-1) * is_scored  # P
     return reached.flip(-1).cumsum(-1).flip(-1) * is_scored
 
 
-def dpace_loss(drafter, target, token_ids, features, anchors):
-    """Return the loss of a text's blocks, their mean. All logits are there at once: "block*slot vocabulary"."""
-    inputs, labels, is_scored, positions, mask = cut_blocks(token_ids, anchors)
+def decay_weights(token_probs, is_scored):
+    """Return DFlash's fixed decay, which D-PACE is compared with: exp(-(slot - 1) / GAMMA), whatever is accepted."""
+    return torch.exp(-(torch.arange(BLOCK_SIZE) - 1) / GAMMA) * is_scored
+
+
+def draft_loss(drafter, target, token_ids, features, anchors, weigh=dpace_weights):
+    """Return the sum over the slots of a block, and the mean over the blocks of a text.
+
+    It is not divided by the sum of the weights, so a block that gets far counts more than one that fails at once.
+    """
+    inputs, labels, is_scored, positions, mask = cut_blocks(token_ids, anchors, drafter.mask_token)
     embeds = target.get_input_embeddings()(inputs.flatten())
     logits = target.lm_head(drafter(embeds, features, positions.flatten(), mask))
-    # A slot predicts the token at its own position, not the next one.
+    # All logits are there at once, "block*slot vocabulary". A slot predicts the token at its own position.
     losses = cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape)
-    weights = dpace_weights(torch.exp(-losses), is_scored)
+    weights = weigh(torch.exp(-losses), is_scored)
     return (weights * losses).sum() / len(anchors)
 
 
-def train(drafter, target, texts):
+def train(drafter, target, texts, weigh=dpace_weights):
     """Train on texts, each of token ids and the place where the answer begins."""
     rng = random.Random(0)
     # The target does not change, so its features are read once.
@@ -164,13 +193,13 @@ def train(drafter, target, texts):
         for token_ids, features, start in rng.sample(kept, BATCH):
             places = range(start, len(token_ids) - 1)  # anchors lie in the answer, before its last token
             anchors = sorted(rng.sample(places, min(NUM_ANCHORS, len(places))))
-            losses.append(dpace_loss(drafter, target, token_ids, features, anchors) / BATCH)
+            losses.append(draft_loss(drafter, target, token_ids, features, anchors, weigh) / BATCH)
             losses[-1].backward()
         nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 20 == 0:  # it may grow while the drafter gets better, as weights do; tau is what counts
+        if step % 50 == 0:  # it may grow while the drafter gets better, as weights do; tau is what counts
             print(f"step {step}: loss {sum(losses):.2f}", flush=True)
 
 
@@ -178,7 +207,7 @@ def train(drafter, target, texts):
 @torch.no_grad()
 def propose(drafter, target, last_token, features):
     """Draft the tokens after the last one; all tokens before it have features."""
-    block = torch.tensor([last_token] + [MASK_TOKEN] * (BLOCK_SIZE - 1))
+    block = torch.tensor([last_token] + [drafter.mask_token] * (BLOCK_SIZE - 1))
     positions = len(features) + torch.arange(BLOCK_SIZE)
     hidden = drafter(target.get_input_embeddings()(block), features, positions)
     return target.lm_head(hidden[1:]).argmax(-1).tolist()
@@ -186,8 +215,7 @@ def propose(drafter, target, last_token, features):
 
 def generate(target, drafter, prompt_ids, num_tokens):
     """Return prompt and answer, and the number of accepted draft tokens of each pass after the first."""
-    stops = target.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = stop_tokens(target)
     cache = DynamicCache(config=target.config)
     choices, features = read(target, prompt_ids, cache)
     text = [*prompt_ids, choices[-1]]
@@ -211,7 +239,7 @@ def generate(target, drafter, prompt_ids, num_tokens):
 
 def save(drafter, target, folder):
     """Write the drafter in the published layout. Engines take embedding and LM head from the target."""
-    ids = {"mask_token_id": MASK_TOKEN, "target_layer_ids": feature_layers(target)}
+    ids = {"mask_token_id": drafter.mask_token, "target_layer_ids": feature_layers(target)}
     facts = {"architectures": ["DFlashDraftModel"], "num_target_layers": target.config.num_hidden_layers}
     facts |= {"block_size": BLOCK_SIZE, "is_causal": False, "tie_word_embeddings": False, "dtype": "bfloat16"}
     facts |= {"rope_theta": drafter.config.rope_parameters["rope_theta"], "dflash_config": ids, **ids}
@@ -221,9 +249,19 @@ def save(drafter, target, folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def measure(target, drafter, texts):
+    """Decode held-out prompts, and say how many tokens a pass gives."""
+    accepted = []
+    for text, start in texts:
+        ours, lengths = generate(target, drafter, text[:start], ANSWER_TOKENS)
+        assert ours == text, "the text is not the target's own"
+        accepted += lengths
+    tau = 1 + sum(accepted) / len(accepted)  # accepted draft tokens, and the target's own next token
+    return f"same text; {len(accepted)} passes gave {tau:.2f} tokens each (tau)"
+
+
 def main(name="HuggingFaceTB/SmolLM2-135M-Instruct", output="dpace-one-page"):
-    """Go from prompts to a drafter, and show that the text is the target's own."""
-    torch.manual_seed(0)
+    """Go from prompts to two drafters, one with each loss; write the one with D-PACE."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     target: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
     print(f"the target answers {len(PROMPTS)} prompts", flush=True)
@@ -233,16 +271,13 @@ def main(name="HuggingFaceTB/SmolLM2-135M-Instruct", output="dpace-one-page"):
         asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
         whole = target.generate(**asked, do_sample=False, max_new_tokens=ANSWER_TOKENS)  # plain decoding
         texts.append((whole[0].tolist(), asked["input_ids"].shape[1]))
-    drafter = Drafter(target)
-    train(drafter, target, texts[NUM_HELDOUT:])
+    for loss, weigh in {"fixed decay": decay_weights, "D-PACE": dpace_weights}.items():
+        torch.manual_seed(0)  # both start from the same weights
+        drafter = Drafter(target, choose_mask_token(tokenizer, target))
+        train(drafter, target, texts[NUM_HELDOUT:], weigh)
+        print(f"{loss}: {measure(target, drafter, texts[:NUM_HELDOUT])}", flush=True)
     save(drafter, target, Path(output))
-    accepted = []
-    for text, start in texts[:NUM_HELDOUT]:
-        ours, lengths = generate(target, drafter, text[:start], ANSWER_TOKENS)
-        assert ours == text, "the text is not the target's own"
-        accepted += lengths
-    tau = 1 + sum(accepted) / len(accepted)  # accepted draft tokens, and the target's own next token
-    print(f"same text; {len(accepted)} passes gave {tau:.2f} tokens each (tau); the drafter is in {output}")
+    print(f"the drafter with D-PACE is in {output}")
 
 
 if __name__ == "__main__":

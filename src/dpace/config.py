@@ -581,14 +581,11 @@ class DemoConfig:
     """Train a drafter for a real LLM on this machine and show what it gains."""
 
     quick: bool = False
-    """Use fewer prompts and steps, which takes less than half of the time; the numbers are rougher.
-    Without --quick and --full, the whole demo runs where it takes ten minutes or less, and else the quick one."""
-    full: bool = False
-    """Run the whole demo, however long it takes on this machine."""
+    """Use fewer prompts and steps, which takes less than half of the time; the numbers are rougher."""
     prompts: Text | None = None
     """JSONL file of your own prompts; the demo's prompts by default."""
     target: Text | None = None
     """Folder, Hub id or GGUF file of the target; SmolLM2-135M-Instruct by default."""
     output: Text | None = None
-    """Folder that everything is written to; dpace-demo, or dpace-demo-quick for the quick one, by default.
+    """Folder that everything is written to; dpace-demo by default, and dpace-demo-quick with --quick.
     The same command continues an interrupted run in it."""

@@ -1,12 +1,15 @@
 """`examples/one_page.py` and the library compute the same: the page is the reference that imports nothing of dpace."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpace import load_drafter
 from dpace.blocks import build_blocks, build_target_layer_ids, dense_mask
@@ -16,6 +19,8 @@ from dpace.drafter.views import blocks_hidden
 from dpace.loss.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
 from dpace.metrics import Acceptance
+from dpace.system.loading import read_config
+from dpace.weights import dflash_gamma, dflash_weights
 from examples import one_page
 from tests.support.models import make_target
 
@@ -38,7 +43,7 @@ def pair(request, tmp_path_factory):
     prompt = torch.randint(4, 60, (1, START))
     whole = model.generate(prompt, do_sample=False, max_new_tokens=28, attention_mask=torch.ones_like(prompt))
     text = whole[0].tolist()
-    trained = one_page.Drafter(model)
+    trained = one_page.Drafter(model, mask_token=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_page, "STEPS", 40)
         patch.setattr(one_page, "BATCH", 1)
@@ -61,8 +66,8 @@ def test_blocks_mask_loss_and_gradients(pair):
     token_ids = torch.tensor([text])
     is_response = torch.arange(len(text))[None] >= START
     blocks = build_blocks(token_ids, is_response, [torch.tensor(ANCHORS)], one_page.BLOCK_SIZE)
-    inputs, labels, is_scored, positions, mask = one_page.cut_blocks(text, ANCHORS)
-    assert_close(blocks.input_ids(one_page.MASK_TOKEN)[0], inputs)
+    inputs, labels, is_scored, positions, mask = one_page.cut_blocks(text, ANCHORS, trained.mask_token)
+    assert_close(blocks.input_ids(trained.mask_token)[0], inputs)
     assert_close(blocks.labels[0], labels)
     assert_close(blocks.is_scored[0], is_scored)
     assert_close(blocks.position_ids[0], positions)
@@ -70,7 +75,7 @@ def test_blocks_mask_loss_and_gradients(pair):
 
     features = one_page.read(model, text)[1]
     assert_close(target.features(token_ids, read.target_layer_ids)[0], features)
-    expected = one_page.dpace_loss(trained, model, text, features, ANCHORS)
+    expected = one_page.draft_loss(trained, model, text, features, ANCHORS)
     expected.backward()
     read.train().requires_grad_(True)
     hidden = blocks_hidden(read, target, {"token_ids": token_ids, "features": features[None], **vars(blocks)}).hidden
@@ -98,18 +103,60 @@ def test_text_and_accepted_lengths(pair):
     assert ours.acceptance.histogram.tolist() == expected.histogram.tolist()
 
 
+@pytest.fixture
+def ordinary_folder(language_folder, tmp_path) -> Path:
+    """The target of the tests, whose token 3 is an ordinary word, as in most vocabularies; token 61 is reserved."""
+    folder = shutil.copytree(language_folder, tmp_path / "ordinary")
+    facts = json.loads((folder / "tokenizer.json").read_text())
+    facts["model"]["vocab"] |= {"w55": 3, "<|reserved_0|>": 61}
+    for token in facts["added_tokens"]:
+        token["id"] = 61 if token["id"] == 3 else token["id"]
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    return folder
+
+
 def test_the_page_runs_and_bench_reads_its_drafter(
-    language_folder, language_prompts, run_line, tmp_path, monkeypatch, capsys
+    ordinary_folder, language_prompts, run_line, tmp_path, monkeypatch, capsys
 ):
     for name, value in {"PROMPTS": language_prompts[:8], "STEPS": 2, "ANSWER_TOKENS": 12}.items():
         monkeypatch.setattr(one_page, name, value)
     output = tmp_path / "drafter"
-    one_page.main(str(language_folder), str(output))
-    assert re.search(r"^same text; \d+ passes gave \d\.\d\d tokens each", capsys.readouterr().out, re.MULTILINE)
+    one_page.main(str(ordinary_folder), str(output))
+    printed = capsys.readouterr().out
+    assert re.search(r"^D-PACE: same text; \d+ passes gave \d\.\d\d tokens each", printed, re.MULTILINE)
+    assert "fixed decay: same text; " in printed and read_config(output)["mask_token_id"] == 61
     options = "--num-prompts 1 --max-new-tokens 8 --temperatures 0 --widths full"
-    run_line(f"bench --target {language_folder} --drafters {output} --output {tmp_path / 'bench'} {options}")
+    run_line(f"bench --target {ordinary_folder} --drafters {output} --output {tmp_path / 'bench'} {options}")
+
+
+def test_a_mask_token_is_unused_or_special(language_folder, ordinary_folder):
+    tokenizer = AutoTokenizer.from_pretrained(ordinary_folder)
+    target = AutoModelForCausalLM.from_pretrained(ordinary_folder)
+    assert one_page.choose_mask_token(tokenizer, target) == 61
+    target.generation_config.eos_token_id = [1, 61]
+    with pytest.raises(ValueError, match="no special token is free"):
+        one_page.choose_mask_token(tokenizer, target)
+    target.config.vocab_size = len(tokenizer) + 1
+    assert one_page.choose_mask_token(tokenizer, target) == len(tokenizer)
+
+
+def test_weights_are_the_gradient_by_the_smoothed_probabilities():
+    probs = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.7])
+    is_scored = torch.tensor([False, True, True, True, True])
+    smoothed = (1 - one_page.ALPHA) * probs[1:] + one_page.ALPHA
+    logs = smoothed.log().requires_grad_()
+    logs.exp().cumprod(-1).sum().backward()
+    weights = one_page.dpace_weights(probs, is_scored)
+    assert_close(weights[1:], logs.grad)
+    assert [round(weight, 2) for weight in weights[1:].tolist()] == [2.45, 1.5, 0.79, 0.36]
+
+
+def test_the_fixed_decay_is_the_librarys():
+    is_scored = torch.arange(one_page.BLOCK_SIZE)[None, None] > 0
+    decay = one_page.decay_weights(is_scored.float(), is_scored)
+    assert_close(decay, dflash_weights(is_scored, dflash_gamma(one_page.BLOCK_SIZE)))
 
 
 def test_the_page_is_one_page():
     text = Path(one_page.__file__).read_text()
-    assert len(text.splitlines()) <= 250 and not re.search(r"^\s*(import|from) dpace", text, re.MULTILINE)
+    assert len(text.splitlines()) <= 290 and not re.search(r"^\s*(import|from) dpace", text, re.MULTILINE)

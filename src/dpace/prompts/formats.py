@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ WANTED = "`messages`, `conversations`, `turns`, `instruction` or `prompt`"
 EMPTY_REPLY = {"role": "assistant", "content": ""}
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
-SUFFIXES = (".jsonl", ".json", ".parquet")
 # The config is matched as late as possible: one word after the name is the split.
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 
@@ -69,7 +68,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if hub:
         default_set = hub["path"].partition("/")[2]
     # Nobody can change the rows of a table, so they may have more keys than one kind, and ids that occur twice.
-    is_table = hub is not None or Path(path).suffix == ".parquet"
+    is_table = hub is not None or Path(path).suffix in TABLES
     prompts: dict[str, Prompt] = {}
     place, rows = _read_rows(Path(path), hub)
     for number, row in rows:
@@ -108,7 +107,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str, file:
 def _parse_hub_id(path: str | Path) -> dict[str, Any] | None:
     """Take a name apart that stands for a dataset on the Hub; None for a file."""
     match = HUB_ID.fullmatch(path) if isinstance(path, str) else None
-    if match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in SUFFIXES:
+    if match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in (".jsonl", ".json", *TABLES):
         return None
     return match.groupdict()
 
@@ -116,15 +115,15 @@ def _parse_hub_id(path: str | Path) -> dict[str, Any] | None:
 def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Iterable[tuple[int, Any]]]:
     """Return how a message names a row, up to its number, and the rows with their numbers, from 1.
 
-    The ending of a file tells what it is: parquet, JSON, else JSONL.
+    The ending of a file tells what it is: a table, JSON, else JSONL.
     """
     name = str(path)
     if hub:
         split = hub["split"] or "train"
         name = f"{hub['path']} ({split})"
         rows = load_from_hub(hub["path"], hub["config"], split, "name a file of prompts")
-    elif path.suffix == ".parquet":
-        rows = _parquet_rows(path)
+    elif path.suffix in TABLES:
+        rows = TABLES[path.suffix](path)
     elif path.suffix == ".json":
         rows = read_object(path, "write one list of prompts, or call a file of JSON lines .jsonl", list)
     else:
@@ -146,6 +145,10 @@ def _parquet_rows(path: Path) -> Iterator[JsonObject]:
         raise ValueError(
             f"cannot read {path}: {one_line(error)}; name a parquet file, or write a JSONL file"
         ) from error
+
+
+TABLES: dict[str, Callable[[Path], Iterable[JsonObject]]] = {".parquet": _parquet_rows}
+"""What reads the rows of a table, by the ending of its file."""
 
 
 def _take_filled(row: JsonObject) -> JsonObject:

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, LossConfig, Recipe
@@ -235,14 +234,12 @@ def make_rows(config: CompareConfig, heldout: Sequence[Prompt]) -> list[Compared
     rows = []
     for set_name, prompts in group_by_set(heldout).items():
         ids = [prompt.id for prompt in prompts]
-        by_objective: Any = {}
-        for objective, seeds in measured.items():
-            by_objective[objective] = [of_seed.acceptance(ids) for of_seed in seeds]
-        baseline = by_objective[config.baseline]
+        baseline = [of_seed.acceptance(ids) for of_seed in measured[config.baseline]]
         if None in baseline:  # no prompt of the set has a response
             continue
         rows_of_set = []
-        for objective, acceptances in by_objective.items():
+        for objective, seeds in measured.items():
+            acceptances = [of_seed.acceptance(ids) for of_seed in seeds]
             row = ComparedRow(
                 set=set_name,
                 num_prompts=len(acceptances[0].rows),

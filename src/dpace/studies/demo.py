@@ -1,28 +1,33 @@
 """The demo: `dpace compare` with the recipe `demo-cpu`, decoding with the D-PACE drafter, and a screen of findings."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from dpace.config import CompareConfig, DemoConfig
-from dpace.drafter import load_drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import size_fault
 from dpace.drafter.spec import read_folder
 from dpace.measure.benchmark import bench
+from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
-from dpace.plan import FEW_ROWS, TrainingPlan, expected_lengths, measure_flops, plan_recipe
 from dpace.prompts.prompts import PromptParts, demo_path, first_of_each_set, read_prompts, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.sections import judge_gain, percent, same_text
 from dpace.report.tables import Section
-from dpace.studies.compare import cell_folder, compare
+from dpace.respond.answering import answer_prompts
+from dpace.respond.responses import read_examples
+from dpace.studies.compare import cell_folder, compare, heldout_set
+from dpace.system import ranks
 from dpace.system.ledger import lock_folder
-from dpace.system.progress import count
+from dpace.system.progress import count, note
 from dpace.target import Target
 from dpace.target.locate import DRAFTERS
-from dpace.training.run import read_run
+from dpace.training.loop import TrainingLoop
+from dpace.training.run import check_recipe, choose_conversations, keep_features
 
 OBJECTIVES = ("dpace", "dflash")
 DECODED = ("decode", "decode-sampled")
@@ -31,8 +36,6 @@ KINDS = "kinds"
 """Name of the prompts for the drafter that comes with dpace, and of the folder with its results."""
 OF_DPACE = "smollm2-135m"
 """Name of the drafter that comes with dpace."""
-NUM_KINDS = 4
-"""Kinds of text that these prompts are of."""
 OF_EACH_KIND = 2
 """Prompts of each kind that are decoded: the table is there within a minute."""
 KINDS_TOKENS = 48
@@ -49,16 +52,10 @@ SAMPLED_PROMPTS = 2
 """Prompts of the first set that are decoded at temperature 1 too."""
 MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""
-MOST_SECONDS = 600.0
-"""Longest time that the whole demo may take where nobody asks for it."""
-READING = 1.25
-ANSWERING = 1.1
-SCORING = 2.2
-DECODING = 0.024
-"""Speeds of these parts, over the speed of a product, as CPUs with AVX2 and with AMX had them in slow hours.
-They are high since what prompts share is read once, and a walk through an answer reaches only some slots."""
-START_SECONDS = 60.0
-"""Seconds in which the target is loaded, the time of passes and the checkpoints are measured, and pages written."""
+TIMED_CONVERSATIONS = 24
+"""About how many answers a step of the training is timed with."""
+TIMED_SCORED = 4
+"""About how many of them are scored."""
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
@@ -81,94 +78,6 @@ def demo_prompts(config: DemoConfig) -> PromptParts:
     if config.quick:
         parts = parts._replace(heldout=first_of_each_set(parts.heldout, QUICK_HELDOUT))
     return parts
-
-
-class PlannedDemo(NamedTuple):
-    """A demo that may run, and how long it takes on this machine."""
-
-    config: DemoConfig
-    recipe: CompareConfig
-    parts: PromptParts
-    plan: TrainingPlan
-    """What the training of one of its drafters takes."""
-    seconds: float
-    """Expected time of the whole, see `expected_seconds`."""
-
-
-def demo_sizes(config: DemoConfig) -> list[DemoConfig]:
-    """Return the demos that may run, the whole one first: what is asked for, else what was begun, else both.
-
-    Raises:
-        ValueError: both sizes are asked for; or see `read_run`.
-    """
-    if config.full and config.quick:
-        raise ValueError("--quick and --full are two sizes of the demo; leave one of them out")
-    sizes = [replace(config, full=True), replace(config, quick=True)]
-    # A config that asks for a size is equal to it already.
-    asked = [size for size in sizes if size == config]
-    begun = [size for size in sizes if _is_begun(demo_recipe(size))]
-    return asked or begun[:1] or sizes
-
-
-def _is_begun(recipe: CompareConfig) -> bool:
-    """Return whether the output folder holds a training of this recipe's length."""
-    facts = read_run(cell_folder(recipe, OBJECTIVES[0], recipe.seeds[0])) or {}
-    return facts.get("train.max_steps") == recipe.train.max_steps
-
-
-def choose_demo(sizes: Sequence[DemoConfig]) -> PlannedDemo:
-    """Plan the first of these demos that ends within `MOST_SECONDS` on this machine, else the last one.
-
-    Raises:
-        ValueError: see `plan_recipe`.
-    """
-    *longer, last = sizes
-    for config in longer:
-        planned = _plan_demo(config)
-        if planned.seconds <= MOST_SECONDS:
-            return planned
-    return _plan_demo(last)
-
-
-def _plan_demo(config: DemoConfig) -> PlannedDemo:
-    """Plan a demo of one size."""
-    recipe = demo_recipe(config)
-    parts = demo_prompts(config)
-    plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
-    return PlannedDemo(config, recipe, parts, plan, expected_seconds(plan, parts))
-
-
-def expected_seconds(plan: TrainingPlan, parts: PromptParts) -> float:
-    """Estimate the seconds of a demo on this machine, without the download of the target.
-
-    Operations of the products, over their speed here; answers count as long as they may be.
-    """
-    target = plan.target
-    recipe = plan.recipe
-    bench = recipe.bench
-    of_layers = sum(weight.numel() for weight in target.layers.parameters())
-    of_head = target.head.weight.numel()
-    # Weights that are passed; each takes two operations, which are counted below.
-    num_read, num_answered = expected_lengths(sum(parts, []), recipe).sum(1)
-    reading = num_read * of_layers
-    answering = reading + num_answered * of_head
-    num_scored = expected_lengths(parts.heldout, recipe)[1].sum() * recipe.drafter.block_size
-    scoring = len(OBJECTIVES) * num_scored * (plan.drafter.num_parameters() + of_head)
-    # The demo's held-out prompts are two sets.
-    num_decoded = 2 * len(bench.widths) * (bench.num_prompts or 0) * bench.max_new_tokens
-    num_decoded += NUM_KINDS * len(bench.widths) * OF_EACH_KIND * KINDS_TOKENS
-    decoding = num_decoded * (of_layers + of_head)
-    of_target = 2 * (reading / READING + answering / ANSWERING + scoring / SCORING + decoding / DECODING)
-    speed = measure_flops(plan.device, target.model.dtype, FEW_ROWS)
-    return START_SECONDS + of_target / speed + len(OBJECTIVES) * plan.seconds_of_steps
-
-
-def duration(planned: PlannedDemo) -> str:
-    """Say which demo runs and how long it takes here."""
-    minutes = count(max(1, round(planned.seconds / 60)), "minute")
-    if planned.config.full:
-        return f"the whole demo, about {minutes} on this machine; --quick is shorter"
-    return f"the quick demo, about {minutes} on this machine; --full runs the whole one"
 
 
 class Demo(NamedTuple):
@@ -195,6 +104,50 @@ def decode_kinds(target: Target, recipe: CompareConfig) -> BenchResults | None:
         return bench(target, {OF_DPACE: load_drafter(folder, target)}, prompts, config, output)
 
 
+def announce(target: Target, recipe: CompareConfig, parts: PromptParts, decoding: float) -> None:
+    """Say how long the rest of the demo takes on this machine, as measured: answer, and time a little of what follows.
+
+    The held-out prompts are answered, which the demo needs anyway. What is trained with some of these answers is
+    forgotten. Nothing is said where a demo goes on that has answers: its bars show how far it is.
+
+    Args:
+        target: the model.
+        recipe: of `demo_recipe`.
+        parts: of `demo_prompts`.
+        decoding: seconds of `decode_kinds`, which decodes about as much as the demo does at its end.
+    """
+    path = recipe.responses_path
+    if ranks.from_first(path.exists):
+        return
+    num_heldout = len(parts.heldout)
+    num_prompts = sum(map(len, parts))
+    of_answer = _seconds(lambda: answer_prompts(target, parts.heldout, path, recipe.respond)) / num_heldout
+    *_, examples = read_examples(path, PromptParts([], [], parts.heldout))
+    answered = heldout_set(examples, recipe).examples  # those with something to draft
+    if not answered:
+        return  # `compare` says what is wrong
+    # Spread over the sets, whose conversations have other lengths.
+    some = answered[:: max(1, len(answered) // TIMED_CONVERSATIONS)]
+    dataset, scored = choose_conversations(some, some[:: max(1, len(some) // TIMED_SCORED)], recipe)
+    of_reading = _seconds(lambda: keep_features(target, dataset, scored, recipe)) / (len(dataset) + len(scored))
+    drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
+    loop = TrainingLoop(drafter, target, dataset, scored, recipe, weigh=check_recipe(recipe), checkpoints=Path())
+    batches = next(loop.batches_of_steps())
+    of_step = _seconds(lambda: loop.take_step(batches))
+    of_scoring = _seconds(lambda: heldout_acceptance(drafter, target, scored)) / len(scored)
+    of_drafter = loop.state.max_steps * of_step + (len(parts.validation) + num_heldout) * of_scoring
+    seconds = (num_prompts - num_heldout) * of_answer + num_prompts * of_reading + len(OBJECTIVES) * of_drafter
+    minutes = max(1, round((seconds + decoding) / 60))
+    note(f"about {count(minutes, 'minute')} more, as measured in this run")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Time some work."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
 def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     """Train, compare and decode; the folders `DECODED` of the output get the results of decoding.
 
@@ -218,13 +171,9 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
     """Make what the terminal shows at the end: speeds, taus, and remarks."""
     decoded = demo.decoded
-    decay = {}
-    gains = []
-    for row in demo.compared.rows:
-        if row.drafter == demo.compared.baseline:
-            decay[row.set] = row.tau[0] or 0
-        else:
-            gains.append(row)
+    rows = demo.compared.rows
+    decay = {row.set: row.tau[0] or 0 for row in rows if row.drafter == demo.compared.baseline}
+    gains = [row for row in rows if row.drafter != demo.compared.baseline]
     taus = []
     for row in gains:
         cells = {

@@ -29,8 +29,8 @@ from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch
 from dpace.system.progress import describe_error, note, quoted
 from dpace.system.provenance import hash_file
 
-AGAIN = "write or download the file again, or name one in another precision"
-OTHERWISE = "name the folder or Hub id of the model that is not quantized"
+GET_AGAIN = "write or download the file again, or name one in another precision"
+NAME_UNQUANTIZED = "name the folder or Hub id of the model that is not quantized"
 DRAFTERS = ("dflash", "dspark", "eagle3")
 """Architectures of files that hold a drafter."""
 SETTINGS = {
@@ -62,7 +62,7 @@ def read_header(path: Path) -> tuple[JsonObject, GgufHeader]:
         ValueError: the file is damaged, or has weights of a kind that transformers does not read.
         OSError: it cannot be read.
     """
-    with translate_library_errors(f"the GGUF file {path}", AGAIN):
+    with translate_library_errors(f"the GGUF file {path}", GET_AGAIN):
         try:
             values, _ = read_gguf_metadata(str(path))
             header = GgufHeader.from_file(str(path))
@@ -138,10 +138,10 @@ def _refuse_unreadable(path: Path) -> int:
     elif architecture not in GGUF_CONFIG_ARCHS and _settings_read(str(architecture)) is None:
         fault = (
             f"has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; "
-            f"{OTHERWISE}"
+            f"{NAME_UNQUANTIZED}"
         )
     elif "tokenizer.ggml.tokens" not in values:
-        fault = f"has no tokenizer; {AGAIN}"
+        fault = f"has no tokenizer; {GET_AGAIN}"
     if fault:
         raise ValueError(f"{path} {fault}")
     if "tokenizer.chat_template" not in values:
@@ -190,10 +190,13 @@ def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> No
     """
     values, header = read_header(path)
     what = f"the GGUF file {path}"
-    with translate_library_errors(what, AGAIN):
+    with translate_library_errors(what, GET_AGAIN):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     _complete_config(config, values, header)
-    with torch.device("cpu"), translate_library_errors(what, AGAIN):  # also where the caller's models have no values
+    with (
+        torch.device("cpu"),
+        translate_library_errors(what, GET_AGAIN),
+    ):  # also where the caller's models have no values
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -205,8 +208,8 @@ def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> No
         )
         tokenizer = _read_tokenizer(path)
     quantized, info = loaded
-    refuse_mismatch(what, info, AGAIN)
-    refuse_infinite(what, quantized, AGAIN)
+    refuse_mismatch(what, info, GET_AGAIN)
+    refuse_infinite(what, quantized, GET_AGAIN)
     _refuse_left_out(header, quantized)
     with torch.device("meta"):  # a fresh one, since what was quantized refuses to be saved
         model: Any = AutoModelForCausalLM.from_config(config)
@@ -257,7 +260,7 @@ def _complete_config(config: Any, values: JsonObject, header: GgufHeader) -> Non
         is_unused = not value or (name.startswith("rope.scaling.") and not is_scaled)
         if not is_head and not is_unused:
             raise ValueError(
-                f"{header.path} sets {name} to {quoted(value)}, which transformers does not read; {OTHERWISE}"
+                f"{header.path} sets {name} to {quoted(value)}, which transformers does not read; {NAME_UNQUANTIZED}"
             )
     for name, tensor in load_gguf_state_dict(header).items():
         if name.startswith("rope_"):
@@ -281,7 +284,7 @@ def _set_scaling(config: Any, path: str, factors: Tensor, head_dim: int) -> None
     share = ((num_waves - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - share) / scaling["factor"] + share)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
-        raise ValueError(f"{path} scales its rotary embedding in a way that is not Llama 3.1's; {OTHERWISE}")
+        raise ValueError(f"{path} scales its rotary embedding in a way that is not Llama 3.1's; {NAME_UNQUANTIZED}")
     config.rope_parameters = config.rope_parameters | scaling
 
 
@@ -303,7 +306,7 @@ def _refuse_left_out(header: GgufHeader, model: Any) -> None:
     if num_in_file != num_in_model:
         raise ValueError(
             f"{header.path} has {num_in_file:,} weights, and the model that transformers makes of it {num_in_model:,}; "
-            f"{OTHERWISE}"
+            f"{NAME_UNQUANTIZED}"
         )
 
 

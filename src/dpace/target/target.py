@@ -301,11 +301,11 @@ class Target:
         shared = self._run(token_ids[:1, :num_shared], layer_ids, with_head_input, cache)
         cache.reorder_cache(token_ids.new_zeros(num_rows))  # row 0 for each
         rest = self._run(token_ids[:, num_shared:], layer_ids, with_head_input, cache)
-        of_all = shared.change(lambda values: values.expand(num_rows, -1, -1))
-        head_input = None
-        if of_all.head_input is not None and rest.head_input is not None:
-            head_input = torch.cat([of_all.head_input, rest.head_input], dim=1)
-        return Features(torch.cat([of_all.layers, rest.layers], dim=1), head_input)
+        joined = []
+        for beginning, end in zip(shared, rest, strict=True):
+            if beginning is not None and end is not None:
+                joined.append(torch.cat([beginning.expand(num_rows, -1, -1), end], dim=1))
+        return Features(*joined)
 
     def join_features(self, layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Take part in the calls of `read_features` by other ranks, where this one has no text left."""

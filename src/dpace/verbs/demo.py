@@ -1,5 +1,6 @@
 """Train a drafter for a real LLM on this machine and show what it gains."""
 
+import time
 from pathlib import Path
 
 from dpace.config import DemoConfig
@@ -14,7 +15,7 @@ PAGE = "report.html"
 
 def run(config: DemoConfig, given: Given) -> None:
     """Run `dpace demo`."""
-    from dpace.plan import comparison_lines
+    from dpace.plan import comparison_lines, expected_lengths, plan_recipe
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
@@ -22,36 +23,35 @@ def run(config: DemoConfig, given: Given) -> None:
         DECODED,
         KINDS,
         OF_DPACE,
-        choose_demo,
+        announce,
         decode_kinds,
+        demo_prompts,
         demo_recipe,
-        demo_sizes,
-        duration,
         findings,
         run_demo,
         speeds,
     )
 
-    # Which size runs is chosen by a measurement, which takes a while; what may be refused comes before it.
-    sizes = demo_sizes(config)
-    for recipe in map(demo_recipe, sizes):
-        check_output(recipe)
-        refuse_foreign_files(recipe.output, PAGE)
-    planned = choose_demo(sizes)
-    recipe = planned.recipe
+    recipe = demo_recipe(config)
     output = Path(recipe.output)
-    note(duration(planned))
-    note("\n".join(comparison_lines(planned.plan, planned.parts, list(check_output(recipe)))))
+    drafters = list(check_output(recipe))
+    refuse_foreign_files(output, PAGE)
+    parts = demo_prompts(config)
+    plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
+    note("\n".join(comparison_lines(plan, parts, drafters)))
     target = load_target(recipe)
+    started = time.perf_counter()
     kinds = decode_kinds(target, recipe)
+    decoding = time.perf_counter() - started
     if kinds:
         title = f"Nothing is trained yet: {OF_DPACE}, which comes with dpace"
         console().print(section_table(speeds(kinds, title)))
-    demo = run_demo(target, recipe, planned.parts)
+    announce(target, recipe, parts, decoding)
+    demo = run_demo(target, recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
-    if planned.config.quick:
-        whole = command("demo", full=True, prompts=config.prompts, target=config.target)
+    if config.quick:
+        whole = command("demo", prompts=config.prompts, target=config.target)
         print(f"This was the quick demo. `{whole}` trains longer, on more prompts.")
     names = [KINDS, *DECODED] if kinds else DECODED
     write_report([output, *(output / name for name in names)], output / PAGE)

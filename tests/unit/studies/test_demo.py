@@ -6,7 +6,8 @@ from unittest.mock import Mock
 import pytest
 
 from dpace.config import DemoConfig
-from dpace.studies.demo import demo_prompts, demo_recipe, demo_sizes, remarks
+from dpace.studies import demo
+from dpace.studies.demo import announce, demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -30,38 +31,38 @@ def test_what_is_slower_or_worse_has_a_reason():
     assert behind.startswith("s: D-PACE is behind")
 
 
-def test_quick_takes_fewer_prompts_and_steps(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no demo was begun
-    whole, quick = demo_sizes(DemoConfig())
+def test_quick_takes_fewer_prompts_and_steps():
+    whole, quick = DemoConfig(), DemoConfig(quick=True)
     assert demo_recipe(quick).train.max_steps < demo_recipe(whole).train.max_steps
+    assert demo_recipe(quick).output != demo_recipe(whole).output
     parts = zip(demo_prompts(quick), demo_prompts(whole), strict=True)
     assert [0 < len(fewer) < len(prompts) for fewer, prompts in parts] == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("speed", "asked", "name"),
-    [
-        (1e15, [], "whole"),
-        (1e6, [], "quick"),
-        (1e6, ["--full"], "whole"),
-        (1e15, ["--quick"], "quick"),
-    ],
-)
-def test_the_whole_demo_runs_where_it_ends_in_time(speed, asked, name, flags, short_demo, run_line, monkeypatch):
-    """It says so before it starts; what was begun goes on, also where the speed was measured otherwise."""
-    for module in ("plan.speed", "plan.training", "studies.demo"):
-        monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: speed)
-    trained = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", trained)
-    said = run_line(["demo", *flags, *asked], 130).err
-    assert re.match(f"the {name} demo, about [0-9,]+ minutes? on this machine; ", said)
-    for module in ("plan.speed", "plan.training", "studies.demo"):
-        monkeypatch.setattr(f"dpace.{module}.measure_flops", lambda *_: 1e21 / speed)
-    assert run_line(["demo", *flags], 130).err.startswith(f"the {name} demo, ") and trained.call_count == 2
+def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo, run_line, monkeypatch):
+    """A demo that goes on says it no more; one of another length is refused."""
+    # Of 6 answers, of the hidden states of these 6 to train on and the same 6 to score, of one step, of 6 scored ones.
+    measured = iter([60.0, 60.0, 30.0, 120.0])
+    monkeypatch.setattr("dpace.studies.demo._seconds", lambda work: (work(), next(measured))[1])
+    taken = Mock(side_effect=[None, KeyboardInterrupt, KeyboardInterrupt])
+    monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", taken)
+    # 6 prompts are held out, 5 validate and 49 train: 54 more answers, hidden states of 60 conversations, and for each
+    # of two drafters 4 steps and 11 scored answers.
+    minutes = round((54 * 10 + 60 * 5 + 2 * (4 * 30 + 11 * 20)) / 60)
+    said = run_line(["demo", *flags], 130).err
+    assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
+    assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 3
+    assert "train.max_steps" in run_line(["demo", "--quick", *flags], 1).err
 
 
-def test_two_sizes_at_once_are_refused(run_line):
-    assert "leave one of them out" in run_line("demo --quick --full", 1).err
+def test_nothing_is_timed_without_an_answer_of_two_tokens(short_demo, tmp_path, monkeypatch, capsys):
+    """What `compare` then says is the demo's message."""
+    for name in ("answer_prompts", "choose_conversations"):
+        monkeypatch.setattr(f"dpace.studies.demo.{name}", Mock())
+    monkeypatch.setattr("dpace.studies.demo.read_examples", lambda *_: ([], [], []))
+    config = DemoConfig(output=str(tmp_path))
+    announce(Mock(), demo_recipe(config), demo_prompts(config), 0.0)
+    assert not demo.choose_conversations.called and not capsys.readouterr().err
 
 
 WRITERS = {
