@@ -172,7 +172,7 @@ class Drafter(DFlashDraftModel):
     def __init__(self, config: Any):
         super().__init__(config)
         sizes = read_sizes({}, config.dflash_config)
-        self.selector = sizes.selector(self) if sizes else Selector(self)
+        self.selector = sizes.selector(getattr(self, sizes.name)) if sizes else Selector()
 
     @property
     def spec(self) -> DrafterSpec:

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.config import DrafterConfig
-from dpace.drafter.selector import BlockCandidates, Lattice, LatticeSelector, SelectorSizes, rows_after
+from dpace.drafter.lattice import BlockCandidates, Lattice, LatticeSelector, rows_after
+from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.loss import SlotScores, candidate_logits
@@ -34,8 +35,6 @@ OLDER_NAMES = {
 
 class LiLiCorrSelector(LatticeSelector):
     """Scores neighbouring candidates by the network; the drafter's logits are not added to its scores."""
-
-    name = "lilicorr"
 
     def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
         """Take the network's scores; in the first slot all candidates have the score after the anchor."""
@@ -104,7 +103,7 @@ def walk_losses(
     is_true = lattice.candidates == labels[..., None]
     is_counted = is_true.any(-1).int().cumprod(-1)  # 0 from the first slot whose token is no candidate
     index = is_true.int().argmax(-1)
-    log_probs = rows_after(lattice, index).log_softmax(-1)
+    log_probs = rows_after(lattice.scores, index).log_softmax(-1)
     losses = -CE_WEIGHT * log_probs.gather(-1, index[..., None])[..., 0]
     if target_logits is not None:
         worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)

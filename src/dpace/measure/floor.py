@@ -197,7 +197,7 @@ def explain_prompt(
         prefix = text[0, : anchor + 1].tolist()
         tokens, probs = draw_continuations(target, prefix, config.num_samples, draft.tokens.shape[1], sampler)
         if is_drawn:
-            drafted = drafter.selector.chances(draft, tokens, rows, sampler)
+            drafted = draft.chances(tokens, sampler)
         else:
             drafted = nn.functional.one_hot(draft.tokens, probs.shape[-1]).to(probs.dtype).expand_as(probs)
         losses.append(score_block(probs, drafted, tokens, torch.isin(tokens, stops), is_drawn=is_drawn))

@@ -126,8 +126,8 @@ def test_chances_are_those_that_drafts_are_drawn_from(language_target, questions
     sampler = Sampler(0.7, seed=0)
     with torch.no_grad():
         draft = drafter.selector.propose(rows, hidden, torch.tensor(questions[0][-1:]), lambda: before, 5)
-        drawn = [drafter.selector.draw(draft, 4, rows, questions[0], sampler) for _ in range(3)]
-        chances = drafter.selector.chances(draft, torch.stack([tokens for tokens, _ in drawn]), rows, sampler)
+        drawn = [draft.draw(4, questions[0], sampler) for _ in range(3)]
+        chances = draft.chances(torch.stack([tokens for tokens, _ in drawn]), sampler)
     assert torch.allclose(chances, torch.stack([probs for _, probs in drawn]), atol=1e-6)
 
 
