@@ -168,6 +168,9 @@ class Drafter(DFlashDraftModel):
     """The tokens that decoding drafts; None for all."""
     answers: list[int] = []
     """Tokens of the answers that it was trained on, one answer after the other; decoding can copy from them."""
+    _spec: DrafterSpec
+    _spec_values: JsonObject | None = None
+    """The config that `_spec` was read from."""
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -176,8 +179,12 @@ class Drafter(DFlashDraftModel):
 
     @property
     def spec(self) -> DrafterSpec:
-        """All that an engine must know about it, apart from its weights."""
-        return DrafterSpec.from_config(self.config.to_dict())
+        """All that an engine must know about it, apart from its weights; read again where the config has changed."""
+        values = self.config.to_dict()
+        if values != self._spec_values:
+            self._spec_values = values
+            self._spec = DrafterSpec.from_config(values)
+        return self._spec
 
     @property
     def num_slots(self) -> int:
