@@ -11,7 +11,6 @@ from dpace.config import DrafterConfig
 from dpace.drafter.lattice import PairSelector
 from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import StrictCount
-from dpace.system.ledger import JsonObject
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class CandidateSelectorSizes(SelectorSizes):
     architecture = "DFlashSelectorDraftModel"
     with_convolutions = "DFlash2DraftModel"
     selector = PairSelector
-    reads = ("selector_candidates", "selector_width")
+    reads = {"selector_candidates": "top_k", "selector_width": "rank"}
 
     top_k: StrictCount
     """Best tokens of each slot that it chooses from."""
@@ -38,10 +37,6 @@ class CandidateSelectorSizes(SelectorSizes):
         """
         top_k, rank = (8, 64) if hidden_size < 1024 else (16, 256)
         return cls(top_k=config.selector_candidates or top_k, rank=config.selector_width or rank)
-
-    def options(self, hidden_size: int) -> JsonObject:
-        """Return the options that ask for these sizes; the target's width plays no part."""
-        return {"selector_candidates": self.top_k, "selector_width": self.rank}
 
 
 SIZES = CandidateSelectorSizes

@@ -4,7 +4,7 @@ What comes in are the drafter's hidden states; what goes out are drafts, and the
 how well a token follows another one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dpace.drafter.selector import SCORED_ROWS, Draft, DraftSampler, Selector
+from dpace.drafter.selector import SCORED_ROWS, Draft, DraftSampler, Drawn, ReadBefore, Selector
 from dpace.drafter.views import BlocksHidden
 from dpace.fast.top import topk
 from dpace.loss import SlotScores, candidate_logits
@@ -33,8 +33,7 @@ class BlockCandidates(NamedTuple):
     """Final hidden states of the slots."""
     last_ids: Int[Tensor, " block"]
     """The tokens at the anchors."""
-    before: Callable[[], Float[Tensor, "block hidden"]]
-    """Returns what the drafter's attention reads of the token before each anchor."""
+    before: ReadBefore
 
 
 class Lattice(NamedTuple):
@@ -55,9 +54,7 @@ class LatticeDraft(Draft):
 
     lattice: Lattice
 
-    def draw(
-        self, num_drawn: int, text: Sequence[int], sampler: DraftSampler
-    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
         """Draw the tokens from the lattice, a slot after the other.
 
         A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
@@ -106,7 +103,7 @@ class LatticeSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: Callable[[], Float[Tensor, "batch hidden"]],
+        before: ReadBefore,
         width: int,
     ) -> LatticeDraft:
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
@@ -127,20 +124,17 @@ class LatticeSelector(Selector):
         labels = blocks.labels[0, :, 1:]
         num_drafts = labels.shape[1]
         num_blocks = max(1, SCORED_ROWS // num_drafts)
-        tokens = []
-        scores = []
-        candidates = []
+        drafts = []
         inputs = drafted.hidden[0], blocks.labels[0, :, 0], drafted.before[0]
         for hidden, last_ids, before in zip(*[values.split(num_blocks) for values in inputs], strict=True):
-            draft = self.propose(rows, hidden, last_ids, lambda before=before: before, num_drafts + 1)
-            tokens.append(draft.tokens)
-            scores.append(draft.scores)
-            candidates.append(draft.lattice.candidates)
-        is_true = torch.cat(candidates) == labels[..., None]
-        is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
+            drafts.append(self.propose(rows, hidden, last_ids, lambda before=before: before, num_drafts + 1))
+        tokens = torch.cat([draft.tokens for draft in drafts])
+        is_true = torch.cat([draft.lattice.candidates for draft in drafts]) == labels[..., None]
+        is_right = torch.stack([tokens == labels, is_true[..., 0], is_true.any(-1)])
         is_accepted = (is_right & blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
+        scores = torch.cat([draft.scores for draft in drafts])
         # Nothing for the anchor, which is no draft.
-        return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
+        return nn.functional.pad(scores, (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
         """Return the states, which are scores."""

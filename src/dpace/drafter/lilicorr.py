@@ -119,7 +119,7 @@ class LiLiCorrSizes(SelectorSizes):
     prefix = "lilicorr_"
     architecture = "LiLiCorrDraftModel"
     selector = LiLiCorrSelector
-    reads = ("selector_candidates", "selector_width", "selector_penalty")
+    reads = {"selector_candidates": "candidate_topk", "selector_width": "hidden_size", "selector_penalty": ""}
     older_names = OLDER_NAMES
 
     candidate_topk: StrictCount
@@ -163,21 +163,13 @@ class LiLiCorrSizes(SelectorSizes):
             logit_scale=8.0,
         )
 
-    def width(self, hidden_size: int) -> int:
-        """Return the selector's width beside a drafter whose width is `hidden_size`."""
-        return self.hidden_size or hidden_size
-
-    def options(self, hidden_size: int) -> JsonObject:
-        """Return the options that ask for these sizes; the others follow from these two or are constants."""
-        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(hidden_size)}
-
     def check(self, hidden_size: int) -> None:
         """Refuse heads that do not divide the width.
 
         Raises:
             ValueError: names both.
         """
-        width = self.width(hidden_size)
+        width = self.hidden_size or hidden_size
         if width % self.num_heads:
             raise ValueError(
                 f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the selector's width, which is "

@@ -6,7 +6,7 @@ Here are its sizes and config keys, its drafts, and what it is trained with. Its
 Source: DSpark (arXiv 2607.05147), deepseek-ai/DeepSpec.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +16,19 @@ from torch import Tensor, nn
 
 from dpace.config import DrafterConfig
 from dpace.drafter.bigrams import begin_with_bigrams
-from dpace.drafter.selector import Conversations, Draft, DraftSampler, Selector, SelectorSizes, draw_draft
+from dpace.drafter.selector import (
+    Conversations,
+    Draft,
+    DraftSampler,
+    Drawn,
+    ReadBefore,
+    Selector,
+    SelectorSizes,
+    draw_draft,
+)
 from dpace.drafter.values import StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.fast.top import argmax
-from dpace.system.ledger import JsonObject
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import LmHead
 
@@ -48,9 +56,7 @@ class MarkovDraft(Draft):
     """The tokens at the anchors."""
     tables: PairTables
 
-    def draw(
-        self, num_drawn: int, text: Sequence[int], sampler: DraftSampler
-    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
         """Draw each slot's token after the one drawn before; processors see the text before the draft alone."""
         tokens = [self.last_ids]
         probs = []
@@ -118,7 +124,7 @@ class MarkovSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: Callable[[], Float[Tensor, "batch hidden"]],
+        before: ReadBefore,
         width: int,
     ) -> MarkovDraft:
         """Propose the best token of each slot after the one before; the draft keeps the logits without the head."""
@@ -141,7 +147,7 @@ class MarkovSizes(SelectorSizes):
     architecture = "Qwen3DSparkModel"
     with_convolutions = "DSparkConvDraftModel"  # which no engine reads
     selector = MarkovSelector
-    reads = ("selector_width",)
+    reads = {"selector_width": "rank"}
     refused = ("draft_vocab_size", "output_multiplier", "final_logit_softcapping")
     from_anchor = True
 
@@ -153,10 +159,6 @@ class MarkovSizes(SelectorSizes):
         """Choose the published rank, and a smaller one next to a small target."""
         rank = 64 if hidden_size < 1024 else 256
         return cls(rank=config.selector_width or rank)
-
-    def options(self, hidden_size: int) -> JsonObject:
-        """Return the option that asks for this rank; the target's width plays no part."""
-        return {"selector_width": self.rank}
 
 
 SIZES = MarkovSizes

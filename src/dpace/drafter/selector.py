@@ -24,6 +24,10 @@ from dpace.target.head import LmHead
 
 SCORED_ROWS = 128
 """Number of slots whose logits exist at once where known responses are measured."""
+Drawn = tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]
+"""The tokens that were drawn, and the distribution that each was drawn from."""
+ReadBefore = Callable[[], Float[Tensor, "batch hidden"]]
+"""Returns what the drafter's attention reads of the token before each anchor."""
 
 
 @runtime_checkable
@@ -73,18 +77,13 @@ class Draft:
     scores: Float[Tensor, "batch draft choice"]
     """Logits of each slot's choices; of a selector that chooses from candidates, a last one for all other tokens."""
 
-    def draw(
-        self, num_drawn: int, text: Sequence[int], sampler: DraftSampler
-    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
         """Draw a draft of one text for speculative sampling.
 
         Args:
             num_drawn: number of slots that will be verified.
             text: the tokens before the draft.
             sampler: the target's.
-
-        Returns:
-            The tokens, and the distribution that each was drawn from.
         """
         return draw_draft(self.rows.spread(self.scores[0, :num_drawn]), text, sampler)
 
@@ -138,7 +137,7 @@ class Selector:
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: Callable[[], Float[Tensor, "batch hidden"]],
+        before: ReadBefore,
         width: int,
     ) -> Draft:
         """Propose the best tokens.
@@ -147,7 +146,7 @@ class Selector:
             rows: of the tokens that may be drafted.
             hidden: of whole blocks.
             last_ids: the tokens at the anchors.
-            before: returns what the drafter's attention reads of the token before each anchor.
+            before: see `ReadBefore`.
             width: number of slots that may be verified, the anchor included.
         """
         # (batch * draft, choice), since `argmax` is fast on rows; slot 0 drafts nothing.
@@ -188,9 +187,7 @@ class Selector:
         return rows.logits(states)
 
 
-def draw_draft(
-    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: DraftSampler
-) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+def draw_draft(logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: DraftSampler) -> Drawn:
     """Draw each slot's token from its logits; see `Selector.draw`.
 
     Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
@@ -224,8 +221,9 @@ class SelectorSizes:
     with_convolutions: ClassVar[str] = ""
     """The same where layers have convolutions; empty where it does not differ."""
     selector: ClassVar[type[Selector]]
-    reads: ClassVar[tuple[str, ...]] = ()
-    """Options that it reads of those whose names begin with `selector_`; others are refused with it."""
+    reads: ClassVar[dict[str, str]] = {}
+    """Options that it reads of those whose names begin with `selector_`, and the field that each chooses, if there is
+    one; other options are refused with it."""
     refused: ClassVar[tuple[str, ...]] = ("sample_from_anchor", "draft_vocab_size")
     """Fields of a `DrafterSpec` that have their default beside it."""
     from_anchor: ClassVar[bool] = False
@@ -244,8 +242,11 @@ class SelectorSizes:
         return cls()
 
     def options(self, hidden_size: int) -> JsonObject:
-        """Return the options `selector_NAME` of `DrafterConfig` that ask for these sizes; the inverse of `chosen`."""
-        return {}
+        """Return the options `selector_NAME` of `DrafterConfig` that ask for these sizes; the inverse of `chosen`.
+
+        A width of 0 is the drafter's, `hidden_size`.
+        """
+        return {option: getattr(self, size) or hidden_size for option, size in self.reads.items() if size}
 
     def check(self, hidden_size: int) -> None:
         """Refuse sizes that no network of a drafter of this width has.
