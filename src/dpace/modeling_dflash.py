@@ -205,19 +205,16 @@ class CandidateSelectorNetwork(nn.Module):
         init.zeros_(self.successor_codebook)
         init.normal_(self.hidden_projection.weight, std=self.hidden_projection.in_features**-0.5)
 
-    def queries(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Compute `A[a] * (H h)`, "... slot before rank"."""
-        gate = self.hidden_projection(hidden.to(self.hidden_projection.weight.dtype))
-        return nn.functional.embedding(before, self.predecessor_codebook) * gate[..., None, :]
-
-    def forward(self, queries: Tensor, candidates: Tensor) -> Tensor:
+    def forward(self, before: Tensor, hidden: Tensor, candidates: Tensor) -> Tensor:
         """Compute what is added to logits, in fp32: "... slot before candidate".
 
         Args:
-            queries: of the tokens that may stand before each slot, "... slot before", and of its hidden state, as the
-                LM head reads it.
+            before: "... slot before", tokens that may stand before each slot.
+            hidden: "... slot hidden", of the slots, as the LM head reads them.
             candidates: "... slot candidate", tokens for it.
         """
+        gate = self.hidden_projection(hidden.to(self.hidden_projection.weight.dtype))
+        queries = nn.functional.embedding(before, self.predecessor_codebook) * gate[..., None, :]
         return (queries @ nn.functional.embedding(candidates, self.successor_codebook).mT).float()
 
 

@@ -108,7 +108,7 @@ def make_with_convolutions(target: Target, **options) -> Drafter:
 def make_with_selector(target: Target, **options) -> Drafter:
     """A drafter whose selector, by default LiLiCorr's, does something."""
     drafter = make_drafter(target, **{"selector": "lilicorr", "selector_candidates": 4, **options})
-    return _stir(drafter, f"{drafter.selector.name}.")
+    return _stir(drafter, f"{drafter.spec.selector.name}.")
 
 
 def make_with_candidate_selector(target: Target, **options) -> Drafter:

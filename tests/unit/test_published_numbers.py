@@ -209,7 +209,7 @@ def dspark():
     anchors = torch.tensor([[0, 4]])
     hidden = waves(1, 2, 4, 6, start=0.4)
     drafted = BlocksHidden(hidden, Blocks(anchors, labels, is_scored, anchors >= 0), hidden[:, :, 0], None, None)
-    return MarkovSelector(Mock(spec=DFlashDraftModel, markov_head=network)), rows, drafted
+    return MarkovSelector(network), rows, drafted
 
 
 def test_the_loss_of_dsparks_head(dspark):

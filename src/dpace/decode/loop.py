@@ -254,8 +254,7 @@ class Speculation:
         if not self.samples_draft or not num_draft:
             return plan, block, None
         # Only now, because the width has been chosen from the best tokens: it must not depend on what is drawn.
-        selector = self.drafter.selector
-        tokens, probs = selector.draw(draft, num_draft, self.draft_rows, self.text.token_ids, self.text.sampler)
+        tokens, probs = draft.draw(num_draft, self.text.token_ids, self.text.sampler)
         return plan, torch.cat([last_ids, tokens[None]], dim=1), probs
 
     def accept(

@@ -26,7 +26,6 @@ from dpace.drafter.spec import (
     DrafterSpec,
     as_float32,
     read_folder,
-    read_sizes,
 )
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_tokens
 from dpace.fast.speed_up import speed_up
@@ -67,11 +66,7 @@ def size_fault(spec: DrafterSpec, target: Target) -> str:
 def scales_of(target: Target) -> dict[str, float | None]:
     """Return what the target does to embeddings and logits, with which a drafter decodes whatever its config says."""
     values = target.embed_scale, target.head.multiplier, target.head.softcap
-    scales: dict[str, float | None] = dict(zip(SCALES, values, strict=True))
-    for name, value in scales.items():
-        if value is not None:
-            scales[name] = as_float32(value)
-    return scales
+    return {name: value and as_float32(value) for name, value in zip(SCALES, values, strict=True)}
 
 
 def sizes_of(config: Any) -> JsonObject:
@@ -168,16 +163,23 @@ class Drafter(DFlashDraftModel):
     """The tokens that decoding drafts; None for all."""
     answers: list[int] = []
     """Tokens of the answers that it was trained on, one answer after the other; decoding can copy from them."""
+    _spec: DrafterSpec
+    _spec_values: JsonObject | None = None
+    """The config that `_spec` was read from."""
 
     def __init__(self, config: Any):
         super().__init__(config)
-        sizes = read_sizes({}, config.dflash_config)
-        self.selector = sizes.selector(self) if sizes else Selector(self)
+        sizes = self.spec.selector
+        self.selector = sizes.selector(getattr(self, sizes.name)) if sizes else Selector()
 
     @property
     def spec(self) -> DrafterSpec:
-        """All that an engine must know about it, apart from its weights."""
-        return DrafterSpec.from_config(self.config.to_dict())
+        """All that an engine must know about it, apart from its weights; read again where the config has changed."""
+        values = self.config.to_dict()
+        if values != self._spec_values:
+            self._spec_values = values
+            self._spec = DrafterSpec.from_config(values)
+        return self._spec
 
     @property
     def num_slots(self) -> int:

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.config import DrafterConfig
-from dpace.drafter.selector import BlockCandidates, Lattice, LatticeSelector, SelectorSizes, rows_after
+from dpace.drafter.lattice import BlockCandidates, Lattice, LatticeSelector, rows_after
+from dpace.drafter.selector import SelectorSizes
 from dpace.drafter.values import COPY_AGAIN, Index, LayerCount, Scale, StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.loss import SlotScores, candidate_logits
@@ -34,8 +35,6 @@ OLDER_NAMES = {
 
 class LiLiCorrSelector(LatticeSelector):
     """Scores neighbouring candidates by the network; the drafter's logits are not added to its scores."""
-
-    name = "lilicorr"
 
     def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
         """Take the network's scores; in the first slot all candidates have the score after the anchor."""
@@ -104,7 +103,7 @@ def walk_losses(
     is_true = lattice.candidates == labels[..., None]
     is_counted = is_true.any(-1).int().cumprod(-1)  # 0 from the first slot whose token is no candidate
     index = is_true.int().argmax(-1)
-    log_probs = rows_after(lattice, index).log_softmax(-1)
+    log_probs = rows_after(lattice.scores, index).log_softmax(-1)
     losses = -CE_WEIGHT * log_probs.gather(-1, index[..., None])[..., 0]
     if target_logits is not None:
         worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)
@@ -120,7 +119,7 @@ class LiLiCorrSizes(SelectorSizes):
     prefix = "lilicorr_"
     architecture = "LiLiCorrDraftModel"
     selector = LiLiCorrSelector
-    reads = ("selector_candidates", "selector_width", "selector_penalty")
+    reads = {"selector_candidates": "candidate_topk", "selector_width": "hidden_size", "selector_penalty": ""}
     older_names = OLDER_NAMES
 
     candidate_topk: StrictCount
@@ -164,21 +163,13 @@ class LiLiCorrSizes(SelectorSizes):
             logit_scale=8.0,
         )
 
-    def width(self, hidden_size: int) -> int:
-        """Return the selector's width beside a drafter whose width is `hidden_size`."""
-        return self.hidden_size or hidden_size
-
-    def options(self, hidden_size: int) -> JsonObject:
-        """Return the options that ask for these sizes; the others follow from these two or are constants."""
-        return {"selector_candidates": self.candidate_topk, "selector_width": self.width(hidden_size)}
-
     def check(self, hidden_size: int) -> None:
         """Refuse heads that do not divide the width.
 
         Raises:
             ValueError: names both.
         """
-        width = self.width(hidden_size)
+        width = self.hidden_size or hidden_size
         if width % self.num_heads:
             raise ValueError(
                 f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the selector's width, which is "

@@ -6,21 +6,66 @@ Here are its sizes and config keys, its drafts, and what it is trained with. Its
 Source: DSpark (arXiv 2607.05147), deepseek-ai/DeepSpec.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpace.config import DrafterConfig
-from dpace.drafter.selector import Draft, DraftSampler, Selector, SelectorSizes, draw_draft
+from dpace.drafter.bigrams import begin_with_bigrams
+from dpace.drafter.selector import (
+    Conversations,
+    Draft,
+    DraftSampler,
+    Drawn,
+    ReadBefore,
+    Selector,
+    SelectorSizes,
+    draw_draft,
+)
 from dpace.drafter.values import StrictCount
 from dpace.drafter.views import BlocksHidden
 from dpace.fast.top import argmax
-from dpace.system.ledger import JsonObject
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import LmHead
+
+
+class PairTables(NamedTuple):
+    """The head's two tables, the second with the tokens that may be drafted."""
+
+    first: nn.Embedding
+    second: Float[Tensor, "choice rank"]
+
+    def add_to(
+        self, logits: Float[Tensor, "*slots choice"], before: Int[Tensor, "*slots"]
+    ) -> Float[Tensor, "*slots choice"]:
+        """Add to logits how well each token follows the token before its slot."""
+        return logits + self.first(before) @ self.second.T
+
+
+@dataclass(frozen=True)
+class MarkovDraft(Draft):
+    """Tokens of which each counts for the next one."""
+
+    base: Float[Tensor, "batch draft choice"]
+    """Logits of the slots without the head."""
+    last_ids: Int[Tensor, " batch"]
+    """The tokens at the anchors."""
+    tables: PairTables
+
+    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
+        """Draw each slot's token after the one drawn before; processors see the text before the draft alone."""
+        tokens = [self.last_ids]
+        probs = []
+        for logits in self.base[0, :num_drawn]:
+            scores = self.tables.add_to(logits[None], tokens[-1])
+            drawn, slot_probs = draw_draft(self.rows.spread(scores), text, sampler)
+            tokens.append(drawn)
+            probs.append(slot_probs)
+        return torch.cat(tokens[1:]), torch.cat(probs)
 
 
 class MarkovSelector(Selector):
@@ -38,12 +83,16 @@ class MarkovSelector(Selector):
     logits of a block twice, and the table's rows of the tokens that may be drafted.
     """
 
-    name = "markov_head"
+    def begin(self, conversations: Conversations) -> None:
+        """Let the tables say how often tokens follow each other in the answers."""
+        begin_with_bigrams(self.network, conversations)
 
-    def table(self, rows: DraftRows) -> Float[Tensor, "choice rank"]:
-        """Return the second table's rows of the tokens that may be drafted."""
-        table = self.network.markov_w2.weight
-        return table if rows.token_ids is None else table[rows.token_ids]
+    def tables(self, rows: DraftRows) -> PairTables:
+        """Return the tables, the second with the tokens that may be drafted."""
+        second = self.network.markov_w2.weight
+        if rows.token_ids is not None:
+            second = second[rows.token_ids]
+        return PairTables(self.network.markov_w1, second)
 
     def states(self, drafted: BlocksHidden) -> Float[Tensor, "batch block slot state"]:
         """Add the vectors of the target's own tokens before: verification reaches no slot after another token."""
@@ -52,14 +101,13 @@ class MarkovSelector(Selector):
         return torch.cat([drafted.hidden, self.network.markov_w1(before).to(drafted.hidden.dtype)], dim=-1)
 
     def head(self, rows: DraftRows) -> LmHead:
-        """Put the table beside the LM head, which has no factor and no cap (`MarkovSizes.refused`)."""
-        table = self.table(rows)
+        """Put the second table beside the LM head, which has no factor and no cap (`MarkovSizes.refused`)."""
         weight = rows.head.weight
-        return LmHead(torch.cat([weight, table.to(weight.dtype)], dim=1))
+        return LmHead(torch.cat([weight, self.tables(rows).second.to(weight.dtype)], dim=1))
 
     def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
-        """Add the head's numbers to the logits of the hidden states."""
-        table = self.table(rows)
+        """Add the products of the vectors in the states to the logits of the hidden states."""
+        table = self.tables(rows).second
         hidden, vectors = states.tensor_split([-table.shape[1]], dim=1)
         return rows.logits(hidden).float() + vectors @ table.T
 
@@ -68,32 +116,18 @@ class MarkovSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: Callable[[], Float[Tensor, "batch hidden"]],
+        before: ReadBefore,
         width: int,
-    ) -> Draft:
+    ) -> MarkovDraft:
         """Propose the best token of each slot after the one before; the draft keeps the logits without the head."""
         base = rows.logits(hidden[:, 1:width].flatten(0, 1)).float().unflatten(0, (len(hidden), -1))
-        table = self.table(rows)
+        tables = self.tables(rows)
         tokens = [last_ids]
         scores = []
         for logits in base.unbind(1):
-            scores.append(logits + self.network.markov_w1(tokens[-1]) @ table.T)
+            scores.append(tables.add_to(logits, tokens[-1]))
             tokens.append(rows.tokens(argmax(scores[-1])))
-        return Draft(torch.stack(tokens[1:], dim=1), torch.stack(scores, dim=1), (base, last_ids))
-
-    def draw(
-        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: DraftSampler
-    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
-        """Draw each slot's token after the one drawn before; processors see the text before the draft alone."""
-        base, before = draft.lattice
-        table = self.table(rows)
-        drawn = []
-        for logits in base[0, :num_drawn]:
-            scores = rows.spread(logits + self.network.markov_w1(before) @ table.T)
-            before, probs = draw_draft(scores, text, sampler)
-            drawn.append((before, probs))
-        tokens, slot_probs = map(torch.cat, zip(*drawn, strict=True))
-        return tokens, slot_probs
+        return MarkovDraft(rows, torch.stack(tokens[1:], dim=1), torch.stack(scores, dim=1), base, last_ids, tables)
 
 
 @dataclass(frozen=True)
@@ -105,7 +139,7 @@ class MarkovSizes(SelectorSizes):
     architecture = "Qwen3DSparkModel"
     with_convolutions = "DSparkConvDraftModel"  # which no engine reads
     selector = MarkovSelector
-    reads = ("selector_width",)
+    reads = {"selector_width": "rank"}
     refused = ("draft_vocab_size", "output_multiplier", "final_logit_softcapping")
     from_anchor = True
 
@@ -117,10 +151,6 @@ class MarkovSizes(SelectorSizes):
         """Choose the published rank, and a smaller one next to a small target."""
         rank = 64 if hidden_size < 1024 else 256
         return cls(rank=config.selector_width or rank)
-
-    def options(self, hidden_size: int) -> JsonObject:
-        """Return the option that asks for this rank; the target's width plays no part."""
-        return {"selector_width": self.rank}
 
 
 SIZES = MarkovSizes

@@ -13,6 +13,7 @@ from dpace.blocks import Blocks, dense_mask, flex_mask
 from dpace.modeling_dflash import DFlashDraftModel, Mask
 from dpace.system.device import TILED
 from dpace.target import Target
+from dpace.target.target import Features
 
 Inputs = dict[str, Any]
 """Tensors of a conversation, or of several with their blocks, by name; None where one is not known."""
@@ -121,39 +122,44 @@ def blocks_hidden(
         ValueError: it is asked for, and the features of the batch were kept without it.
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
-    token_ids = inputs["token_ids"]
-    features = inputs["features"]
-    head_input = inputs.get("head_input")
-    if features is None:
-        text = inputs.get("text", token_ids)
-        features, head_input = target.read_features(text, drafter.target_layer_ids, with_head_input=with_target_hidden)
-    if with_target_hidden and head_input is None:
+    features = _read_features(drafter, target, inputs, with_target_hidden)
+    slots = blocks
+    if not drafter.first_slot:  # the network reads no last slot
+        slots = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
+    batch, num_context = inputs["token_ids"].shape
+    device = blocks.labels.device
+    context_positions = torch.arange(num_context, device=device).expand(batch, -1)
+    make_mask = flex_mask if device.type in TILED else dense_mask
+    drafted = draft_block(
+        drafter if model is None else model,
+        target,
+        slots.input_ids(drafter.mask_token_id).flatten(1, 2),  # (batch, block * slot)
+        features.layers,
+        position_ids=torch.cat([context_positions, slots.position_ids.flatten(1)], dim=1),
+        attention_mask={kind: make_mask(slots, num_context, reach) for kind, reach in drafter.reaches.items()},
+        block_size=slots.block_size,
+    )
+    hidden = to_predicted(drafted.hidden.unflatten(1, slots.labels.shape[1:]), drafter.first_slot)
+    # The token before a slot is where the target predicts it: (batch, block, slot).
+    before = (blocks.position_ids - 1).clamp(0, num_context - 1)
+    batch_rows = torch.arange(batch, device=device)[:, None, None]
+    target_hidden = None
+    if with_target_hidden and features.head_input is not None:
+        target_hidden = features.head_input[batch_rows, before]
+    before_anchors = drafted.context[batch_rows[..., 0], before[..., 0]]
+    return BlocksHidden(hidden, blocks, before_anchors, target_hidden, inputs.get("whole_blocks"))
+
+
+def _read_features(drafter: Any, target: Target, inputs: Inputs, with_head_input: bool) -> Features:
+    """Return the features of a batch, computed now where none were kept; see `blocks_hidden`."""
+    if inputs["features"] is not None:
+        features = Features(inputs["features"], inputs.get("head_input"))
+    else:
+        text = inputs.get("text", inputs["token_ids"])
+        features = target.read_features(text, drafter.target_layer_ids, with_head_input=with_head_input)
+    if with_head_input and features.head_input is None:
         raise ValueError(
             "the features of these conversations were kept without the input of the target's LM head, which the loss "
             "reads; keep them by `dpace.make_datasets` with the recipe of the training"
         )
-    batch, num_context = token_ids.shape
-    read_blocks = blocks
-    if not drafter.first_slot:
-        read_blocks = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
-    context_positions = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
-    make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
-    masks = {kind: make_mask(read_blocks, num_context, reach) for kind, reach in drafter.reaches.items()}
-    drafted = draft_block(
-        drafter if model is None else model,
-        target,
-        read_blocks.input_ids(drafter.mask_token_id).flatten(1, 2),  # (batch, block * slot)
-        features,
-        position_ids=torch.cat([context_positions, read_blocks.position_ids.flatten(1)], dim=1),
-        attention_mask=masks,
-        block_size=read_blocks.block_size,
-    )
-    hidden = to_predicted(drafted.hidden.unflatten(1, read_blocks.labels.shape[1:]), drafter.first_slot)
-    # The token before a slot is where the target predicts it: (batch, block, slot).
-    before = (blocks.position_ids - 1).clamp(0, num_context - 1)
-    batch_rows = torch.arange(batch, device=token_ids.device)[:, None, None]
-    target_hidden = None
-    if with_target_hidden and head_input is not None:
-        target_hidden = head_input[batch_rows, before]
-    before_anchors = drafted.context[batch_rows[..., 0], before[..., 0]]
-    return BlocksHidden(hidden, blocks, before_anchors, target_hidden, inputs.get("whole_blocks"))
+    return features

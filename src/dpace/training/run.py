@@ -17,7 +17,6 @@ from dpace.batches.feature_files import keep_on_disk
 from dpace.config import WALKED, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
-from dpace.drafter.markov_head import MarkovSelector
 from dpace.drafter.spec import SELECTORS
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
@@ -30,7 +29,6 @@ from dpace.system.ledger import JsonObject, lock_folder, read_object, register_f
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.training.bigrams import begin_with_bigrams
 from dpace.training.checkpoints import STATE, find_newest
 from dpace.training.finish import write_finished
 from dpace.training.loop import TrainingLoop
@@ -353,8 +351,8 @@ def _train_in(folder: Path, run: Run, target: Target, dataset: ResponseDataset, 
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
         newest = ranks.from_first(lambda: find_newest(folder / "checkpoints"))
         drafter = _make_drafter(target, dataset, recipe, init)
-        if isinstance(drafter.selector, MarkovSelector) and init is None and newest is None:
-            begin_with_bigrams(drafter.selector.network, dataset)
+        if init is None and newest is None:
+            drafter.selector.begin(dataset)
         keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
             drafter, target, dataset, validation, recipe, weigh=run.weigh, checkpoints=folder / "checkpoints"

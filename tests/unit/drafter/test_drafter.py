@@ -3,6 +3,7 @@
 import itertools
 import random
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import DynamicCache
 from dpace.blocks import build_blocks
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import choose_mask_token
-from dpace.drafter.spec import SCALES
+from dpace.drafter.spec import SCALES, DrafterSpec
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashConvolution, _small_tiles
 from tests.support.files import change_config, read_json
@@ -90,6 +91,17 @@ def test_reload_gives_equal_weights_and_the_published_layout(random_target, tmp_
     for again in (Drafter.from_pretrained(tmp_path), load_drafter(tmp_path, random_target)):
         assert again.spec == drafter.spec and again.config._attn_implementation == "sdpa"
         torch.testing.assert_close(again.state_dict(), drafter.state_dict(), rtol=0, atol=0)
+
+
+def test_the_config_is_read_once_and_again_where_it_has_changed(target, monkeypatch):
+    drafter = make_drafter(target)
+    read = Mock(side_effect=DrafterSpec.from_values)
+    monkeypatch.setattr(DrafterSpec, "from_values", read)
+    for size in (4, 4, 6, 6, 4):
+        drafter.config.block_size = size
+        assert drafter.spec.block_size == size
+    drafter.config.dflash_config["sample_from_anchor"] = True
+    assert drafter.spec.num_draft_tokens == 4 and read.call_count <= 4
 
 
 def test_a_drafter_rotates_as_its_target():

@@ -9,8 +9,8 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
 from dpace.decode.sampling import Sampler
+from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
 from dpace.drafter.lilicorr import LiLiCorrSizes
-from dpace.drafter.selector import Lattice, LatticeSelector, take_walk
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorrNetwork
 from dpace.respond.responses import Response
@@ -156,5 +156,5 @@ def test_dsparks_head_counts_after_the_token_that_is_drafted(language_target):
                 before = int(allowed[scores.argmax()])
                 assert draft.tokens[text, slot] == before
         alone = drafter.selector.propose(rows, hidden[:1], last_ids[:1], lambda: hidden[:1, 0], 4)
-        tokens, probs = drafter.selector.draw(alone, 3, rows, [1, 2], Sampler(0.0001, seed=0))
+        tokens, probs = alone.draw(3, [1, 2], Sampler(0.0001, seed=0))
         assert torch.equal(tokens, draft.tokens[0]) and probs.shape == (3, 64)

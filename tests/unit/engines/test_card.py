@@ -249,15 +249,6 @@ def test_the_card_has_the_depth_that_an_engine_measured(
     assert "on another machine than dpace" in card(drafter_sha256=digest)
 
 
-def test_the_card_of_llamacpp_says_what_it_costs(folder, language_folder, target_gguf, run_line, tmp_path):
-    command = f"export {folder} --target {language_folder} --to gguf --target-gguf {target_gguf}"
-    run_line(f"{command} --output {tmp_path / 'out'}")
-    text = " ".join((tmp_path / "out" / "README.md").read_text().split())
-    assert "On a CPU measure first, with `dpace bench --server`" in text
-    assert "With a quantized target, such as Q8_0 or Q4_1, the text will differ" in text
-    assert "not trained for" not in text
-
-
 @quiet
 def test_an_adapter_is_to_be_merged(folder, language_folder, run_line, tmp_path, monkeypatch):
     pytest.importorskip("peft")

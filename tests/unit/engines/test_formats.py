@@ -99,7 +99,7 @@ def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch, tmp_
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="does not read back as it was written"):
             patch.setattr(*change)
             do_export("speculators")
-            assert [path.name for path in (tmp_path / "speculators").iterdir()] == [".dpace.lock"]
+        assert [path.name for path in (tmp_path / "speculators").iterdir()] == [".dpace.lock"]
 
 
 def test_other_spellings_are_read(folder, tmp_path):

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.drafter import Drafter
-from dpace.training import bigrams
-from dpace.training.bigrams import begin_with_bigrams
+from dpace.drafter import Drafter, bigrams
+from dpace.drafter.bigrams import begin_with_bigrams
 from dpace.training.run import make_datasets, train
 from tests.support.models import make_drafter, make_recipe
 
@@ -102,7 +101,7 @@ def test_a_training_begins_with_them_once(language_target, language_responses, t
     expected = begun(language_target, datasets[0], 16).state_dict()
     torch.testing.assert_close(drafter.markov_head.state_dict(), expected, rtol=1e-2, atol=1e-3)  # its file is in bf16
 
-    monkeypatch.setattr("dpace.training.run.begin_with_bigrams", None)
+    monkeypatch.setattr("dpace.drafter.markov_head.begin_with_bigrams", None)
     (tmp_path / "one" / "provenance.json").unlink()  # as if it had been interrupted
     again = train(language_target, *datasets, recipe, tmp_path / "one")
     torch.testing.assert_close(again.state_dict(), drafter.state_dict())

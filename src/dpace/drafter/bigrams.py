@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpace.batches.dataset import ResponseDataset
+from dpace.drafter.selector import Conversations
 from dpace.modeling_dflash import MarkovHead
 
 MAX_TOKENS = 4096
@@ -13,12 +13,16 @@ PRIOR = 20.0
 """Pairs that each token has on top of the counted ones, spread over all tokens by how frequent these are.
 
 Of 5, 20 and 60: fewer predict other answers of the same kinds a little better, and other text worse."""
-NUM_STEPS, NUM_ROWS, LEARNING_RATE = 300, 256, 0.03
-"""Steps of Adam, tokens `a` in each, and the first learning rate; benchmarks/tried.md compares 1,000 steps."""
+NUM_STEPS = 300
+"""Steps of Adam; benchmarks/tried.md compares 1,000."""
+NUM_ROWS = 256
+"""Tokens `a` in each step."""
+LEARNING_RATE = 0.03
+"""The first one; it falls to 0."""
 
 
 @torch.no_grad()
-def begin_with_bigrams(head: MarkovHead, dataset: ResponseDataset) -> None:
+def begin_with_bigrams(head: MarkovHead, conversations: Conversations) -> None:
     """Set the tables so that `softmax(<W1[a], W2[b]>)` is about how often token `b` follows token `a` in the answers.
 
     A drafter then only has to learn what the text before `a` changes. The last column is how frequent each token is, so
@@ -29,54 +33,54 @@ def begin_with_bigrams(head: MarkovHead, dataset: ResponseDataset) -> None:
 
     Args:
         head: of an untrained drafter.
-        dataset: what it will be trained on.
+        conversations: what it will be trained on.
 
     Source: ours; the head is DSpark's (arXiv 2607.05147).
     """
     vocab_size, rank = head.markov_w1.weight.shape
     counts = torch.zeros(vocab_size)
-    for number in range(len(dataset)):
-        counts += dataset.token_ids(number)[dataset.is_response(number)].bincount(minlength=vocab_size)
+    for number in range(len(conversations)):
+        answers = conversations.token_ids(number)[conversations.is_response(number)]
+        counts += answers.bincount(minlength=vocab_size)
     share = (counts + 0.5) / (counts + 0.5).sum()
     frequent = share.topk(min(MAX_TOKENS, vocab_size)).indices
-    tables = fit_tables(next_token_probs(dataset, share, frequent), share[frequent], rank - 1)
-    for weight, table, frequency in (
-        (head.markov_w1.weight, tables[0], torch.ones(vocab_size)),
-        (head.markov_w2.weight, tables[1], share.log()),
-    ):
-        rows = torch.zeros(vocab_size, rank)
-        rows[frequent, :-1] = table
-        rows[:, -1] = frequency
-        weight.copy_(rows)
+    probs = next_token_probs(conversations, share, frequent)
+    first, second = fit_tables(probs, share[frequent], rank - 1)
+    for weight, fitted in ((head.markov_w1.weight, first), (head.markov_w2.weight, second)):
+        weight.zero_()
+        weight[frequent, :-1] = fitted.to(weight)
+    head.markov_w1.weight[:, -1] = 1
+    head.markov_w2.weight[:, -1] = share.log()
 
 
 def next_token_probs(
-    dataset: ResponseDataset, share: Float[Tensor, " vocab"], frequent: Int[Tensor, " frequent"]
+    conversations: Conversations, share: Float[Tensor, " vocab"], frequent: Int[Tensor, " frequent"]
 ) -> Float[Tensor, "frequent frequent"]:
     """Compute the share of each token among the tokens after `a` in the answers, with `PRIOR`; a row for each `a`.
 
     Args:
-        dataset: the conversations.
+        conversations: with the answers.
         share: of each token among all, above 0.
         frequent: ids of the tokens whose pairs count.
     """
     size = len(frequent)
     places = torch.full((len(share),), -1)
     places[frequent] = torch.arange(size)
-    pairs = torch.zeros(size * size)
-    for number in range(len(dataset)):
-        token_places = places[dataset.token_ids(number)]
-        before, after = token_places[:-1], token_places[1:]
-        is_counted = dataset.is_response(number)[1:] & (before >= 0) & (after >= 0)
-        numbers = (before * size + after)[is_counted]
-        pairs.index_add_(0, numbers, torch.ones(len(numbers)))
-    pairs = pairs.view(size, size).add_(PRIOR * share[frequent] / share[frequent].sum())
-    return pairs.div_(pairs.sum(-1, keepdim=True))
+    counts = torch.zeros(size, size)
+    for number in range(len(conversations)):
+        token_places = places[conversations.token_ids(number)]
+        before = token_places[:-1]
+        after = token_places[1:]
+        is_counted = conversations.is_response(number)[1:] & (before >= 0) & (after >= 0)
+        pairs = before[is_counted], after[is_counted]
+        counts.index_put_(pairs, torch.ones(()), accumulate=True)
+    counts += PRIOR * share[frequent] / share[frequent].sum()
+    return counts.div_(counts.sum(-1, keepdim=True))
 
 
 def fit_tables(
     probs: Float[Tensor, "token token"], share: Float[Tensor, " token"], rank: int
-) -> list[Float[Tensor, "token rank"]]:
+) -> tuple[Float[Tensor, "token rank"], Float[Tensor, "token rank"]]:
     """Fit two tables, so that `softmax(<first[a], second[b]> + log share[b])` has a small cross-entropy to `probs[a]`.
 
     The mean is over tokens `a` by how frequent they are. A singular value decomposition of the logarithms takes no
@@ -91,15 +95,16 @@ def fit_tables(
         The tables of the token before and of the token after.
     """
     generator = torch.Generator().manual_seed(0)
-    tables = [0.1 * torch.randn(len(share), rank, generator=generator) for _ in range(2)]
-    optimizer = torch.optim.Adam([table.requires_grad_() for table in tables], lr=LEARNING_RATE, betas=(0.9, 0.99))
+    first = nn.Parameter(0.1 * torch.randn(len(share), rank, generator=generator))
+    second = nn.Parameter(0.1 * torch.randn(len(share), rank, generator=generator))
+    optimizer = torch.optim.Adam([first, second], lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, NUM_STEPS)
     with torch.enable_grad():
         for _ in range(NUM_STEPS):
             rows = share.multinomial(NUM_ROWS, replacement=True, generator=generator)
-            scores = tables[0][rows] @ tables[1].T + share.log()
+            scores = first[rows] @ second.T + share.log()
             nn.functional.cross_entropy(scores, probs[rows]).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    return [table.detach() for table in tables]
+    return first.detach(), second.detach()
