@@ -6,7 +6,7 @@ tau, speeds and their intervals are pooled from them.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, product
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from dpace.config import BenchConfig, Width
+from dpace.config import BenchConfig, VerifyRule, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import COMPILED, PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
+from dpace.measure.records import COMPILED, PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     SPECULATIVE,
     BenchRecord,
@@ -74,29 +74,18 @@ def bench(
     """
     ranks.from_first(lambda: register_files(folder, "results.json"))
     drafters_by_row: dict[str, Drafter] = {}
+    rules: dict[str, VerifyRule] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
     for rule, (name, drafter) in product(config.verify_rules, drafters.items()):
-        row_name = name
-        if rule == "speculative":
-            row_name += SPECULATIVE
+        row_name = name + SPECULATIVE if rule == "speculative" else name
         drafters_by_row[row_name] = drafter
+        rules[row_name] = rule
         for width in config.widths:
             ways[row_name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
     is_compiled = config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu")
     if is_compiled:
         ways[COMPILED, None] = partial(decode_compiled, Decoder(target, None, compile=True))
-    setup = Provenance(
-        **setup_of(target, config),
-        drafters={name: fingerprint(drafter) for name, drafter in drafters_by_row.items()},
-        target_weights_sha256=target.sha256,
-        drafter_configs={name: hash_config(drafter) for name, drafter in drafters_by_row.items()},
-        widths=list(config.widths),
-        is_compiled=is_compiled,
-        engine="dpace.decode",
-        dtype=dtype_name(target.model.dtype),
-        hardware=find_hardware(target.device),
-        versions=find_versions(),
-    )
+    setup = _describe(target, drafters_by_row, config, is_compiled)
     # All prompts name the file, so that a call with a lower limit finds what one with more prompts has kept.
     records = Records(folder / "bench.jsonl", BenchRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
@@ -105,22 +94,28 @@ def bench(
     missing = ranks.share(records.missing(jobs))
     if missing:
         _warm_up(target, ways, missing[0][1], config.max_new_tokens)
-    for number, (temperature, prompt) in track(missing, "decoding"):
-        responses = _decode_prompt(
-            target,
-            ways,
-            prompt,
-            rotation=number,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            seed=records.seeds[prompt.id],
-        )
-        records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
+    for number, job in track(missing, "decoding"):
+        records.add(_decode_prompt(target, ways, number, job, config.max_new_tokens, records.seeds))
     records.read()
-    measured = [records.rows[temperature, prompt.id] for temperature, prompt in jobs]
-    results = BenchResults(**vars(setup), rows=make_rows(measured, list(drafters_by_row)))
+    results = BenchResults(**vars(setup), rows=make_rows(records.of(jobs), rules))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
+
+
+def _describe(target: Target, drafters: dict[str, Drafter], config: BenchConfig, is_compiled: bool) -> Provenance:
+    """Return what makes the numbers."""
+    return Provenance(
+        **setup_of(target, config),
+        drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
+        target_weights_sha256=target.sha256,
+        drafter_configs={name: hash_config(drafter) for name, drafter in drafters.items()},
+        widths=list(config.widths),
+        is_compiled=is_compiled,
+        engine="dpace.decode",
+        dtype=dtype_name(target.model.dtype),
+        hardware=find_hardware(target.device),
+        versions=find_versions(),
+    )
 
 
 def hash_config(drafter: Drafter) -> str:
@@ -132,7 +127,7 @@ def hash_config(drafter: Drafter) -> str:
     return hash_json(spec)
 
 
-def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_tokens: int) -> None:
+def _warm_up(target: Target, ways: Ways, job: Job, max_new_tokens: int) -> None:
     """Decode a prompt in every way, and compile steps; leave those out where they cannot be had."""
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
@@ -150,12 +145,17 @@ def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_toke
         del ways[COMPILED, None]
 
 
-def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
-    """Decode one prompt in every way, and yield each response; `ask_in_turn` has the options."""
-    for turn, (token_ids, generations) in enumerate(ask_in_turn(target, prompt, ways, **options)):
+def _decode_prompt(
+    target: Target, ways: Ways, number: int, job: Job, max_new_tokens: int, seeds: Mapping[str, int]
+) -> BenchRecord:
+    """Decode one prompt in every way; its `number` among all rotates their order."""
+    temperature, prompt = job
+    options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seeds[prompt.id]}
+    responses = []
+    for turn, (token_ids, generations) in enumerate(ask_in_turn(target, prompt, ways, rotation=number, **options)):
         plain_text = generations[PLAIN, None].token_ids
         for (name, width), generation in generations.items():
-            yield ResponseRecord(
+            response = ResponseRecord(
                 **vars(generation),
                 drafter=name,
                 width=width,
@@ -164,6 +164,8 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
                 prompt_tokens=len(token_ids),
                 same_text=generation.token_ids == plain_text,
             )
+            responses.append(response)
+    return BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=responses)
 
 
 def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
@@ -180,14 +182,16 @@ def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_token
         return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)
 
 
-def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[Row]:
+def make_rows(records: Iterable[BenchRecord], rules: Mapping[str, VerifyRule]) -> list[Row]:
     """Pool prompts into one row for each temperature, set, drafter and width.
 
     Args:
         records: of the prompts.
-        drafters: names, in the order of the rows; all are compared with the first one, width by width.
+        rules: that verified the drafts, by the drafter's name, in the order of the rows; all drafters are compared with
+            the first one, width by width.
     """
     rows = []
+    names = list(rules)
     groups = group_by(records, attrgetter("temperature", "set"))
     for temperature, set_name in sorted(groups):
         responses = chain.from_iterable(record.responses for record in groups[temperature, set_name])
@@ -195,15 +199,16 @@ def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[R
         plain = by_way.pop((PLAIN, None))
         compiled = by_way.pop((COMPILED, None), [])
         # Sorting is stable, so the widths of a drafter stay in the order of the command.
-        for name, width in sorted(by_way, key=lambda way: drafters.index(way[0])):
+        for name, width in sorted(by_way, key=lambda way: names.index(way[0])):
             row = _pool_responses(
                 by_way[name, width],
                 plain,
                 compiled,
-                by_way[drafters[0], width],
+                by_way[names[0], width],
                 set=set_name,
                 temperature=temperature,
                 drafter=name,
+                verify_rule=rules[name],
                 width=width,
             )
             rows.append(row)

@@ -162,6 +162,10 @@ class Records(Generic[Record]):
         """Return the jobs that have no record, with their numbers among all."""
         return [(number, job) for number, job in enumerate(jobs) if (job[0], job[1].id) not in self.rows]
 
+    def of(self, jobs: Iterable[Job]) -> list[Record]:
+        """Return the records of jobs, which all have one."""
+        return [self.rows[temperature, prompt.id] for temperature, prompt in jobs]
+
     def add(self, record: Record) -> None:
         """Keep a record, on disk at once."""
         self.rows[record.temperature, record.id] = record

@@ -35,7 +35,7 @@ def test_what_is_written_is_read(results, tmp_path):
 KEYS = {
     "target max_new_tokens seed tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
     "target_weights_sha256 widths is_compiled engine dtype hardware versions schema_version rows": BENCH,
-    "drafter width set temperature num_responses block_size histogram tau reach_rate "
+    "drafter verify_rule width set temperature num_responses block_size histogram tau reach_rate "
     "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup "
     "num_same_text responses plain_responses compiled": BENCH.rows[0],
     "drafter width id turn prompt_tokens token_ids block_size accepted_lengths emitted_lengths widths "
@@ -77,6 +77,16 @@ def test_what_is_wrong_is_named(tmp_path):
         value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
     with pytest.raises(ValueError, match=r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected "):
         read_results(path)
+
+
+def test_older_files_tell_the_rule_in_the_name_alone(tmp_path):
+    path = tmp_path / "results.json"
+    rules = ["speculative", "equality"]
+    rows = [make_row(drafter="a, speculative", verify_rule="speculative"), make_row(drafter="a")]
+    write_results(path, make_bench(*rows))
+    with changed_json(path) as value:
+        assert [row.pop("verify_rule") for row in value["rows"]] == rules
+    assert read_results(path) == make_bench(*rows)
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):
