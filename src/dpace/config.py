@@ -414,9 +414,6 @@ class BenchConfig:
     verify_rules: OneOrMore[VerifyRule] = ("equality",)
     """Rules that accept draft tokens at a temperature above 0, as in `dpace generate`; each one gives rows of its own.
     They are compared with the first one, on the same prompts."""
-    compiled: Literal["auto", "always", "never"] = "auto"
-    """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
-    auto: on an accelerator only."""
     server: Entries[Url] = ()
     """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter.
     Several are compared, each with its own number of draft tokens; see depths."""

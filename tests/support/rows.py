@@ -55,7 +55,6 @@ _ROW = Row(
     num_same_text=1,
     responses=[],
     plain_responses=[],
-    compiled=None,
 )
 _COMPARED = ComparedRow(
     **_DRAFTED,
@@ -126,7 +125,6 @@ def make_bench(*rows: Row, **changes: Any) -> BenchResults:
         target_weights_sha256="3" * 64,
         drafter_configs={"dpace": "4" * 64},
         widths=["full"],
-        is_compiled=False,
         max_new_tokens=16,
         engine="dpace.decode.loop",
         dtype="float32",

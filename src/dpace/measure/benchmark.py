@@ -1,12 +1,10 @@
 """Measure drafters against plain decoding, by prompt sets and temperatures, and write results.json.
 
-Every prompt is decoded plainly, with each drafter and verification length, and maybe plainly with compiled steps, which
-is the baseline that a drafter has to beat where compiling pays. `dpace.measure.records` keeps the responses; rows with
-tau, speeds and their intervals are pooled from them.
+Every prompt is decoded plainly, and with each drafter and verification length. `dpace.measure.records` keeps the
+responses; rows with tau, speeds and their intervals are pooled from them.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, product
@@ -14,18 +12,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._dynamo.exc import TorchDynamoException
-
 from dpace.config import BenchConfig, VerifyRule, Width
-from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
+from dpace.decode import Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import COMPILED, PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     SPECULATIVE,
     BenchRecord,
     BenchResults,
-    CompiledBaseline,
     Estimate,
     Provenance,
     ResponseRecord,
@@ -39,17 +33,15 @@ from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, register_files
-from dpace.system.progress import shorten, track
+from dpace.system.progress import track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
-WARM_UP_TOKENS = 8
-"""Tokens that are decoded before an answer is timed: of steps that are compiled, CUDA graphs are recorded in them."""
-RECOMPILE_LIMIT = 256
-"""Shapes that may be compiled. Torch's own limit is 8; after it, steps are not compiled, and nothing says so."""
+WARM_UP_TOKENS = 16
+"""Tokens that each way decodes before answers are timed."""
 Way = tuple[str, Width | None]
-"""A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
+"""A way to decode: the drafter's name or `PLAIN`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
 """What decodes in each way: it gets token ids and the options of `generate_plain`."""
 
@@ -82,10 +74,17 @@ def bench(
         rules[row_name] = rule
         for width in config.widths:
             ways[row_name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
-    is_compiled = config.compiled == "always" or (config.compiled == "auto" and target.device.type != "cpu")
-    if is_compiled:
-        ways[COMPILED, None] = partial(decode_compiled, Decoder(target, None, compile=True))
-    setup = _describe(target, drafters_by_row, config, is_compiled)
+    setup = Provenance(
+        **setup_of(target, config),
+        drafters={name: fingerprint(drafter) for name, drafter in drafters_by_row.items()},
+        target_weights_sha256=target.sha256,
+        drafter_configs={name: hash_config(drafter) for name, drafter in drafters_by_row.items()},
+        widths=list(config.widths),
+        engine="dpace.decode",
+        dtype=dtype_name(target.model.dtype),
+        hardware=find_hardware(target.device),
+        versions=find_versions(),
+    )
     # All prompts name the file, so that a call with a lower limit finds what one with more prompts has kept.
     records = Records(folder / "bench.jsonl", BenchRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
@@ -94,28 +93,14 @@ def bench(
     missing = ranks.share(records.missing(jobs))
     if missing:
         _warm_up(target, ways, missing[0][1], config.max_new_tokens)
-    for number, job in track(missing, "decoding"):
-        records.add(_decode_prompt(target, ways, number, job, config.max_new_tokens, records.seeds))
+    for number, (temperature, prompt) in track(missing, "decoding"):
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        responses = _decode_prompt(target, ways, prompt, rotation=number, seed=records.seeds[prompt.id], **options)
+        records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
     records.read()
     results = BenchResults(**vars(setup), rows=make_rows(records.of(jobs), rules))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
-
-
-def _describe(target: Target, drafters: dict[str, Drafter], config: BenchConfig, is_compiled: bool) -> Provenance:
-    """Return what makes the numbers."""
-    return Provenance(
-        **setup_of(target, config),
-        drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
-        target_weights_sha256=target.sha256,
-        drafter_configs={name: hash_config(drafter) for name, drafter in drafters.items()},
-        widths=list(config.widths),
-        is_compiled=is_compiled,
-        engine="dpace.decode",
-        dtype=dtype_name(target.model.dtype),
-        hardware=find_hardware(target.device),
-        versions=find_versions(),
-    )
 
 
 def hash_config(drafter: Drafter) -> str:
@@ -128,34 +113,19 @@ def hash_config(drafter: Drafter) -> str:
 
 
 def _warm_up(target: Target, ways: Ways, job: Job, max_new_tokens: int) -> None:
-    """Decode a prompt in every way, and compile steps; leave those out where they cannot be had."""
+    """Decode a prompt in every way."""
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
-    for (name, _), decode in ways.items():
-        if name != COMPILED:
-            decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
-    if (COMPILED, None) not in ways:
-        return
-    print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
-    try:
-        # As long as the answers may be: shorter texts would leave steps to be compiled while answers are timed.
-        ways[COMPILED, None](token_ids, max_new_tokens=max_new_tokens, temperature=temperature)
-    except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
-        print(f"plain decoding with compiled steps is left out: {shorten(error, 300)}", file=sys.stderr)
-        del ways[COMPILED, None]
+    for decode in ways.values():
+        decode(token_ids, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens), temperature=temperature)
 
 
-def _decode_prompt(
-    target: Target, ways: Ways, number: int, job: Job, max_new_tokens: int, seeds: Mapping[str, int]
-) -> BenchRecord:
-    """Decode one prompt in every way; its `number` among all rotates their order."""
-    temperature, prompt = job
-    options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seeds[prompt.id]}
-    responses = []
-    for turn, (token_ids, generations) in enumerate(ask_in_turn(target, prompt, ways, rotation=number, **options)):
+def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:
+    """Decode one prompt in every way, and yield each response; `ask_in_turn` has the options."""
+    for turn, (token_ids, generations) in enumerate(ask_in_turn(target, prompt, ways, **options)):
         plain_text = generations[PLAIN, None].token_ids
         for (name, width), generation in generations.items():
-            response = ResponseRecord(
+            yield ResponseRecord(
                 **vars(generation),
                 drafter=name,
                 width=width,
@@ -164,22 +134,6 @@ def _decode_prompt(
                 prompt_tokens=len(token_ids),
                 same_text=generation.token_ids == plain_text,
             )
-            responses.append(response)
-    return BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=responses)
-
-
-def decode_compiled(decoder: Decoder, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
-    """Decode plainly with compiled steps, as `generate_plain` does without them, with its options.
-
-    The first tokens are decoded twice. Steps are compiled for each length of a text, rounded up, see
-    `Decoder.make_room`, so what compiling takes is not counted.
-    """
-    # Room for the whole text at once: the steps that the warm-up compiles are then the steps that are timed.
-    decoder.make_room(len(token_ids) + max_new_tokens + 1)
-    warm_up: Any = options | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "stop_token_ids": ()}
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        decoder.generate(token_ids, **warm_up)
-        return decoder.generate(token_ids, max_new_tokens=max_new_tokens, **options)
 
 
 def make_rows(records: Iterable[BenchRecord], rules: Mapping[str, VerifyRule]) -> list[Row]:
@@ -197,13 +151,11 @@ def make_rows(records: Iterable[BenchRecord], rules: Mapping[str, VerifyRule]) -
         responses = chain.from_iterable(record.responses for record in groups[temperature, set_name])
         by_way = group_by(responses, attrgetter("drafter", "width"))
         plain = by_way.pop((PLAIN, None))
-        compiled = by_way.pop((COMPILED, None), [])
         # Sorting is stable, so the widths of a drafter stay in the order of the command.
         for name, width in sorted(by_way, key=lambda way: names.index(way[0])):
             row = _pool_responses(
                 by_way[name, width],
                 plain,
-                compiled,
                 by_way[names[0], width],
                 set=set_name,
                 temperature=temperature,
@@ -226,20 +178,11 @@ def acceptance_of(responses: Iterable[ResponseRecord]) -> Acceptance:
 def _pool_responses(
     drafted: list[ResponseRecord],
     plain: list[ResponseRecord],
-    compiled: list[ResponseRecord],
     of_first: list[ResponseRecord],
     **way: Any,
 ) -> Row:
-    """Make the row of a drafter, from its responses, the baselines' and the first drafter's to the same prompts."""
+    """Make the row of a drafter, from its responses, the plain ones and the first drafter's to the same prompts."""
     acceptance = acceptance_of(drafted)
-    baseline = None
-    # A call that could not compile has left prompts without compiled steps, which a later one does not measure again.
-    if len(compiled) == len(plain):
-        baseline = CompiledBaseline(
-            tokens_per_second=tokens_per_second(compiled),
-            decode_speedup=_speedup(drafted, compiled),
-            num_same_text=sum(response.same_text for response in compiled),
-        )
     num_copied = sum(response.num_copied for response in drafted)
     num_decoded = sum(response.num_decode_tokens for response in drafted)
     return Row(
@@ -255,7 +198,6 @@ def _pool_responses(
         num_same_text=sum(response.same_text for response in drafted),
         responses=drafted,
         plain_responses=plain,
-        compiled=baseline,
     )
 
 

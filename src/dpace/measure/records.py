@@ -30,8 +30,6 @@ from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 
 PLAIN = "plain"
 """Name of decoding without a drafter."""
-COMPILED = "plain, compiled"
-"""Name of decoding without a drafter, with compiled steps."""
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
 Item = TypeVar("Item")

@@ -7,6 +7,7 @@ read; and `Heldout` is heldout.json. The keys and types of what is read are chec
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import InitVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,12 +71,15 @@ class Provenance(Setup):
     drafter_configs: dict[str, str]
     """Hashes of the drafters' configs, by name."""
     widths: list[Width]
-    is_compiled: bool
-    """Whether plain decoding was to be measured with compiled steps too."""
+    is_compiled: InitVar[bool] = False
+    """Not kept: files of older versions have it."""
     engine: str
     dtype: str
     hardware: Hardware
     versions: Versions
+
+    def __post_init__(self, is_compiled: bool) -> None:
+        """Take what is not kept."""
 
 
 @json_object
@@ -124,7 +128,7 @@ class ResponseRecord(Generation):
     emitted_lengths: list[CountOrZero]
     decode_seconds: Seconds
     drafter: str
-    """Its name, `PLAIN` or `COMPILED` of `dpace.measure.records`."""
+    """Its name, or `PLAIN` of `dpace.measure.records`."""
     width: Width | None
     """None for plain decoding."""
     id: str
@@ -189,17 +193,6 @@ class ExplainedRecord(PromptRecord):
 
 
 @json_object
-class CompiledBaseline:
-    """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
-
-    tokens_per_second: float
-    decode_speedup: Estimate
-    """The drafter's tokens a second over these."""
-    num_same_text: int
-    """Responses with the tokens of plain decoding."""
-
-
-@json_object
 class DraftedRow:
     """What a drafter accepts on one set at one temperature."""
 
@@ -238,8 +231,11 @@ class Row(DraftedRow):
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
-    compiled: CompiledBaseline | None
-    """None where it was not measured, as on a CPU."""
+    compiled: InitVar[object] = None
+    """Not kept: files of older versions have it."""
+
+    def __post_init__(self, compiled: object) -> None:
+        """Take what is not kept."""
 
     @property
     def keeps_text(self) -> bool:

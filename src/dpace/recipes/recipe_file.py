@@ -37,6 +37,9 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
         raise ValueError(f"cannot read the recipe {path}: {one_line(error)}; name a YAML file of options") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} holds {quoted(values)}; expected lines such as `name: value`")
+    bench = values.get("bench")
+    if isinstance(bench, dict):
+        bench.pop("compiled", None)  # an option of older versions, which every drafter of theirs has in its recipe.yaml
     try:
         return from_json(config_class, values), values
     except (ValueError, TypeError) as error:

@@ -130,7 +130,6 @@ def speeds(results: BenchResults) -> Section:
         "brackets; reading the prompt is not counted. Intervals are 95 %, by bootstrap over prompts."
     )
     rows = []
-    compiled = []
     for row in results.rows:
         way = _way(row)
         measured = {
@@ -140,13 +139,8 @@ def speeds(results: BenchResults) -> Section:
             "same text": same_text(row),
         }
         rows.append({"verdict": verdict(row.decode_speedup)} | way | measured)
-        if row.compiled:
-            compiled.append(f"{' '.join(way.values())}: {with_interval(*row.compiled.decode_speedup)}")
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    notes = [advice(results)]
-    if compiled:
-        notes.append(f"decode_speedup over plain decoding with compiled steps: {', '.join(compiled)}")
-    return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
+    return Section(title, text, rows, num_texts=4, note=advice(results))
 
 
 def advice(results: BenchResults) -> str:

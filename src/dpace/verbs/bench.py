@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpace.prompts.prompts import Prompt
 
 ARGUMENTS = Arguments(Recipe, groups=("prompts", "bench"))
-IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
+IN_PROCESS = ("drafters", "widths", "verify_rules")
 """Options that running servers do not take."""
 
 

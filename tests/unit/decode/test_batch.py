@@ -170,6 +170,24 @@ def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, r
     assert run_line(f"{line} --drafter {random_drafter_folder} --compile").out == plain and graphs
 
 
+def raise_out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError
+
+
+def test_caches_of_compiled_steps_grow_and_are_not_read_after_a_failure(monkeypatch):
+    """By the first tokens of a longer text, and by a longer prompt."""
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    target = make_target("qwen3", max_position_embeddings=512)
+    decoder = Decoder(target, None, compile=True)
+    for limit, text in ((12, [5, 6, 7]), (270, [5, 6, 7]), (5, [9] * 300), (40, list(range(28)))):
+        options = {"max_new_tokens": limit, "stop_token_ids": []}
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(target, "read", raise_out_of_memory)
+            decoder.generate([5, 6], **options)
+        assert decoder.generate(text, **options).token_ids == generate_plain(target, text, **options).token_ids
+    assert decoder.columns == 512
+
+
 def test_what_no_batch_takes_is_refused():
     """In any row; layers with windows, and an attention that takes no mask of four axes."""
     target = make_target("qwen3")

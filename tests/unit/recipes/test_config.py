@@ -66,7 +66,7 @@ def test_the_next_verb_is_told_the_same_settings(tmp_path):
     path.write_text("output: my out\ntrain:\n  max_steps: 5\nthinking: true\nprompts:\n  limit: 3\n")
     runs = (
         ("bench", []),
-        ("bench", ["--sets", "gsm8k", "alpaca", "--compiled", "never", "--widths", "full", "3"]),
+        ("bench", ["--sets", "gsm8k", "alpaca", "--widths", "full", "3"]),
         ("respond", [str(path), "--batch-size", "4", "--no-thinking", "--prompts.limit", "None"]),
         ("train", [str(path), "--seed", "1", "--output", "other"]),
     )
