@@ -173,8 +173,8 @@ class Pace:
     become smaller where a drafter is too sure, and larger where it is too modest. Costs follow the seconds of real
     steps: each moves its own cost towards its seconds, and others less, by how near their widths are.
 
-    Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Two means
-    and one rule decide. For each kind of match before a step, means over about `SPAN` steps have how often copied
+    Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Two
+    means and one rule decide. For each kind of match before a step, means over about `SPAN` steps have how often copied
     tokens are right, and what a draft gives: its tokens, its seconds, and the seconds that copies and plain steps would
     have taken for the same tokens. A draft is made where its tokens would take `MARGIN` longer otherwise, both at the
     rate of the best copy that is at hand and by these seconds. At first one draft is taken to have given half its

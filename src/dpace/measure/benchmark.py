@@ -28,10 +28,11 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import Acceptance, tau_estimate, tau_gain
-from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
+from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
+from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json

@@ -27,7 +27,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.benchmark import hash_config
-from dpace.measure.records import Records, group_by_set, setup_of, spread_evenly
+from dpace.measure.records import Records, group_by_set, setup_of
 from dpace.measure.results import (
     Estimate,
     ExplainedRecord,
@@ -42,6 +42,7 @@ from dpace.metrics import estimate
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system.device import dtype_name
+from dpace.system.groups import spread_evenly
 from dpace.system.ledger import register_files
 from dpace.system.progress import track
 from dpace.system.provenance import fingerprint

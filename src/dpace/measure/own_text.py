@@ -18,9 +18,9 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
 from dpace.fast.top import argmax
-from dpace.measure.records import spread_evenly
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
+from dpace.system.groups import spread_evenly
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count
 from dpace.system.provenance import same_run

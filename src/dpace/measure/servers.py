@@ -33,10 +33,11 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import estimate
-from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
+from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
 from dpace.system.device import find_device
+from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
 from dpace.system.provenance import find_hardware, hash_file, same_run

@@ -7,10 +7,10 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dpace.measure.records import spread_evenly
 from dpace.prompts.prompts import PromptParts, prompts_line
 from dpace.report.tables import Section, section_table
 from dpace.respond.responses import Example
+from dpace.system.groups import spread_evenly
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, printable
 
