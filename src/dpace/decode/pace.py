@@ -220,31 +220,28 @@ class Pace:
             num_unread: number of tokens that the drafter would read first.
             can_draft: False chooses between copies and a plain step only.
         """
-        copy = Copy()  # at first none: a plain step
-        width = 1
-        emitted = 1.0
-        rate = emitted / self.pass_seconds[0]
-        for other in copies:
-            other_width, other_emitted = self._choose_copy(other.match, len(other.token_ids))
-            other_rate = other_emitted / self.pass_seconds[other_width - 1]
+        choices = []
+        for copy in (Copy(), *copies):  # the first is a plain step
+            width, emitted = self._choose_copy(copy.match, len(copy.token_ids))
+            seconds = self.pass_seconds[width - 1]
             # The kind of match also counts where nothing is copied: drafts are remembered by it.
-            if (other_rate, other.match) > (rate, copy.match):
-                copy, width, emitted, rate = other, other_width, other_emitted, other_rate
+            choices.append((emitted / seconds, copy.match, width, copy))
+        rate, _, width, copy = max(choices, key=operator.itemgetter(0, 1))
         plan = Plan(False, copy, width, copies, num_unread)
         if not can_draft:
             return plan
-        copy_seconds = self.pass_seconds[width - 1]
         drafts_here = self.drafts_at[copy.match]
         # What all drafts gave stands for one more draft after this kind of match.
         expected = (drafts_here.weight * drafts_here.value + self.drafts.value) / (drafts_here.weight + 1)
         tokens, seconds_otherwise, seconds = expected.tolist()
         # Against the faster of two ways to the same tokens: the best copy again and again, or what was there instead.
-        loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, seconds_otherwise)
+        loss = self.draft_factor * seconds - min(tokens / rate, seconds_otherwise)
         is_trial = loss > -MARGIN * seconds
         if is_trial:
             price = max(0.0, loss) + num_unread * self.costs.read_seconds
             # Credit is saved up to the price of one trial, or a plain step, so that it never pays for many at once.
-            self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
+            saved = self.credit + EXPLORATION * self.pass_seconds[width - 1]
+            self.credit = min(max(self.pass_seconds[0], price), saved)
             if self.credit < price:
                 return plan
             self.credit -= price
@@ -317,17 +314,15 @@ class Pace:
     def _learn_seconds(self, plan: Plan, ratio: float) -> None:
         """Learn from the seconds of a step, over the seconds that `costs` has for it.
 
-        The costs of other widths are corrected too, the more the nearer they are. A step without a draft corrects the
-        cost of drafts half as much, and a draft the costs of such steps.
+        A draft's step says most of the cost of drafts, and a step without one of the cost of its width; of all other
+        costs it says half as much, or less, the farther their widths are.
         """
         place = 0 if plan.is_drafted else plan.width  # in `drift`
         # A cost follows its steps in small moves, so that a disturbed step counts no more than others.
-        most = 1 / SPAN
-        move = min(max(math.log(ratio) - self.drift[place], -most), most)
+        move = np.clip(math.log(ratio) - self.drift[place], -1 / SPAN, 1 / SPAN)
         widths = np.arange(len(self.drift))
-        is_other_kind = (widths == 0) != plan.is_drafted
         widths[0] = plan.width  # the cost of drafts has no width, and is as near as can be
-        shares = np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / 2 / (1 + is_other_kind)
+        shares = np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / 2
         shares[place] = 1.0
         self.drift += shares * move - EXPLORATION / SPAN * (self.drift - self.drift[1])
         self._apply_drift()
