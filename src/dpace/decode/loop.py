@@ -138,6 +138,7 @@ class Speculation:
             )
         self.target = target
         self.drafter = drafter
+        self.num_context = drafter.num_context
         self.text = text
         self.max_width = width if isinstance(width, int) else size
         self.can_draft = width != "copies"
@@ -223,7 +224,7 @@ class Speculation:
         copies = [self.lookup.propose(count)]
         if self.recall:
             copies.append(self.recall.propose(self.text.token_ids, count))
-        num_unread = min(self.text.start - self.num_read, self.drafter.num_context)
+        num_unread = min(self.text.start - self.num_read, self.num_context)
         return self.pace.plan(copies, num_unread, can_draft=self.can_draft)
 
     def draft(
@@ -239,7 +240,7 @@ class Speculation:
         features = self.unread[0]
         if len(self.unread) > 1:  # since the last draft there were steps without one
             features = torch.cat(self.unread, dim=1)
-        features = features[:, -self.drafter.num_context :]  # no layer sees what is before
+        features = features[:, -self.num_context :]  # no layer sees what is before
         # The features are of the last tokens before the anchor.
         positions = torch.arange(start - features.shape[1], start, device=features.device)[None]
         state = State(last_ids, starts, self.limits, features, positions)

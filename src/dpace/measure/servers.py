@@ -137,15 +137,8 @@ def _ask_missing(
     if PLAIN in ways:
         ways[CONTROL] = ways[PLAIN]
     for number, (temperature, prompt) in track(missing, "asking servers"):
-        turns = ask_in_turn(
-            chat,
-            prompt,
-            ways,
-            rotation=number,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            seed=records.seeds[prompt.id],
-        )
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        turns = ask_in_turn(chat, prompt, ways, rotation=number, seed=records.seeds[prompt.id], **options)
         answers_by_turn = [answers for _, answers in turns]
         records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers_by_turn))
 
