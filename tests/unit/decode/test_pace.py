@@ -68,6 +68,13 @@ def test_a_useless_drafter_costs_almost_nothing(confidence, most):
     assert run(pace, 600, always(7))[0] > 2.0, "one that gets good is found again"
 
 
+def test_a_drafter_that_is_never_right_for_days_is_not_verified():
+    """Means of zeros round to 0 in the end."""
+    pace = Pace(COSTS, 8)
+    pace.promised_and_accepted.value[:] = 1.0, 0.0
+    assert pace.choose_width(Plan(True), [0.9] * 7).width == 1
+
+
 def test_trials_that_read_a_prompt_are_rarer():
     """A useless drafter is tried again for a share of the time, in which what it reads counts too."""
     costs = COSTS._replace(read_seconds=0.2)
