@@ -27,9 +27,9 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import PackedRows
-from dpace.measure.records import spread_evenly
 from dpace.metrics import estimate
 from dpace.prompts.prompts import read_heldout_prompts
+from dpace.system.groups import spread_evenly
 from dpace.system.progress import track
 from dpace.target import Target
 from dpace.target.chat import encode_chat

@@ -43,6 +43,7 @@ _DRAFTED: dict[str, Any] = {
 }
 _ROW = Row(
     **_DRAFTED,
+    verify_rule="equality",
     width="full",
     num_responses=1,
     tau_gain=(0.0, None, None),

@@ -7,10 +7,10 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -61,18 +61,24 @@ def batch_fault(target: Target, lengths: Sequence[tuple[int, int]] = ()) -> str:
     return ""
 
 
-def make_caches(target: Target, drafter: Drafter | None, capacity: int) -> list[RaggedCache]:
-    """Make the caches of target and drafter for several rows of at most `capacity` tokens.
+class Caches:
+    """The caches of target and drafter for several rows of at most `capacity` tokens.
 
     Memory: keys and values of `capacity` tokens a row in both, allocated at the first step.
-
-    Returns:
-        The target's, then the drafter's where there is one.
     """
-    caches = [RaggedCache(target.config, capacity, target.model.dtype)]
-    if drafter is not None:
-        caches.append(RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches))
-    return caches
+
+    def __init__(self, target: Target, drafter: Drafter | None, capacity: int):
+        self.target = RaggedCache(target.config, capacity, target.model.dtype)
+        self.drafter = None
+        if drafter is not None:
+            self.drafter = RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches)
+
+
+class Unread(NamedTuple):
+    """What the drafter has not read yet of each row, and reads before it drafts."""
+
+    features: Float[Tensor, "batch new feature"]
+    positions: Int[Tensor, "batch new"]
 
 
 class Batch:
@@ -87,7 +93,7 @@ class Batch:
         target: verifies; all its layers have full attention.
         drafter: None for plain decoding.
         rows: at least one.
-        kept_caches: of `make_caches` for the longest text: steps are compiled, and graphs refer to them.
+        kept_caches: with room for the longest text: steps are compiled, and graphs refer to them.
 
     Raises:
         ValueError: a drafter for another target, or what `batch_fault` finds.
@@ -98,7 +104,7 @@ class Batch:
         target: Target,
         drafter: Drafter | None,
         rows: Sequence[Continuation],
-        kept_caches: Sequence[RaggedCache] | None = None,
+        kept_caches: Caches | None = None,
     ):
         if fault := batch_fault(target, [(row.num_prompt, row.limit + 1) for row in rows]):
             raise ValueError(fault)
@@ -114,7 +120,7 @@ class Batch:
         self.target = target
         self.drafter = drafter
         self.rows = list(rows)
-        self.caches = kept_caches or make_caches(target, drafter, 1 + max(row.limit for row in rows))
+        self.caches = kept_caches or Caches(target, drafter, 1 + max(row.limit for row in rows))
         self.is_compiled = kept_caches is not None
         self.is_greedy = all(row.sampler.temperature == 0 and not row.sampler.processors for row in rows)
         if self.is_compiled and vocabulary is not None and vocabulary.head is None:
@@ -126,42 +132,39 @@ class Batch:
     @torch.inference_mode()
     def steps(self) -> Iterator[None]:
         """Read the prompts, then take steps until all rows are done."""
-        yield self.read_prompts()
+        unread = self.read_prompts()
+        yield
         while self.rows:
-            yield self.step()
+            unread = self.step(unread)
+            yield
         self.compiled = None  # it refers to this batch, whose caches would live on
 
-    def read_prompts(self) -> None:
+    def read_prompts(self) -> Unread:
         """Read the prompts, each shared beginning once, emit the first tokens, and drop the rows that are done."""
         prompts = [row.token_ids for row in self.rows]
-        hidden, features = read_texts(self.target, prompts, self.caches[0], self.layer_ids)
+        hidden, features = read_texts(self.target, prompts, self.caches.target, self.layer_ids)
         # The drafter also reads the padding after shorter prompts. No slot sees it, and later tokens overwrite it.
         positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
-        self.unread = [features, positions]
         row_logits = self.target.logits(hidden).split(1)
         drawn = torch.cat([row.draw(logits) for row, logits in zip(self.rows, row_logits, strict=True)])
         for row, token in zip(self.rows, drawn.tolist(), strict=True):
             row.take(0, [token], width=0)
-        self.drop_done()
+        return self.drop_done(Unread(features, positions))
 
-    def step(self) -> None:
+    def step(self, unread: Unread) -> Unread:
         """Emit the tokens of one draft and its verification in every row, and drop the rows that are done."""
         width = self.block_size
         if not self.is_compiled:
-            if self.drafter is not None:
-                # The slots have the first columns, and then come the tokens before the anchors.
-                self.caches[1].end = width + max(row.start for row in self.rows)
-                width = min(width, 1 + max(row.remaining for row in self.rows))
-            # Up to the last slot of the longest text, at most to its limit, as `verify_step` places them.
-            self.caches[0].end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
-        # One transfer to the device, (batch, 3), for the first three fields of the state.
-        ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
-        state = State(*torch.tensor(ends, device=self.target.device).split(1, dim=1), *self.unread)
+            width = self.read_few_columns()
+        # One transfer to the device, (batch, 3)
+        ends = torch.tensor([(row.token_ids[-1], row.start, row.limit) for row in self.rows], device=self.target.device)
+        last_ids, starts, limits = ends.split(1, dim=1)
+        state = State(last_ids, starts, limits, unread.features, unread.positions)
         draft_and_verify = self.compiled or self.draft_and_verify
-        blocks, drawn, self.unread = draft_and_verify(state, width)
+        blocks, drawn, features, positions = draft_and_verify(state, width)
         if self.is_compiled:
             # A CUDA graph writes its results to the same place each time, and frees them before it runs again.
-            self.unread = [tensor.clone() for tensor in self.unread]
+            features, positions = features.clone(), positions.clone()
             # Only now, because the first step reads prompts, of any length, and makes the drafter's cache.
             self.compiled = self.compiled or torch.compile(self.draft_and_verify, mode="reduce-overhead", dynamic=False)
         if not self.is_greedy:
@@ -172,9 +175,20 @@ class Batch:
             if not row.is_done:  # rows that are done stay where steps are compiled
                 draft = block[1 : row.remaining + 1]
                 row.take(verify_draft(draft, target_tokens), target_tokens, width=len(draft) + 1)
-        self.drop_done()
+        return self.drop_done(Unread(features, positions))
 
-    def draft_and_verify(self, state: State, width: int) -> tuple[Int[Tensor, "batch width"], Tensor, Sequence[Tensor]]:
+    def read_few_columns(self) -> int:
+        """Let the next step read as few columns of the caches as it can, and return its number of slots."""
+        width = self.block_size
+        if self.caches.drafter is not None:
+            # The slots have the first columns, and then come the tokens before the anchors.
+            self.caches.drafter.end = width + max(row.start for row in self.rows)
+            width = min(width, 1 + max(row.remaining for row in self.rows))
+        # Up to the last slot of the longest text, at most to its limit, as `verify_step` places them.
+        self.caches.target.end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
+        return width
+
+    def draft_and_verify(self, state: State, width: int) -> tuple[Int[Tensor, "batch width"], Tensor, Tensor, Tensor]:
         """Draft a block after each text, and let the target verify it.
 
         Args:
@@ -186,23 +200,27 @@ class Batch:
             to draw them from, "batch width vocab"; and features and positions of the blocks.
         """
         blocks = state.last_ids
-        if self.drafter is not None:
-            blocks, _ = draft_step(self.drafter, self.draft_rows, self.caches[1], state, width)
-        logits, *unread = verify_step(self.target, self.caches[0], self.layer_ids, blocks, state.starts, state.limits)
+        if self.drafter is not None and self.caches.drafter is not None:
+            blocks, _ = draft_step(self.drafter, self.draft_rows, self.caches.drafter, state, width)
+        logits, features, positions = verify_step(
+            self.target, self.caches.target, self.layer_ids, blocks, state.starts, state.limits
+        )
+        drawn = logits
         if self.is_greedy:
-            return blocks, argmax(logits.float()), unread  # in fp32 several times faster than in bf16
-        return blocks, logits, unread
+            drawn = argmax(logits.float())  # in fp32 several times faster than in bf16
+        return blocks, drawn, features, positions
 
-    def drop_done(self) -> None:
+    def drop_done(self, unread: Unread) -> Unread:
         """Drop the rows that are done, here and in the caches; compiled steps end when all are."""
         open_rows = fill_places([not row.is_done for row in self.rows])
         if len(open_rows) == len(self.rows) or (open_rows and self.is_compiled):
-            return
+            return unread
         self.rows = [self.rows[number] for number in open_rows]
         if self.rows:
-            self.unread = [tensor[open_rows] for tensor in self.unread]
-            for cache in self.caches:
-                cache.keep_rows(open_rows)
+            self.caches.target.keep_rows(open_rows)
+            if self.caches.drafter is not None:
+                self.caches.drafter.keep_rows(open_rows)
+        return Unread(unread.features[open_rows], unread.positions[open_rows])
 
 
 class Decoder:
@@ -241,7 +259,7 @@ class Decoder:
         self.compile = compile
         self.paces = Paces(recall_mib)
         self.columns = 0
-        self._caches: dict[int, list[RaggedCache]] = {}
+        self._caches: dict[int, Caches] = {}
         self.make_room(max_length or 1)
 
     def generate(self, token_ids: Sequence[int], **options: Unpack[SamplingOptions]) -> Generation:
@@ -266,7 +284,7 @@ class Decoder:
         if self.compile:
             self.make_room(1 + max(row.limit for row in rows))
             # Caches have no memory until something is read: where old ones are found, the new ones cost nothing.
-            caches = self._caches.setdefault(len(rows), make_caches(self.target, self.drafter, self.columns))
+            caches = self._caches.setdefault(len(rows), Caches(self.target, self.drafter, self.columns))
         batch = Batch(self.target, self.drafter, rows, caches)
         try:
             return collect(rows, batch.steps(), batch.block_size, self.target.device)

@@ -5,7 +5,7 @@ plan, draft, verify, emit. `steps` has what the models compute in a step.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Unpack, get_args
@@ -138,6 +138,7 @@ class Speculation:
             )
         self.target = target
         self.drafter = drafter
+        self.num_context = drafter.num_context
         self.text = text
         self.max_width = width if isinstance(width, int) else size
         self.can_draft = width != "copies"
@@ -223,7 +224,7 @@ class Speculation:
         copies = [self.lookup.propose(count)]
         if self.recall:
             copies.append(self.recall.propose(self.text.token_ids, count))
-        num_unread = min(self.text.start - self.num_read, self.drafter.num_context)
+        num_unread = min(self.text.start - self.num_read, self.num_context)
         return self.pace.plan(copies, num_unread, can_draft=self.can_draft)
 
     def draft(
@@ -239,7 +240,7 @@ class Speculation:
         features = self.unread[0]
         if len(self.unread) > 1:  # since the last draft there were steps without one
             features = torch.cat(self.unread, dim=1)
-        features = features[:, -self.drafter.num_context :]  # no layer sees what is before
+        features = features[:, -self.num_context :]  # no layer sees what is before
         # The features are of the last tokens before the anchor.
         positions = torch.arange(start - features.shape[1], start, device=features.device)[None]
         state = State(last_ids, starts, self.limits, features, positions)
@@ -349,26 +350,9 @@ def custom_generate(
         logits_processor: LogitsProcessorList,
         stopping_criteria: Callable[..., Tensor],
         generation_config: Any,
-        **model_inputs: Any,
+        **model_inputs: Any,  # with the attention mask: transformers would pass a named one twice
     ) -> Tensor:
-        # Not a named argument: transformers would pass the mask twice.
-        attention_mask = model_inputs.get("attention_mask")
-        has_embeddings = model_inputs.get("inputs_embeds") is not None or not input_ids.numel()
-        refused = {
-            "another model than the drafter's target": model is not target.model,
-            "several prompts or beams": len(input_ids) > 1 or generation_config.num_beams > 1,
-            "return_dict_in_generate": generation_config.return_dict_in_generate,
-            "a padded prompt": attention_mask is not None and not attention_mask.all(),
-            "images or embeddings": has_embeddings or model_inputs.get("mm_encoder_outputs"),
-            "guidance_scale": generation_config.guidance_scale not in (None, 1),
-            "SynthID's watermark, which counts its calls": hasattr(generation_config.watermarking_config, "ngram_len"),
-        }
-        asked = [feature for feature, is_asked in refused.items() if is_asked]
-        if asked:
-            raise ValueError(
-                f"the call has {', '.join(asked)}; a drafter decodes the tokens of one prompt for its target, and "
-                "returns tokens: leave this out, or the drafter, and for several prompts call dpace.generate_batch"
-            )
+        _refuse_call(target, model, input_ids, generation_config, model_inputs)
         prompt = input_ids[0].tolist()
         target.refuse_rotation(1, len(prompt), generation_config.max_length)
         target.refresh_copies()
@@ -376,14 +360,13 @@ def custom_generate(
         stops = set(stop_tokens(generation_config))
         text = Continuation(prompt, len(prompt), generation_config.max_length - 1, stops, sampler)
         speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
+        show = streamer.put if streamer is not None else lambda tokens: None
+        show(input_ids.cpu())
         written = input_ids
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
         # One token at a time: a criterion may end the text inside of what a step emits.
         for token in chain.from_iterable(step.token_ids for step in speculation.steps()):
             written = torch.cat([written, written.new_tensor([[token]])], dim=1)
-            if streamer is not None:
-                streamer.put(torch.tensor([token]))
+            show(torch.tensor([token]))
             if bool(stopping_criteria(written, None).all()):
                 break
         if streamer is not None:
@@ -391,3 +374,30 @@ def custom_generate(
         return written
 
     return decode
+
+
+def _refuse_call(
+    target: Target, model: PreTrainedModel, input_ids: Tensor, config: Any, model_inputs: Mapping[str, Any]
+) -> None:
+    """Refuse what a call of transformers' `generate` asks for and `custom_generate` does not do.
+
+    Raises:
+        ValueError: names all of it.
+    """
+    attention_mask = model_inputs.get("attention_mask")
+    has_embeddings = model_inputs.get("inputs_embeds") is not None or not input_ids.numel()
+    refused = {
+        "another model than the drafter's target": model is not target.model,
+        "several prompts or beams": len(input_ids) > 1 or config.num_beams > 1,
+        "return_dict_in_generate": config.return_dict_in_generate,
+        "a padded prompt": attention_mask is not None and not attention_mask.all(),
+        "images or embeddings": has_embeddings or model_inputs.get("mm_encoder_outputs"),
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "SynthID's watermark, which counts its calls": hasattr(config.watermarking_config, "ngram_len"),
+    }
+    asked = [feature for feature, is_asked in refused.items() if is_asked]
+    if asked:
+        raise ValueError(
+            f"the call has {', '.join(asked)}; a drafter decodes the tokens of one prompt for its target, and "
+            "returns tokens: leave this out, or the drafter, and for several prompts call dpace.generate_batch"
+        )

@@ -32,24 +32,14 @@ TIMED_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Widths that are timed, as far as a step goes."""
 NUM_ROUNDS = 5
 """Number of times that each step is timed."""
-EXPLORATION = 0.01
-"""Share of the time that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
+SPAN = 40
+"""Number of last steps that what is learned is of: what copies and drafts gave, and what steps cost."""
 MARGIN = 0.05
 """Share of its seconds that a draft has to save: where it is about as fast as what it replaces, noise would choose it
 too often, since a draft that seems faster than it is gets chosen more than one that seems slower."""
-SPAN = 40
-"""Number of last values that a running mean is of."""
-COST_RATE = 0.1
-"""Share of a step's error by which its cost is corrected; costs of others are corrected by half as much or less."""
-MAX_COST_ERROR = 0.3
-"""Largest error of a step's logarithm that counts, so that a disturbed step counts little more than others."""
-FORGETTING = 0.0003
-"""Share by which a step brings all costs, relative to a plain step, back to what was measured at first."""
-LEAST_POWER = 0.25
-"""Least power of confidences: a drafter that is too modest is trusted as if each one stood for four, at most."""
-PRIOR_GAIN = 1.2
-"""Gain of whole drafts over plain decoding that is assumed at first, as if three had given it: a drafter is trusted
-until it proves slower."""
+EXPLORATION = 0.01
+"""Share of the time that may be lost by testing whether a drafter that was slower than not drafting is now faster; and
+of learning that brings costs back to what was measured at first, so that none stays wrong for lack of steps."""
 
 
 class StepCosts(NamedTuple):
@@ -181,13 +171,14 @@ class Pace:
     calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
     To calibrate them, each is taken to the power of what confidences promised over what was accepted so far. They
     become smaller where a drafter is too sure, and larger where it is too modest. Costs follow the seconds of real
-    steps: an error corrects a step's own cost most, and others by how near their widths are.
+    steps: each moves its own cost towards its seconds, and others less, by how near their widths are.
 
-    Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
-    means have, for each kind of match before a step, how often a first and a further copied token are right, and what
-    a draft gives: its tokens, its seconds, and the seconds that copies and plain steps would have taken for the same
-    tokens. One rule decides: a draft is made where its tokens would take `MARGIN` longer otherwise, both at the rate of
-    the best copy that is at hand and by these seconds.
+    Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Two
+    means and one rule decide. For each kind of match before a step, means over about `SPAN` steps have how often copied
+    tokens are right, and what a draft gives: its tokens, its seconds, and the seconds that copies and plain steps would
+    have taken for the same tokens. A draft is made where its tokens would take `MARGIN` longer otherwise, both at the
+    rate of the best copy that is at hand and by these seconds. At first one draft is taken to have given half its
+    tokens, so that a drafter is trusted until it proves slower.
 
     Other drafts are still made for a share `EXPLORATION` of the time, and less often where the drafter would have to
     read a prompt first. So a bad drafter costs little, and one that improves is used again. Everything learned is kept
@@ -195,20 +186,20 @@ class Pace:
 
     Args:
         costs: of steps on this machine.
-        block_size: tokens that are verified of a whole draft; as many as of a whole copy by default.
+        block_size: tokens that are verified of a whole draft.
     """
 
-    def __init__(self, costs: StepCosts, block_size: int = 0):
+    def __init__(self, costs: StepCosts, block_size: int):
         self.costs = costs
         # Logarithms of the costs of now over `costs`: of drafts, then of each width.
         self.drift = np.zeros(len(costs.verify_seconds) + 1)
         self._apply_drift()
         # For each kind of match: how often a first copied token is right, and how often a further one.
         self.copies_right = [(Mean(0.4, 2), Mean(0.6, 2)) for _ in range(NUM_KINDS)]
-        whole_seconds = costs.draft_seconds + costs.verify_seconds[block_size - 1]
         # Of drafts: emitted tokens, seconds that the same tokens would have taken otherwise, and seconds.
-        prior = [PRIOR_GAIN * whole_seconds / costs.verify_seconds[0], PRIOR_GAIN * whole_seconds, whole_seconds]
-        self.drafts = Mean(np.array(prior), 3)
+        half = block_size / 2
+        whole_seconds = costs.draft_seconds + costs.verify_seconds[block_size - 1]
+        self.drafts = Mean(np.array([half, half * costs.verify_seconds[0], whole_seconds]), 1)
         # The same by the kind of match that a copy had where the draft was made.
         self.drafts_at = [Mean(np.zeros(3), 0) for _ in range(NUM_KINDS)]
         # Draft tokens: how many the confidences promised, and how many were accepted.
@@ -229,31 +220,28 @@ class Pace:
             num_unread: number of tokens that the drafter would read first.
             can_draft: False chooses between copies and a plain step only.
         """
-        copy = Copy()  # at first none: a plain step
-        width = 1
-        emitted = 1.0
-        rate = emitted / self.pass_seconds[0]
-        for other in copies:
-            other_width, other_emitted = self._choose_copy(other.match, len(other.token_ids))
-            other_rate = other_emitted / self.pass_seconds[other_width - 1]
+        choices = []
+        for copy in (Copy(), *copies):  # the first is a plain step
+            width, emitted = self._choose_copy(copy.match, len(copy.token_ids))
+            seconds = self.pass_seconds[width - 1]
             # The kind of match also counts where nothing is copied: drafts are remembered by it.
-            if (other_rate, other.match) > (rate, copy.match):
-                copy, width, emitted, rate = other, other_width, other_emitted, other_rate
+            choices.append((emitted / seconds, copy.match, width, copy))
+        rate, _, width, copy = max(choices, key=operator.itemgetter(0, 1))
         plan = Plan(False, copy, width, copies, num_unread)
         if not can_draft:
             return plan
-        copy_seconds = self.pass_seconds[width - 1]
         drafts_here = self.drafts_at[copy.match]
         # What all drafts gave stands for one more draft after this kind of match.
         expected = (drafts_here.weight * drafts_here.value + self.drafts.value) / (drafts_here.weight + 1)
         tokens, seconds_otherwise, seconds = expected.tolist()
         # Against the faster of two ways to the same tokens: the best copy again and again, or what was there instead.
-        loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, seconds_otherwise)
+        loss = self.draft_factor * seconds - min(tokens / rate, seconds_otherwise)
         is_trial = loss > -MARGIN * seconds
         if is_trial:
             price = max(0.0, loss) + num_unread * self.costs.read_seconds
             # Credit is saved up to the price of one trial, or a plain step, so that it never pays for many at once.
-            self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
+            saved = self.credit + EXPLORATION * self.pass_seconds[width - 1]
+            self.credit = min(max(self.pass_seconds[0], price), saved)
             if self.credit < price:
                 return plan
             self.credit -= price
@@ -273,7 +261,7 @@ class Pace:
         # The chance that a slot and all before it are accepted is the product of their confidences.
         reach = list(itertools.accumulate(confidences, operator.mul))
         promised, accepted = self.promised_and_accepted.value.tolist()
-        power = max(LEAST_POWER, promised / accepted)
+        power = promised / max(accepted, 1e-300)  # which the mean of zeros rounds to 0 in the end
         calibrated = [chance**power for chance in reach]
         draft_seconds = self.draft_factor * self.costs.draft_seconds
         step_seconds = [draft_seconds + pass_seconds for pass_seconds in self.pass_seconds]
@@ -326,18 +314,17 @@ class Pace:
     def _learn_seconds(self, plan: Plan, ratio: float) -> None:
         """Learn from the seconds of a step, over the seconds that `costs` has for it.
 
-        The costs of other widths are corrected too, the more the nearer they are. A step without a draft corrects the
-        cost of drafts half as much, and a draft the costs of such steps.
+        A draft's step says most of the cost of drafts, and a step without one of the cost of its width; of all other
+        costs it says half as much, or less, the farther their widths are.
         """
         place = 0 if plan.is_drafted else plan.width  # in `drift`
-        error = min(max(math.log(ratio) - self.drift[place], -MAX_COST_ERROR), MAX_COST_ERROR)
+        # A cost follows its steps in small moves, so that a disturbed step counts no more than others.
+        move = np.clip(math.log(ratio) - self.drift[place], -1 / SPAN, 1 / SPAN)
         widths = np.arange(len(self.drift))
-        is_other_kind = (widths == 0) != plan.is_drafted
         widths[0] = plan.width  # the cost of drafts has no width, and is as near as can be
-        rates = COST_RATE / 2 * np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / (1 + is_other_kind)
-        rates[place] = COST_RATE
-        # Forgetting pulls all costs back to the first measurement, so that none stays wrong for lack of steps.
-        self.drift += rates * error - FORGETTING * (self.drift - self.drift[1])
+        shares = np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / 2
+        shares[place] = 1.0
+        self.drift += shares * move - EXPLORATION / SPAN * (self.drift - self.drift[1])
         self._apply_drift()
 
 

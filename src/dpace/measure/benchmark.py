@@ -4,7 +4,7 @@ Every prompt is decoded plainly, and with each drafter and verification length. 
 responses; rows with tau, speeds and their intervals are pooled from them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, product
@@ -12,10 +12,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from dpace.config import BenchConfig, Width
+from dpace.config import BenchConfig, VerifyRule, Width
 from dpace.decode import Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     SPECULATIVE,
     BenchRecord,
@@ -28,10 +28,11 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import Acceptance, tau_estimate, tau_gain
-from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
+from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
+from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
@@ -66,12 +67,12 @@ def bench(
     """
     ranks.from_first(lambda: register_files(folder, "results.json"))
     drafters_by_row: dict[str, Drafter] = {}
+    rules: dict[str, VerifyRule] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
     for rule, (name, drafter) in product(config.verify_rules, drafters.items()):
-        row_name = name
-        if rule == "speculative":
-            row_name += SPECULATIVE
+        row_name = name + SPECULATIVE if rule == "speculative" else name
         drafters_by_row[row_name] = drafter
+        rules[row_name] = rule
         for width in config.widths:
             ways[row_name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=Paces())
     setup = Provenance(
@@ -94,19 +95,11 @@ def bench(
     if missing:
         _warm_up(target, ways, missing[0][1], config.max_new_tokens)
     for number, (temperature, prompt) in track(missing, "decoding"):
-        responses = _decode_prompt(
-            target,
-            ways,
-            prompt,
-            rotation=number,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            seed=records.seeds[prompt.id],
-        )
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        responses = _decode_prompt(target, ways, prompt, rotation=number, seed=records.seeds[prompt.id], **options)
         records.add(BenchRecord(set=prompt.set, id=prompt.id, temperature=temperature, responses=list(responses)))
     records.read()
-    measured = [records.rows[temperature, prompt.id] for temperature, prompt in jobs]
-    results = BenchResults(**vars(setup), rows=make_rows(measured, list(drafters_by_row)))
+    results = BenchResults(**vars(setup), rows=make_rows(records.of(jobs), rules))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
 
@@ -120,7 +113,7 @@ def hash_config(drafter: Drafter) -> str:
     return hash_json(spec)
 
 
-def _warm_up(target: Target, ways: Ways, job: tuple[float, Prompt], max_new_tokens: int) -> None:
+def _warm_up(target: Target, ways: Ways, job: Job, max_new_tokens: int) -> None:
     """Decode a prompt in every way."""
     temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
@@ -144,28 +137,31 @@ def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -
             )
 
 
-def make_rows(records: Iterable[BenchRecord], drafters: Sequence[str]) -> list[Row]:
+def make_rows(records: Iterable[BenchRecord], rules: Mapping[str, VerifyRule]) -> list[Row]:
     """Pool prompts into one row for each temperature, set, drafter and width.
 
     Args:
         records: of the prompts.
-        drafters: names, in the order of the rows; all are compared with the first one, width by width.
+        rules: that verified the drafts, by the drafter's name, in the order of the rows; all drafters are compared with
+            the first one, width by width.
     """
     rows = []
+    names = list(rules)
     groups = group_by(records, attrgetter("temperature", "set"))
     for temperature, set_name in sorted(groups):
         responses = chain.from_iterable(record.responses for record in groups[temperature, set_name])
         by_way = group_by(responses, attrgetter("drafter", "width"))
         plain = by_way.pop((PLAIN, None))
         # Sorting is stable, so the widths of a drafter stay in the order of the command.
-        for name, width in sorted(by_way, key=lambda way: drafters.index(way[0])):
+        for name, width in sorted(by_way, key=lambda way: names.index(way[0])):
             row = _pool_responses(
                 by_way[name, width],
                 plain,
-                by_way[drafters[0], width],
+                by_way[names[0], width],
                 set=set_name,
                 temperature=temperature,
                 drafter=name,
+                verify_rule=rules[name],
                 width=width,
             )
             rows.append(row)

@@ -15,8 +15,8 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
 from dpace.fast.top import argmax
-from dpace.measure.records import spread_evenly
 from dpace.respond.in_process import run_transformers
+from dpace.system.groups import spread_evenly
 from dpace.target import Target
 
 NUM_SHARED = 32

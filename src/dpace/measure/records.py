@@ -13,14 +13,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-
 from dpace.config import BenchConfig, RespondConfig
 from dpace.measure.results import Estimate, PromptRecord, ResponseRecord, ServedAnswer, Setup, nullable
 from dpace.metrics import estimate, ratio
-from dpace.prompts.prompts import Prompt, group_by
+from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
+from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
 from dpace.system.progress import note
 from dpace.system.provenance import hash_json
@@ -98,13 +97,6 @@ def group_by_set(items: Sequence[Item]) -> dict[str, list[Item]]:
     return groups
 
 
-def spread_evenly(items: Sequence[Item], most: int) -> list[Item]:
-    """Choose some of many items, with the first and the last one."""
-    # Both ends are among them, and no place comes twice: the steps are 1 or more.
-    places = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
-    return [items[place] for place in places]
-
-
 def tokens_per_second(answers: Sequence[MeasuredAnswer]) -> float:
     """Return the rate after the first token; nan where all tokens came at once, and without answers."""
     seconds, num_tokens = _totals(answers)
@@ -159,6 +151,10 @@ class Records(Generic[Record]):
     def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
         """Return the jobs that have no record, with their numbers among all."""
         return [(number, job) for number, job in enumerate(jobs) if (job[0], job[1].id) not in self.rows]
+
+    def of(self, jobs: Iterable[Job]) -> list[Record]:
+        """Return the records of jobs, which all have one."""
+        return [self.rows[temperature, prompt.id] for temperature, prompt in jobs]
 
     def add(self, record: Record) -> None:
         """Keep a record, on disk at once."""

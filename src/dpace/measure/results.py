@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dpace.config import CountOrZero, Width, options as json_object
+from dpace.config import CountOrZero, VerifyRule, Width, options as json_object
 from dpace.decode import Generation
 from dpace.metrics import Acceptance
 from dpace.servers.apis import Counts
@@ -25,7 +25,7 @@ RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
 SPECULATIVE = ", speculative"
-"""How the name of a drafter ends whose drafts that rule verified."""
+"""How the name of a drafter ends in rows and records whose drafts that rule verified."""
 MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
@@ -187,6 +187,8 @@ class DraftedRow:
 class Row(DraftedRow):
     """A drafter with one width, on one set at one temperature, against plain decoding."""
 
+    verify_rule: VerifyRule
+    """The rule that verified the drafts."""
     width: Width
     num_responses: int
     tau_gain: Estimate
@@ -208,11 +210,6 @@ class Row(DraftedRow):
 
     def __post_init__(self, compiled: object) -> None:
         """Take what is not kept."""
-
-    @property
-    def verify_rule(self) -> str:
-        """The verify rule, after which `dpace bench` names a drafter where it is not equality."""
-        return "speculative" if self.drafter.endswith(SPECULATIVE) else "equality"
 
     @property
     def keeps_text(self) -> bool:
@@ -324,12 +321,23 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
+    for benchmark in (value, value.get("decode")):
+        _add_rules(benchmark)
     # Each kind but the first has a key that no other kind has.
     kind = BenchResults
     for key, other in (("decode", CompareResults), ("servers", ServerResults)):
         if key in value:
             kind = other
     return _parse(kind, value, path, MEASURE_AGAIN)
+
+
+def _add_rules(benchmark: object) -> None:
+    """Give the rows of an older file their verify rule, which only the drafter's name told."""
+    rows = benchmark.get("rows") if isinstance(benchmark, dict) else None
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and "width" in row:  # which rows of no other kind have
+            is_speculative = str(row.get("drafter")).endswith(SPECULATIVE)
+            row.setdefault("verify_rule", "speculative" if is_speculative else "equality")
 
 
 def _parse(kind: type[Any], value: JsonObject, path: Path, fix: str) -> Any:

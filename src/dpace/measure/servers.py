@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
     Estimate,
@@ -33,10 +33,11 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import estimate
-from dpace.prompts.prompts import Prompt, first_of_each_set, group_by
+from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Counts, Server, connect
 from dpace.system.device import find_device
+from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
 from dpace.system.provenance import find_hardware, hash_file, same_run
@@ -79,15 +80,13 @@ def bench_servers(
     """
     folder = Path(folder)
     drafting_sides = list(map(str, config.depths)) or [DRAFTER]
-    sides: dict[str, Server] = {}
-    addresses = {}
+    servers: dict[str, Server] = {}
     # The plain server comes first: later turns of a prompt see its answers, on all sides.
     for side, url in zip([PLAIN, *drafting_sides], [config.plain_server, *config.server], strict=True):
         if url:
-            sides[side] = connect(url, len(chat.tokenizer))
-            addresses[side] = _address_of(sides[side])
+            servers[side] = connect(url, len(chat.tokenizer))
     known = setup_of(chat, config)
-    setup = ServerSetup(**known, servers=addresses)
+    setup = ServerSetup(**known, servers={side: _address_of(server) for side, server in servers.items()})
     register_files(folder, SERVERS_FILE)
     records = Records(folder / "servers.jsonl", ServedRecord, setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
@@ -99,49 +98,56 @@ def bench_servers(
         except (OSError, ValueError) as error:
             print(f"tau here is not known: {error}", file=sys.stderr)
     drafter = folder / "drafter"
-    weights = drafter / "model.safetensors"
-    tau_in_training = None
-    if (drafter / "trainer_state.json").exists():
-        taus = [entry["eval_tau"] for entry in read_log(drafter) if "eval_tau" in entry]
-        tau_in_training = max(taus, default=None)
+    tau_in_training = _tau_in_training(drafter)
     jobs = list(product(config.temperatures, prompts))
-    missing = records.missing(jobs)
-    if missing:
-        # A warm-up, which is not counted; it also shows how many tokens a server drafts.
-        temperature, prompt = missing[0][1]
-        first_turn = encode_chat(chat, prompt.turns[0])
-        for side, server in sides.items():
-            answer = _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
-            if config.depths and side != PLAIN and answer.counts:
-                _refuse_deeper_drafts(side, server, answer.counts)
-    else:
-        print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
-    ways = {side: partial(_ask_server, server) for side, server in sides.items()}
-    if PLAIN in ways:
-        ways[CONTROL] = ways[PLAIN]
-    for number, (temperature, prompt) in track(missing, "asking servers"):
-        turns = ask_in_turn(
-            chat,
-            prompt,
-            ways,
-            rotation=number,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            seed=records.seeds[prompt.id],
-        )
-        answers_by_turn = [answers for _, answers in turns]
-        records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers_by_turn))
-    measured = [records.rows[temperature, prompt.id] for temperature, prompt in jobs]
-    is_here = all(urlsplit(server.url).hostname in THIS_MACHINE for server in sides.values())
+    _ask_missing(chat, servers, records, jobs, config)
+    weights = drafter / "model.safetensors"
+    is_here = all(urlsplit(server.url).hostname in THIS_MACHINE for server in servers.values())
     results = ServerResults(
         **vars(setup),
         tau_in_training=tau_in_training,
         drafter_sha256=hash_file(weights) if config.depths and weights.exists() else None,
         hardware=find_hardware(find_device()) if is_here else None,
-        rows=make_rows(measured, here, drafting_sides),
+        rows=make_rows(records.of(jobs), here, drafting_sides),
     )
     write_results(folder / SERVERS_FILE, results)
     return results
+
+
+def _ask_missing(
+    chat: ChatTokenizer,
+    servers: dict[str, Server],
+    records: Records[ServedRecord],
+    jobs: Sequence[Job],
+    config: BenchConfig,
+) -> None:
+    """Ask the servers, by side, the prompts that have no record, and keep their answers."""
+    missing = records.missing(jobs)
+    if not missing:
+        print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
+        return
+    # A warm-up, which is not counted; it also shows how many tokens a server drafts.
+    temperature, prompt = missing[0][1]
+    first_turn = encode_chat(chat, prompt.turns[0])
+    for side, server in servers.items():
+        answer = _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
+        if config.depths and side != PLAIN and answer.counts:
+            _refuse_deeper_drafts(side, server, answer.counts)
+    ways = {side: partial(_ask_server, server) for side, server in servers.items()}
+    if PLAIN in ways:
+        ways[CONTROL] = ways[PLAIN]
+    for number, (temperature, prompt) in track(missing, "asking servers"):
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        turns = ask_in_turn(chat, prompt, ways, rotation=number, seed=records.seeds[prompt.id], **options)
+        answers_by_turn = [answers for _, answers in turns]
+        records.add(ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=answers_by_turn))
+
+
+def _tau_in_training(drafter: Path) -> float | None:
+    """Read the best tau of the validation responses from a drafter's folder; None where it has no log."""
+    if not (drafter / "trainer_state.json").exists():
+        return None
+    return max((entry["eval_tau"] for entry in read_log(drafter) if "eval_tau" in entry), default=None)
 
 
 def _address_of(server: Server) -> ServerAddress:

@@ -6,19 +6,18 @@ import json
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.overlap import find_repeats
+from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, note, shorten
 
-Item = TypeVar("Item")
-Key = TypeVar("Key")
 MOST_MARKS = 2000
 """Characters in a row that are brought into one order; the time grows with the square of the marks among them."""
 
@@ -129,14 +128,6 @@ def _clean(value: object) -> str:
     for word in text.split(" "):
         words.append(word if len(word) > MOST_MARKS else unicodedata.normalize("NFC", word))
     return " ".join(words).strip()
-
-
-def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Group items that have the same key, in the order in which they come."""
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> list[list[Prompt]]:

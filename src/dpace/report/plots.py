@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dpace.measure.records import spread_evenly
+from dpace.system.groups import spread_evenly
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import shorten
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from dpace.measure.records import spread_evenly
 from dpace.measure.results import (
     BenchResults,
     ComparedRow,
@@ -19,8 +18,8 @@ from dpace.measure.results import (
     ServerResults,
     ServerRow,
 )
-from dpace.prompts.prompts import group_by
 from dpace.report.tables import Section
+from dpace.system.groups import group_by, spread_evenly
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpace.config import PromptsWriterConfig, RespondConfig
-from dpace.prompts.formats import read_prompts
+from dpace.prompts.formats import Prompt, read_prompts
 from dpace.respond.in_process import generate_responses
 from dpace.system.ledger import (
     cut_unfinished_line,
@@ -93,8 +93,12 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> tuple[Path, in
         )
     path = Path(config.output) / FILE
     with lock_folder(path.parent):
-        texts, num_drawn = _find_texts(target, config, path)
-        newest = num_drawn
+        register_files(path.parent, FILE, META_FILE)
+        cut_unfinished_line(path)
+        written = read_prompts(path) if path.exists() and path.stat().st_size else []
+        _note_settings(target, config, path, written)
+        texts = {str(prompt.turns[0][-1].get("content")) for prompt in written}
+        newest = num_drawn = _count_drawn(config, written)
         with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
             task = bar.add_task("writing prompts", total=config.count, completed=min(len(texts), config.count), info="")
             while len(texts) < config.count:
@@ -139,21 +143,26 @@ def _draw_texts(
     return texts
 
 
-def _find_texts(target: Target, config: PromptsWriterConfig, path: Path) -> tuple[set[str], int]:
-    """Read what an earlier call has written, and how many texts it drew; note what this one depends on."""
+def _note_settings(target: Target, config: PromptsWriterConfig, path: Path, written: Sequence[Prompt]) -> None:
+    """Write down what the prompts depend on.
+
+    Raises:
+        ValueError: some are written already, in another way.
+    """
     meta_path = path.parent / META_FILE
     facts = {"target_sha256": target.sha256, **tokenizer_hashes(target)}
     facts |= {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
-    register_files(path.parent, FILE, META_FILE)
-    cut_unfinished_line(path)
-    found = read_prompts(path) if path.exists() and path.stat().st_size else []
-    if found:
+    if written:
         way_out = "set this as it was, or name another folder with --output"
         same_run(read_object(meta_path, way_out), facts, f"{path} holds prompts", way_out)
     write_json(meta_path, {"target": target.name} | facts)  # its name is for people
+
+
+def _count_drawn(config: PromptsWriterConfig, written: Sequence[Prompt]) -> int:
+    """Return how many texts an earlier call drew, as the ids of its prompts say."""
     num_drawn = 0
-    for prompt in found:  # the user may have removed some lines, or added others
+    for prompt in written:  # the user may have removed some lines, or added others
         number = prompt.id.removeprefix(_prefix(config))
         if number != prompt.id and number.isdecimal():
             num_drawn = max(num_drawn, int(number) + 1)
-    return {str(prompt.turns[0][-1].get("content")) for prompt in found}, num_drawn
+    return num_drawn

@@ -109,7 +109,6 @@ def costs(monkeypatch):
     """Steps whose costs are known: copies are nearly free, and this drafter's drafts are not."""
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: FLAT)
     monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_: None)
-    monkeypatch.setattr("dpace.decode.pace.PRIOR_GAIN", 0.5)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def always(right, confidence=0.9):
 @pytest.mark.parametrize(("confidence", "most"), [(0.01, 12), (0.9, 30)])
 def test_a_useless_drafter_costs_almost_nothing(confidence, most):
     """One that knows it is useless, and one that promises much: that takes some drafts to find out, but once only."""
-    pace = Pace(COSTS)
+    pace = Pace(COSTS, 8)
     speed, drafts = run(pace, 200, always(0, confidence))
     assert speed > 0.95 and drafts <= most
     again, drafts = run(pace, 200, always(0, confidence))
@@ -68,10 +68,17 @@ def test_a_useless_drafter_costs_almost_nothing(confidence, most):
     assert run(pace, 600, always(7))[0] > 2.0, "one that gets good is found again"
 
 
+def test_a_drafter_that_is_never_right_for_days_is_not_verified():
+    """Means of zeros round to 0 in the end."""
+    pace = Pace(COSTS, 8)
+    pace.promised_and_accepted.value[:] = 1.0, 0.0
+    assert pace.choose_width(Plan(True), [0.9] * 7).width == 1
+
+
 def test_trials_that_read_a_prompt_are_rarer():
     """A useless drafter is tried again for a share of the time, in which what it reads counts too."""
     costs = COSTS._replace(read_seconds=0.2)
-    counts = [run(Pace(costs), 2000, always(0), num_unread)[1] for num_unread in (1, 100, 300)]
+    counts = [run(Pace(costs, 8), 2000, always(0), num_unread)[1] for num_unread in (1, 100, 300)]
     assert counts[0] > counts[1] > counts[2] > 0
 
 
@@ -93,7 +100,7 @@ def changing(rng, number):
 @pytest.mark.parametrize("draft", [sure(0.75), sure(0.95), changing])
 def test_the_pace_gains_more_than_any_fixed_width(draft):
     """With the same drafts: neither bad luck nor a weak stretch ends drafting."""
-    pace = Pace(StepCosts([19.8, 20.5, 21.5, 22.5, 23.0, 23.5, 24.0, 25.0], 7.0))
+    pace = Pace(StepCosts([19.8, 20.5, 21.5, 22.5, 23.0, 23.5, 24.0, 25.0], 7.0), 8)
 
     def draws():
         rng = random.Random(0)
@@ -119,13 +126,13 @@ def test_confidences_that_are_wrong_cost_little(told):
             chances = [rng.uniform(0.6, 0.98) * 0.98**k for k in range(7)]
             return [*map(say, chances)], next((k for k, chance in enumerate(chances) if rng.random() > chance), 7)
 
-        speeds.append(run(Pace(COSTS), 1000, draw)[0])
+        speeds.append(run(Pace(COSTS, 8), 1000, draw)[0])
     assert speeds[0] > 0.93 * speeds[1] > 1.2
 
 
 def test_costs_that_change_are_learned():
     """Over those of a plain step, which takes twice as long too; some steps are disturbed."""
-    pace = Pace(COSTS)
+    pace = Pace(COSTS, 8)
     for number in range(3000):
         plan = Plan(number % 3 == 0, width=1 + number % 8)
         factor = 3.0 if plan.is_drafted else 4.0 if plan.width > 2 else 2.0
@@ -138,7 +145,7 @@ def test_costs_that_change_are_learned():
 
 def test_what_is_copied_is_verified_as_far_as_it_was_right():
     """And with a good drafter, sure copies only: as many tokens, and no time to draft them."""
-    pace = Pace(COSTS)
+    pace = Pace(COSTS, 8)
     run(pace, 50, always(0))  # a useless drafter
     for match, emitted in ((1, [2, 1, 1]), (2, [1, 1, 2]), (3, [1] * 8)):
         for _ in range(80):

@@ -88,7 +88,7 @@ def test_turns_are_drawn_with_their_prompt(num_prompts):
                 responses.append(make_plain(**place, decode_seconds=8 / num_turns))
                 responses.append(make_response(**place, **counts, decode_seconds=8 / num_turns / speed))
             records.append(BenchRecord(set="s", id=str(number), temperature=0.0, responses=responses))
-        (row,) = make_rows(records, ["dpace"])
+        (row,) = make_rows(records, {"dpace": "equality"})
         return row
 
     two, one = measure(2), measure(1, accepted_lengths=[0, 2, 0, 2], emitted_lengths=[1, 3, 1, 3])

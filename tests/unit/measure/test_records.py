@@ -1,6 +1,6 @@
 """Finished responses are kept on disk, and a benchmark goes on after them."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 
@@ -11,11 +11,10 @@ from tests.support.files import make_prompts
 from tests.support.rows import make_bench, make_response
 
 SETUP = Provenance(**{field.name: getattr(make_bench(), field.name) for field in fields(Provenance)})
-PROMPTS = make_prompts("xx")
 
 
-def open_records(folder, setup=SETUP, prompts=PROMPTS):
-    return Records(folder / "bench.jsonl", BenchRecord, setup, prompts)
+def open_records(folder):
+    return Records(folder / "bench.jsonl", BenchRecord, SETUP, make_prompts("xx"))
 
 
 def record(name: str = "0", **changes) -> BenchRecord:
@@ -30,15 +29,6 @@ def test_records_go_on_and_the_last_ones_count(tmp_path):
     assert again.rows == records.rows and again.rows[0.0, "0"].responses[0].decode_seconds == 9.0
     jobs = [(temperature, Prompt(name, "s", [])) for temperature in (0.0, 1.0) for name in "01"]
     assert again.missing(jobs) == [(2, jobs[2]), (3, jobs[3])]
-
-
-@pytest.mark.parametrize("other", [(replace(SETUP, seed=1), PROMPTS), (SETUP, PROMPTS[:1])])
-def test_records_of_another_measurement_are_neither_taken_nor_lost(other, tmp_path):
-    open_records(tmp_path).add(record())
-    assert not open_records(tmp_path, *other).rows
-    open_records(tmp_path, *other).add(record("1"))
-    found = [open_records(tmp_path), open_records(tmp_path, *other)]
-    assert [[one.id for one in records.rows.values()] for records in found] == [["0"], ["1"]]
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path):

@@ -35,7 +35,7 @@ def test_what_is_written_is_read(results, tmp_path):
 KEYS = {
     "target max_new_tokens seed tokenizer_sha256 chat_template_sha256 thinking drafters drafter_configs "
     "target_weights_sha256 widths engine dtype hardware versions schema_version rows": BENCH,
-    "drafter width set temperature num_responses block_size histogram tau reach_rate "
+    "drafter verify_rule width set temperature num_responses block_size histogram tau reach_rate "
     "tau_gain speed_ratio share_copied tokens_per_second plain_tokens_per_second decode_speedup "
     "num_same_text responses plain_responses": BENCH.rows[0],
     "drafter width id turn prompt_tokens token_ids block_size accepted_lengths emitted_lengths widths "
@@ -79,15 +79,21 @@ def test_what_is_wrong_is_named(tmp_path):
         read_results(path)
 
 
-def test_files_of_older_versions_are_read(tmp_path):
-    """They say whether plain decoding was compiled, and how fast that was."""
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_files_of_older_versions_are_read(is_decode, tmp_path):
+    """They say whether plain decoding was compiled, and how fast that was; the verify rule is in the name alone."""
     path = tmp_path / "results.json"
-    write_results(path, COMPARE)
+    results = make_bench(make_row(drafter="a, speculative", verify_rule="speculative"), make_row(drafter="a"))
+    if is_decode:
+        results = make_compare(make_compared(), decode=results)
+    write_results(path, results)
     with changed_json(path) as value:
-        value["decode"]["is_compiled"] = True
-        value["decode"]["rows"][0]["compiled"] = {"tokens_per_second": 3.0}
-        value["decode"]["rows"][1]["compiled"] = None
-    assert read_results(path) == COMPARE
+        benchmark = value["decode"] if is_decode else value
+        benchmark["is_compiled"] = True
+        for row, compiled in zip(benchmark["rows"], ({"tokens_per_second": 3.0}, None), strict=True):
+            row["compiled"] = compiled
+            del row["verify_rule"]
+    assert read_results(path) == results
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):

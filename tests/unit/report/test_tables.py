@@ -82,7 +82,7 @@ def test_an_interval_has_a_line_of_its_own_where_the_table_is_too_wide(words, in
 
 def test_rows_say_what_they_know():
     """How much was copied, and texts that are to be kept; a shorter block has no cells for the last slots."""
-    sampled = make_row(temperature=1.0, drafter="dpace, speculative")
+    sampled = make_row(temperature=1.0, verify_rule="speculative")
     rows = speeds(make_bench(make_row(share_copied=0.25, width="auto", num_same_text=0), sampled)).rows
     assert [row["width"] for row in rows] == ["auto, 25% copied", "full"]
     assert [row["same text"] for row in rows] == ["0/1", "-"]

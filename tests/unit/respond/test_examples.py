@@ -12,13 +12,12 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, Recipe, TrainConfig
 from dpace.plan.lines import length_lines
-from dpace.prompts.prompts import read_prompts, split_and_explain
+from dpace.prompts.prompts import split_and_explain
 from dpace.respond.responses import (
     Example,
     Response,
     find_answers,
     load_examples,
-    read_examples,
     read_responses,
     refuse_other_answers,
 )
@@ -77,12 +76,6 @@ def test_anchors_are_counted_without_looking_at_tokens(spans, max_length):
     found = [dataset.is_response(i).tolist() for i in range(len(dataset))]
     assert found == [flags[number][:max_length] for number in kept]
     assert dataset.seen_tokens.tolist() == list(range(min(12, max_length))) * bool(kept)
-
-
-def test_comparisons_read_parts_in_the_order_of_their_prompts(files):
-    prompts = {prompt.id: prompt for prompt in read_prompts(files[1].path)}
-    parts = [[prompts[name] for name in names] for names in (["p20", "p7", "p1"], ["p5"])]
-    assert [[example.id for example in part] for part in read_examples(files[0], parts)] == [["p20", "p7"], ["p5"]]
 
 
 def test_answers_that_are_not_the_targets_are_refused(files):

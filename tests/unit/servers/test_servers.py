@@ -215,20 +215,15 @@ def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdic
     assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
-def test_the_page_judges_the_speed_beside_tau(run_line, tmp_path):
+def test_the_table_judges_the_speed_beside_tau():
     """Of rates, also where nothing is known of tau here; without a plain server there is no verdict."""
     records = [served(str(number), [1, 0], 0.5) for number in range(8)]
     for record in records:
         record.turns[0][DRAFTER] = replace(record.turns[0][DRAFTER], decode_seconds=1.0)
     (row,) = make_rows(records, {})
     assert row.decode_speedup == pytest.approx((0.5,) * 3)
-    write_results(tmp_path / "servers.json", make_servers(row, make_served()))
-    run_line(f"report {tmp_path}")
-    slow, alone = re.findall(
-        r"<td[^>]*>no tau here</td><td[^>]*>(.*?)</td>|not known</td><td[^>]*>(.*?)</td>",
-        (tmp_path / "report.html").read_text(),
-    )
-    assert (slow[0], alone[1]) == ("slower", "-")
+    shown = servers(make_servers(row, make_served())).rows
+    assert [(cells["verdict"], cells["speed"]) for cells in shown] == [("no tau here", "slower"), ("not known", "-")]
 
 
 def measured(*names: str) -> dict[tuple[float, str, str], list[int]]:
