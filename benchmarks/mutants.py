@@ -38,7 +38,8 @@ TESTS = {
     "drafter/views.py": "drafter/test_views.py drafter/test_windows.py drafter/test_drafter.py",
     "drafter/selector.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
     "drafter/markov_head.py": "drafter/test_selector.py training/test_selector.py",
-    "training/bigrams.py": "training/test_bigrams.py",
+    "drafter/lattice.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
+    "drafter/bigrams.py": "training/test_bigrams.py",
     "training/optimizer.py": "training/test_optimizer.py training/test_selector.py",
 }
 """What is changed, and its tests in tests/unit, the nearest first."""
