@@ -39,7 +39,7 @@ TESTS = {
     "drafter/selector.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
     "drafter/markov_head.py": "drafter/test_selector.py training/test_selector.py",
     "drafter/lattice.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
-    "drafter/bigrams.py": "training/test_bigrams.py",
+    "drafter/bigrams.py": "drafter/test_bigrams.py",
     "training/optimizer.py": "training/test_optimizer.py training/test_selector.py",
 }
 """What is changed, and its tests in tests/unit, the nearest first."""
