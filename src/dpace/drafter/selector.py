@@ -47,6 +47,7 @@ class DraftSampler(Protocol):
         ...
 
 
+@runtime_checkable
 class Conversations(Protocol):
     """What is trained on: `dpace.batches.dataset.ResponseDataset`."""
 

@@ -58,6 +58,14 @@ def test_the_overlap_is_accepted():
     assert abs(accepted / samples - expected) < 4 * samples**-0.5  # the number lies in 0 .. 2: deviation <= 1
 
 
+def test_a_rejected_token_is_replaced_from_what_the_draft_left_over():
+    """And never from all of the target's distribution: the drafter has drafted its own share already."""
+    draft_probs = torch.tensor([[1.0, 0.0, 0.0]])
+    target_probs = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    results = {verify_sampled([0], draft_probs, target_probs, Sampler(1.0, seed=seed)) for seed in range(40)}
+    assert results == {(0, 1), (1, 2)}
+
+
 def test_equal_distributions_and_a_draw_that_rounding_rejects_still_give_a_token(monkeypatch):
     probs = torch.tensor([[0.25, 0.25, 0.5], [0.25, 0.25, 0.5]])
     monkeypatch.setattr(torch, "rand", lambda count, **_: torch.ones(count))

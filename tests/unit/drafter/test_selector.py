@@ -1,6 +1,7 @@
 """LiLiCorr: its network against a published test vector, and the walk through its scores."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,25 @@ from dpace.decode import generate, generate_batch
 from dpace.decode.sampling import Sampler
 from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
 from dpace.drafter.lilicorr import LiLiCorrSizes
+from dpace.drafter.selector import Selector
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorrNetwork
 from dpace.respond.responses import Response
 from dpace.target.draft_rows import DraftRows
 from tests.support.models import make_target, make_with_candidate_selector, make_with_markov_head, make_with_selector
+
+
+def test_blocks_go_on_after_another_one_was_wrong():
+    """Each is accepted up to its first wrong slot, and to its last scored one."""
+    labels = torch.tensor([[[9, 1, 2, 3, 4], [9, 5, 6, 7, 8], [9, 1, 1, 1, 1]]])
+    drafted = labels.clone()
+    drafted[0, 0, 1] = drafted[0, 1, 4] = 0
+    is_scored = torch.tensor([[[0, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]]).bool()
+    blocks = SimpleNamespace(labels=labels, is_scored=is_scored, block_size=5)
+    states = torch.nn.functional.one_hot(drafted, 10).float()
+    rows: Any = SimpleNamespace(logits=lambda states: states, tokens=lambda tokens: tokens)
+    _, is_accepted = Selector().match(SimpleNamespace(hidden=states, blocks=blocks), rows)
+    assert is_accepted.sum(-1).tolist() == [[0, 3, 2]]
 
 
 def test_the_published_vector():
