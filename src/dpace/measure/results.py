@@ -7,7 +7,6 @@ heldout.json. The keys and types of what is read are checked.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +23,6 @@ from dpace.system.validation import from_json, to_json
 RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
-SPECULATIVE = ", speculative"
-"""How the name of a drafter ends in rows and records whose drafts that rule verified."""
 MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
@@ -71,15 +68,10 @@ class Provenance(Setup):
     drafter_configs: dict[str, str]
     """Hashes of the drafters' configs, by name."""
     widths: list[Width]
-    is_compiled: InitVar[bool] = False
-    """Not kept: files of older versions have it."""
     engine: str
     dtype: str
     hardware: Hardware
     versions: Versions
-
-    def __post_init__(self, is_compiled: bool) -> None:
-        """Take what is not kept."""
 
 
 @json_object
@@ -205,11 +197,6 @@ class Row(DraftedRow):
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
-    compiled: InitVar[object] = None
-    """Not kept: files of older versions have it."""
-
-    def __post_init__(self, compiled: object) -> None:
-        """Take what is not kept."""
 
     @property
     def keeps_text(self) -> bool:
@@ -321,23 +308,12 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
-    for benchmark in (value, value.get("decode")):
-        _add_rules(benchmark)
     # Each kind but the first has a key that no other kind has.
     kind = BenchResults
     for key, other in (("decode", CompareResults), ("servers", ServerResults)):
         if key in value:
             kind = other
     return _parse(kind, value, path, MEASURE_AGAIN)
-
-
-def _add_rules(benchmark: object) -> None:
-    """Give the rows of an older file their verify rule, which only the drafter's name told."""
-    rows = benchmark.get("rows") if isinstance(benchmark, dict) else None
-    for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, dict) and "width" in row:  # which rows of no other kind have
-            is_speculative = str(row.get("drafter")).endswith(SPECULATIVE)
-            row.setdefault("verify_rule", "speculative" if is_speculative else "equality")
 
 
 def _parse(kind: type[Any], value: JsonObject, path: Path, fix: str) -> Any:

@@ -79,23 +79,6 @@ def test_what_is_wrong_is_named(tmp_path):
         read_results(path)
 
 
-@pytest.mark.parametrize("is_decode", [True, False])
-def test_files_of_older_versions_are_read(is_decode, tmp_path):
-    """They say whether plain decoding was compiled, and how fast that was; the verify rule is in the name alone."""
-    path = tmp_path / "results.json"
-    results = make_bench(make_row(drafter="a, speculative", verify_rule="speculative"), make_row(drafter="a"))
-    if is_decode:
-        results = make_compare(make_compared(), decode=results)
-    write_results(path, results)
-    with changed_json(path) as value:
-        benchmark = value["decode"] if is_decode else value
-        benchmark["is_compiled"] = True
-        for row, compiled in zip(benchmark["rows"], ({"tokens_per_second": 3.0}, None), strict=True):
-            row["compiled"] = compiled
-            del row["verify_rule"]
-    assert read_results(path) == results
-
-
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):
     write_heldout(tmp_path, ["a", "b"], Acceptance([[1, 2], [3, 4]], 2, [0, 1]), "hash")
     found = read_heldout(tmp_path)
