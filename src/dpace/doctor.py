@@ -42,7 +42,7 @@ CONFIG = "config.json"
 MAX_SHOWN = 300
 """Characters of a value that the table shows."""
 KEEP = "keep it if it was trained so, and serve with dpace, vLLM or llama.cpp: other engines take the target's"
-WRITE = "write the expected value"
+WRITE = "write the expected value, or name the target of the training"
 SPELLINGS = {"rope_parameters": ["rope_parameters"], "rope_theta": ["rope_theta", "rope_scaling"]}
 """Keys of the rotary embedding, by the first one of each spelling: an engine reads one spelling or the other."""
 NEUTRAL = ("None", "False", "1.0", "")
@@ -74,19 +74,6 @@ COMPARED = [
             "dflash_config.mask_token_id",
             "dflash_config.lilicorr_enabled",
             "dflash_config.projector_type",
-        ),
-        "fails",
-        "fails",
-        WRITE,
-    ),
-    KeyRule(
-        ("block_size", "is_causal", "layer_types", "rms_norm_eps", "rope_parameters", "rope_theta"),
-        "fails",
-        "warns",
-        f"{WRITE}: where it is missing, engines take different ones",
-    ),
-    KeyRule(
-        (
             "hidden_size",
             "vocab_size",
             "num_target_layers",
@@ -96,7 +83,13 @@ COMPARED = [
         ),
         "fails",
         "fails",
-        "name the target of the training, or write this target's value",
+        WRITE,
+    ),
+    KeyRule(
+        ("block_size", "is_causal", "layer_types", "rms_norm_eps", "rope_parameters", "rope_theta"),
+        "fails",
+        "warns",
+        WRITE,
     ),
     KeyRule(("dtype", "sliding_window", "use_sliding_window"), "warns", "warns", WRITE),
     KeyRule(
