@@ -131,19 +131,7 @@ def speeds(results: BenchResults) -> Section:
         }
         rows.append({"verdict": verdict(row.decode_speedup)} | way | measured)
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    return Section(title, text, rows, num_texts=4, note=advice(results))
-
-
-def advice(results: BenchResults) -> str:
-    """Tell what can be done where no drafter is clearly faster."""
-    # Copies alone are the baseline of `auto`; where nothing else was measured, they are what can be faster.
-    rows = [row for row in results.rows if row.width != "copies"] or results.rows
-    if any(verdict(row.decode_speedup) == "faster" for row in rows):
-        return ""
-    return (
-        "nothing here is clearly faster than plain decoding: measure more prompts, train longer or on more prompts "
-        "(docs/train.md), or decode without the drafter"
-    )
+    return Section(title, text, rows, num_texts=4)
 
 
 def pairs(rows: Sequence[Row]) -> Section:
