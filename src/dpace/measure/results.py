@@ -248,8 +248,6 @@ class ServerRow:
     """Responses with the plain server's text."""
     control_same_text: int | None
     """Texts of the plain server's own second pass that equal its first."""
-    same_text_gain: Estimate
-    """Difference of the last two numbers as shares of the responses."""
 
 
 @json_object
@@ -281,7 +279,7 @@ class CompareResults:
 class ServerResults(ServerSetup):
     """servers.json of `dpace bench --bench.server`."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
     drafter_sha256: str | None

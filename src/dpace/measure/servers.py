@@ -18,7 +18,6 @@ from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
-    Estimate,
     ServedAnswer,
     ServedRecord,
     ServerAddress,
@@ -247,13 +246,9 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, has_
     common_served = [[served[key] for key in common]]
     common_here = [[here[key] for key in common]]
     num_same = num_control = None
-    same_text_gain: Estimate = (None, None, None)
     if plain:
-        same = _same_texts(records, side)
-        control = _same_texts(records, CONTROL)
-        num_same = sum(number for number, _ in same)
-        num_control = sum(number for number, _ in control)
-        same_text_gain = nullable(estimate([[same], [control]], lambda shares: shares[0] - shares[1]))
+        num_same = _num_same_texts(records, side)
+        num_control = _num_same_texts(records, CONTROL)
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
@@ -269,7 +264,6 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, has_
         decode_speedup=speedup(drafted_by_prompt, plain_by_prompt),
         num_same_text=num_same,
         control_same_text=num_control,
-        same_text_gain=same_text_gain,
     )
 
 
@@ -289,10 +283,9 @@ def _emitted(answers: Iterable[ServedAnswer]) -> list[int]:
     return [num_accepted + num_verifications, num_verifications]  # a verification emits one token of the target's own
 
 
-def _same_texts(records: Iterable[ServedRecord], side: str) -> list[tuple[int, int]]:
-    """Count for each prompt the turns with the text of the plain server's first pass, and all its turns."""
-    shares = []
+def _num_same_texts(records: Iterable[ServedRecord], side: str) -> int:
+    """Count the turns with the text of the plain server's first pass."""
+    num_same = 0
     for record in records:
-        num_same = sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns)
-        shares.append((num_same, len(record.turns)))
-    return shares
+        num_same += sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns)
+    return num_same

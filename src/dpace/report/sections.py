@@ -220,8 +220,7 @@ def servers(results: ServerResults) -> Section:
         }
         rows.append(cells)
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
-    trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
-    note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
+    note = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
     return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=3, note=note)
 
 
@@ -271,14 +270,3 @@ def depths_note(rows: Sequence[ServerRow]) -> str:
             found = f"{row.depth}, {with_interval(*row.decode_speedup)} times as fast"
         parts.append(f"{name} (T={temperature:g}) {found}")
     return "; ".join(parts)
-
-
-def texts_note(rows: Sequence[ServerRow]) -> str:
-    """Compare greedy texts with the plain server's second pass, set by set; empty without such a server."""
-    judged = []
-    for row in rows:
-        if row.temperature == 0 and row.num_same_text is not None:
-            judged.append(f"{row.set} {verdict(row.same_text_gain, 0, 'more often equal', 'less often equal')}")
-    if not judged:
-        return ""
-    return f"greedy texts against the control, the plain server's second pass: {', '.join(judged)}"
