@@ -50,8 +50,6 @@ QUICK_HELDOUT = 8
 """Held-out prompts of each set with `quick`."""
 SAMPLED_PROMPTS = 2
 """Prompts of the first set that are decoded at temperature 1 too."""
-MANY_COPIED = 0.1
-"""Share of copied tokens from which on the demo speaks of them."""
 TIMED_CONVERSATIONS = 24
 """About how many answers a step of the training is timed with."""
 TIMED_SCORED = 4
@@ -220,14 +218,8 @@ def _with_speedup(row: Row) -> str:
 
 
 def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
-    """Say how much of the speed comes from copies, and why something is slower or worse."""
-    drafted = [row for row in rows if row.width == "auto"]
-    # The sets that were decoded with copies alone too: there the table shows what copies gain.
-    with_copies = {_name(row) for row in rows if row.width == "copies"}
-    copying = [_name(row) for row in drafted if _name(row) in with_copies and row.share_copied >= MANY_COPIED]
-    if copying:
-        yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
-    slower = [_name(row) for row in drafted if (row.decode_speedup[0] or 1) < 1]
+    """Say why something is slower or worse."""
+    slower = [_name(row) for row in rows if row.width == "auto" and (row.decode_speedup[0] or 1) < 1]
     if slower:
         yield (
             f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "
