@@ -84,6 +84,7 @@ CONFIGS = [
     ({"is_neox_style": False}, CONFIG),
     ({"block_size": 1}, CONFIG),
     ({"block_size": "8"}, CONFIG),
+    ({"block_size": None}, "block_size"),
     ({"dflash_config": None}, f"{IDS}, dflash_config.mask_token_id"),
     ({"mask_token_id": 0, "dflash_config.mask_token_id": 0}, "loads"),
     ({"use_sliding_window": True, "sliding_window": 2048}, "sliding_window, use_sliding_window"),
@@ -136,13 +137,6 @@ def test_a_broken_file_is_named_once_and_the_config_is_compared(folder, language
     path.write_bytes(path.read_bytes()[:9000])
     change_config(folder, model_type="llama")
     check_faults(folder, language_target, f"{WEIGHTS}, model_type")
-
-
-@pytest.mark.parametrize(("more", "result"), [({}, "fails"), ({"dflash_config.block_size": 6}, "warns")])
-def test_a_block_size_is_needed_in_one_place(more, result, folder, language_target):
-    """Where none is, engines refuse the folder or take 16; where it is in one place, some look in the other."""
-    set_values(folder, {"block_size": None} | more)
-    assert [d.result for d in diagnose(folder, language_target) if d.check == "block_size"] == [result]
 
 
 @pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
