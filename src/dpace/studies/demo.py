@@ -122,8 +122,6 @@ def announce(target: Target, recipe: CompareConfig, parts: PromptParts, decoding
     of_answer = _seconds(lambda: answer_prompts(target, parts.heldout, path, recipe.respond)) / num_heldout
     *_, examples = read_examples(path, PromptParts([], [], parts.heldout))
     answered = heldout_set(examples, recipe).examples  # those with something to draft
-    if not answered:
-        return  # `compare` says what is wrong
     # Spread over the sets, whose conversations have other lengths.
     some = answered[:: max(1, len(answered) // TIMED_CONVERSATIONS)]
     dataset, scored = choose_conversations(some, some[:: max(1, len(some) // TIMED_SCORED)], recipe)

@@ -6,8 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from dpace.config import DemoConfig
-from dpace.studies import demo
-from dpace.studies.demo import announce, demo_prompts, demo_recipe, remarks
+from dpace.studies.demo import demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
 from tests.support.rows import make_compared, make_row
 
@@ -51,16 +50,6 @@ def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo
     assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
     assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 3
     assert "train.max_steps" in run_line(["demo", "--quick", *flags], 1).err
-
-
-def test_nothing_is_timed_without_an_answer_of_two_tokens(short_demo, tmp_path, monkeypatch, capsys):
-    """What `compare` then says is the demo's message."""
-    for name in ("answer_prompts", "choose_conversations"):
-        monkeypatch.setattr(f"dpace.studies.demo.{name}", Mock())
-    monkeypatch.setattr("dpace.studies.demo.read_examples", lambda *_: ([], [], []))
-    config = DemoConfig(output=str(tmp_path))
-    announce(Mock(), demo_recipe(config), demo_prompts(config), 0.0)
-    assert not demo.choose_conversations.called and not capsys.readouterr().err
 
 
 WRITERS = {
