@@ -43,6 +43,7 @@ MAX_SHOWN = 300
 """Characters of a value that the table shows."""
 KEEP = "keep it if it was trained so, and serve with dpace, vLLM or llama.cpp: other engines take the target's"
 WRITE = "write the expected value, or name the target of the training"
+AS_TRAINED = "take the target as it was in training (here --target and --thinking), or expect shorter drafts"
 SPELLINGS = {"rope_parameters": ["rope_parameters"], "rope_theta": ["rope_theta", "rope_scaling"]}
 """Keys of the rotary embedding, by the first one of each spelling: an engine reads one spelling or the other."""
 NEUTRAL = ("None", "False", "1.0", "")
@@ -59,7 +60,7 @@ class KeyRule(NamedTuple):
     """For another value than the expected one."""
     if_absent: Result
     """For a value that only the config has, or only what it is compared with."""
-    fix: str
+    fix: str = WRITE
 
 
 COMPARED = [
@@ -84,23 +85,12 @@ COMPARED = [
         ),
         "fails",
         "fails",
-        WRITE,
     ),
+    KeyRule(("is_causal", "layer_types", "rms_norm_eps", "rope_parameters", "rope_theta"), "fails", "warns"),
+    KeyRule(("dtype", "sliding_window", "use_sliding_window"), "warns", "warns"),
+    KeyRule(("dpace.tokenizer_sha256",), "fails", "skipped", AS_TRAINED),
     KeyRule(
-        ("is_causal", "layer_types", "rms_norm_eps", "rope_parameters", "rope_theta"),
-        "fails",
-        "warns",
-        WRITE,
-    ),
-    KeyRule(("dtype", "sliding_window", "use_sliding_window"), "warns", "warns", WRITE),
-    KeyRule(
-        ("dpace.tokenizer_sha256",), "fails", "skipped", "use the tokenizer of the training: ids mean other tokens"
-    ),
-    KeyRule(
-        ("dpace.target", "dpace.dtype", "dpace.chat_template_sha256", "dpace.thinking"),
-        "warns",
-        "skipped",
-        "take the target as it was in training (here --target and --thinking), or expect shorter drafts",
+        ("dpace.target", "dpace.dtype", "dpace.chat_template_sha256", "dpace.thinking"), "warns", "skipped", AS_TRAINED
     ),
 ]
 """Keys that are compared with the published layout, with the target, and under `dpace` with what training recorded."""
