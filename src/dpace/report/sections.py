@@ -78,11 +78,6 @@ def verdict(estimate: Estimate, border: int = 1, above: str = "faster", below: s
     return "not clear"
 
 
-def judge_gain(row: ComparedRow) -> str:
-    """Judge an objective from the interval of its gain: `better`, `worse`, or as `verdict` otherwise."""
-    return verdict(row.gain, 0, "better", "worse")
-
-
 def served_verdict(row: ServerRow) -> str:
     """Judge whether a server accepts what this process does."""
     if row.tau[0] is None:
@@ -177,7 +172,7 @@ def comparison(results: CompareResults) -> Section:
         judgement = "baseline"
         gain = "-"
         if row.drafter != baseline:
-            judgement = judge_gain(row)
+            judgement = verdict(row.gain, 0, "better", "worse")
             gain = percent(row.gain)
         cells = {
             "verdict": judgement,

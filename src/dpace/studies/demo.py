@@ -1,7 +1,7 @@
 """The demo: `dpace compare` with the recipe `demo-cpu`, decoding with the D-PACE drafter, and a screen of findings."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from dpace.drafter.drafter import size_fault
 from dpace.drafter.spec import read_folder
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
+from dpace.measure.results import BenchResults, CompareResults, Row
 from dpace.prompts.prompts import PromptParts, demo_path, first_of_each_set, read_prompts, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.sections import judge_gain, percent, same_text
+from dpace.report.sections import percent, same_text
 from dpace.report.tables import Section
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import read_examples
@@ -181,7 +181,7 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         }
         taus.append(cells)
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    return [speeds(decoded), Section(title, rows=taus)], list(remarks(decoded.rows, gains))
+    return [speeds(decoded), Section(title, rows=taus)], remarks(decoded.rows)
 
 
 def speeds(decoded: BenchResults, title: str = "") -> Section:
@@ -215,17 +215,12 @@ def _with_speedup(row: Row) -> str:
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
 
 
-def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
-    """Say why something is slower or worse."""
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Say why something is slower."""
     slower = [_name(row) for row in rows if row.width == "auto" and (row.decode_speedup[0] or 1) < 1]
-    if slower:
-        yield (
-            f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "
-            "ones saved. Longer training, or more prompts, gives better drafts."
-        )
-    worse = [row.set for row in gains if judge_gain(row) == "worse"]
-    if worse:
-        yield (
-            f"{'; '.join(worse)}: D-PACE is behind the decay with this seed and these prompts. "
-            "docs/results.md has six seeds."
-        )
+    if not slower:
+        return []
+    return [
+        f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted ones "
+        "saved. Longer training, or more prompts, gives better drafts."
+    ]
