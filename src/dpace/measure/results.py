@@ -308,9 +308,10 @@ def read_results(path: Path) -> Results:
     value = read_object(path, MEASURE_AGAIN)
     # Each kind but the first has a key that no other kind has.
     kind = BenchResults
-    for key, other in (("decode", CompareResults), ("servers", ServerResults)):
-        if key in value:
-            kind = other
+    if "decode" in value:
+        kind = CompareResults
+    elif "servers" in value:
+        kind = ServerResults
     return _parse(kind, value, path, MEASURE_AGAIN)
 
 
@@ -333,8 +334,7 @@ def refuse_other_results(path: Path, kind: type[BenchResults | CompareResults]) 
     except ValueError:
         return
     if is_other:
-        writer = "dpace bench" if kind is CompareResults else "dpace compare` or `dpace demo"
-        raise ValueError(f"{path} holds what `{writer}` measured; name another folder with --output")
+        raise ValueError(f"{path} holds what another verb measured; name another folder with --output")
 
 
 def find_results(folder: Path) -> list[Results]:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from dpace.config import DemoConfig
-from dpace.recipes.flags import Arguments, Given, command
+from dpace.recipes.flags import Arguments, Given
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import generate_command, load_target
@@ -50,9 +50,6 @@ def run(config: DemoConfig, given: Given) -> None:
     demo = run_demo(target, recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
-    if config.quick:
-        whole = command("demo", prompts=config.prompts, target=config.target)
-        print(f"This was the quick demo. `{whole}` trains longer, on more prompts.")
     names = [KINDS, *DECODED] if kinds else DECODED
     write_report([output, *(output / name for name in names)], output / PAGE)
     print(f"report: {output / PAGE}")
