@@ -84,15 +84,6 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
-    """Write what `dpace compare` or `dpace demo` will do.
-
-    Raises:
-        ValueError: the disk has too little room, as in `training_lines`.
-    """
-    return [prompts_line(parts), *training_lines(plan, folders)]
-
-
 def set_line(parts: PromptParts) -> str:
     """Write how many prompts of each set there are to train on."""
     sets = Counter(prompt.set for prompt in parts.train)

@@ -15,7 +15,8 @@ PAGE = "report.html"
 
 def run(config: DemoConfig, given: Given) -> None:
     """Run `dpace demo`."""
-    from dpace.plan import comparison_lines, expected_lengths, plan_recipe
+    from dpace.plan import expected_lengths, plan_recipe, training_lines
+    from dpace.prompts.prompts import prompts_line
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
@@ -38,7 +39,7 @@ def run(config: DemoConfig, given: Given) -> None:
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
     plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
-    note("\n".join(comparison_lines(plan, parts, drafters)))
+    note("\n".join([prompts_line(parts), *training_lines(plan, drafters)]))
     target = load_target(recipe)
     started = time.perf_counter()
     kinds = decode_kinds(target, recipe)
