@@ -62,19 +62,13 @@ NAMED = {
     "tie_word_embeddings": True,
     "rms_norm_eps": None,
     "rope_parameters": None,
-    "rope_theta": None,
-    "partial_rotary_factor": 0.5,
     "is_causal": None,
     "layer_types": None,
     "final_logit_softcapping": 30.0,
-    "input_embedding_scale": 6.9,
-    "output_multiplier": 0.5,
     "dflash_config.projector_type": "lilicorr",
     "dtype": "float16",
     "dpace.tokenizer_sha256": "0",
-    "dpace.chat_template_sha256": "0",
     "dpace.thinking": True,
-    "dpace.dtype": "bfloat16",
 }
 """Values that their own key is named for."""
 CONFIGS = [
