@@ -59,12 +59,12 @@ PAIRS = {
     ),
     "compare where bench measured": Pair(
         f"bench {RECIPE} --drafters {{drafter}}; compare {RECIPE}",
-        refused="results.json holds what `dpace bench` measured; name another folder with --output",
+        refused="results.json holds what another verb measured; name another folder with --output",
     ),
     "bench where compare measured": Pair(
         f"compare {RECIPE} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
         f"bench {RECIPE} --drafters {{drafter}}",
-        refused="results.json holds what `dpace compare` or `dpace demo` measured; name another folder with --output",
+        refused="results.json holds what another verb measured; name another folder with --output",
     ),
     "prompts that moved after they were answered": Pair(
         f"train {RECIPE} --prompts.path {{moved}}",

@@ -85,7 +85,6 @@ _SERVED = ServerRow(
     decode_speedup=_UNKNOWN,
     num_same_text=None,
     control_same_text=None,
-    same_text_gain=_UNKNOWN,
 )
 
 

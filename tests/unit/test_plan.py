@@ -196,12 +196,7 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, run_line, tmp_p
     eight = plan(*other, "--train.num-epochs", "4", "--ranks", "8")
     assert ("training: 36 steps" in alone, "training: 8 steps" in eight) == (True, True)
     assert "gradient for other ranks" in eight and "gradient for other ranks" not in alone
-    assert "\na rank of 8 takes " in eight and "less with --train.target-shard fsdp" in eight
     assert "--ranks" not in eight.splitlines()[-1]
-    parts = dict(re.findall(r"^  (.+?) +([\d.]+) MiB$", eight, re.MULTILINE))
-    spread = sum(float(parts[name]) for name in ("gradient", "gradient for other ranks", "optimizer's moments"))
-    (less,) = re.findall(r"takes ([\d.]+) MiB less", eight)
-    assert float(less) == pytest.approx(7 / 8 * spread, rel=0.02), "a rank of 8 keeps an eighth of them"
     for minutes in (0.1, 60):
         *_, line, next_line = plan("--minutes", str(minutes)).splitlines()
         assert re.fullmatch(rf"in {minutes:g} minutes: --train\.max-steps \d+ --train\.eval-steps \d+", line)

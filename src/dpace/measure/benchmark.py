@@ -17,7 +17,6 @@ from dpace.decode import Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
-    SPECULATIVE,
     BenchRecord,
     BenchResults,
     Estimate,
@@ -70,7 +69,7 @@ def bench(
     rules: dict[str, VerifyRule] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
     for rule, (name, drafter) in product(config.verify_rules, drafters.items()):
-        row_name = name + SPECULATIVE if rule == "speculative" else name
+        row_name = f"{name}, speculative" if rule == "speculative" else name
         drafters_by_row[row_name] = drafter
         rules[row_name] = rule
         for width in config.widths:

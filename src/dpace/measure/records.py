@@ -21,7 +21,6 @@ from dpace.respond.conversation import Conversation
 from dpace.system import ranks
 from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
-from dpace.system.progress import note
 from dpace.system.provenance import hash_json
 from dpace.system.validation import from_json, to_json
 from dpace.target import Target
@@ -144,9 +143,6 @@ class Records(Generic[Record]):
         if ranks.num_ranks() > 1:
             self.rank_path = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl")
         self.read()
-        pattern = path.with_stem(f"{path.stem}-*")
-        if len(list(path.parent.glob(pattern.name))) > 1:
-            note(f"results will be of the settings of this call alone; {pattern} keep all prompts")
 
     def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
         """Return the jobs that have no record, with their numbers among all."""

@@ -7,7 +7,6 @@ heldout.json. The keys and types of what is read are checked.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +23,6 @@ from dpace.system.validation import from_json, to_json
 RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
-SPECULATIVE = ", speculative"
-"""How the name of a drafter ends in rows and records whose drafts that rule verified."""
 MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
@@ -71,15 +68,10 @@ class Provenance(Setup):
     drafter_configs: dict[str, str]
     """Hashes of the drafters' configs, by name."""
     widths: list[Width]
-    is_compiled: InitVar[bool] = False
-    """Not kept: files of older versions have it."""
     engine: str
     dtype: str
     hardware: Hardware
     versions: Versions
-
-    def __post_init__(self, is_compiled: bool) -> None:
-        """Take what is not kept."""
 
 
 @json_object
@@ -205,11 +197,6 @@ class Row(DraftedRow):
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
-    compiled: InitVar[object] = None
-    """Not kept: files of older versions have it."""
-
-    def __post_init__(self, compiled: object) -> None:
-        """Take what is not kept."""
 
     @property
     def keeps_text(self) -> bool:
@@ -261,8 +248,6 @@ class ServerRow:
     """Responses with the plain server's text."""
     control_same_text: int | None
     """Texts of the plain server's own second pass that equal its first."""
-    same_text_gain: Estimate
-    """Difference of the last two numbers as shares of the responses."""
 
 
 @json_object
@@ -294,7 +279,7 @@ class CompareResults:
 class ServerResults(ServerSetup):
     """servers.json of `dpace bench --bench.server`."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
     drafter_sha256: str | None
@@ -321,23 +306,13 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
-    for benchmark in (value, value.get("decode")):
-        _add_rules(benchmark)
     # Each kind but the first has a key that no other kind has.
     kind = BenchResults
-    for key, other in (("decode", CompareResults), ("servers", ServerResults)):
-        if key in value:
-            kind = other
+    if "decode" in value:
+        kind = CompareResults
+    elif "servers" in value:
+        kind = ServerResults
     return _parse(kind, value, path, MEASURE_AGAIN)
-
-
-def _add_rules(benchmark: object) -> None:
-    """Give the rows of an older file their verify rule, which only the drafter's name told."""
-    rows = benchmark.get("rows") if isinstance(benchmark, dict) else None
-    for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, dict) and "width" in row:  # which rows of no other kind have
-            is_speculative = str(row.get("drafter")).endswith(SPECULATIVE)
-            row.setdefault("verify_rule", "speculative" if is_speculative else "equality")
 
 
 def _parse(kind: type[Any], value: JsonObject, path: Path, fix: str) -> Any:
@@ -359,8 +334,7 @@ def refuse_other_results(path: Path, kind: type[BenchResults | CompareResults]) 
     except ValueError:
         return
     if is_other:
-        writer = "dpace bench" if kind is CompareResults else "dpace compare` or `dpace demo"
-        raise ValueError(f"{path} holds what `{writer}` measured; name another folder with --output")
+        raise ValueError(f"{path} holds what another verb measured; name another folder with --output")
 
 
 def find_results(folder: Path) -> list[Results]:

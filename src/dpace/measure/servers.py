@@ -18,7 +18,6 @@ from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchResults,
-    Estimate,
     ServedAnswer,
     ServedRecord,
     ServerAddress,
@@ -29,7 +28,6 @@ from dpace.measure.results import (
     nullable,
     read_log,
     read_results,
-    split_depth,
     write_results,
 )
 from dpace.metrics import estimate
@@ -75,8 +73,7 @@ def bench_servers(
         What `servers.json` holds.
 
     Raises:
-        ValueError: a server that does not answer, refuses a request, drafts more than its depth, or is of no known
-            kind; or an over-long prompt.
+        ValueError: a server that does not answer, refuses a request, or is of no known kind; or an over-long prompt.
     """
     folder = Path(folder)
     drafting_sides = list(map(str, config.depths)) or [DRAFTER]
@@ -126,13 +123,11 @@ def _ask_missing(
     if not missing:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
         return
-    # A warm-up, which is not counted; it also shows how many tokens a server drafts.
+    # A warm-up, which is not counted.
     temperature, prompt = missing[0][1]
     first_turn = encode_chat(chat, prompt.turns[0])
-    for side, server in servers.items():
-        answer = _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
-        if config.depths and side != PLAIN and answer.counts:
-            _refuse_deeper_drafts(side, server, answer.counts)
+    for server in servers.values():
+        _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
     ways = {side: partial(_ask_server, server) for side, server in servers.items()}
     if PLAIN in ways:
         ways[CONTROL] = ways[PLAIN]
@@ -159,16 +154,6 @@ def _address_of(server: Server) -> ServerAddress:
         model=shorten(server.model) if server.model else None,
         version=shorten(server.version) if server.version else None,
     )
-
-
-def _refuse_deeper_drafts(depth: str, server: Server, counts: Counts) -> None:
-    """Refuse a server that drafts more tokens than its depth; its number of verifications may be wrong by one."""
-    most, _ = split_depth(depth)
-    if counts.num_drafted > most * (counts.num_verifications + 1):
-        raise ValueError(
-            f"{server.url} drafted {counts.num_drafted} tokens in {counts.num_verifications} verifications, expected "
-            f"at most {most} in each, as --bench.depths says; name the depths in the order of --bench.server"
-        )
 
 
 def totals_here(path: Path, known: JsonObject) -> Totals:
@@ -247,13 +232,9 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, has_
     common_served = [[served[key] for key in common]]
     common_here = [[here[key] for key in common]]
     num_same = num_control = None
-    same_text_gain: Estimate = (None, None, None)
     if plain:
-        same = _same_texts(records, side)
-        control = _same_texts(records, CONTROL)
-        num_same = sum(number for number, _ in same)
-        num_control = sum(number for number, _ in control)
-        same_text_gain = nullable(estimate([[same], [control]], lambda shares: shares[0] - shares[1]))
+        num_same = _num_same_texts(records, side)
+        num_control = _num_same_texts(records, CONTROL)
     return ServerRow(
         set=records[0].set,
         temperature=records[0].temperature,
@@ -269,7 +250,6 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Totals, side: str, has_
         decode_speedup=speedup(drafted_by_prompt, plain_by_prompt),
         num_same_text=num_same,
         control_same_text=num_control,
-        same_text_gain=same_text_gain,
     )
 
 
@@ -289,10 +269,9 @@ def _emitted(answers: Iterable[ServedAnswer]) -> list[int]:
     return [num_accepted + num_verifications, num_verifications]  # a verification emits one token of the target's own
 
 
-def _same_texts(records: Iterable[ServedRecord], side: str) -> list[tuple[int, int]]:
-    """Count for each prompt the turns with the text of the plain server's first pass, and all its turns."""
-    shares = []
+def _num_same_texts(records: Iterable[ServedRecord], side: str) -> int:
+    """Count the turns with the text of the plain server's first pass."""
+    num_same = 0
     for record in records:
-        num_same = sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns)
-        shares.append((num_same, len(record.turns)))
-    return shares
+        num_same += sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns)
+    return num_same

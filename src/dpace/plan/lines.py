@@ -84,15 +84,6 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def comparison_lines(plan: TrainingPlan, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
-    """Write what `dpace compare` or `dpace demo` will do.
-
-    Raises:
-        ValueError: the disk has too little room, as in `training_lines`.
-    """
-    return [prompts_line(parts), *training_lines(plan, folders)]
-
-
 def set_line(parts: PromptParts) -> str:
     """Write how many prompts of each set there are to train on."""
     sets = Counter(prompt.set for prompt in parts.train)
@@ -147,18 +138,6 @@ def memory_lines(plan: TrainingPlan) -> list[str]:
     return [*lines, f"largest --train.batch-size that fits: {plan.largest_batch()}"]
 
 
-def rank_lines(plan: TrainingPlan) -> list[str]:
-    """Write what each of several ranks saves where they share drafter or target."""
-    of_others = 1 - 1 / plan.ranks
-    # Both gradients and the moments, in fp32; a copy of the weights stays whole.
-    trained = 8 * plan.drafter.num_parameters() + 4 * plan.num_moments
-    layers = sum(weight.nbytes for weight in plan.target.layers.parameters())
-    return [
-        f"a rank of {plan.ranks} takes {size(of_others * trained)} less with `accelerate launch --use_fsdp`,",
-        f"and {size(of_others * layers)} less with --train.target-shard fsdp",
-    ]
-
-
 def find_config(name: str) -> Any:
     """Read the config of a target; of one that is not on this machine, the one in `recipes/targets/` if there is one.
 
@@ -190,8 +169,6 @@ def plan_lines(
     if minutes:
         steps = plan.steps_in(60 * minutes)
         lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {max(1, steps // 4)}")
-    if plan.ranks > 1:
-        lines += rank_lines(plan)
     if sum(plan.memory(plan.batch_size).values()) > plan.free_bytes:
         lines.append(
             f"does not fit in {size(plan.free_bytes)}: lower --train.batch-size, --train.num-anchors or "

@@ -4,6 +4,7 @@ In come folders with the results of other verbs. Each result becomes sections: t
 drawings.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -98,7 +99,7 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         for field in fields(Provenance):
             value = to_json(getattr(measured, field.name))
             if value is not None:
-                rows.append({"fact": field.name, "value": _fact(value)})
+                rows.append({"fact": field.name, "value": json.dumps(value)})
         yield Section("Provenance", "", rows, num_texts=2)
     answers = folder / "responses.jsonl"
     if answers.exists():
@@ -122,12 +123,3 @@ def scored_text(answers: Path) -> Section:
             }
             rows.append(cells)
     return Section("What is scored, in some conversations", "", rows, num_texts=4)
-
-
-def _fact(value: object) -> str:
-    """Write a value, or the entries of a list or an object."""
-    if isinstance(value, dict):
-        value = [f"{name} {entry}" for name, entry in value.items()]
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return str(value)

@@ -1,7 +1,6 @@
 """Draw training from its logs: each drawing is one SVG, with a panel for each quantity or objective."""
 
 import io
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +35,7 @@ Logs = Mapping[str, Sequence[Sequence[JsonObject]]]
 def training_curves(logs: Logs) -> str:
     """Draw the loss, and tau of the validation responses, against steps; a line for each drafter.
 
-    A dotted line stands where blocks grow: from there on, more than twice as many slots have a weight. A single value
-    is not drawn.
+    A single value is not drawn.
     """
 
     def draw(axis: Any, key: str) -> None:
@@ -47,18 +45,9 @@ def training_curves(logs: Logs) -> str:
                 steps = [entry["step"] for entry in entries]
                 axis.plot(steps, [entry[key] for entry in entries], color=f"C{number}", label=label(name))
                 axis.set_visible(len(steps) > 1)
-                # Only entries of the loss have shares: of each slot, and 0 past the end of shorter blocks.
-                for entry, later in itertools.pairwise(entries):
-                    if _num_weighted(later) > 2 * _num_weighted(entry):
-                        axis.axvline(entry["step"], linestyle=":", label=label("blocks grow"))
         axis.set(xlabel="optimizer step")
 
     return draw_panels({"loss": "loss", "tau, validation": "eval_tau"}, draw, same_scale=False)
-
-
-def _num_weighted(entry: JsonObject) -> int:
-    """Count the slots that have a weight."""
-    return sum(key.startswith(SHARE) and share > 0 for key, share in entry.items())
 
 
 def slot_weights(logs: Logs) -> str:

@@ -78,11 +78,6 @@ def verdict(estimate: Estimate, border: int = 1, above: str = "faster", below: s
     return "not clear"
 
 
-def judge_gain(row: ComparedRow) -> str:
-    """Judge an objective from the interval of its gain: `better`, `worse`, or as `verdict` otherwise."""
-    return verdict(row.gain, 0, "better", "worse")
-
-
 def served_verdict(row: ServerRow) -> str:
     """Judge whether a server accepts what this process does."""
     if row.tau[0] is None:
@@ -131,19 +126,7 @@ def speeds(results: BenchResults) -> Section:
         }
         rows.append({"verdict": verdict(row.decode_speedup)} | way | measured)
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    return Section(title, text, rows, num_texts=4, note=advice(results))
-
-
-def advice(results: BenchResults) -> str:
-    """Tell what can be done where no drafter is clearly faster."""
-    # Copies alone are the baseline of `auto`; where nothing else was measured, they are what can be faster.
-    rows = [row for row in results.rows if row.width != "copies"] or results.rows
-    if any(verdict(row.decode_speedup) == "faster" for row in rows):
-        return ""
-    return (
-        "nothing here is clearly faster than plain decoding: measure more prompts, train longer or on more prompts "
-        "(docs/train.md), or decode without the drafter"
-    )
+    return Section(title, text, rows, num_texts=4)
 
 
 def pairs(rows: Sequence[Row]) -> Section:
@@ -189,7 +172,7 @@ def comparison(results: CompareResults) -> Section:
         judgement = "baseline"
         gain = "-"
         if row.drafter != baseline:
-            judgement = judge_gain(row)
+            judgement = verdict(row.gain, 0, "better", "worse")
             gain = percent(row.gain)
         cells = {
             "verdict": judgement,
@@ -232,8 +215,7 @@ def servers(results: ServerResults) -> Section:
         }
         rows.append(cells)
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
-    trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
-    note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
+    note = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
     return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=3, note=note)
 
 
@@ -283,14 +265,3 @@ def depths_note(rows: Sequence[ServerRow]) -> str:
             found = f"{row.depth}, {with_interval(*row.decode_speedup)} times as fast"
         parts.append(f"{name} (T={temperature:g}) {found}")
     return "; ".join(parts)
-
-
-def texts_note(rows: Sequence[ServerRow]) -> str:
-    """Compare greedy texts with the plain server's second pass, set by set; empty without such a server."""
-    judged = []
-    for row in rows:
-        if row.temperature == 0 and row.num_same_text is not None:
-            judged.append(f"{row.set} {verdict(row.same_text_gain, 0, 'more often equal', 'less often equal')}")
-    if not judged:
-        return ""
-    return f"greedy texts against the control, the plain server's second pass: {', '.join(judged)}"

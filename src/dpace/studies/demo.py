@@ -1,7 +1,7 @@
 """The demo: `dpace compare` with the recipe `demo-cpu`, decoding with the D-PACE drafter, and a screen of findings."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from dpace.drafter.drafter import size_fault
 from dpace.drafter.spec import read_folder
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
+from dpace.measure.results import BenchResults, CompareResults, Row
 from dpace.prompts.prompts import PromptParts, demo_path, first_of_each_set, read_prompts, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.sections import judge_gain, percent, same_text
+from dpace.report.sections import percent, same_text
 from dpace.report.tables import Section
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import read_examples
@@ -50,8 +50,6 @@ QUICK_HELDOUT = 8
 """Held-out prompts of each set with `quick`."""
 SAMPLED_PROMPTS = 2
 """Prompts of the first set that are decoded at temperature 1 too."""
-MANY_COPIED = 0.1
-"""Share of copied tokens from which on the demo speaks of them."""
 TIMED_CONVERSATIONS = 24
 """About how many answers a step of the training is timed with."""
 TIMED_SCORED = 4
@@ -124,8 +122,6 @@ def announce(target: Target, recipe: CompareConfig, parts: PromptParts, decoding
     of_answer = _seconds(lambda: answer_prompts(target, parts.heldout, path, recipe.respond)) / num_heldout
     *_, examples = read_examples(path, PromptParts([], [], parts.heldout))
     answered = heldout_set(examples, recipe).examples  # those with something to draft
-    if not answered:
-        return  # `compare` says what is wrong
     # Spread over the sets, whose conversations have other lengths.
     some = answered[:: max(1, len(answered) // TIMED_CONVERSATIONS)]
     dataset, scored = choose_conversations(some, some[:: max(1, len(some) // TIMED_SCORED)], recipe)
@@ -185,7 +181,7 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         }
         taus.append(cells)
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    return [speeds(decoded), Section(title, rows=taus)], list(remarks(decoded.rows, gains))
+    return [speeds(decoded), Section(title, rows=taus)], remarks(decoded.rows)
 
 
 def speeds(decoded: BenchResults, title: str = "") -> Section:
@@ -219,23 +215,12 @@ def _with_speedup(row: Row) -> str:
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
 
 
-def remarks(rows: Sequence[Row], gains: Sequence[ComparedRow]) -> Iterator[str]:
-    """Say how much of the speed comes from copies, and why something is slower or worse."""
-    drafted = [row for row in rows if row.width == "auto"]
-    # The sets that were decoded with copies alone too: there the table shows what copies gain.
-    with_copies = {_name(row) for row in rows if row.width == "copies"}
-    copying = [_name(row) for row in drafted if _name(row) in with_copies and row.share_copied >= MANY_COPIED]
-    if copying:
-        yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
-    slower = [_name(row) for row in drafted if (row.decode_speedup[0] or 1) < 1]
-    if slower:
-        yield (
-            f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "
-            "ones saved. Longer training, or more prompts, gives better drafts."
-        )
-    worse = [row.set for row in gains if judge_gain(row) == "worse"]
-    if worse:
-        yield (
-            f"{'; '.join(worse)}: D-PACE is behind the decay with this seed and these prompts. "
-            "docs/results.md has six seeds."
-        )
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Say why something is slower."""
+    slower = [_name(row) for row in rows if row.width == "auto" and (row.decode_speedup[0] or 1) < 1]
+    if not slower:
+        return []
+    return [
+        f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted ones "
+        "saved. Longer training, or more prompts, gives better drafts."
+    ]

@@ -32,14 +32,11 @@ def run(recipe: Recipe, given: Given) -> None:
         raise ValueError("--bench.num-prompts is 0, which leaves out decoding in `dpace compare`; name 1 or more")
     if config.sets_dir and not config.sets:
         raise ValueError("--bench.sets-dir is a folder of sets; name those to measure on with --bench.sets")
-    if (config.plain_server or config.depths) and not config.server:
-        given_name = "plain-server" if config.plain_server else "depths"
-        raise ValueError(f"--bench.{given_name} is for servers; name the one with a drafter by --bench.server")
-    if config.server and len(config.server) != max(1, len(config.depths)):
+    is_served = config.server or config.plain_server or config.depths
+    if is_served and len(config.server) != max(1, len(config.depths)):
         raise ValueError(
-            f"--bench.server names {len(config.server)} servers and --bench.depths {len(config.depths)} depths, "
-            "expected as many, in the same order: no engine takes a depth with a request (llama.cpp b11549 reads no "
-            "speculative.n_max), so start a server for each"
+            f"--bench.server names {len(config.server)} servers and --bench.depths {len(config.depths)} depths; name "
+            "one server with a drafter, or one for each depth, in the same order"
         )
     if config.depths and not config.plain_server:
         raise ValueError("--bench.depths compares with no drafter; name a server without one by --bench.plain-server")

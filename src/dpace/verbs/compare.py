@@ -13,8 +13,8 @@ OF_BENCH = ("sets", "sets_dir", "drafters", "server", "plain_server")
 
 def run(config: CompareConfig, given: Given) -> None:
     """Run `dpace compare`."""
-    from dpace.plan import comparison_lines, expected_lengths, plan_recipe
-    from dpace.prompts.prompts import split_prompts
+    from dpace.plan import expected_lengths, plan_recipe, training_lines
+    from dpace.prompts.prompts import prompts_line, split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
@@ -37,7 +37,7 @@ def run(config: CompareConfig, given: Given) -> None:
     target_config = find_target_files(place).config
     # The plan needs no weights, so it is there before they are loaded.
     plan = plan_recipe(config, expected_lengths(parts.train, config), init=init, config=target_config)
-    note("\n".join(comparison_lines(plan, parts, drafters)))
+    note("\n".join([prompts_line(parts), *training_lines(plan, drafters)]))
     results = compare(load_target(config, place), config, parts=parts, init=init)
     if not ranks.end():
         return

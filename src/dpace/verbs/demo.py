@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from dpace.config import DemoConfig
-from dpace.recipes.flags import Arguments, Given, command
+from dpace.recipes.flags import Arguments, Given
 from dpace.system.ledger import refuse_foreign_files
 from dpace.system.progress import note
 from dpace.verbs import generate_command, load_target
@@ -15,7 +15,8 @@ PAGE = "report.html"
 
 def run(config: DemoConfig, given: Given) -> None:
     """Run `dpace demo`."""
-    from dpace.plan import comparison_lines, expected_lengths, plan_recipe
+    from dpace.plan import expected_lengths, plan_recipe, training_lines
+    from dpace.prompts.prompts import prompts_line
     from dpace.report.page import write_report
     from dpace.report.tables import console, plain, section_table
     from dpace.studies.compare import cell_folder, check_output
@@ -38,7 +39,7 @@ def run(config: DemoConfig, given: Given) -> None:
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
     plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
-    note("\n".join(comparison_lines(plan, parts, drafters)))
+    note("\n".join([prompts_line(parts), *training_lines(plan, drafters)]))
     target = load_target(recipe)
     started = time.perf_counter()
     kinds = decode_kinds(target, recipe)
@@ -50,9 +51,6 @@ def run(config: DemoConfig, given: Given) -> None:
     demo = run_demo(target, recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
-    if config.quick:
-        whole = command("demo", prompts=config.prompts, target=config.target)
-        print(f"This was the quick demo. `{whole}` trains longer, on more prompts.")
     names = [KINDS, *DECODED] if kinds else DECODED
     write_report([output, *(output / name for name in names)], output / PAGE)
     print(f"report: {output / PAGE}")

@@ -55,13 +55,12 @@ def run(config: DoctorConfig, given: Given) -> None:
             continue
         if result == "fails":
             failed.append(check)
-        is_wrong = result in ("fails", "warns")
         rows.append(
             {
                 "result": "FAILS" if result == "fails" else result,
                 "check": check,
                 "found": found,
-                "expected": expected if is_wrong else "",
+                "expected": expected,
                 "to do": fix,
             }
         )

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from explain import Options, explain_prompt, fit_blind, read_drafts, rejections, score_block
+from explain import Options, explain_prompt, fit_blind, rejections, score_block
 
 from dpace.decode import generate
-from dpace.decode.sampling import Sampler
 from tests.support.models import (
     make_drafter,
     make_with_markov_head,
@@ -93,13 +92,3 @@ def test_the_first_slot_of_a_block_is_always_reached(language_target, questions,
     found = explain_prompt(language_target, drafter, questions[0], OPTIONS, seed=0)
     assert len(found) and np.allclose(found[:, 0, 0], 1)
     assert (found[:, 1] <= found[:, 0] + 1e-6).all()
-
-
-def test_drafts_are_read_after_their_text(language_target, questions):
-    sampler = Sampler(1.0, seed=0)
-    tokens = torch.randint(5, 40, (3, 4))
-    for row, probs in zip(
-        tokens, read_drafts(language_target, torch.tensor(questions[0]), tokens, sampler), strict=True
-    ):
-        hidden = language_target.hidden(torch.tensor([[*questions[0], *row[:-1]]]))[0, -4:]
-        assert torch.allclose(probs, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)

@@ -46,7 +46,6 @@ def test_a_report_has_all_tables(monkeypatch, language_folder):
 
 def test_the_first_name_that_fits_gives_the_peak():
     assert gpu.peak_flops("NVIDIA H100 PCIe", None) == 756e12
-    assert gpu.peak_flops("NVIDIA L40S", None) == 362e12
     assert gpu.peak_flops("a processor", None) is None
     assert gpu.peak_flops("NVIDIA L4", 100.0) == 1e14
 

@@ -91,9 +91,6 @@ def test_a_study_in_other_products_is_refused(tmp_path):
     (tmp_path / "study.json").write_text('{"scale": 1.0, "products": "float32"}')
     with pytest.raises(SystemExit, match="holds a study with --products float32, not bfloat16; name another --output"):
         study.refuse_other_study(plan)
-    (tmp_path / "study.json").write_text(json.dumps(plan.settings | {"more-prompts": "x.jsonl"}))
-    with pytest.raises(SystemExit, match="holds a study with --more-prompts x.jsonl, not None; name another"):
-        study.refuse_other_study(plan)
 
 
 def test_the_kind_that_is_kept_apart_counts_in_no_other_number(output):

@@ -43,7 +43,7 @@ KEYS = {
     "schema_version target baseline seeds reduction rows decode": COMPARE,
     "set drafter temperature num_prompts block_size histogram tau tau_by_seed reach_rate gain": COMPARE.rows[0],
     "set temperature depth num_responses tau num_verifications num_drafted tau_here tau_over_here tokens_per_second "
-    "plain_tokens_per_second decode_speedup num_same_text control_same_text same_text_gain": SERVERS.rows[0],
+    "plain_tokens_per_second decode_speedup num_same_text control_same_text": SERVERS.rows[0],
 }
 
 
@@ -51,7 +51,7 @@ def test_the_keys_of_the_files_are_kept():
     """Scripts read them; a key of another name is another schema version."""
     for keys, value in KEYS.items():
         assert sorted(to_json(value)) == sorted(keys.split())
-    assert [results.schema_version for results in (BENCH, COMPARE, SERVERS)] == [2, 2, 3]
+    assert [results.schema_version for results in (BENCH, COMPARE, SERVERS)] == [2, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_keys_of_the_files_are_kept():
         ("", "is not JSON"),
         ("[]", "holds list, expected dict"),
         ('{"schema_version": 1}', "schema_version is 1, expected 2"),
-        ('{"schema_version": 2, "servers": {}}', "schema_version is 2, expected 3"),
+        ('{"schema_version": 2, "servers": {}}', "schema_version is 2, expected 4"),
     ],
 )
 def test_broken_files_are_told(content, message, tmp_path):
@@ -77,23 +77,6 @@ def test_what_is_wrong_is_named(tmp_path):
         value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
     with pytest.raises(ValueError, match=r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected "):
         read_results(path)
-
-
-@pytest.mark.parametrize("is_decode", [True, False])
-def test_files_of_older_versions_are_read(is_decode, tmp_path):
-    """They say whether plain decoding was compiled, and how fast that was; the verify rule is in the name alone."""
-    path = tmp_path / "results.json"
-    results = make_bench(make_row(drafter="a, speculative", verify_rule="speculative"), make_row(drafter="a"))
-    if is_decode:
-        results = make_compare(make_compared(), decode=results)
-    write_results(path, results)
-    with changed_json(path) as value:
-        benchmark = value["decode"] if is_decode else value
-        benchmark["is_compiled"] = True
-        for row, compiled in zip(benchmark["rows"], ({"tokens_per_second": 3.0}, None), strict=True):
-            row["compiled"] = compiled
-            del row["verify_rule"]
-    assert read_results(path) == results
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):

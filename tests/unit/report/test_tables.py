@@ -1,11 +1,11 @@
-"""Tables fit 80 columns with the verdict first, whatever the names are; advice follows from the verdicts."""
+"""Tables fit 80 columns with the verdict first, whatever the names are."""
 
 import re
 from dataclasses import replace
 
 import pytest
 
-from dpace.report.sections import advice, comparison, depths, pairs, servers, slots, speeds, verdict
+from dpace.report.sections import comparison, depths, pairs, servers, slots, speeds, verdict
 from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
     make_bench,
@@ -96,16 +96,6 @@ def test_rows_say_what_they_know():
     ]
 
 
-def test_advice_follows_from_the_verdicts():
-    faster, slower = (1.1, 1.3), (0.7, 0.9)
-    ends = {"faster": faster, "slower": slower, "not clear": (0.9, 1.1), "too few prompts": (None, None)}
+def test_verdicts_follow_from_intervals():
+    ends = {"faster": (1.1, 1.3), "slower": (0.7, 0.9), "not clear": (0.9, 1.1), "too few prompts": (None, None)}
     assert all(verdict((1.0, *interval)) == words for words, interval in ends.items())
-
-    def advise(*rows) -> str:
-        named = (make_row(set=name, width=width, decode_speedup=(1.0, *interval)) for name, width, interval in rows)
-        return advice(make_bench(*named))
-
-    better, worse = ("a", "auto", faster), ("b", "auto", slower)
-    assert advise(better, worse) == ""
-    for rows in ([worse], [worse, ("b", "copies", faster)]):
-        assert advise(*rows).startswith("nothing here is clearly faster"), "copies need no drafter"

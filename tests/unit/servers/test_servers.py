@@ -11,7 +11,7 @@ from dpace.config import BenchConfig
 from dpace.measure.records import PLAIN
 from dpace.measure.results import ServedAnswer, ServedRecord, read_results, write_results
 from dpace.measure.servers import CONTROL, DRAFTER, bench_servers, make_rows
-from dpace.report.sections import depths_note, served_verdict, servers, texts_note
+from dpace.report.sections import depths_note, served_verdict, servers
 from dpace.servers.apis import Counts, LlamacppServer
 from dpace.servers.transport import Address
 from dpace.target.chat import ChatTokenizer, encode_chat
@@ -147,7 +147,7 @@ def test_later_turns_see_earlier_answers_and_are_drawn_with_their_prompt(pair, m
     prompts = [replace(prompt, turns=prompt.turns * (1 + i % 2)) for i, prompt in enumerate(PROMPTS[:4])]
     (row,) = measure(drafter, plain, prompts)
     assert row.num_same_text == row.control_same_text == row.num_responses == 6
-    assert row.tau == (2.0, None, None) and row.same_text_gain[1:] == (None, None)
+    assert row.tau == (2.0, None, None)
     ours, theirs = ([body["prompt"] for body in server.bodies[1:]] for server in (drafter, plain))
     assert theirs == [token_ids for token_ids in ours for _ in range(2)]
     assert len(ours[2]) > len(ours[1]) + NUM_TOKENS
@@ -186,7 +186,7 @@ def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(
     (row,) = measure(start("vllm", **options), None, PROMPTS)
     assert row.tau[0] == tau
     assert row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
-    assert row.tokens_per_second > 0 and not texts_note([row])
+    assert row.tokens_per_second > 0
     (shown,) = servers(read_results(tmp_path / "servers.json")).rows
     assert shown["verdict"] == verdict and shown["same text (control)"] == "-"
     assert shown["tok/s (plain)"].endswith(" (-)")
@@ -200,19 +200,10 @@ def served(name: str, accepted: list[int], seconds: float, texts=([1, 2, 3],) * 
     return ServedRecord(set="s", id=name, temperature=0.0, turns=[turn])
 
 
-@pytest.mark.parametrize(
-    ("texts", "counts", "verdict"),
-    [
-        (([1, 2], [1, 3], [1, 3]), (0, 6), "less often equal"),
-        (([1, 2], [1, 3], [1, 4]), (0, 0), "not clear"),  # not even the plain server writes its own text again
-    ],
-)
-def test_texts_are_judged_by_the_plain_servers_second_pass(texts, counts, verdict):
+def test_equal_texts_are_counted_beside_the_plain_servers_second_pass():
+    texts = [1, 2], [1, 3], [1, 3]
     (row,) = make_rows([served(str(number), [1], 1.0, texts) for number in range(6)], {})
-    assert (row.num_same_text, row.control_same_text) == counts
-    assert row.same_text_gain[0] == pytest.approx((counts[0] - counts[1]) / 6)
-    assert texts_note([row]).endswith(f": s {verdict}")
-    assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
+    assert (row.num_same_text, row.control_same_text) == (0, 6)
 
 
 def test_the_table_judges_the_speed_beside_tau():
@@ -308,7 +299,6 @@ def test_the_verb_shows_tau_served_here_and_in_training(
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))
     assert "has no results of `dpace bench`" in reason(make_compare())
-    assert f"of the settings of this call alone; {out}/servers-*.jsonl" in said(f"{asked} --bench.seed 5")
 
 
 @pytest.mark.parametrize("key", ["", "sk-secret"])
@@ -336,20 +326,14 @@ def test_what_a_server_calls_itself_is_a_text_without_its_password(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (
-            "--plain-server http://h:9",
-            "--bench.plain-server is for servers; name the one with a drafter by --bench.server",
-        ),
-        ("--depths 3", "--bench.depths is for servers; name"),
+        ("--plain-server http://h:9", "--bench.server names 0 servers and --bench.depths 0 depths"),
         ("--verify-rules speculative --server http://127.0.0.1:9", "--bench.verify-rules is not read"),
-        ("--server http://h:9 --depths 1 3", "names 1 servers and --bench.depths 2 depths, expected as many"),
-        ("--server http://h:8 http://h:9", "names 2 servers and --bench.depths 0 depths, expected as many"),
+        ("--server http://h:9 --depths 1 3", "names 1 servers and --bench.depths 2 depths; name one"),
         ("--server http://h:9 --depths 3", "name a server without one by --bench.plain-server"),
         (
             "--server http://h:9 --depths 3@1.5",
             "bench.depths is '3@1.5', expected a valid integer or NUMBER@P with a p-min P below 1",
         ),
-        ("--server http://h:9 --depths 0", "bench.depths is 0, expected "),
     ],
 )
 def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said, bench, run_line):
@@ -357,12 +341,10 @@ def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said
 
 
 def test_the_verb_compares_depths(start, bench, run_line, tmp_path):
-    """A server for each; one that drafts more than was said is refused, and a lower p-min may draft less."""
+    """A server for each; one with a p-min may draft less than its depth."""
     plain, *drafters = (start("llama.cpp", drafts=bool(depth), depth=depth) for depth in (0, 1, 3))
     urls = " ".join(server.url for server in drafters)
     command = f"{bench} --output {tmp_path} --temperatures 0 --respond.max-new-tokens 12 --plain-server {plain.url}"
-    said = run_line(f"{command} --server {urls} --depths 3 1", 1).err
-    assert f"{drafters[1].url} drafted 9 tokens in 3 verifications, expected at most 1 in each" in said
     printed, said = run_line(f"{command} --server {urls} --depths 1 5@0.5")
     assert "tau here" not in printed + said and re.search(r"5@0\.5 .* 3\.00? ", printed), printed
     results = read_results(tmp_path / "servers.json")

@@ -6,10 +6,9 @@ from unittest.mock import Mock
 import pytest
 
 from dpace.config import DemoConfig
-from dpace.studies import demo
-from dpace.studies.demo import announce, demo_prompts, demo_recipe, remarks
+from dpace.studies.demo import demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
-from tests.support.rows import make_compared, make_row
+from tests.support.rows import make_row
 
 
 @pytest.fixture
@@ -20,15 +19,10 @@ def flags(language_folder, language_prompts, tmp_path) -> list[str]:
     return ["--target", str(language_folder), "--prompts", path, "--output", str(tmp_path / "out")]
 
 
-def test_what_is_slower_or_worse_has_a_reason():
+def test_what_is_slower_has_a_reason():
     slow = make_row(set="a", width="auto", decode_speedup=(0.5, None, None))
-    fast = make_row(set="b", width="auto", share_copied=0.5, temperature=1.0)
-    alone = make_row(set="b", width="copies", temperature=1.0)
-    worse, better = make_compared(gain=(-0.1, -0.2, -0.05)), make_compared(gain=(0.1, 0.05, 0.2))
-    assert not [*remarks([fast], [better])], "copies alone were not measured"
-    copied, slower, behind = remarks([slow, fast, alone], [worse, better])
-    assert copied.startswith("b, T=1: many tokens were copied") and slower.startswith("a: slower than")
-    assert behind.startswith("s: D-PACE is behind")
+    (slower,) = remarks([slow, make_row(set="b", width="auto")])
+    assert slower.startswith("a: slower than")
 
 
 def test_quick_takes_fewer_prompts_and_steps():
@@ -53,16 +47,6 @@ def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo
     assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
     assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 3
     assert "train.max_steps" in run_line(["demo", "--quick", *flags], 1).err
-
-
-def test_nothing_is_timed_without_an_answer_of_two_tokens(short_demo, tmp_path, monkeypatch, capsys):
-    """What `compare` then says is the demo's message."""
-    for name in ("answer_prompts", "choose_conversations"):
-        monkeypatch.setattr(f"dpace.studies.demo.{name}", Mock())
-    monkeypatch.setattr("dpace.studies.demo.read_examples", lambda *_: ([], [], []))
-    config = DemoConfig(output=str(tmp_path))
-    announce(Mock(), demo_recipe(config), demo_prompts(config), 0.0)
-    assert not demo.choose_conversations.called and not capsys.readouterr().err
 
 
 WRITERS = {
