@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import dpace.engines.speculators
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, read_folder
+from dpace.engines import engine_of
 from dpace.engines.gguf import ENGINE, open_target_gguf, to_gguf, write_gguf
 from dpace.engines.read import read_drafter
 from dpace.publish.export import import_drafter
@@ -58,6 +59,8 @@ def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(case, do_export, 
         return
     before = read_drafter(folders[kind])
     path = do_export(to, kind, dtype=dtype)
+    patterns = ["README.md", ".dpace.*", *engine_of(to).files]
+    assert all(any(map(file.match, patterns)) for file in (tmp_path / to).iterdir()), "a later export removes them"
     again = import_drafter(path, tmp_path / "again", target=str(language_folder))
     files = load_file(tmp_path / "again" / "model.safetensors")
     assert files.keys() == before.state_dict().keys()

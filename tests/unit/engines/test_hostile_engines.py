@@ -13,10 +13,9 @@ import torch
 
 from dpace.cli import main
 from dpace.drafter import Drafter
-from dpace.drafter.spec import DrafterSpec, read_tensors
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines import all_engines
-from dpace.engines.engine import Engine
-from tests.support.files import change_config, changed_weights, read_json
+from tests.support.files import change_config, changed_weights
 
 ESC = "\x1b[31m"
 
@@ -225,37 +224,6 @@ def test_what_no_engine_was_told_of_is_refused_by_each(to, folder, target_gguf, 
     monkeypatch.setattr(Drafter, "spec", property(spec))
     refused(f"{line}with", capsys, "the drafter has gate_size, which ", "; decode it with dpace")
     assert not (tmp_path / "with").exists()
-
-
-class Toy(Engine):
-    """An engine with a file of its own."""
-
-    name = "zlab"
-    layout = "toy"
-
-    def write(self, folder, drafter, config, target):
-        drafter.save_pretrained(folder)
-        (folder / "config.json").rename(folder / "toy.json")
-        return folder
-
-    def is_written(self, path):
-        return (path / "toy.json").is_file()
-
-    def read(self, path, num_target_layers):
-        return DrafterSpec.from_config(read_json(path / "toy.json")), read_tensors(path)
-
-
-def test_files_of_an_engine_are_named_and_no_later_export_leaves_them(folder, tmp_path, capsys, monkeypatch):
-    toy = Toy()
-    monkeypatch.setattr("dpace.engines.zlab.ENGINE", toy)
-    line = f"export {folder} --target t --target-name o/t --output {tmp_path}/out --to"
-    with pytest.raises(AssertionError, match="toy.json needs a pattern in `files` of Toy"):
-        main(f"{line} zlab".split())
-    assert not (tmp_path / "out" / "toy.json").exists()
-    monkeypatch.setattr(toy, "files", ("toy.json", *Engine.files))
-    assert main(f"{line} zlab".split()) == 0 and (tmp_path / "out" / "toy.json").exists()
-    assert main(f"{line} speculators".split()) == 0 and not (tmp_path / "out" / "toy.json").exists()
-    assert "removed from" in capsys.readouterr().err
 
 
 LATE = {
