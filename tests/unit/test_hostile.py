@@ -144,7 +144,7 @@ FILES = {
         "train:\n  seed: 1\n  seed: 2": "'seed' is given twice.*line 3",
         "train:\n  learning_rat: 1": "no key 'train.learning_rat' .did you mean learning_rate",
         "output: {a: 1}": "output is .*expected a valid string",
-        "output: 2026-11-29\ntrain: {seed: 1:30}": "train.seed is '1:30'",
+        "output: 2026-11-29\ntrain: {seed: yes}": "train.seed is true",
         "bench: {widths: [wide]}": "bench.widths.* is 'wide'",
         'output: "\\ud800"': "ud800",
     },
