@@ -222,7 +222,7 @@ def test_what_no_engine_was_told_of_is_refused_by_each(to, folder, target_gguf, 
     line = f"export {folder} --target t --target-name o/t --to {to} {gguf} --output {tmp_path}/"
     assert main(f"{line}without".split()) == 0
     monkeypatch.setattr(Drafter, "spec", property(spec))
-    refused(f"{line}with", capsys, "the drafter has gate_size, which ", "; decode it with dpace")
+    refused(f"{line}with", capsys, "the drafter has gate_size, which ")
     assert not (tmp_path / "with").exists()
 
 
