@@ -35,13 +35,12 @@ def refuse_output(output: Path, drafter: Path) -> None:
     """Refuse a folder that is not dpace's to write to.
 
     Raises:
-        ValueError: the output is a file, is the drafter's folder, or holds another program's files or a trained
+        ValueError: the output is the drafter's folder, or holds another program's files or a trained
             drafter.
     """
     folder = drafter.parent if drafter.is_file() else drafter
     faults = {
         "is the drafter's own folder": output.resolve() == folder.resolve(),
-        "is a file": output.is_file(),
         "holds a drafter that dpace trained": (output / RUN_FILE).exists(),
     }
     for fault, is_found in faults.items():

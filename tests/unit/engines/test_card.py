@@ -23,7 +23,6 @@ from tests.support.files import read_json
 from tests.support.models import make_drafter, make_target, make_tokenizer, write_target_gguf
 from tests.support.rows import make_bench, make_row
 from tests.unit.engines.conftest import MARKOV, quiet
-from tests.unit.target.test_target_files import write_adapter
 
 
 def test_commands_and_cards_say_what_the_engine_must_know(folders):
@@ -213,13 +212,3 @@ def test_the_card_recommends_as_many_drafts_as_pay(
     assert (f"draft {number} of the 5 draft tokens" in text) == (number < 5)
     assert ("was not measured. Try 1, 3 and 7 draft tokens too" in text) == (rates is None)
     assert f"`dpace export {out} --target" in text and "--output out-gguf`" in text
-
-
-@quiet
-def test_an_adapter_is_to_be_merged(folder, language_folder, run_line, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    monkeypatch.chdir(tmp_path)
-    write_adapter(shutil.copytree(language_folder, tmp_path / "base"), width=48)
-    command = f"export {folder} --target lora --to vllm --output out"
-    assert "lora is a LoRA adapter, which engines do not serve as a model; merge it with" in run_line(command).err
-    assert "LoRA" not in run_line(f"{command} --target-name me/merged").err
