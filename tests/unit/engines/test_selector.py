@@ -95,7 +95,6 @@ def test_without_dflash2s_selector_its_tables_are_zeros(do_export):
     ("changes", "line"),
     [
         ({"lilicorr_logit_scale": None}, "lilicorr_logit_scale is missing"),
-        ({"lilicorr_num_heads": 3}, "lilicorr_num_heads is 3, expected a divisor of the selector's width, which is 8"),
         ({"sample_from_anchor": True}, "sample_from_anchor is True, which"),
     ],
 )

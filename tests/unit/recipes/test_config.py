@@ -50,12 +50,6 @@ def test_a_tilde_is_a_folder():
     assert parse(OF_RECIPES, "train", ["--output=~/x"])[0].output == str(Path.home() / "x")
 
 
-def test_commands_are_quoted_for_a_shell():
-    words = ["dpace", "generate", "--prompt", 'say "hi" #1', "--top-k", "2", "--thinking"]
-    text = command("generate", prompt='say "hi" #1', top_k=2, thinking=True, drafter=None, stream=False)
-    assert shlex.split(text) == words and command("report", "my out") == "dpace report 'my out'"
-
-
 def test_the_next_verb_is_told_the_same_settings(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("output: my out\ntrain:\n  max_steps: 5\nthinking: true\nprompts:\n  limit: 3\n")
