@@ -82,7 +82,7 @@ def test_what_the_drafter_drafted_before_is_drafted_too(is_known, start, languag
 
 @pytest.mark.parametrize(
     "option, value, own",
-    [("num_features", 3, 2), ("causal", True, False), ("selector_width", 24, None), ("intermediate_size", 9, 64)],
+    [("num_features", 3, 2), ("selector_width", 24, None)],
 )
 def test_an_option_that_contradicts_is_refused_with_both_values(option, value, own, start):
     """Where the user set it; how an untrained drafter would begin contradicts nothing."""
