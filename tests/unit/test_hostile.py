@@ -138,7 +138,7 @@ FILES = {
         "train:\n  seed: 1\n  seed: 2": "'seed' is given twice.*line 3",
         "train:\n  learning_rat: 1": "no key 'train.learning_rat' .did you mean learning_rate",
         "output: {a: 1}": "output is .*expected a valid string",
-        "output: 2026-11-29\ntrain: {seed: yes}": "train.seed is true",
+        "output: 2026-11-29\ntrain: {seed: yes}": "train.seed is True",
         "bench: {widths: [wide]}": "bench.widths.* is 'wide'",
         'output: "\\ud800"': "ud800",
     },
