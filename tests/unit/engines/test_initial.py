@@ -167,7 +167,7 @@ def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", look_up)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    assert "\nwritten: imported\n" in run_line("import someone/drafter --output imported").out
+    assert "written: imported\n" in run_line("import someone/drafter --output imported").out
     imported, trained = map(Drafter.from_pretrained, ("imported", language_drafter_folder))
     assert fingerprint(imported) == fingerprint(trained)
     line = f"generate --target {language_folder} --prompt w3 --max-new-tokens 4"
