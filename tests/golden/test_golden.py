@@ -1,13 +1,11 @@
 """Training, measuring and decoding give what they gave when `values.json` was written, on any CPU."""
 
 import json
-import shutil
 from functools import cache
 
 import pytest
 
 from dpace.decode import generate_plain
-from tests.golden import cases
 from tests.golden.cases import CASES, NUM_PROMPT, NUM_TRAINED, VALUES, WAYS, Outcome, run, summary, target
 from tests.support.cases import wide
 
@@ -17,16 +15,6 @@ EXPECTED = json.loads(VALUES.read_text())["cases"]
 
 def test_every_case_has_values():
     assert list(EXPECTED) == list(CASES)
-
-
-def test_a_case_that_is_named_is_written_and_the_others_stay(tmp_path, monkeypatch):
-    path = shutil.copy(VALUES, tmp_path / "values.json")
-    monkeypatch.setattr(cases, "VALUES", path)
-    monkeypatch.setattr(cases, "run", lambda case, _: case.steps)
-    monkeypatch.setattr(cases, "summary", lambda steps: steps)
-    monkeypatch.setattr("sys.argv", ["cases.py", "muon"])
-    cases.main()
-    assert json.loads(path.read_text()) == {"texts": TEXTS, "cases": EXPECTED | {"muon": 4}}
 
 
 @cache

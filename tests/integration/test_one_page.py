@@ -140,17 +140,6 @@ def test_a_mask_token_is_unused_or_special(language_folder, ordinary_folder):
     assert one_page.choose_mask_token(tokenizer, target) == len(tokenizer)
 
 
-def test_weights_are_the_gradient_by_the_smoothed_probabilities():
-    probs = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.7])
-    is_scored = torch.tensor([False, True, True, True, True])
-    smoothed = (1 - one_page.ALPHA) * probs[1:] + one_page.ALPHA
-    logs = smoothed.log().requires_grad_()
-    logs.exp().cumprod(-1).sum().backward()
-    weights = one_page.dpace_weights(probs, is_scored)
-    assert_close(weights[1:], logs.grad)
-    assert [round(weight, 2) for weight in weights[1:].tolist()] == [2.45, 1.5, 0.79, 0.36]
-
-
 def test_the_fixed_decay_is_the_librarys():
     is_scored = torch.arange(one_page.BLOCK_SIZE)[None, None] > 0
     decay = one_page.decay_weights(is_scored.float(), is_scored)

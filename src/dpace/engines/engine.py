@@ -3,7 +3,7 @@
 In come a drafter's spec and tensors; out come the files that an engine reads, its command, and its part of the card.
 """
 
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from dpace.config import EngineName, ExportConfig
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec, published_name, read_folder
-from dpace.engines import all_engines
 from dpace.target import Target
 
 NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
@@ -94,17 +93,12 @@ class Engine:
 
     def fault(self, spec: DrafterSpec) -> str:
         """Say why it cannot serve a drafter and, after a semicolon, what to do; empty where it can."""
-        traits = traits_of(spec)
-        unread = [trait for trait in traits if trait not in self.reads]
+        unread = [trait for trait in traits_of(spec) if trait not in self.reads]
         if not unread:
             return ""
-        ways = [f"--to {engine.name}" for engine in all_engines() if set(traits) <= set(engine.reads)]
-        if spec.selector and not self.fault(replace(spec, selector=None)):
-            ways.append("--plain, without its selector")
-        way_out = f"export it with {' or '.join(ways)}" if ways else "decode it with dpace"
         return (
             f"the drafter has {unread[0]}, which {self.title} does not read, and so would draft wrongly without a "
-            f"message; {way_out}"
+            "message; docs/serve.md says which engines read it, and --plain leaves a selector out"
         )
 
     def target_fault(self, kind: str) -> str:

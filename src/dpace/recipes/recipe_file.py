@@ -37,9 +37,6 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
         raise ValueError(f"cannot read the recipe {path}: {one_line(error)}; name a YAML file of options") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} holds {quoted(values)}; expected lines such as `name: value`")
-    bench = values.get("bench")
-    if isinstance(bench, dict):
-        bench.pop("compiled", None)  # an option of older versions, which every drafter of theirs has in its recipe.yaml
     try:
         return from_json(config_class, values), values
     except (ValueError, TypeError) as error:
@@ -52,13 +49,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, with each key once, and with numbers as YAML 1.2 reads them.
-
-    YAML 1.1 reads 1e-3 as a text, 1:30 as 90, 010 as 8, and 2026-01-31 as what no option takes.
-    """
-
-    # Filled below; the base class's own have the numbers and dates of YAML 1.1.
-    yaml_implicit_resolvers: dict = {}
+    """YAML without aliases, with each key once."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse aliases, which can stand for more than memory holds; recipes of foreign drafters are read too."""
@@ -78,19 +69,13 @@ class PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-INTEGER = r"[-+]?(0|[1-9][0-9_]*)$"
-NUMBER = r"([-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
-# By the first letter of a text, the patterns that make it something else, in their order: a whole number is an integer
-# before it is a float.
-for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
-    for _tag, _known_pattern in _resolvers:
-        if _tag.endswith((":bool", ":null")):
-            PlainLoader.add_implicit_resolver(_tag, _known_pattern, [_first])
-for _kind, _pattern in (("int", INTEGER), ("float", NUMBER)):
-    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
-
-
 class _Dumper(yaml.SafeDumper):
-    """YAML that `PlainLoader` reads back: texts that it would take for something else stand in quotes."""
+    """YAML that `PlainLoader` reads back."""
 
-    yaml_implicit_resolvers = PlainLoader.yaml_implicit_resolvers
+
+# A folder may be named after a day. And YAML 1.1 takes 1e-3 for a text, since it has no dot.
+PlainLoader.add_constructor("tag:yaml.org,2002:timestamp", PlainLoader.construct_yaml_str)
+for _kind in (PlainLoader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )

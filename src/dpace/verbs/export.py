@@ -4,7 +4,6 @@ from pathlib import Path
 
 from dpace.config import ExportConfig, Recipe
 from dpace.recipes.flags import Arguments, Given
-from dpace.system.progress import note
 from dpace.verbs import load_target
 
 ARGUMENTS = Arguments(ExportConfig, first="drafter")
@@ -18,7 +17,6 @@ def run(config: ExportConfig, given: Given) -> None:
             "give its Hub id with --target-name"
         )
     from dpace.publish.export import check_export, export
-    from dpace.target.files import find_adapter
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
@@ -27,9 +25,4 @@ def run(config: ExportConfig, given: Given) -> None:
     path = export(folder, target, config)
     print("all tensors read back bit for bit")
     print(f"written: {path}, {config.output}/README.md")
-    if not config.target_name and find_adapter(target.name):
-        note(
-            f"{config.target} is a LoRA adapter, which engines do not serve as a model; merge it with peft's "
-            "merge_and_unload, and name its folder with --target, or its Hub id with --target-name"
-        )
     print(f"next: start an engine with a command of {config.output}/README.md")

@@ -29,8 +29,6 @@ def run(config: ImportConfig, given: Given) -> None:
 
     source = find_drafter(config.source, "--source")
     target = find_target(config.target) if config.target else None
-    drafter = import_drafter(source, config.output, target=target)
-    layers = ", ".join(map(str, drafter.target_layer_ids))
-    print(f"blocks of {drafter.num_slots}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
+    import_drafter(source, config.output, target=target)
     print(f"written: {config.output}")
     print("next:", command("check", target=config.target or "TARGET", drafter=config.output))

@@ -3,7 +3,6 @@
 import importlib
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ import dpace.modeling_dflash
 from dpace.decode.batch import Decoder, generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.drafter import load_drafter
-from dpace.drafter.drafter import make_drafter
-from dpace.drafter.spec import read_folder
 from dpace.engines.gguf import write_gguf
 from dpace.publish.export import import_drafter
 from dpace.target import Target
@@ -148,15 +145,3 @@ def test_llamacpp_drafts_for_a_llama_target(language_responses, questions, tmp_p
     ours = our_steps(target, drafter, questions)
     assert sum(steps for _, steps in ours) < 0.8 * sum(len(text) for text, _ in ours)
     assert distance(llamacpp_steps(file, tmp_path / "drafter.gguf", questions), ours) <= len(questions)  # near ties
-
-
-def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, questions, tmp_path):
-    """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
-    spec, weights = read_folder(folder)
-    neighbours = tuple(layer + 1 for layer in spec.target_layer_ids)
-    drafter = make_drafter(replace(spec, target_layer_ids=neighbours), weights)
-    path = tmp_path / "x.gguf"
-    write_gguf(path, drafter, target_gguf)
-    found = llamacpp_steps(target_gguf, path, questions)
-    assert distance(found, our_steps(language_target, drafter, questions)) <= 1  # a near tie may fall the other way
-    assert distance(found, our_steps(language_target, load_drafter(folder, language_target), questions)) >= 3

@@ -82,7 +82,6 @@ def test_the_draft_vocabulary_is_written_for_speculators(folder, do_export, lang
     ("tables", "changes", "reason"),
     [
         ({"d2t": torch.zeros(38, dtype=torch.long) + 30}, {}, "d2t does not have an offset"),
-        ({"d2t": -torch.arange(38)}, {}, "d2t does not have an offset"),
         ({"d2t": torch.zeros(38)}, {}, "d2t does not have an offset"),
         ({}, {"draft_vocab_size": None}, "have unknown d2t"),
     ],

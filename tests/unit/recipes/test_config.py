@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpace
-from dpace.config import BenchConfig, Recipe
+from dpace.config import Recipe
 from dpace.recipes import RECIPES
 from dpace.recipes.flags import Arguments, command, parse
 from dpace.recipes.recipe_file import read_recipe, write_recipe
@@ -46,22 +46,8 @@ def test_exit_codes_of_usage(run_line):
     assert run_line("trian", 2).err == "unknown verb 'trian'; did you mean train? `dpace --help` lists the verbs\n"
 
 
-def test_a_tilde_is_a_folder_and_a_tag_no_text(tmp_path):
+def test_a_tilde_is_a_folder():
     assert parse(OF_RECIPES, "train", ["--output=~/x"])[0].output == str(Path.home() / "x")
-    (tmp_path / "r.yaml").write_text("target: !!timestamp 2020-01-01")
-    with pytest.raises(ValueError, match="the recipe .*/r.yaml: .*; change it"):
-        parse(OF_RECIPES, "train", [str(tmp_path / "r.yaml")])
-
-
-def test_recipes_of_older_versions_are_read(tmp_path):
-    (tmp_path / "r.yaml").write_text("bench: {compiled: always, seed: 3}")
-    assert read_recipe(tmp_path / "r.yaml") == Recipe(bench=BenchConfig(seed=3))
-
-
-def test_commands_are_quoted_for_a_shell():
-    words = ["dpace", "generate", "--prompt", 'say "hi" #1', "--top-k", "2", "--thinking"]
-    text = command("generate", prompt='say "hi" #1', top_k=2, thinking=True, drafter=None, stream=False)
-    assert shlex.split(text) == words and command("report", "my out") == "dpace report 'my out'"
 
 
 def test_the_next_verb_is_told_the_same_settings(tmp_path):
