@@ -129,21 +129,16 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
             of_set = _with_text(name, [_to_prompt(name, number, row) for number, row in enumerate(rows)])
         else:
             # Where the folder has no file of the set at all, this names the one that it may have.
-            of_set = [_of_set(prompt, name) for prompt in read_prompts(path)]
+            of_set = []
+            for prompt in read_prompts(path):
+                prompt_id = prompt.id.removeprefix(f"{name}/")  # ids are unique in a file only
+                of_set.append(replace(prompt, set=name, id=f"{name}/{prompt_id}"))
         # As the published benchmark does: shuffled first and then cut, so that the same prompts are measured.
         random.Random(SHUFFLE_SEED).shuffle(of_set)
         if known and not is_whole:
             of_set = of_set[: known.num_prompts]
         prompts += of_set
     return prompts
-
-
-def _of_set(prompt: Prompt, name: str) -> Prompt:
-    """Name a prompt of a file after the set; its id too, since ids are unique in a file only."""
-    set_name = name
-    if "tools" in prompt.turns[0][0]:
-        set_name += " (tools)"
-    return replace(prompt, set=set_name, id=f"{name}/{prompt.id.removeprefix(f'{name}/')}")
 
 
 def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[JsonObject]:
