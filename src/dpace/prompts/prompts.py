@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,9 +16,6 @@ from dpace.prompts.overlap import find_repeats
 from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, note
-
-MOST_MARKS = 2000
-"""Characters in a row that are brought into one order; the time grows with the square of the marks among them."""
 
 
 def demo_path(part: str) -> Path:
@@ -100,22 +96,10 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
 def hash_text(prompt: Prompt) -> bytes:
     """Hash what a prompt's first turn says.
 
-    The order of keys, white space around a text, and Unicode's ways of writing one character do not count; but for
-    texts without spaces of more than `MOST_MARKS`.
+    The order of keys and white space around the contents do not count.
     """
-    said = []
-    for message in prompt.turns[0]:
-        said.append({key: _clean(value) for key, value in message.items()})
+    said = [message | {"content": message["content"].strip()} for message in prompt.turns[0]]
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def _clean(value: object) -> str:
-    """Write a text, or another value of a message, in the one way that counts for `hash_text`."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    words = []
-    for word in text.split(" "):
-        words.append(word if len(word) > MOST_MARKS else unicodedata.normalize("NFC", word))
-    return " ".join(words).strip()
 
 
 def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> list[list[Prompt]]:
