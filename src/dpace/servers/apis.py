@@ -200,10 +200,9 @@ MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
 
 
 class VllmServer(Server):
-    """vLLM: `/v1/completions`, counters in `/metrics`, or in each response with `--per-request-spec-decode-metrics`.
+    """vLLM: `/v1/completions`, counters in `/metrics`.
 
-    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html; and its page
-    `docs/features/speculative_decoding/acceptance_metrics.md`.
+    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html.
     """
 
     engine = "vllm"
@@ -239,16 +238,11 @@ class VllmServer(Server):
         """See `Server`."""
         choice = (event.get("choices") or [{}])[0]
         usage = event.get("usage") or {}
-        counts = None
-        if spec := (event.get("metrics") or {}).get("speculative_decoding"):
-            accepted = spec["num_accepted_draft_tokens"]
-            counts = Counts(spec["num_spec_steps"], accepted, spec.get("num_draft_tokens", 0))
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
             num_tokens=usage.get("completion_tokens"),
             stop_token=choice.get("stop_reason"),  # None for the end of the sequence
-            counts=counts,
         )
 
     def measured(self) -> dict:

@@ -58,9 +58,9 @@ def events(engine: str, tokens: list[int], depth: int):
 class Fake(StubServer):
     """Speaks one engine's dialect; a response is made from the prompt, so that both sides give the same."""
 
-    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False, depth: int = 3):
+    def __init__(self, engine: str, *, drafts: bool = False, depth: int = 3):
         super().__init__(self.page, self.answer)
-        self.engine, self.tells = engine, tells
+        self.engine = engine
         self.depth = depth if drafts else 0
 
     @property
@@ -77,10 +77,6 @@ class Fake(StubServer):
     def answer(self, request):
         prompt = request.body.get("prompt") or request.body["input_ids"]
         said = list(events(self.engine, [(sum(prompt) + i) % 50 for i in range(NUM_TOKENS)], self.depth))
-        if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
-            accepted = [max(0, count - sum(prompt) % 2) for count in ACCEPTED]  # requests differ in it
-            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "num_draft_tokens": 3 * self.depth}
-            said[-1]["metrics"] = {"speculative_decoding": spec}
         request.send("".join(f"data: {json.dumps(event)}\n\n" for event in said).encode() + b"data: [DONE]\n\n")
 
 
@@ -168,22 +164,10 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothin
     assert f"nothing is asked: {path} has all answers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "tau", "verdict"),
-    [
-        ({"drafts": False}, None, "not known"),
-        ({"drafts": True}, 2.0, "no tau here"),
-        ({"drafts": True, "tells": True}, (4 * 6 + 4 * 4) / 24, "no tau here"),
-    ],
-)
-def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(
-    options, tau, verdict, start, measure, tmp_path
-):
-    """vLLM's counters tell what one prompt has added; with `--per-request-spec-decode-metrics`, its requests do.
-
-    There half of the prompts accept two tokens less.
-    """
-    (row,) = measure(start("vllm", **options), None, PROMPTS)
+@pytest.mark.parametrize(("drafts", "tau", "verdict"), [(False, None, "not known"), (True, 2.0, "no tau here")])
+def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, tau, verdict, start, measure, tmp_path):
+    """vLLM's counters tell what one prompt has added."""
+    (row,) = measure(start("vllm", drafts=drafts), None, PROMPTS)
     assert row.tau[0] == tau
     assert row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
     assert row.tokens_per_second > 0 and not texts_note([row])
