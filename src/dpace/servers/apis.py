@@ -368,7 +368,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
     """Find out what runs at an address.
 
     Args:
-        url: `http://host:port`; a user and a password in it are sent, and are not shown.
+        url: `http://host:port`.
         vocab_size: see `Server`.
 
     Raises:
