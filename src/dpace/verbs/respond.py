@@ -34,9 +34,6 @@ def run(recipe: Recipe, given: Given) -> None:
         lines = ranks.from_first(check)
         target = load_chat(recipe) if config.server else load_target(recipe)
         note("\n".join(lines))
-        num_given = sum(prompt.answer is not None for prompt in prompts)
-        if config.source == "target" and num_given:
-            note(f"the answers of {count(num_given, 'prompt')} left out: --respond.source own would train on them")
         left_out = answer_prompts(target, prompts, path, config)
     if not ranks.end():
         return
