@@ -211,8 +211,6 @@ def check_meta(path: Path, meta: JsonObject) -> None:
     if not path.exists():
         refuse_foreign_files(path.parent, meta_path(path).name)
         return
-    if not path.stat().st_size:
-        return  # killed before the first answer
     old_meta = read_meta(path)
     way_out = "name another folder with --output, or move the file away"
     if not old_meta:  # perhaps another program's
