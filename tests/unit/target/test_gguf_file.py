@@ -133,8 +133,6 @@ def test_files_that_are_no_targets_are_refused(tmp_path):
         "it ends too early": whole[:num_header],
         "does not start with the GGUF magic": b"PK" + whole,
         "has the architecture 'qwen9', which transformers does not read": whole.replace(b"qwen3", b"qwen9"),
-        "holds a drafter; name the target's file with --target": whole.replace(text("qwen3"), text("eagle3"))
-        + bytes(64),
         "is one part of a split file; join the parts with llama-gguf-split --merge": (
             whole.replace(text("tokenizer.ggml.unknown_token_id"), text("split.count")) + bytes(64)
         ),
