@@ -281,15 +281,11 @@ def find_answers(recipe: Recipe, respond: str) -> JsonObject:
         split_prompts(recipe.prompts)  # refuses a missing file before the advice to answer it
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     meta = read_meta(path)
-    fault = None
-    if not meta:
-        fault = "has no meta file beside it that says which target made the answers"
-    elif not meta.get("complete"):
-        fault = "holds the answers of an interrupted `dpace respond`"
-    elif meta.get("responses_sha256") != hash_file(path):
-        fault = "was changed after `dpace respond` wrote it"
-    if fault:
-        raise ValueError(f"{path} {fault}; run `{respond}`, which goes on with it or says what to do")
+    if meta.get("responses_sha256") != hash_file(path):  # which only a complete file has
+        raise ValueError(
+            f"{path} is not what a finished `dpace respond` wrote; run `{respond}`, which goes on with it or says what "
+            "to do"
+        )
     refuse_other_answers(path, meta, {"thinking": recipe.thinking})
     return meta
 

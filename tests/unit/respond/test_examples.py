@@ -89,13 +89,12 @@ def test_answers_that_are_not_the_targets_are_refused(files):
             found = find_answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
             refuse_other_answers(path, found, {"target_sha256": "1", "dtype": "bfloat16"})
 
-    refuse("an interrupted `dpace respond`; run `dpace respond`", complete=False)
-    refuse("was changed", responses_sha256="0")
+    refuse("is not what a finished `dpace respond` wrote; run `dpace respond`", responses_sha256=None)
     refuse("other weights of the target")
     refuse('dtype "float32", not "bfloat16"', target_sha256="1")
     refuse("thinking true, not false", thinking=True)
     meta.unlink()
-    with pytest.raises(ValueError, match="no meta file .* which target made"):
+    with pytest.raises(ValueError, match="is not what a finished"):
         find_answers(Recipe(prompts=prompts, output=str(path.parent)), "dpace respond")
 
 
