@@ -42,23 +42,17 @@ def _alpaca_turns(row: JsonObject) -> list[str]:
     return [text]
 
 
-def _speed_bench_turns(row: JsonObject) -> list[str]:
-    """Take `turns`, as the Hub has them, or `messages`, as NVIDIA's script writes them."""
-    if "turns" in row:
-        return list(row["turns"])
-    return [message["content"] for message in row["messages"]]
-
-
-def _redhat_turns(row: JsonObject) -> list[str]:
-    """Take the prompt, which is one text or a list of them."""
-    if isinstance(row["prompt"], str):
-        return [row["prompt"]]
-    return list(row["prompt"])
+def _texts(row: JsonObject) -> list[str]:
+    """Take `messages`, as NVIDIA's script writes them, else `turns` or `prompt`: one text or a list of them."""
+    if "messages" in row:
+        return [message["content"] for message in row["messages"]]
+    texts = row.get("turns", row.get("prompt"))
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _speed_bench(name: str) -> PublicSet:
     """Describe a configuration of SPEED-Bench."""
-    return PublicSet("nvidia/SPEED-Bench", name, "test", _speed_bench_turns, None, files=(f"{name}.jsonl",))
+    return PublicSet("nvidia/SPEED-Bench", name, "test", _texts, None, files=(f"{name}.jsonl",))
 
 
 REDHAT_SUBSETS = "HumanEval math_reasoning qa question rag summarization tool_call translation writing".split()
@@ -75,8 +69,8 @@ SETS = {
         ],
         164,
     ),
-    "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", lambda row: [row["prompt"]], 128),
-    "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", lambda row: list(row["prompt"]), 80),
+    "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", _texts, 128),
+    "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", _texts, 80),
     "alpaca": PublicSet("tatsu-lab/alpaca", None, "train", _alpaca_turns, 128),
     "speed_bench": _speed_bench("qualitative"),
     "speed_bench_1k": _speed_bench("throughput_1k"),
@@ -88,7 +82,7 @@ SETS = {
         "RedHatAI/speculator_benchmarks",
         None,
         "train",
-        _redhat_turns,
+        _texts,
         None,
         files=tuple(f"{name}.jsonl" for name in REDHAT_SUBSETS),
     ),
