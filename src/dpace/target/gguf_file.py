@@ -23,7 +23,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-from dpace.system.ledger import JsonObject, filling, refuse_endless, remove_unfinished
+from dpace.system.ledger import JsonObject, filling, remove_unfinished
 from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.system.progress import describe_error, note, quoted
 from dpace.system.provenance import hash_file
@@ -71,6 +71,7 @@ def read_header(path: Path) -> tuple[JsonObject, GgufHeader]:
     return values, header
 
 
+@functools.cache  # a process hashes a file once
 def find_gguf_target(path: Path, cache: Path) -> str:
     """Find the folder of a GGUF file's weights, and make it at the first use.
 
@@ -89,14 +90,6 @@ def find_gguf_target(path: Path, cache: Path) -> str:
             architecture or one of its settings.
         OSError: it cannot be read, or the disk is too small.
     """
-    refuse_endless(path, "a GGUF file of the target")
-    facts = path.stat()
-    return _find_folder(path.resolve(), cache, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.cache
-def _find_folder(path: Path, cache: Path, _size: int, _changed: int) -> str:
-    """Find or make the folder; the same file is hashed once a process."""
     folder = cache / f"{path.stem}-{hash_file(path)[:16]}"
     if (folder / "config.json").exists():
         return str(folder)
