@@ -25,9 +25,6 @@ def run(recipe: Recipe, given: Given) -> None:
     def check() -> list[str]:
         """Refuse what can be refused without the target, and say what is to come."""
         check_meta(path, known_settings(config, thinking=recipe.thinking))
-        if config.source == "own":
-            for prompt in prompts:
-                prompt.own_messages()  # refuses one that has no answer
         return answer_lines(recipe, parts)
 
     with lock_folder(recipe.output):
