@@ -209,14 +209,7 @@ class VllmServer(Server):
 
     def find_model(self, page: dict) -> object:
         """See `Server`."""
-        models = self.address.get("/v1/models")
-        try:
-            return json.loads(models)["data"][0]["id"]
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{self.url}/v1/models answers {self.address.short(models)}, expected a list of models; is it vLLM's "
-                "server?"
-            ) from error
+        return json.loads(self.address.get("/v1/models"))["data"][0]["id"]
 
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """See `Server`."""
@@ -376,17 +369,16 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
     """
     address = Address(url)
     for path, kind, key in PROBES:
+        server = kind(address, vocab_size)
         try:
-            answer = json.loads(address.get(path))
-        except Refused as error:
-            if error.status == 401:
+            page = json.loads(address.get(path))
+            if isinstance(page, dict) and (not key or key in page):
+                server.model = server.find_model(page)
+                server.version = page.get("version") or page.get("build_info")
+                return server
+        except Unavailable:
+            raise
+        except UNREADABLE as error:  # a server, but not this one
+            if isinstance(error, Refused) and error.status == 401:
                 raise
-            continue
-        except (json.JSONDecodeError, RecursionError):
-            continue  # a server, but not this one
-        if isinstance(answer, dict) and (not key or key in answer):
-            server = kind(address, vocab_size)
-            server.model = server.find_model(answer)
-            server.version = answer.get("version") or answer.get("build_info")
-            return server
     raise ValueError(f"{address.url} is neither vLLM nor SGLang nor llama.cpp's server; give the address before /v1")

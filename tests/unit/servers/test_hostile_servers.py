@@ -63,7 +63,7 @@ def deep_models(handler):
 PAGES = {
     "neither vLLM nor SGLang": send(b"[]"),
     "nor llama.cpp's server": send(DEEP),
-    "expected a list of models": deep_models,
+    "neither vLLM": deep_models,
     "timed out": lambda handler: threading.Event().wait(2),
 }
 
