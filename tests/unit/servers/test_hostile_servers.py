@@ -56,14 +56,9 @@ REPLIES = {
 DEEP = b"[" * 200_000
 
 
-def deep_models(handler):
-    handler.send({"version": "1"} if handler.path == "/version" else DEEP, 404 if handler.path == "/props" else 200)
-
-
 PAGES = {
     "neither vLLM nor SGLang": send(b"[]"),
     "nor llama.cpp's server": send(DEEP),
-    "neither vLLM": deep_models,
     "timed out": lambda handler: threading.Event().wait(2),
 }
 

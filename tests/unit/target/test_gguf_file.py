@@ -98,7 +98,6 @@ def text(value: str) -> bytes:
 REFUSED = {
     # what the file has beside that of a good one: the message
     "rope_scaling_type": (gguf.RopeScalingType.YARN, "sets rope.scaling.type to 'yarn', which transformers does not "),
-    "attn_logit_softcapping": (3.0, "sets attn_logit_softcapping to 3.0, which transformers does not read"),
     "rope_dimension_count": (6, "sets rope.dimension_count to 6, which transformers does not read; name the folder"),
 }
 
