@@ -46,7 +46,7 @@ def _texts(row: JsonObject) -> list[str]:
     """Take `messages`, as NVIDIA's script writes them, else `turns` or `prompt`: one text or a list of them."""
     if "messages" in row:
         return [message["content"] for message in row["messages"]]
-    texts = row.get("turns", row.get("prompt"))
+    texts = row["turns"] if "turns" in row else row["prompt"]
     return [texts] if isinstance(texts, str) else list(texts)
 
 

@@ -43,6 +43,7 @@ REPLIES = {
     "/completion broke off": lambda handler: handler.send(b"data: {}\n", 200, {"Content-Length": "999"}),
     "0 .. 63": events({"tokens": [64]}, END),
     "llama.cpp does not send": events({"tokens": "12"}, END),
+    "which llama.cpp does not send": events(TOKEN, END | {"timings": {"draft_n": 1}}),
     "sent 17 tokens, expected at most 16": events(*[TOKEN] * 30, END),
     "expected a JSON object": events([1], END),
     "with the error": events({"error": f"{ESC}no"}),
