@@ -143,7 +143,7 @@ def _tau_in_training(drafter: Path) -> float | None:
 
 
 def _address_of(server: Server) -> ServerAddress:
-    """Return where a server is, and what it says of itself, as short texts without password and key."""
+    """Return where a server is, and what it says of itself, as short texts without the key."""
     shorten = server.address.short
     return ServerAddress(
         url=server.url,

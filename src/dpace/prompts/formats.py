@@ -53,8 +53,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     A row has `messages` or `conversations` (roles and contents, or `from` and `value`), `turns` (user texts or
     messages, such as a tool's result, answered one after the other), `instruction` (with `input`), or `prompt` (one
-    user text). It may also have `id`, `set` and `tools`; with tools, the set's name ends in ` (tools)`. A reply at the
-    end of a conversation, or `output` of an instruction, becomes `Prompt.answer`.
+    user text). It may also have `id`, `set` and `tools`. A reply at the end of a conversation, or `output` of an
+    instruction, becomes `Prompt.answer`.
 
     Args:
         path: of a JSONL, JSON or parquet file, or a dataset on the Hub: OWNER/NAME, OWNER/NAME:SPLIT or
@@ -184,7 +184,6 @@ def _parse(row: object, default_id: str, default_set: str) -> Prompt:
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
-    set_name = _check_name(row, "set", default_set)
     # Some files have the tools in the row, others in a message; `Prompt` has them in its first message.
     tools = _parse_tools(row.get("tools"))
     for message in itertools.chain.from_iterable(turns):
@@ -192,8 +191,7 @@ def _parse(row: object, default_id: str, default_set: str) -> Prompt:
         tools = tools or _parse_tools(tools_of_message)
     if tools:
         turns[0][0]["tools"] = tools
-        set_name += " (tools)"
-    return Prompt(_check_name(row, "id", default_id), set_name, turns, answer)
+    return Prompt(_check_name(row, "id", default_id), _check_name(row, "set", default_set), turns, answer)
 
 
 def _parse_turns(row: JsonObject, kind: str) -> tuple[list[list[JsonObject]], JsonObject | None]:

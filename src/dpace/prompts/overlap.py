@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
@@ -16,34 +17,29 @@ MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
 """Accents and vowel signs that are parts of words, with the scripts of India."""
 
 
-def find_repeats(prompts: Iterable[Prompt], names: Sequence[str]) -> dict[str, str]:
-    """Find the prompts that share a run of words with a prompt of public sets; return the ids of both.
+def find_repeats(prompts: Iterable[Prompt], names: Sequence[str]) -> set[str]:
+    """Find the prompts that share a run of words with a prompt of public sets; return their ids.
 
     A run that several prompts of a set have, such as "Please reason step by step", tells nothing and is left out.
     """
-    owners: dict[tuple[str, ...], str] = {}
+    public_runs = set()
     # Whole texts too: a short one is no run of a longer prompt that begins with it.
-    whole: dict[tuple[str, ...], str] = {}
+    whole = set()
     common = set()
     for name in names:
         public = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
         # Prompts with the same words count once, so that their runs are not taken for a set's common ones.
-        texts = {_split_words(_user_text(prompt)): prompt.id for prompt in public}
-        counts = Counter()
-        for words, owner in texts.items():
-            runs = _runs(words)
-            counts.update(runs)
-            owners |= dict.fromkeys(runs, owner)
+        texts = {_split_words(_user_text(prompt)) for prompt in public}
+        counts = Counter(chain.from_iterable(map(_runs, texts)))
+        public_runs.update(counts)
         common.update(run for run, count in counts.items() if count > 1)
         whole |= texts
-    repeats = {}
+    public_runs -= common
+    repeats = set()
     for prompt in prompts:
         words = _split_words(_user_text(prompt))
-        shared = (_runs(words) - common) & owners.keys()
-        if shared:
-            repeats[prompt.id] = owners[min(shared)]  # always the same one of several
-        if words in whole:
-            repeats[prompt.id] = whole[words]
+        if words in whole or not public_runs.isdisjoint(_runs(words)):
+            repeats.add(prompt.id)
     return repeats
 
 

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,10 +15,7 @@ from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.overlap import find_repeats
 from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject
-from dpace.system.progress import count, note, shorten
-
-MOST_MARKS = 2000
-"""Characters in a row that are brought into one order; the time grows with the square of the marks among them."""
+from dpace.system.progress import count, note
 
 
 def demo_path(part: str) -> Path:
@@ -42,28 +38,12 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
 
     Without a file of held-out prompts, a fixed random tenth (at most `num_heldout`) is taken out of the training
     prompts. Then a tenth of the remaining ones (at most `num_validation`) is taken out for validation. Prompts that
-    begin with the same turn count as one, since the target's answer to it is the same.
+    begin with the same turn count as one, since the target's answer to it is the same. It prints how many prompts are
+    left out, and why.
 
     Raises:
         ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
             train on.
-    """
-    parts, dropped = split_and_explain(config)
-    for reason, names in dropped.items():
-        if names:
-            name, like = next(iter(names.items()))  # the first prompt stands for all
-            example = shorten(f"such as {name}, which is like {like}", 78)
-            note(f"{count(len(names), 'prompt')} left out: {reason}\n  {example}")
-    if not parts.train:
-        raise ValueError(f"{config.path} has no prompt left to train on; add some, or leave fewer out")
-    return parts
-
-
-def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dict[str, str]]]:
-    """Split prompts as `split_prompts` does, and tell what is left out.
-
-    Returns:
-        The parts; and by the reason, the ids of prompts that are left out, each with the prompt that it is like.
     """
     path = config.path
     heldout_path = config.heldout_path
@@ -92,13 +72,11 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
         measured = list(group_by(renamed, hash_text).values())
     chosen = _take_out(groups, config.num_validation, seed=1)
     # What is measured or chosen by counts each text once; training keeps the copies that its file has.
-    copies = {}
-    for first, *others in (*measured, *chosen):
-        copies |= {copy.id: first.id for copy in others}
+    num_copies = sum(len(group) - 1 for group in (*measured, *chosen))
     validation = [group[0] for group in chosen]
     left = {prompt.id for prompt in itertools.chain.from_iterable(groups.values())}
     train = [prompt for prompt in prompts if prompt.id in left]
-    in_public_sets = {}
+    in_public_sets = set()
     if config.decontaminate:
         in_public_sets = find_repeats([*validation, *train], config.decontaminate)
     parts = PromptParts(
@@ -106,28 +84,22 @@ def split_and_explain(config: PromptsConfig) -> tuple[PromptParts, dict[str, dic
         [prompt for prompt in validation if prompt.id not in in_public_sets],
         [group[0] for group in measured],
     )
-    return parts, {"copies of held-out or validation prompts": copies, "in the public sets": in_public_sets}
+    left_out = {"copies of held-out or validation prompts": num_copies, "in the public sets": len(in_public_sets)}
+    for reason, number in left_out.items():
+        if number:
+            note(f"{count(number, 'prompt')} left out: {reason}")
+    if not parts.train:
+        raise ValueError(f"{config.path} has no prompt left to train on; add some, or leave fewer out")
+    return parts
 
 
 def hash_text(prompt: Prompt) -> bytes:
     """Hash what a prompt's first turn says.
 
-    The order of keys, white space around a text, and Unicode's ways of writing one character do not count; but for
-    texts without spaces of more than `MOST_MARKS`.
+    The order of keys and white space around the contents do not count.
     """
-    said = []
-    for message in prompt.turns[0]:
-        said.append({key: _clean(value) for key, value in message.items()})
+    said = [message | {"content": message["content"].strip()} for message in prompt.turns[0]]
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def _clean(value: object) -> str:
-    """Write a text, or another value of a message, in the one way that counts for `hash_text`."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    words = []
-    for word in text.split(" "):
-        words.append(word if len(word) > MOST_MARKS else unicodedata.normalize("NFC", word))
-    return " ".join(words).strip()
 
 
 def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> list[list[Prompt]]:

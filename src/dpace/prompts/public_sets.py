@@ -42,23 +42,17 @@ def _alpaca_turns(row: JsonObject) -> list[str]:
     return [text]
 
 
-def _speed_bench_turns(row: JsonObject) -> list[str]:
-    """Take `turns`, as the Hub has them, or `messages`, as NVIDIA's script writes them."""
-    if "turns" in row:
-        return list(row["turns"])
-    return [message["content"] for message in row["messages"]]
-
-
-def _redhat_turns(row: JsonObject) -> list[str]:
-    """Take the prompt, which is one text or a list of them."""
-    if isinstance(row["prompt"], str):
-        return [row["prompt"]]
-    return list(row["prompt"])
+def _texts(row: JsonObject) -> list[str]:
+    """Take `messages`, as NVIDIA's script writes them, else `turns` or `prompt`: one text or a list of them."""
+    if "messages" in row:
+        return [message["content"] for message in row["messages"]]
+    texts = row["turns"] if "turns" in row else row["prompt"]
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _speed_bench(name: str) -> PublicSet:
     """Describe a configuration of SPEED-Bench."""
-    return PublicSet("nvidia/SPEED-Bench", name, "test", _speed_bench_turns, None, files=(f"{name}.jsonl",))
+    return PublicSet("nvidia/SPEED-Bench", name, "test", _texts, None, files=(f"{name}.jsonl",))
 
 
 REDHAT_SUBSETS = "HumanEval math_reasoning qa question rag summarization tool_call translation writing".split()
@@ -75,8 +69,8 @@ SETS = {
         ],
         164,
     ),
-    "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", lambda row: [row["prompt"]], 128),
-    "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", lambda row: list(row["prompt"]), 80),
+    "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", _texts, 128),
+    "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", _texts, 80),
     "alpaca": PublicSet("tatsu-lab/alpaca", None, "train", _alpaca_turns, 128),
     "speed_bench": _speed_bench("qualitative"),
     "speed_bench_1k": _speed_bench("throughput_1k"),
@@ -88,7 +82,7 @@ SETS = {
         "RedHatAI/speculator_benchmarks",
         None,
         "train",
-        _redhat_turns,
+        _texts,
         None,
         files=tuple(f"{name}.jsonl" for name in REDHAT_SUBSETS),
     ),
@@ -129,21 +123,16 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
             of_set = _with_text(name, [_to_prompt(name, number, row) for number, row in enumerate(rows)])
         else:
             # Where the folder has no file of the set at all, this names the one that it may have.
-            of_set = [_of_set(prompt, name) for prompt in read_prompts(path)]
+            of_set = []
+            for prompt in read_prompts(path):
+                prompt_id = prompt.id.removeprefix(f"{name}/")  # ids are unique in a file only
+                of_set.append(replace(prompt, set=name, id=f"{name}/{prompt_id}"))
         # As the published benchmark does: shuffled first and then cut, so that the same prompts are measured.
         random.Random(SHUFFLE_SEED).shuffle(of_set)
         if known and not is_whole:
             of_set = of_set[: known.num_prompts]
         prompts += of_set
     return prompts
-
-
-def _of_set(prompt: Prompt, name: str) -> Prompt:
-    """Name a prompt of a file after the set; its id too, since ids are unique in a file only."""
-    set_name = name
-    if "tools" in prompt.turns[0][0]:
-        set_name += " (tools)"
-    return replace(prompt, set=set_name, id=f"{name}/{prompt.id.removeprefix(f'{name}/')}")
 
 
 def _read_rows(known: PublicSet, folder: str | Path | None) -> Sequence[JsonObject]:

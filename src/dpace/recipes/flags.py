@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import tyro
 from pydantic import ValidationError
 
-from dpace.config import Recipe, without_passwords
+from dpace.config import Recipe
 from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_settings
 from dpace.system.ledger import JsonObject
@@ -223,7 +223,7 @@ def _given_names(settings: JsonObject, flags: list[str]) -> set[str]:
 
 
 def command(verb: str, *values: object, **flags: object) -> str:
-    """Return a command to copy into a shell, without the passwords of addresses.
+    """Return a command to copy into a shell.
 
     Args:
         verb: of dpace.
@@ -237,4 +237,4 @@ def command(verb: str, *values: object, **flags: object) -> str:
         words.append(_flag_of(name))
         if value is not True:
             words.append(str(value))
-    return shlex.join(without_passwords(words))
+    return shlex.join(words)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dpace.config import Recipe, without_passwords
+from dpace.config import Recipe
 from dpace.system.ledger import JsonObject, read_text, write_text
 from dpace.system.progress import one_line, quoted
 from dpace.system.validation import from_json, to_json
@@ -44,8 +44,8 @@ def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyR
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every value, defaults too, so that the file alone repeats the run; passwords are left out."""
-    write_text(path, yaml.dump(without_passwords(to_json(recipe)), Dumper=_Dumper, sort_keys=False))
+    """Write every value, defaults too, so that the file alone repeats the run."""
+    write_text(path, yaml.dump(to_json(recipe), Dumper=_Dumper, sort_keys=False))
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -95,12 +95,10 @@ class Conversation:
         limit = self.target.context
         length = self.config.max_new_tokens
         if limit and len(token_ids) + num_answers * length > limit:
-            subject = ", which"
-            if num_answers:
-                subject = f"; with {count(num_answers, 'answer')} of up to {length} new tokens it"
             raise ValueError(
-                f"prompt {self.prompt.id} has {len(token_ids)} tokens{subject} passes the target's limit of {limit}; "
-                "shorten the prompt, remove a turn or lower max-new-tokens"
+                f"prompt {self.prompt.id} has {len(token_ids)} tokens; with {count(num_answers, 'answer')} of up to "
+                f"{length} new tokens it passes the target's limit of {limit}; shorten the prompt, remove a turn or "
+                "lower max-new-tokens"
             )
 
     def add(self, token_ids: list[int], answer: list[int]) -> None:

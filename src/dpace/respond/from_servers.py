@@ -101,7 +101,7 @@ class ServerAnswers:
         """What became of prompts: an answer, `LeftOut`, or what ends the call."""
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Response]]:
-        """Yield the answers as they come, at once what came since the last time, until every prompt has its end.
+        """Yield the answers as they come, until every prompt has its end.
 
         Raises:
             ValueError: the last server was given up, a server refuses every request, or sends what is no answer.
@@ -112,23 +112,17 @@ class ServerAnswers:
         for server in self.servers:
             for _ in range(num_workers):
                 threading.Thread(target=self._work, args=[server], daemon=True).start()  # ends with the process
-        num_open = len(prompts)
         try:
-            while num_open:
-                # Wait for one result, and take all that are there with it: the caller waits for the disk once.
-                recent = [self._results.get()]
-                while not self._results.empty():
-                    recent.append(self._results.get())
-                num_open -= len(recent)
-                # Answers first, so that they are kept where another prompt of the same moment ends the call.
-                yield [result for _, result in recent if isinstance(result, Response)]
-                for prompt, result in recent:
-                    if isinstance(result, LeftOut):
-                        self.left_out[result.reason] += 1
-                        if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
-                            note(f"prompt {prompt.id} is left out: {result}")
-                    elif isinstance(result, Exception):
-                        raise result
+            for _ in prompts:
+                prompt, result = self._results.get()
+                if isinstance(result, Response):
+                    yield [result]
+                    continue
+                if not isinstance(result, LeftOut):
+                    raise result
+                self.left_out[result.reason] += 1
+                if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
+                    note(f"prompt {prompt.id} is left out: {result}")
         finally:
             # Workers end, also where the caller stops early: they see that their server is given up.
             self._given_up.update(self.servers)

@@ -87,10 +87,6 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> tuple[Path, in
         OSError: the disk is full; the same call goes on when there is room.
     """
     opening, end = user_turn(target)
-    if target.context and len(opening) + config.max_new_tokens > target.context:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} passes the target's limit of {target.context} tokens; lower it"
-        )
     path = Path(config.output) / FILE
     with lock_folder(path.parent):
         register_files(path.parent, FILE, META_FILE)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pydantic
 
 from dpace.config import MAX_TOKENS, STRICT, Recipe, RespondConfig
-from dpace.prompts.prompts import Prompt, PromptParts, split_and_explain
+from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
@@ -211,8 +211,6 @@ def check_meta(path: Path, meta: JsonObject) -> None:
     if not path.exists():
         refuse_foreign_files(path.parent, meta_path(path).name)
         return
-    if not path.stat().st_size:
-        return  # killed before the first answer
     old_meta = read_meta(path)
     way_out = "name another folder with --output, or move the file away"
     if not old_meta:  # perhaps another program's
@@ -280,18 +278,14 @@ def find_answers(recipe: Recipe, respond: str) -> JsonObject:
     """
     path = recipe.responses_path
     if not path.exists():
-        split_and_explain(recipe.prompts)  # refuses a missing file before the advice to answer it
+        split_prompts(recipe.prompts)  # refuses a missing file before the advice to answer it
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     meta = read_meta(path)
-    fault = None
-    if not meta:
-        fault = "has no meta file beside it that says which target made the answers"
-    elif not meta.get("complete"):
-        fault = "holds the answers of an interrupted `dpace respond`"
-    elif meta.get("responses_sha256") != hash_file(path):
-        fault = "was changed after `dpace respond` wrote it"
-    if fault:
-        raise ValueError(f"{path} {fault}; run `{respond}`, which goes on with it or says what to do")
+    if meta.get("responses_sha256") != hash_file(path):  # which only a complete file has
+        raise ValueError(
+            f"{path} is not what a finished `dpace respond` wrote; run `{respond}`, which goes on with it or says what "
+            "to do"
+        )
     refuse_other_answers(path, meta, {"thinking": recipe.thinking})
     return meta
 

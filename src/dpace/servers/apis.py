@@ -200,24 +200,16 @@ MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
 
 
 class VllmServer(Server):
-    """vLLM: `/v1/completions`, counters in `/metrics`, or in each response with `--per-request-spec-decode-metrics`.
+    """vLLM: `/v1/completions`, counters in `/metrics`.
 
-    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html; and its page
-    `docs/features/speculative_decoding/acceptance_metrics.md`.
+    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html.
     """
 
     engine = "vllm"
 
     def find_model(self, page: dict) -> object:
         """See `Server`."""
-        models = self.address.get("/v1/models")
-        try:
-            return json.loads(models)["data"][0]["id"]
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{self.url}/v1/models answers {self.address.short(models)}, expected a list of models; is it vLLM's "
-                "server?"
-            ) from error
+        return json.loads(self.address.get("/v1/models"))["data"][0]["id"]
 
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
         """See `Server`."""
@@ -239,16 +231,11 @@ class VllmServer(Server):
         """See `Server`."""
         choice = (event.get("choices") or [{}])[0]
         usage = event.get("usage") or {}
-        counts = None
-        if spec := (event.get("metrics") or {}).get("speculative_decoding"):
-            accepted = spec["num_accepted_draft_tokens"]
-            counts = Counts(spec["num_spec_steps"], accepted, spec.get("num_draft_tokens", 0))
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
             num_tokens=usage.get("completion_tokens"),
             stop_token=choice.get("stop_reason"),  # None for the end of the sequence
-            counts=counts,
         )
 
     def measured(self) -> dict:
@@ -374,7 +361,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
     """Find out what runs at an address.
 
     Args:
-        url: `http://host:port`; a user and a password in it are sent, and are not shown.
+        url: `http://host:port`.
         vocab_size: see `Server`.
 
     Raises:
@@ -382,17 +369,16 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
     """
     address = Address(url)
     for path, kind, key in PROBES:
+        server = kind(address, vocab_size)
         try:
-            answer = json.loads(address.get(path))
-        except Refused as error:
-            if error.status == 401:
+            page = json.loads(address.get(path))
+            if isinstance(page, dict) and (not key or key in page):
+                server.model = server.find_model(page)
+                server.version = page.get("version") or page.get("build_info")
+                return server
+        except Unavailable:
+            raise
+        except UNREADABLE as error:  # a server, but not this one
+            if isinstance(error, Refused) and error.status == 401:
                 raise
-            continue
-        except (json.JSONDecodeError, RecursionError):
-            continue  # a server, but not this one
-        if isinstance(answer, dict) and (not key or key in answer):
-            server = kind(address, vocab_size)
-            server.model = server.find_model(answer)
-            server.version = answer.get("version") or answer.get("build_info")
-            return server
     raise ValueError(f"{address.url} is neither vLLM nor SGLang nor llama.cpp's server; give the address before /v1")

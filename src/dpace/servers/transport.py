@@ -3,7 +3,6 @@
 An address and a request come in; a page, an answer or its events go out, or one line that tells what went wrong.
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -41,7 +40,7 @@ class Unavailable(ValueError):
 
 
 class Address:
-    """A server's address; its password, or the key in `API_KEY`, is sent, and is neither shown nor kept.
+    """A server's address; the key in `API_KEY` is sent, and is neither shown nor kept.
 
     No proxy is used: the environment's settings of httpx are not read, since prompts and the key are for this server.
 
@@ -54,25 +53,18 @@ class Address:
 
     def __init__(self, url: str):
         try:
-            address = httpx.URL(str(HttpUrl(url.strip())))
-        except ValidationError as error:  # whose message may show a password
+            self.url = str(HttpUrl(url.strip())).rstrip("/")
+        except ValidationError as error:
             raise ValueError(
                 "a server's address has a host or a port that none can have; give http://host:port"
             ) from error
-        self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
-        key = os.environ.get(API_KEY, "").strip()
-        if not key.isascii() or not key.isprintable():
+        self._key = os.environ.get(API_KEY, "").strip()
+        if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"{API_KEY} has characters that no key has; set it to the key alone")
         headers = {"Accept-Encoding": "identity"}
-        self._secrets = []
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-            self._secrets = [key]
-        if address.userinfo:
-            pair = base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
-            self._secrets = [pair, address.password or address.username]
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         self._client = httpx.Client(
-            auth=(address.username, address.password) if address.userinfo else None,  # takes the key's place
             headers=headers,
             trust_env=False,
             verify=ssl.create_default_context(),  # this machine's certificates, not those that come with httpx
@@ -82,10 +74,10 @@ class Address:
         )
 
     def short(self, value: object) -> str:
-        """Return what the server said: short, in one line, without control characters, password and key."""
+        """Return what the server said: short, in one line, without control characters and key."""
         text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
+        if self._key:
+            text = text.replace(self._key, "***")
         return one_line(text[: 2 * MAX_SHOWN])[:MAX_SHOWN]
 
     def get(self, path: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from dpace.config import without_passwords
 from dpace.system.progress import quoted
 
 Kind = TypeVar("Kind")
@@ -79,7 +78,7 @@ def describe_invalid(error: ValidationError, kind: Any) -> str:
     # Each type of a union gives an error of its own for the same key.
     messages = dict.fromkeys(found["msg"] for found in errors if _name(found["loc"]) == name)
     reasons = [re.sub("^(Input should be|Value error,|Value should have) ", "", message) for message in messages]
-    return f"{name or 'the file'} is {quoted(without_passwords(first['input']))}, expected {' or '.join(reasons)}"
+    return f"{name or 'the file'} is {quoted(first['input'])}, expected {' or '.join(reasons)}"
 
 
 def _describe_unknown(place: Sequence[int | str], kind: Any) -> str:

@@ -7,7 +7,6 @@ in silence what it does not know; here such a file is refused.
 
 import functools
 import math
-import shutil
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -24,15 +23,13 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-from dpace.system.ledger import JsonObject, filling, refuse_endless, remove_unfinished
+from dpace.system.ledger import JsonObject, filling, remove_unfinished
 from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.system.progress import describe_error, note, quoted
 from dpace.system.provenance import hash_file
 
 GET_AGAIN = "write or download the file again, or name one in another precision"
 NAME_UNQUANTIZED = "name the folder or Hub id of the model that is not quantized"
-DRAFTERS = ("dflash", "dspark", "eagle3")
-"""Architectures of files that hold a drafter."""
 SETTINGS = {
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
@@ -74,6 +71,7 @@ def read_header(path: Path) -> tuple[JsonObject, GgufHeader]:
     return values, header
 
 
+@functools.cache  # a process hashes a file once
 def find_gguf_target(path: Path, cache: Path) -> str:
     """Find the folder of a GGUF file's weights, and make it at the first use.
 
@@ -88,18 +86,10 @@ def find_gguf_target(path: Path, cache: Path) -> str:
         cache: folder in which such folders are kept.
 
     Raises:
-        ValueError: the file is damaged, in parts, or a drafter's; it has no tokenizer; transformers does not read its
-            architecture or one of its settings; or the disk is too small.
-        OSError: it cannot be read.
+        ValueError: the file is damaged, in parts, or has no tokenizer; transformers does not read its
+            architecture or one of its settings.
+        OSError: it cannot be read, or the disk is too small.
     """
-    refuse_endless(path, "a GGUF file of the target")
-    facts = path.stat()
-    return _find_folder(path.resolve(), cache, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.cache
-def _find_folder(path: Path, cache: Path, _size: int, _changed: int) -> str:
-    """Find or make the folder; the same file is hashed once a process."""
     folder = cache / f"{path.stem}-{hash_file(path)[:16]}"
     if (folder / "config.json").exists():
         return str(folder)
@@ -108,12 +98,6 @@ def _find_folder(path: Path, cache: Path, _size: int, _changed: int) -> str:
     with WeakFileLock(cache.with_suffix(".lock")):  # one at a time, since each needs much memory
         if not (folder / "config.json").exists():  # another process may have made it meanwhile
             gib = 4 * num_weights / 2**30
-            free_gib = shutil.disk_usage(cache).free / 2**30
-            if gib > free_gib:
-                raise ValueError(
-                    f"the weights of {path.name} need {gib:.1f} GiB in {cache}, where {free_gib:.1f} GiB are free; "
-                    "make room, or set XDG_CACHE_HOME to a folder on another disk"
-                )
             note(
                 f"first use of {path.name}: its {num_weights / 1e6:,.0f} million weights are written to {folder}, "
                 f"{gib:.1f} GiB, with {2 * gib:.1f} GiB of memory"
@@ -133,12 +117,10 @@ def _refuse_unreadable(path: Path) -> int:
     fault = ""
     if values.get("split.count", 1) not in (0, 1):
         fault = "is one part of a split file; join the parts with llama-gguf-split --merge"
-    elif architecture in DRAFTERS:
-        fault = "holds a drafter; name the target's file with --target, and this one with --drafter"
     elif architecture not in GGUF_CONFIG_ARCHS and _settings_read(str(architecture)) is None:
         fault = (
             f"has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; "
-            f"{NAME_UNQUANTIZED}"
+            f"{NAME_UNQUANTIZED}, or a drafter with --drafter"
         )
     elif "tokenizer.ggml.tokens" not in values:
         fault = f"has no tokenizer; {GET_AGAIN}"

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from torch import Tensor
 
-from dpace.config import Recipe, without_passwords
+from dpace.config import Recipe
 from dpace.loss import SlotScores
 from dpace.system import ranks
 from dpace.system.ledger import JsonObject
@@ -162,7 +162,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         Sends them an entry of the log.
     """
     trackers: dict[str, GeneralTracker] = {}
-    settings = without_passwords({"target": recipe.target, **recipe.settings})
+    settings = {"target": recipe.target, **recipe.settings}
     for key, value in settings.items():
         if not isinstance(value, int | float):
             settings[key] = str(value)  # TensorBoard takes no lists, and no None

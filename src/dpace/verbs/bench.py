@@ -13,7 +13,7 @@ from dpace.system.progress import note
 from dpace.verbs import generate_command, load_chat, load_target, note_unread, show_results
 
 if TYPE_CHECKING:
-    from dpace.prompts.prompts import Prompt
+    from dpace.prompts.prompts import Prompt, PromptParts
 
 ARGUMENTS = Arguments(Recipe, groups=("prompts", "bench"))
 IN_PROCESS = ("drafters", "widths", "verify_rules")
@@ -40,11 +40,12 @@ def run(recipe: Recipe, given: Given) -> None:
         )
     if config.depths and not config.plain_server:
         raise ValueError("--bench.depths compares with no drafter; name a server without one by --bench.plain-server")
-    prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
+    parts = None if config.sets else split_prompts(recipe.prompts)
+    prompts = parts.heldout if parts else read_sets(config.sets, config.sets_dir)
     if config.server:
         _measure_servers(recipe, prompts)
     else:
-        _measure_here(recipe, prompts)
+        _measure_here(recipe, prompts, parts)
 
 
 def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
@@ -59,8 +60,11 @@ def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
     print("next:", command("report", recipe.output))
 
 
-def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
-    """Decode the first prompts of each set with the drafters and plainly."""
+def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", parts: "PromptParts | None") -> None:
+    """Decode the first prompts of each set with the drafters and plainly.
+
+    `parts` has the recipe's prompts where the held-out ones of them are decoded.
+    """
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
@@ -74,8 +78,8 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
         trained = output / "drafter"
         if not trained.exists():
             raise ValueError(f"there is no drafter {trained}; train one, or name one with --bench.drafters")
-        if not config.sets:
-            _refuse_trained_prompts(recipe, trained)
+        if parts:
+            _refuse_trained_prompts(recipe, parts, trained)
         places = (str(trained),)
     # Found and named before the target is loaded, which takes longer.
     folders = [find_drafter(place, "--bench.drafters") for place in places]
@@ -93,13 +97,12 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
         print("next:", generate_command(recipe, places[0]))
 
 
-def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
+def _refuse_trained_prompts(recipe: Recipe, parts: "PromptParts", drafter: Path) -> None:
     """Refuse held-out prompts that the recipe's own drafter may have been trained on.
 
     Raises:
         ValueError: its run was split in another way.
     """
-    from dpace.prompts.prompts import split_and_explain
     from dpace.recipes.recipe_file import read_recipe
     from dpace.respond.responses import load_examples
     from dpace.system.provenance import same_run
@@ -112,7 +115,6 @@ def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
     training = read_recipe(drafter / "recipe.yaml")
     way_out = "the held-out prompts may be among them; give the prompts and options of the training"
     # Where the prompts were split in the same way, the same conversations are left for training.
-    parts, _ = split_and_explain(recipe.prompts)
     train, validation = choose_conversations(*load_examples(responses, parts), training)
     same_run(run_facts, data_facts(train, validation), f"{drafter} holds a run", way_out)
 

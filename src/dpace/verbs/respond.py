@@ -25,18 +25,12 @@ def run(recipe: Recipe, given: Given) -> None:
     def check() -> list[str]:
         """Refuse what can be refused without the target, and say what is to come."""
         check_meta(path, known_settings(config, thinking=recipe.thinking))
-        if config.source == "own":
-            for prompt in prompts:
-                prompt.own_messages()  # refuses one that has no answer
         return answer_lines(recipe, parts)
 
     with lock_folder(recipe.output):
         lines = ranks.from_first(check)
         target = load_chat(recipe) if config.server else load_target(recipe)
         note("\n".join(lines))
-        num_given = sum(prompt.answer is not None for prompt in prompts)
-        if config.source == "target" and num_given:
-            note(f"the answers of {count(num_given, 'prompt')} left out: --respond.source own would train on them")
         left_out = answer_prompts(target, prompts, path, config)
     if not ranks.end():
         return

@@ -21,7 +21,7 @@ def run(recipe: Recipe, given: Given) -> None:
     """Run `dpace train`."""
     from dpace.measure.own_text import greedy_share
     from dpace.plan import known_lengths, plan_recipe, training_lines
-    from dpace.prompts.prompts import split_and_explain
+    from dpace.prompts.prompts import split_prompts
     from dpace.respond.responses import find_answers, load_examples, refuse_other_answers
     from dpace.target.files import find_target_files
     from dpace.target.locate import find_target
@@ -40,7 +40,7 @@ def run(recipe: Recipe, given: Given) -> None:
     check_trackers(recipe.train.report_to)
     path = recipe.responses_path
     meta = find_answers(recipe, command("respond", *given.words))
-    parts, _ = split_and_explain(recipe.prompts)
+    parts = split_prompts(recipe.prompts)
     dataset, validation = choose_conversations(*load_examples(path, parts), run.recipe)
     run.facts |= data_facts(dataset, validation)
     folder = Path(recipe.output) / "drafter"

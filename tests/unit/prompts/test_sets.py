@@ -46,12 +46,10 @@ def test_the_hub_gives_the_published_prompts(monkeypatch, capsys):
 
 
 def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
-    """Prompts with tools are a set of their own."""
-    tools = [{"type": "function", "function": {"name": "f"}}]
     rows = [{"id": f"mine/{i}", "turns": ["a", "b"]} for i in range(5)]
-    write_rows(tmp_path / "mine.jsonl", [*rows, {"id": "6", "prompt": "a", "tools": tools}])
+    write_rows(tmp_path / "mine.jsonl", [*rows, {"id": "6", "prompt": "a"}])
     prompts = read_sets(["mine"], tmp_path)
-    assert {prompt.set: len(prompt.turns) for prompt in prompts} == {"mine": 2, "mine (tools)": 1}
+    assert {prompt.set for prompt in prompts} == {"mine"} and {len(prompt.turns) for prompt in prompts} == {1, 2}
     assert prompts == read_sets(["mine"], tmp_path) and prompts[0].id != "mine/0"
     assert sorted(prompt.id for prompt in prompts) == [*(f"mine/{i}" for i in range(5)), "mine/6"]
     with pytest.raises(ValueError, match="choose from gsm8k"):

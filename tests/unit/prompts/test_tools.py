@@ -71,7 +71,6 @@ def read_one(path, row) -> Prompt:
 def test_each_layout_gives_the_same_tokens(layout, suffix, target, tmp_path):
     prompt = read_one(tmp_path / f"x{suffix}", LAYOUTS[layout])
     assert target.tokenizer.decode(encode_chat(target, prompt.turns[0])) == WORDS
-    assert prompt.set == "x (tools)"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import dpace
 from dpace.config import Recipe
 from dpace.recipes import RECIPES
 from dpace.recipes.flags import Arguments, command, parse
-from dpace.recipes.recipe_file import read_recipe, write_recipe
+from dpace.recipes.recipe_file import read_recipe
 
 OF_RECIPES = Arguments(Recipe)
 
@@ -22,19 +22,6 @@ def test_recipes_parse_and_are_found_by_name(name, run_line):
     _, given = parse(OF_RECIPES, "train", [name, "--seed", "7"])
     assert given.words == [name, "--train.seed", "7"]
     assert name in run_line("--help").out
-
-
-def test_passwords_of_addresses_are_written_nowhere(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")
-    args = [str(path), "--bench.server=https://bob:secret@b:2/x@y", "--bench.plain-server", " HTTP://eve:secret@c:3"]
-    recipe, given = parse(OF_RECIPES, "train", args)
-    assert recipe.respond.server == ("http://ann:secret@a:1",)
-    shown = command("train", *given.words)
-    write_recipe(recipe, tmp_path / "written.yaml")
-    shown += (tmp_path / "written.yaml").read_text()
-    assert "secret" not in shown
-    assert all(address in shown for address in ("https://b:2/x@y", "http://a:1", "HTTP://c:3"))
 
 
 def test_exit_codes_of_usage(run_line):

@@ -90,22 +90,11 @@ def test_a_call_goes_on_with_a_file_that_its_user_has_changed(write):
     assert lines[3] not in path.read_text()
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"max_new_tokens": 9}, {"seed": 4}])
-def test_prompts_of_another_run_are_left_alone(options, write):
+def test_prompts_of_another_run_are_left_alone(write):
     before = write().read_bytes()
-    (name,) = options
-    with pytest.raises(ValueError, match=f"holds prompts with {name} .*name another folder with --output"):
-        write(**options)
+    with pytest.raises(ValueError, match="holds prompts with temperature .*name another folder with --output"):
+        write(temperature=1.0)
     assert write().read_bytes() == before
-
-
-def test_files_of_others_are_left_alone(write, tmp_path):
-    path = tmp_path / "out" / "prompts.jsonl"
-    path.parent.mkdir()
-    path.write_text('{"prompt": "mine"}\n')
-    with pytest.raises(ValueError, match=r"prompts.jsonl was not written by dpace"):
-        write()
-    assert path.read_text() == '{"prompt": "mine"}\n'
 
 
 def test_the_template_says_where_a_text_begins_and_ends(target):
@@ -121,9 +110,7 @@ def test_the_template_says_where_a_text_begins_and_ends(target):
     [
         (None, "has no chat template"),
         ("{{ messages[0].content }} w1", "has nothing before or after the user's text"),
-        ("w1 {{ messages[0].content }}", "has nothing before or after the user's text"),
         ("{{ raise_exception('no') }}", r"refuses the messages \(no\)"),
-        ("w1 {{ messages[0].content | upper }} w2", "has nothing before or after the user's text"),
     ],
 )
 def test_a_template_without_a_users_turn_is_refused(template, reason, target, write, tmp_path):
@@ -131,11 +118,6 @@ def test_a_template_without_a_users_turn_is_refused(template, reason, target, wr
     with pytest.raises(ValueError, match=f"{reason}.*(name a|change the)"):
         write()
     assert not (tmp_path / "out").exists()
-
-
-def test_prompts_longer_than_the_context_are_refused(write):
-    with pytest.raises(ValueError, match="--max-new-tokens 256 passes the target's limit of 256 tokens; lower it"):
-        write(max_new_tokens=256)
 
 
 def test_a_target_that_writes_nothing_new_ends_the_call(write):

@@ -64,14 +64,6 @@ def test_a_target_on_several_devices_reads_padded_rows(target, monkeypatch):
     assert in_process.generate_responses(target, encoded, config, range(3)) == answers
 
 
-def test_a_fault_while_answering_takes_no_slower_way(target, monkeypatch):
-    monkeypatch.setattr(in_process.Batch, "steps", mock.Mock(side_effect=ValueError("a bug")))
-    with pytest.raises(ValueError, match="a bug"):
-        in_process.generate_responses(target, [[5, 9]], RespondConfig(max_new_tokens=6), [0])
-    with pytest.raises(ValueError, match="over the target's limit"):
-        in_process.generate_responses(target, [[5, 9]], RespondConfig(max_new_tokens=10**6), [0])
-
-
 def test_an_interrupted_call_goes_on(write, path):
     whole = write()
     lines = path.read_text().splitlines(keepends=True)
@@ -100,14 +92,10 @@ def test_the_meta_file_tells_what_made_the_responses(write, target, path):
 
 OTHERS = {
     "temperature": (0.5, "temperature 0.5, not 1.0; set this as it was, name another folder"),
-    "max_new_tokens": (5, "max_new_tokens 5, not 4"),
-    "seed": (1, "seed 1, not 0"),
     "source": ("own", 'source "own", not "target"'),
-    "thinking": (False, "thinking false, not true"),
     "target_sha256": ("0", r"other weights of the target \(sha256 0, not \w{12}\)"),
     "dtype": ("bfloat16", 'dtype "bfloat16", not "float32"'),
     "chat_template_sha256": ("0", "other chat template"),
-    "tokenizer_sha256": ("0", "other tokenizer"),
 }
 """What a file may have been made with, and how the message says it."""
 
@@ -143,9 +131,6 @@ def test_answers_that_were_copied_are_not_answered_again(write, path, monkeypatc
     copy = shutil.copytree(path.parent, path.with_name("copy"), ignore=shutil.ignore_patterns(".*")) / path.name
     monkeypatch.setattr("dpace.respond.answering.answer_batches", lambda *_: pytest.fail("answered again"))
     assert write(path=copy) == whole
-    copy.write_bytes(copy.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match="was changed after dpace wrote it"):
-        write(path=copy)
     copy.unlink()
     with pytest.raises(ValueError, match=r"responses.meta.json was not written by dpace"):
         write(path=copy)
@@ -156,7 +141,7 @@ def test_every_turn_counts_against_the_context(write, path):
     with pytest.raises(ValueError, match="prompt 0 has 6. tokens; with 5 answers of up to 4 new tokens"):
         write([*PROMPTS, replace(prompt, turns=prompt.turns * 5)])
     (long,) = make_prompts(["w1 " * 70])
-    with pytest.raises(ValueError, match="prompt 0 has 7. tokens, which passes the target's limit of 64"):
+    with pytest.raises(ValueError, match="prompt 0 has 7. tokens; .* the target's limit of 64"):
         write([replace(long, answer={"role": "assistant", "content": "w2"})], source="own")
     assert not path.exists(), "refused before work starts"
     assert write([replace(prompt, turns=prompt.turns * 3)])

@@ -98,7 +98,6 @@ def text(value: str) -> bytes:
 REFUSED = {
     # what the file has beside that of a good one: the message
     "rope_scaling_type": (gguf.RopeScalingType.YARN, "sets rope.scaling.type to 'yarn', which transformers does not "),
-    "attn_logit_softcapping": (3.0, "sets attn_logit_softcapping to 3.0, which transformers does not read"),
     "rope_dimension_count": (6, "sets rope.dimension_count to 6, which transformers does not read; name the folder"),
 }
 
@@ -133,8 +132,6 @@ def test_files_that_are_no_targets_are_refused(tmp_path):
         "it ends too early": whole[:num_header],
         "does not start with the GGUF magic": b"PK" + whole,
         "has the architecture 'qwen9', which transformers does not read": whole.replace(b"qwen3", b"qwen9"),
-        "holds a drafter; name the target's file with --target": whole.replace(text("qwen3"), text("eagle3"))
-        + bytes(64),
         "is one part of a split file; join the parts with llama-gguf-split --merge": (
             whole.replace(text("tokenizer.ggml.unknown_token_id"), text("split.count")) + bytes(64)
         ),

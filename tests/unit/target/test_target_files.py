@@ -68,8 +68,6 @@ def write_adapter(base_folder, width=128, **changes):
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     torch.manual_seed(1)
     weights = {f"{QUERY}A.weight": torch.randn(2, width), f"{QUERY}B.weight": torch.randn(128, 2)}
-    if changes.get("lora_bias"):
-        weights[f"{QUERY}B.bias"] = torch.ones(128)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -99,10 +97,10 @@ def incomplete_adapter(folder):
     return lora
 
 
-def to_pickle(folder, name="model"):
+def to_pickle(folder):
     """Where a folder has nothing else, a pickle would be read."""
-    weights = folder / f"{name}.safetensors"
-    torch.save(load_file(weights), folder / f"pytorch_{name}.bin".replace("pytorch_adapter", "adapter"))
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
     weights.unlink()
     return folder
 
@@ -129,26 +127,21 @@ def quantized(**settings):
 
 REFUSED = {
     "of kind 'PREFIX_TUNING' .* expected LORA": adapter(peft_type="PREFIX_TUNING"),
-    "with base null, expected LORA": adapter(base_model_name_or_path=None),
     "base .* there is no folder /no/model": adapter(base_model_name_or_path="/no/model"),
     "lack base_model.model.model.layers.1": incomplete_adapter,
-    "without what cannot be merged": adapter(lora_bias=True),
     "whose weights are quantized; merging would": lambda f: write_adapter(quantized(quant_method="fp8")(f)),
     r"no weights in safetensors, and a pickle \(\*.bin\) is not read": to_pickle,
     "since it may run code": lambda f: to_pickle(change_config(f, transformers_weights="pytorch_model.bin")),
-    "name the folder that save_pretrained writes": lambda f: to_pickle(write_adapter(f), "adapter_model"),
     "model-00002-of-00002.safetensors": lacks_a_file,
     "generation_config.json is not JSON": raw("generation_config.json", '{"eos'),
     "eos_token_id is 'a', exp": raw("generation_config.json", '{"eos_token_id": "a"}'),
     "cannot load the target .*: Expecting property name": raw("tokenizer.json", "{"),
     "quantized in a way that transformers does not have .*'none'": quantized(quant_method="none"),
-    "pip install gptqmodel": quantized(quant_method="awq", bits=4, group_size=128),
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_read_is_refused_in_one_line(words, folder, monkeypatch):
-    monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
+def test_what_cannot_be_read_is_refused_in_one_line(words, folder):
     name = str(REFUSED[words](folder))
     with pytest.raises((ValueError, OSError), match=words) as error:
         _ = Target.load(name).stop_token_ids
