@@ -100,7 +100,7 @@ def end_state(folder: Path) -> dict:
     state: dict = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or path.match("bench-*.jsonl") or path.name in (".dpace.lock", "manifest.json"):
+        if path.is_dir() or path.match("bench-*.jsonl") or path.name == ".dpace.lock":
             state[name] = None
         elif path.suffix == ".json":
             state[name] = without_unused(json.loads(path.read_text()))
