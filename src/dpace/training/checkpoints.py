@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dpace.drafter import Drafter
 from dpace.system import ranks
-from dpace.system.ledger import JsonObject, filling, read_object, remove_unfinished, write_text
+from dpace.system.ledger import filling, read_object, remove_unfinished, write_text
 from dpace.system.progress import note
 from dpace.training.sharding import take_share
 
@@ -41,8 +41,6 @@ class TrainingState:
     """That tau."""
     log_history: list[dict[str, float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
-    unlogged: JsonObject = field(default_factory=dict)
-    """What `StepLog` has of the steps since the last entry."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
         """Add an entry to the log, and return it."""

@@ -238,7 +238,6 @@ class TrainingLoop:
                 self.read_weights(newest)
                 read_optimizer(newest, self.optimizer)
             self.schedule = self._make_schedule()
-            self.log.go_on(self.state.unlogged)
         state = self.state
         config = self.config
         with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
@@ -417,7 +416,6 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint."""
         self.gather()
-        self.state.unlogged = self.log.unlogged(self.accelerator)
         write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer)
 
     def read_weights(self, folder: Path) -> None:

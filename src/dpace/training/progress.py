@@ -20,7 +20,6 @@ from torch import Tensor
 from dpace.config import Recipe, without_passwords
 from dpace.loss import SlotScores
 from dpace.system import ranks
-from dpace.system.ledger import JsonObject
 from dpace.system.progress import note, shorten
 from dpace.training.checkpoints import TrainingState
 
@@ -73,7 +72,7 @@ class Interrupt:
 
 
 class StepLog:
-    """Sums over the steps since the last entry of the log, by slot where that says more.
+    """Sums over the steps since the last entry of the log, or since a resume, by slot where that says more.
 
     Args:
         block_size: slots of the drafter's blocks; shorter ones lack the last slots.
@@ -95,18 +94,6 @@ class StepLog:
         """Add loss, gradient norm, learning rate and seconds of an optimizer step."""
         self._steps.append(numbers)
 
-    def unlogged(self, accelerator: Accelerator) -> JsonObject:
-        """Return what was added since the last entry, over all ranks; they call this together."""
-        total: Any = accelerator.reduce(self._sums, reduction="sum")
-        return {"sums": total.tolist(), "steps": self._steps}
-
-    def go_on(self, unlogged: JsonObject) -> None:
-        """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = unlogged["steps"]
-        # They are of all ranks already, and will be added up over the ranks again.
-        if ranks.is_first():
-            self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
-
     def entry(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the log's entry for these steps over all ranks, and begin anew.
 
@@ -114,8 +101,7 @@ class StepLog:
         without data loading, the negative log-likelihood of a token, and for each slot its share of the weight and how
         often the drafter is right.
         """
-        total = accelerator.reduce(self._sums, reduction="sum")
-        weights, matches, nll, slots = total
+        weights, matches, nll, slots = accelerator.reduce(self._sums, reduction="sum")
         entry = {
             "loss": statistics.mean(step["loss"] for step in self._steps),
             "grad_norm": self._steps[-1]["grad_norm"],

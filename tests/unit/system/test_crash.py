@@ -48,7 +48,7 @@ def runs(
     few = f"--prompts.path {prompts} --prompts.num-heldout 2 --bench.max-new-tokens 4 --bench.temperatures 0"
     tiny = (
         "--drafter.num-layers 2 --drafter.block-size 6 --train.max-steps 3 --train.eval-steps 2 --train.num-anchors 4 "
-        "--train.batch-size 4 --prompts.num-validation 2 --respond.max-new-tokens 12"
+        "--train.batch-size 4 --train.logging-steps 1 --prompts.num-validation 2 --respond.max-new-tokens 12"
     )
     cells = "--objectives dflash --seeds 0 --bench.num-prompts 1 --bench.widths full"
     export = f"export {language_drafter_folder} --to"
