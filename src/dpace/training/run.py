@@ -46,7 +46,6 @@ NO_RESULT = {
     "train.report_to",
     "train.feature_cache_gib",
     "train.feature_files",
-    "train.feature_files_gib",
     "train.gradient_checkpointing",
     "train.target_shard",
 }
@@ -189,8 +188,7 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
 
     Raises:
         ValueError: see `make_weigh` and `wants_shards`; there is a selector, or servers of hidden states, and a loss
-            that reads the target's distribution; an option of a selector, and none; or one of hidden states on disk,
-            and no folder.
+            that reads the target's distribution, or no folder for them; or an option of a selector, and none.
     """
     config = recipe.train
     selector = recipe.drafter.selector
@@ -202,10 +200,9 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "selector needs; leave them out, or take --loss.token-loss nll and, with a selector, "
             "--loss.selector-penalty 0"
         )
-    if not config.feature_files and (config.feature_dtype != "target" or config.feature_servers):
+    if config.feature_servers and not config.feature_files:
         raise ValueError(
-            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
-            "with --train.feature-files"
+            "--train.feature-servers are for hidden states on disk; name a folder for them with --train.feature-files"
         )
     defaults = Recipe().settings
     for name, value in recipe.settings.items():
