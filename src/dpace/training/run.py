@@ -140,10 +140,7 @@ class Run:
         self.facts = settings_of(recipe, weigh, init)
 
     def is_in(self, folder: str | Path) -> bool:
-        """Return whether a folder holds this run, finished or not.
-
-        Facts that are not known yet are not compared. An option that the folder's version of dpace did not have counts
-        as its default.
+        """Return whether a folder holds this run, finished or not; facts that are not known yet are not compared.
 
         Args:
             folder: a drafter's folder; it may be missing.
@@ -154,7 +151,6 @@ class Run:
         written_facts = read_run(folder)
         if written_facts is None:
             return False
-        written_facts = settings_of(Recipe()) | written_facts  # defaults of what an older version did not have
         same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN, WAYS_OUT)
         return True
 
