@@ -25,8 +25,6 @@ from dpace.training.checkpoints import TrainingState
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
-PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
-"""Variables that name the project of a tracker, where accelerate does not read them; by default it is `dpace`."""
 SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
 
@@ -161,7 +159,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
             trackers.pop(name, None)
 
     def start(name: str) -> None:  # as `Accelerator.init_trackers` does
-        project = os.environ.get(PROJECTS.get(name, ""), "dpace")
+        project = os.environ.get("WANDB_PROJECT", "dpace")  # accelerate does not read it
         make: Any = LOGGER_TYPE_TO_CLASS[name]
         folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
         trackers[name] = make(project, folder) if make.requires_logging_directory else make(project)

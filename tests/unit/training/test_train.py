@@ -232,7 +232,7 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(run, tmp_path, monk
     assert [entry["step"] for entry in log] == [1, 2, 3]  # without validation, tau is not measured
     tracker = good.return_value
     assert tracker.log.call_args_list == [mock.call(entry, step=entry["step"]) for entry in log]
-    assert (good.call_args, failing.call_args) == (mock.call("mine"), mock.call("dpace"))
+    assert good.call_args == mock.call("mine")
     tracker.start.assert_called_once_with()
     tracker.finish.assert_called_once_with()
     assert capsys.readouterr().err.count("the tracker trackio failed ('no key'); the training goes on") == 1
