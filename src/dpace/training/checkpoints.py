@@ -103,17 +103,8 @@ def is_whole(folder: Path) -> bool:
     return (folder / STATE).exists()
 
 
-def best_of(folder: Path) -> Path | None:
-    """Return the checkpoint that was the best one when this one was written.
-
-    None where none was measured.
-    """
-    step = read_state(folder).best_global_step
-    return None if step is None else checkpoint_folder(folder.parent, step)
-
-
 def find_newest(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint that is whole, its best one included, and remove all but these two.
+    """Find the newest checkpoint that is whole, and remove all but it and the one that was the best then.
 
     Call it inside `lock_folder`. Steps whose checkpoints are not whole are taken again.
     """
@@ -122,11 +113,8 @@ def find_newest(checkpoints: Path) -> Path | None:
         remove_unfinished(folder)
     for _, folder in sorted(folders.items(), reverse=True):
         if is_whole(folder):
-            best = best_of(folder)
-            # The training ends with the weights of the best one, so it cannot go on without them.
-            if best is None or is_whole(best):
-                remove_others(folder)
-                return folder
+            remove_others(folder)
+            return folder
         note(f"{folder} is not whole, and is removed")
         shutil.rmtree(folder)
     return None
@@ -134,9 +122,9 @@ def find_newest(checkpoints: Path) -> Path | None:
 
 def remove_others(newest: Path) -> None:
     """Remove all checkpoints but this one and the best one when it was written."""
-    kept = (newest, best_of(newest))
-    for folder in checkpoint_folders(newest.parent).values():
-        if folder not in kept:
+    best_step = read_state(newest).best_global_step
+    for step, folder in checkpoint_folders(newest.parent).items():
+        if folder != newest and step != best_step:
             shutil.rmtree(folder)
 
 
