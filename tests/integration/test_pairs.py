@@ -292,7 +292,7 @@ PAIRS |= {
     ),
     "plan, an option of a selector, no selector": Pair(
         f"plan {RECIPE} --loss.selector-penalty 0.5",
-        refused="--loss.selector-penalty is 0.5, and --drafter.selector is None, .* take --drafter.selector l",
+        refused="--loss.selector-penalty is 0.5, and --drafter.selector is None, which does not read it",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(

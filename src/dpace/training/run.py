@@ -205,13 +205,10 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
         option = name.partition(".")[2]  # the name without its group, drafter or loss
         if not option.startswith("selector_") or value == defaults[name]:
             continue
-        readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
-        if selector not in readers:
+        if selector is None or option not in SELECTORS[selector].reads:
             flag = f"--{name.replace('_', '-')}"
-            other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
-                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; {other}leave {flag} "
-                "out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; leave {flag} out"
             )
     if selector and recipe.loss.needs_target_probs:
         raise ValueError(
