@@ -1,8 +1,6 @@
 """Show a training's numbers on the terminal and in trackers, and end it well at Ctrl-C and SIGTERM."""
 
-import contextlib
 import os
-import re
 import signal
 import statistics
 import threading
@@ -186,23 +184,3 @@ def latest_numbers(state: TrainingState) -> str:
     for entry in state.log_history[-20:]:
         numbers |= entry  # entries of steps and of measurements have different names
     return ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure `peak_memory` anew; where the system cannot, it counts from the start of the process."""
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is in use now
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes in use: allocated on an accelerator, else resident in the process; None but on Linux."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    peak = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE)  # in KiB
-    return peak and 1024 * int(peak[1])

@@ -32,7 +32,6 @@ from dpace.target.chat import tokenizer_hashes
 from dpace.training.checkpoints import STATE, find_newest
 from dpace.training.finish import write_finished
 from dpace.training.loop import TrainingLoop
-from dpace.training.progress import reset_peak_memory
 from dpace.training.sharding import wants_shards
 
 RUN_FILE = "run.json"
@@ -350,7 +349,6 @@ def _train_in(folder: Path, run: Run, target: Target, dataset: ResponseDataset, 
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
-        reset_peak_memory(target.device)
         loop.run(newest)
         write_finished(folder, loop, run.facts, init)
     return drafter

@@ -19,8 +19,8 @@ from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
 from tests.support.models import make_recipe, make_target
 
-UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
-"""What tells of this process alone; Python's random numbers, which training does not use, among it."""
+UNUSED = {"tokens_per_second"}
+"""What tells of this process alone."""
 FAULTS = ("full", "torn", "")
 """What happens at an operation: no room from there on, half of its file, or nothing any more."""
 TORN = ("open", "append", "save", "fsync")
