@@ -178,10 +178,6 @@ PAIRS = {
         "--train.feature-servers http://127.0.0.1:9",
         refused="give no input of the LM head",
     ),
-    "a selector, answers shorter than a block": Pair(
-        f"train {RECIPE} --drafter.selector lilicorr --drafter.block-size 200",
-        refused="no answer fills a block of 200 tokens",
-    ),
 }
 TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
 THINKING = "{recipe} --output {out}/t --thinking"

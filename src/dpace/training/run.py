@@ -14,7 +14,7 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import WALKED, Recipe, is_custom
+from dpace.config import Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.spec import SELECTORS
@@ -224,7 +224,7 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on, or no answer as long as a block for a selector.
+        ValueError: nothing to train on.
     """
     config = recipe.train
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
@@ -232,13 +232,6 @@ def choose_conversations(
         raise ValueError(
             f"none of the {len(responses)} responses has two tokens that the target wrote in a row, so there is "
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
-        )
-    size = recipe.drafter.block_size
-    spans = [(start, min(end, config.max_length)) for example in dataset.examples for start, end in example.spans]
-    if recipe.drafter.selector in WALKED and max(end - start for start, end in spans) < size:
-        raise ValueError(
-            f"no answer fills a block of {size} tokens, so --drafter.selector would learn nothing; lower "
-            "--drafter.block-size, or leave --drafter.selector out"
         )
     return dataset, ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
 
