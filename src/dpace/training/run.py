@@ -49,14 +49,10 @@ NO_RESULT = {
     "train.target_shard",
 }
 """Settings that change no result: a run goes on with other values of them."""
-OTHER_RUN = "name another folder with --output, or delete that one"
-LONGER = "to train it further, finish it, rename its folder, and name that with --drafter.init (docs/train.md)"
-WAYS_OUT = {
-    STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks",
-    "train.max_steps": LONGER,
-    "train.num_epochs": LONGER,
-}
-"""What can be done first where these settings differ."""
+OTHER_RUN = (
+    "name another folder with --output, or delete that one; to train a finished drafter further, rename its folder, "
+    "and name that with --drafter.init"
+)
 FILES = (
     "config.json",
     "model.safetensors",
@@ -150,7 +146,7 @@ class Run:
         written_facts = read_run(folder)
         if written_facts is None:
             return False
-        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN, WAYS_OUT)
+        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN)
         return True
 
     def is_finished_in(self, folder: str | Path) -> bool:

@@ -188,7 +188,9 @@ def test_pipes_are_not_waited_for(folder, language_folder, tmp_path, capsys):
     target = shutil.copytree(language_folder, tmp_path / "target")
     (target / "model.safetensors").unlink()
     os.mkfifo(target / "model.safetensors")
-    refused(f"respond --target {target} --output {tmp_path}/out", capsys, "model.safetensors: it is a folder, a device or")
+    refused(
+        f"respond --target {target} --output {tmp_path}/out", capsys, "model.safetensors: it is a folder, a device or"
+    )
     os.mkfifo(tmp_path / "t.gguf")
     export = f"export {folder} --target t --to gguf --output {tmp_path}/gguf --target-gguf"
     refused(f"{export} {tmp_path}/t.gguf", capsys, "t.gguf: it is a folder, a device or a pipe")

@@ -78,7 +78,7 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         assert files_of(copied) == before
 
     refuse("train.seed 42, not 7", seed=7)
-    refuse("max_steps 4, not 6; to train it further, .* --drafter.init", max_steps=6)
+    refuse("max_steps 4, not 6; .* to train a finished drafter further, .* --drafter.init", max_steps=6)
     with monkeypatch.context() as patch:
         patch.setattr(language_target, "thinking", True)
         refuse("thinking false, not true")
@@ -96,7 +96,7 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
 def test_settings_that_change_no_result_may_change(unfinished, run, finished):
     """And how a step is split."""
     shutil.rmtree(unfinished / "checkpoints" / "checkpoint-4")
-    with pytest.raises(ValueError, match="conversations_per_step 4, not 2; keep the product of --train.batch-size"):
+    with pytest.raises(ValueError, match="conversations_per_step 4, not 2"):
         run(unfinished, batch_size=2)
     others = {"logging_steps": 3, "save_steps": 1, "feature_cache_gib": 0.0, "gradient_checkpointing": True}
     run(unfinished, batch_size=1, gradient_accumulation_steps=4, **others)
@@ -106,12 +106,11 @@ def test_settings_that_change_no_result_may_change(unfinished, run, finished):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "checkpoints", "run.json"])
-def test_files_of_others_are_not_touched(name, tmp_path, run):
-    (tmp_path / name).write_text("{}")
+def test_files_of_others_are_not_touched(tmp_path, run):
+    (tmp_path / "checkpoints").write_text("mine")
     with pytest.raises(ValueError, match="was not written by dpace"):
         run(tmp_path)
-    assert (tmp_path / name).read_text() == "{}"
+    assert (tmp_path / "checkpoints").read_text() == "mine"
 
 
 def test_a_checkpoint_that_is_not_whole_or_damaged_is_not_taken(unfinished, run, finished, capsys):
@@ -124,13 +123,6 @@ def test_a_checkpoint_that_is_not_whole_or_damaged_is_not_taken(unfinished, run,
     run(unfinished)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err and is_whole(last)
     assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
-
-
-def test_without_validation_answers_the_last_checkpoint_is_taken(tmp_path, run, capsys):
-    run(tmp_path, num_validated=0)
-    (tmp_path / "provenance.json").unlink()
-    run(tmp_path, num_validated=0)
-    assert "is not whole" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["gradient", "weights"])
