@@ -54,8 +54,8 @@ def run(recipe: Recipe, given: Given) -> None:
     if is_given and recipe.train.target_shard == "none" and ranks.is_first():
         note(
             f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the "
-            "target's greedy choice, and only such tokens are accepted; about 99 % are where the target itself, here or "
-            "on servers with its template, answered greedily"
+            "target's greedy choice, and only such tokens are accepted; about 99 % are where the target itself, here "
+            "or on servers with its template, answered greedily"
         )
     drafter = train(target, dataset, validation, run.recipe, folder, init=run.init, run=run)
     note_untrained(drafter.spec.record.get("tau"))
