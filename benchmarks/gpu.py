@@ -121,7 +121,7 @@ def markdown(report: dict[str, Any]) -> str:
     facts = {
         "tokens/s": f"{training['tokens_per_second']:.0f}",
         "MFU": unknown if training["mfu"] is None else f"{training['mfu']:.1%}",
-        "peak memory": "not told" if peak is None else f"{peak / 2**30:.2f} GiB",
+        "peak memory": f"{peak / 2**30:.2f} GiB",
         "planned": f"{training['planned_memory_bytes'] / 2**30:.2f} GiB",
     }
     skipped = [f"left out: {name} ({why})" for name, why in decoding["skipped"].items()]

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from loss import peak_memory, reset_peak_memory
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
@@ -22,7 +23,6 @@ from dpace.system.device import synchronize
 from dpace.target import Target
 from dpace.training import loop
 from dpace.training.loop import TrainingLoop
-from dpace.training.progress import peak_memory, reset_peak_memory
 
 PARTS = ("batch", "features", "mask", "drafter forward", "loss", "backward", "optimizer")
 WARM_UP = 10

@@ -8,8 +8,10 @@ pass; memory is the peak that a run adds, as reported by the operating system (L
 """
 
 import ctypes
+import re
 import statistics
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -21,7 +23,6 @@ from dpace.loss import Slots, frozen_head_nll
 from dpace.loss.head_scores import chunk_bytes_of
 from dpace.system.device import find_device, synchronize
 from dpace.target.head import LmHead
-from dpace.training.progress import peak_memory, reset_peak_memory
 from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8
@@ -90,7 +91,23 @@ def peak(method, data) -> float:
     before = torch.accelerator.memory_allocated(device) if not is_cpu else psutil.Process().memory_info().rss
     reset_peak_memory(device)
     run(method, *data)
-    return (peak_memory(device) or float("nan")) - before
+    return peak_memory(device) - before
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure `peak_memory` anew."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is in use now
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use: allocated on an accelerator, else resident in the process, which Linux tells."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status)[0])  # it is in KiB
 
 
 def main(shape: tuple[int, int, int] | None = None, rounds: int = 5) -> None:

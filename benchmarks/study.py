@@ -89,8 +89,6 @@ MAX_CHARACTERS = 600
 STEP_SECONDS = {8: 0.5, 16: 0.85}
 """On two quiet cores of an AMD EPYC, without a selector, for `--dry-run`."""
 NUM_VALIDATION = 24
-LIMIT_GIB = 20.0
-"""Most GiB of hidden states on disk."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ def make_sets(
     datasets = choose_conversations(train, validation, recipe)
     test_set = heldout_set(heldout, recipe)
     layer_ids = Drafter.layer_ids(target, recipe.drafter)
-    config = replace(recipe.train, feature_files=str(plan.output / "features"), feature_files_gib=LIMIT_GIB)
+    config = replace(recipe.train, feature_files=str(plan.output / "features"))
     for dataset in (*datasets, test_set):
         is_trained_on = dataset is datasets[0]
         keep_on_disk(target, dataset, layer_ids, config, with_head_input=with_head_input and is_trained_on)

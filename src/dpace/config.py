@@ -296,10 +296,6 @@ class TrainConfig:
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
     feature_files: Text | None = None
     """Folder that keeps these hidden states on disk, for all epochs, ranks and later runs; by default none does."""
-    feature_dtype: Literal["target", "bfloat16", "float8"] = "target"
-    """How they are kept there: as the target gives them, or rounded to 16 bits, or to 8 with a scale for each token."""
-    feature_files_gib: PositiveOrZero = 100.0
-    """Most GiB of disk that are added to feature_files."""
     feature_servers: Entries[Url] = ()
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     target_shard: TargetShard = "none"

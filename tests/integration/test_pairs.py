@@ -153,10 +153,6 @@ PAIRS = {
         "--train.feature-servers http://127.0.0.1:9",
         refused="give no input of the LM head",
     ),
-    "a selector, answers shorter than a block": Pair(
-        f"train {RECIPE} --drafter.selector lilicorr --drafter.block-size 200",
-        refused="no answer fills a block of 200 tokens",
-    ),
 }
 TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
 THINKING = "{recipe} --output {out}/t --thinking"
@@ -252,7 +248,7 @@ PAIRS |= {
     ),
     "plan, an option of a selector, no selector": Pair(
         f"plan {RECIPE} --loss.selector-penalty 0.5",
-        refused="--loss.selector-penalty is 0.5, and --drafter.selector is None, .* take --drafter.selector l",
+        refused="--loss.selector-penalty is 0.5, and --drafter.selector is None, which does not read it",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(

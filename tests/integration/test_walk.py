@@ -72,7 +72,7 @@ def test_from_prompts_to_an_exported_drafter(
         assert "drafters: 1 kept, 0 to come" in printed
         assert bool(re.search(r"no drafter accepts anything yet \(tau \d.\d\d\)", printed)) == is_told, printed
     refused = run(f"{train} --max-steps 12", code=1)[1]
-    assert "to train it further, finish it, rename its folder, and name that with --drafter.init" in refused
+    assert "to train a finished drafter further, rename its folder, and name that with --drafter.init" in refused
     shutil.move("dpace-out/drafter", "dpace-out/drafter-before")
     printed = run(f"{train} --max-steps 12 --drafter.init dpace-out/drafter-before")
     printed = run(next_of(printed))

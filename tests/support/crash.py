@@ -49,7 +49,7 @@ class Disk:
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         path = os.fsdecode(path)
-        if not os.path.abspath(path).startswith(self.folder) or path.endswith((".dpace.lock", ".dpace.holder")):
+        if not os.path.abspath(path).startswith(self.folder) or path.endswith(".dpace.lock"):
             return
         if self.is_dead:
             raise Killed

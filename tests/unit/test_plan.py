@@ -130,14 +130,6 @@ def test_the_time_of_a_training_is_that_of_its_steps_and_of_hidden_states(tmp_pa
         assert planned.seconds == pytest.approx((in_steps + num_read * reading) / FLOPS)
 
 
-def test_features_that_are_small_on_disk_are_whole_in_a_step(tmp_path):
-    plan, _ = make_loop(SOFT, tmp_path)
-    train = replace(plan.recipe.train, feature_dtype="float8", feature_files="files")
-    small = replace(plan, recipe=replace(plan.recipe, train=train))
-    assert small.feature_bytes < plan.feature_bytes / 3
-    assert small.memory(2)["hidden states"] == plan.memory(2)["hidden states"]
-
-
 def test_memory_grows_with_the_text_and_checkpointing_saves_it_for_more_operations(tmp_path):
     plan, _ = make_loop(SOFT, tmp_path)
     parts = plan.memory(2)

@@ -97,7 +97,7 @@ class ResponseDataset:
         self, target: Target, layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
     ) -> None:
         """Compute the features of every conversation once, where they fit in memory; see `Target.read_features`."""
-        token_bytes = bytes_of_token(target, len(layer_ids), "target", with_head_input=with_head_input)
+        token_bytes = bytes_of_token(target, len(layer_ids), with_head_input=with_head_input)
         self.features = None  # frees features of other layers before these are computed
         if token_bytes * int(self.lengths.sum()) > limit_bytes:
             return
@@ -169,13 +169,9 @@ def pad(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def bytes_of_token(target: Target, num_layers: int, dtype: str, *, with_head_input: bool) -> int:
-    """Return the bytes of a token's features, kept in a dtype of `--train.feature-dtype`."""
-    num_values = (num_layers + with_head_input) * target.hidden_size
-    if dtype == "float8":
-        num_scales = 1 + with_head_input
-        return num_values + 4 * num_scales
-    return num_values * (2 if dtype == "bfloat16" else target.head.weight.element_size())
+def bytes_of_token(target: Target, num_layers: int, *, with_head_input: bool) -> int:
+    """Return the bytes of a token's features."""
+    return (num_layers + with_head_input) * target.hidden_size * target.head.weight.element_size()
 
 
 def compute_features(

@@ -1,6 +1,6 @@
 """Keep the target's hidden states on disk, where epochs, ranks and later runs read them.
 
-A folder has a subfolder for each target, choice of layers and dtype. Its safetensors files hold a row for each text,
+A folder has a subfolder for each target and choice of layers. Its safetensors files hold a row for each text,
 named by the hash of its tokens: answers may be added, and a run that was killed goes on with what is missing.
 
 This process computes the rows, or running vLLM servers do, through the public package `hs-connectors`: vLLM writes each
@@ -16,7 +16,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -120,9 +119,6 @@ class ServerFeatures:
 
 SHARD_BYTES = 256 * 2**20
 """Size at which a file is written and the next one begun."""
-LARGEST_FLOAT8 = 448.0
-"""Largest number of `torch.float8_e4m3fn`."""
-SCALE = ".scale"
 HEAD_INPUT = ".head_input"
 """What follows a row's name where it is the LM head's input; the features of the layers have the name alone."""
 
@@ -136,9 +132,8 @@ class FeatureFiles(Sequence[Features]):
         ValueError: a row is missing, or a file cannot be read.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], dtype: torch.dtype, with_head_input: bool):
+    def __init__(self, folder: Path, names: Sequence[str], with_head_input: bool):
         self.names = list(names)
-        self.dtype = dtype
         self.with_head_input = with_head_input
         self.rows = _index_rows(folder)
         missing = [name for name in self.names if name not in self.rows]
@@ -164,11 +159,7 @@ class FeatureFiles(Sequence[Features]):
 
     def _read(self, tensor_name: str) -> Tensor:
         """Read a tensor."""
-        file = self.open(self.rows[tensor_name])
-        values = file.get_tensor(tensor_name)
-        if values.dtype == torch.float8_e4m3fn:
-            values = values.float() * file.get_tensor(tensor_name + SCALE)[:, None]  # a scale for each token
-        return values.to(self.dtype)
+        return self.open(self.rows[tensor_name]).get_tensor(tensor_name)
 
 
 def keep_on_disk(
@@ -185,15 +176,14 @@ def keep_on_disk(
     most one file of 256 MiB a rank.
 
     Raises:
-        ValueError: more bytes than the limit or the free space, another process writes there, or a file is damaged.
+        ValueError: more bytes than are free, another process writes there, or a file is damaged.
     """
     assert config.feature_files, "a recipe without a folder keeps nothing on disk"
-    dtype = config.feature_dtype
     servers = config.feature_servers
     # The hash of all that the features depend on names their folder; its form is kept, or files are not found again.
     of_target = [target.sha256, str(target.model.dtype)]
     made_by = "vllm" if servers else "dpace"
-    facts = [of_target, list(layer_ids), HEAD_INPUT if with_head_input else False, dtype, made_by]
+    facts = [of_target, list(layer_ids), HEAD_INPUT if with_head_input else False, made_by]
     folder = Path(config.feature_files) / hash_json(facts)[:16]
     names = []
     for number in range(len(dataset)):
@@ -204,9 +194,9 @@ def keep_on_disk(
         with lock_folder(folder):
             # A text that several conversations have is computed once.
             numbers = list({name: number for number, name in enumerate(names) if name in missing_names}.values())
-            token_bytes = bytes_of_token(target, len(layer_ids), dtype, with_head_input=with_head_input)
+            token_bytes = bytes_of_token(target, len(layer_ids), with_head_input=with_head_input)
             size = token_bytes * int(dataset.lengths[numbers].sum())
-            ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, folder))
+            ranks.from_first(lambda: _refuse_size(size, folder))
             batches = dataset.batches_that_begin_alike(numbers)
             if servers:
                 compute = ServerFeatures(servers, target, layer_ids)
@@ -214,13 +204,13 @@ def keep_on_disk(
             else:
                 compute = partial(compute_features, target, layer_ids, with_head_input=with_head_input)
             computed = dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states")
-            _write_all(computed, folder, names, dtype)
+            _write_all(computed, folder, names)
             if not servers:
                 # A target that is spread over the ranks needs all of them for each batch.
                 for _ in range(ranks.num_short(batches)):
                     target.join_features(layer_ids, with_head_input=with_head_input)
             ranks.barrier()
-    features = FeatureFiles(folder, names, target.head.weight.dtype, with_head_input)
+    features = FeatureFiles(folder, names, with_head_input)
     dataset.use_features(features, layer_ids, with_head_input)
 
 
@@ -238,39 +228,28 @@ def _index_rows(folder: Path) -> dict[str, Path]:
     return rows
 
 
-def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
-    room = min(limit_bytes, shutil.disk_usage(folder).free)
-    if size > room:
+def _refuse_size(size: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
         raise ValueError(
-            f"the hidden states need {size / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are left of "
-            f"--train.feature-files-gib and of the disk of {folder}; raise the one, make room on the other, take "
-            "--train.feature-dtype float8 or fewer answers, or leave --train.feature-files out"
+            f"the hidden states need {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on the disk of "
+            f"{folder}; make room, take fewer answers, or leave --train.feature-files out"
         )
 
 
-def _write_all(computed: Iterable[tuple[int, Features]], folder: Path, names: Sequence[str], dtype: str) -> None:
+def _write_all(computed: Iterable[tuple[int, Features]], folder: Path, names: Sequence[str]) -> None:
     """Write rows as they are computed, a file at a time."""
     waiting: dict[str, Tensor] = {}
     for number, features in computed:
-        waiting |= _rounded(names[number], features.layers, dtype)
+        name = names[number]
+        waiting[name] = features.layers.clone()  # a view would keep its padded batch
         if features.head_input is not None:
-            waiting |= _rounded(names[number] + HEAD_INPUT, features.head_input, dtype)
+            waiting[name + HEAD_INPUT] = features.head_input.clone()
         if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
             _write_file(folder, waiting)
             waiting = {}
     if waiting:
         _write_file(folder, waiting)
-
-
-def _rounded(name: str, values: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Return what is written of "token feature", in a precision of `--train.feature-dtype`."""
-    if dtype == "float8":
-        # A scale for each token lets its largest value be the largest of float8; `tiny` keeps it above 0.
-        scale = (values.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
-        return {name: (values.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
-    if dtype == "bfloat16":
-        values = values.to(torch.bfloat16)
-    return {name: values.clone()}  # a view would keep its padded batch
 
 
 def _write_file(folder: Path, tensors: dict[str, Tensor]) -> None:

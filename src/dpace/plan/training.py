@@ -126,15 +126,16 @@ class TrainingPlan:
             return num_tokens
         return min(num_tokens, int(DISTINCT_TOKENS * self.lengths[0].sum() ** 0.5))
 
-    def token_bytes(self, dtype: str = "target") -> int:
-        """Return the bytes of a token's features, where a step reads them or as they are kept on disk."""
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's features."""
         num_layers = len(self.drafter.target_layer_ids)
-        return bytes_of_token(self.target, num_layers, dtype, with_head_input=self.recipe.needs_target_hidden)
+        return bytes_of_token(self.target, num_layers, with_head_input=self.recipe.needs_target_hidden)
 
     @property
     def feature_bytes(self) -> int:
         """Bytes of the features of all conversations, where they are kept."""
-        return int(self.lengths[0].sum() * self.token_bytes(self.recipe.train.feature_dtype))
+        return int(self.lengths[0].sum() * self.token_bytes)
 
     @property
     def feature_place(self) -> str:
@@ -184,7 +185,7 @@ class TrainingPlan:
             "optimizer's moments": 4 * self.num_moments,
             "gradient": 4 * of_drafter,
             "gradient for other ranks": 4 * of_drafter * (self.ranks > 1),
-            "hidden states": batch_size * num_tokens * self.token_bytes(),
+            "hidden states": batch_size * num_tokens * self.token_bytes,
             "hidden states that are kept": self.feature_bytes * is_kept,
             "activations of the drafter": activations,
             "loss through the head": 3 * states + 2 * tile_bytes,

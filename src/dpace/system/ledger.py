@@ -5,7 +5,6 @@ import errno
 import fnmatch
 import json
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -26,12 +25,6 @@ MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK = ".dpace.lock"
 """The lock of a folder that a process writes to."""
-SOFT_LOCK = ".dpace.softlock"
-"""Where there are no locks, a file that stands for it."""
-HOLDER = ".dpace.holder"
-"""Who holds the lock."""
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
 FULL_DISK = rf"os error (27|28|122)|Errno ({errno.ENOSPC}|{errno.EDQUOT})\b|\d+ requested and \d+ written"
@@ -211,41 +204,28 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     several ranks the first one locks it for all.
 
     Raises:
-        ValueError: another process has locked the folder; the message says which.
+        ValueError: another process has locked the folder.
+        OSError: the file system has no locks, such as NFS without a lock server.
     """
     if not ranks.is_first():
         yield
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / HOLDER
     # One object a path in this process, so that a verb may lock the folder that its caller has locked.
     lock = filelock.FileLock(folder / LOCK, is_singleton=True)
-    stale = ""
     try:
-        try:
-            lock.acquire(timeout=0.0)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            # A file does not go away with a killed process, as a lock does.
-            lock = filelock.SoftFileLock(folder / SOFT_LOCK, is_singleton=True)
-            stale = f"; if it is gone, remove {folder / SOFT_LOCK}"
+        with naming_file(folder / LOCK):
             lock.acquire(timeout=0.0)
     except filelock.Timeout as error:
-        who = holder.read_text(errors="replace") if holder.is_file() else "another process"
         raise ValueError(
-            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
+            f"another process is writing to {folder}; wait for it, end it, or name another folder with --output"
         ) from error
-    is_outermost = lock.lock_counter == 1
     try:
-        if is_outermost:
+        if lock.lock_counter == 1:
             remove_unfinished(folder)
-            write_text(holder, f"process {os.getpid()} on {platform.node()}")  # in place of a link, not through it
         yield
     finally:
-        if is_outermost:
-            holder.unlink(missing_ok=True)
         lock.release()
 
 

@@ -19,8 +19,6 @@ from dpace.system.progress import shorten
 
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 """What transformers raises for a config with values of the wrong kind."""
-REPORT = "if other programs load the same files, please report this line as a fault of dpace"
-"""Second way out of a RuntimeError: torch raises it for wrong sizes in a file, and also for mistakes of dpace."""
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -70,8 +68,7 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
         raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
     except (*LIBRARY_ERRORS, StrictDataclassError, ImportError) as error:
         reason = shorten(error, 300) or type(error).__name__
-        way_out = f"{fix}; {REPORT}" if isinstance(error, RuntimeError) else fix
-        raise ValueError(f"cannot load {what}: {reason}; {way_out}") from error
+        raise ValueError(f"cannot load {what}: {reason}; {fix}") from error
 
 
 def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, unknown: Collection[str] = ()) -> None:

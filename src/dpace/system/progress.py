@@ -38,19 +38,14 @@ class _LinesInPlaceOfABar(Progress):
     def update(self, task_id: TaskID, **options: Any) -> None:
         """Move on, and write a line if it is time for one."""
         task = self.tasks[task_id]
-        first = task.fields.setdefault("first", task.completed)  # what was done before counts for no rate
         super().update(task_id, **options)
         elapsed = task.elapsed or 0.0
         if elapsed - task.fields.get("written", -LINE_SECONDS) < LINE_SECONDS and not task.finished:
             return
         task.fields["written"] = elapsed
         line = f"{task.description}: {task.completed:g} of {task.total:g} in {timedelta(seconds=int(elapsed))}"
-        num_new = task.completed - first
-        if num_new and elapsed:
-            rate = num_new / elapsed
-            line += f", {rate:.3g} a second"
-            if not task.finished:
-                line += f", ETA {timedelta(seconds=int((task.remaining or 0) / rate))}"
+        if task.time_remaining:  # known after two steps
+            line += f", ETA {timedelta(seconds=int(task.time_remaining))}"
         if info := task.fields["info"]:
             line += f"; {info}"
         print(printable(line), file=sys.stderr, flush=True)

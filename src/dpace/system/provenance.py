@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,7 +111,7 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def same_run(kept: JsonObject, now: JsonObject, what: str, way_out: str, ways: Mapping[str, str] | None = None) -> None:
+def same_run(kept: JsonObject, now: JsonObject, what: str, way_out: str) -> None:
     """Refuse to go on with files that were made in another way.
 
     A run is described by facts: its settings, and hashes of what is too long to compare. They are computed once a
@@ -122,8 +122,7 @@ def same_run(kept: JsonObject, now: JsonObject, what: str, way_out: str, ways: M
         kept: the facts that were written; one that is missing counts as different.
         now: the facts of this command, as JSON would give them back.
         what: names the files, up to the word `with`: "out/drafter holds a run".
-        way_out: what the user can do in any case.
-        ways: what the user can do first, for some of the facts: {"train.seed": "set --train.seed as it was"}.
+        way_out: what the user can do.
 
     Raises:
         ValueError: one line, with the first difference: "out/drafter holds a run with train.seed 42, not 7; name
@@ -137,6 +136,4 @@ def same_run(kept: JsonObject, now: JsonObject, what: str, way_out: str, ways: M
         if name.endswith("_sha256"):
             thing = HASHED.get(name, name.removesuffix("_sha256").replace("_", " "))
             difference = f"other {thing} (sha256 {str(kept_value)[:12]}, not {str(value)[:12]})"
-        if ways and name in ways:
-            way_out = f"{ways[name]}, or {way_out}"
         raise ValueError(f"{what} with {difference}; {way_out}")

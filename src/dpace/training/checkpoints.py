@@ -1,7 +1,7 @@
 """Write checkpoints all or nothing, find the newest one that is whole, and remove the others.
 
-A checkpoint is a folder `checkpoint-STEP` with safetensors and JSON only. Its `manifest.json`, which is written last,
-names every file with its size and hash.
+A checkpoint is a folder `checkpoint-STEP` with safetensors and JSON only. It is whole where it has its
+`trainer_state.json`, which is written last, when all other files are on the disk.
 """
 
 import json
@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from dpace.drafter import Drafter
 from dpace.system import ranks
-from dpace.system.ledger import JsonObject, filling, remove_unfinished, write_json, write_text
+from dpace.system.ledger import filling, read_object, remove_unfinished, write_text
 from dpace.system.progress import note
-from dpace.system.provenance import hash_file
 from dpace.training.sharding import take_share
 
-MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+REMOVE = "remove that folder, and run the same command again"
+"""What helps where the files of a checkpoint were damaged later."""
 WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
 
@@ -41,8 +41,6 @@ class TrainingState:
     """That tau."""
     log_history: list[dict[str, float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
-    unlogged: JsonObject = field(default_factory=dict)
-    """What `StepLog` has of the steps since the last entry."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
         """Add an entry to the log, and return it."""
@@ -53,7 +51,7 @@ class TrainingState:
 
 def read_state(folder: Path) -> TrainingState:
     """Read where a training stood when a checkpoint was written."""
-    return TrainingState(**json.loads((folder / STATE).read_bytes()))
+    return TrainingState(**read_object(folder / STATE, REMOVE))
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -92,41 +90,21 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
                 moments[f"{number}.{name}"] = whole.cpu().contiguous()
     if ranks.is_first():
         folder = checkpoint_folder(checkpoints, state.global_step)
-        with filling(folder, last=MANIFEST) as aside:
+        with filling(folder, last=STATE) as aside:
             save_file(moments, aside / MOMENTS)
             drafter.save_pretrained(aside)
             write_state(aside / STATE, state)
-            files = {path.name: _file_entry(path) for path in sorted(aside.iterdir())}
-            write_json(aside / MANIFEST, {"step": state.global_step, "files": files})
         remove_others(folder)
     ranks.barrier()
 
 
-def _file_entry(path: Path) -> JsonObject | None:
-    """Return the size and hash of a file, as a manifest has them; None where it is missing."""
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)} if path.is_file() else None
-
-
 def is_whole(folder: Path) -> bool:
-    """Return whether every file of a checkpoint is there as it was written."""
-    try:
-        files = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
-        return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        return False
-
-
-def best_of(folder: Path) -> Path | None:
-    """Return the checkpoint that was the best one when this one was written.
-
-    None where none was measured.
-    """
-    step = read_state(folder).best_global_step
-    return None if step is None else checkpoint_folder(folder.parent, step)
+    """Return whether a checkpoint was written to its end."""
+    return (folder / STATE).exists()
 
 
 def find_newest(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint that is whole, its best one included, and remove all but these two.
+    """Find the newest checkpoint that is whole, and remove all but it and the one that was the best then.
 
     Call it inside `lock_folder`. Steps whose checkpoints are not whole are taken again.
     """
@@ -135,11 +113,8 @@ def find_newest(checkpoints: Path) -> Path | None:
         remove_unfinished(folder)
     for _, folder in sorted(folders.items(), reverse=True):
         if is_whole(folder):
-            best = best_of(folder)
-            # The training ends with the weights of the best one, so it cannot go on without them.
-            if best is None or is_whole(best):
-                remove_others(folder)
-                return folder
+            remove_others(folder)
+            return folder
         note(f"{folder} is not whole, and is removed")
         shutil.rmtree(folder)
     return None
@@ -147,9 +122,9 @@ def find_newest(checkpoints: Path) -> Path | None:
 
 def remove_others(newest: Path) -> None:
     """Remove all checkpoints but this one and the best one when it was written."""
-    kept = (newest, best_of(newest))
-    for folder in checkpoint_folders(newest.parent).values():
-        if folder not in kept:
+    best_step = read_state(newest).best_global_step
+    for step, folder in checkpoint_folders(newest.parent).items():
+        if folder != newest and step != best_step:
             shutil.rmtree(folder)
 
 

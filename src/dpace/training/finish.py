@@ -22,7 +22,6 @@ from dpace.target.chat import tokenizer_hashes
 from dpace.target.draft_rows import DraftRows
 from dpace.training.checkpoints import STATE, write_state
 from dpace.training.loop import TrainingLoop
-from dpace.training.progress import peak_memory
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 500
@@ -98,7 +97,6 @@ def _provenance(loop: TrainingLoop, run: JsonObject, objective: JsonObject) -> J
         **objective,
         "init": loop.recipe.drafter.init,
         "init_sha256": run["init_sha256"],
-        "peak_memory_bytes": peak_memory(loop.target.device),
     }
 
 

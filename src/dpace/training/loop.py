@@ -33,12 +33,13 @@ from dpace.loss.scorer import Scorer
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
-from dpace.system.loading import refuse_infinite
+from dpace.system.loading import refuse_infinite, translate_library_errors
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.draft_rows import DraftRows
 from dpace.target.head import TINY
 from dpace.training.checkpoints import (
+    REMOVE,
     WEIGHTS,
     TrainingState,
     checkpoint_folder,
@@ -232,11 +233,11 @@ class TrainingLoop:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
         """
         if newest is not None:
-            self.state = read_state(newest)
-            self.read_weights(newest)
-            read_optimizer(newest, self.optimizer)
+            with translate_library_errors(str(newest), REMOVE):
+                self.state = read_state(newest)
+                self.read_weights(newest)
+                read_optimizer(newest, self.optimizer)
             self.schedule = self._make_schedule()
-            self.log.go_on(self.state.unlogged)
         state = self.state
         config = self.config
         with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
@@ -415,7 +416,6 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint."""
         self.gather()
-        self.state.unlogged = self.log.unlogged(self.accelerator)
         write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer)
 
     def read_weights(self, folder: Path) -> None:

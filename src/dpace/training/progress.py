@@ -1,8 +1,6 @@
 """Show a training's numbers on the terminal and in trackers, and end it well at Ctrl-C and SIGTERM."""
 
-import contextlib
 import os
-import re
 import signal
 import statistics
 import threading
@@ -20,14 +18,11 @@ from torch import Tensor
 from dpace.config import Recipe
 from dpace.loss import SlotScores
 from dpace.system import ranks
-from dpace.system.ledger import JsonObject
 from dpace.system.progress import note, shorten
 from dpace.training.checkpoints import TrainingState
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
-PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
-"""Variables that name the project of a tracker, where accelerate does not read them; by default it is `dpace`."""
 SHOWN = {"eval_tau": "validation tau", "loss": "loss", "slot_accuracy/1": "slot 1 right"}
 """What the bar shows; the first ones are seen in 80 columns."""
 
@@ -73,7 +68,7 @@ class Interrupt:
 
 
 class StepLog:
-    """Sums over the steps since the last entry of the log, by slot where that says more.
+    """Sums over the steps since the last entry of the log, or since a resume, by slot where that says more.
 
     Args:
         block_size: slots of the drafter's blocks; shorter ones lack the last slots.
@@ -95,18 +90,6 @@ class StepLog:
         """Add loss, gradient norm, learning rate and seconds of an optimizer step."""
         self._steps.append(numbers)
 
-    def unlogged(self, accelerator: Accelerator) -> JsonObject:
-        """Return what was added since the last entry, over all ranks; they call this together."""
-        total: Any = accelerator.reduce(self._sums, reduction="sum")
-        return {"sums": total.tolist(), "steps": self._steps}
-
-    def go_on(self, unlogged: JsonObject) -> None:
-        """Take up what `unlogged` returned when a checkpoint was written."""
-        self._steps = unlogged["steps"]
-        # They are of all ranks already, and will be added up over the ranks again.
-        if ranks.is_first():
-            self._sums += torch.tensor(unlogged["sums"], device=self._sums.device)
-
     def entry(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the log's entry for these steps over all ranks, and begin anew.
 
@@ -114,8 +97,7 @@ class StepLog:
         without data loading, the negative log-likelihood of a token, and for each slot its share of the weight and how
         often the drafter is right.
         """
-        total = accelerator.reduce(self._sums, reduction="sum")
-        weights, matches, nll, slots = total
+        weights, matches, nll, slots = accelerator.reduce(self._sums, reduction="sum")
         entry = {
             "loss": statistics.mean(step["loss"] for step in self._steps),
             "grad_norm": self._steps[-1]["grad_norm"],
@@ -175,7 +157,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
             trackers.pop(name, None)
 
     def start(name: str) -> None:  # as `Accelerator.init_trackers` does
-        project = os.environ.get(PROJECTS.get(name, ""), "dpace")
+        project = os.environ.get("WANDB_PROJECT", "dpace")  # accelerate does not read it
         make: Any = LOGGER_TYPE_TO_CLASS[name]
         folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
         trackers[name] = make(project, folder) if make.requires_logging_directory else make(project)
@@ -202,23 +184,3 @@ def latest_numbers(state: TrainingState) -> str:
     for entry in state.log_history[-20:]:
         numbers |= entry  # entries of steps and of measurements have different names
     return ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure `peak_memory` anew; where the system cannot, it counts from the start of the process."""
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is in use now
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes in use: allocated on an accelerator, else resident in the process; None but on Linux."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    peak = re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE)  # in KiB
-    return peak and 1024 * int(peak[1])

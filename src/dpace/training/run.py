@@ -14,7 +14,7 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
-from dpace.config import WALKED, Recipe, is_custom
+from dpace.config import Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.spec import SELECTORS
@@ -32,7 +32,6 @@ from dpace.target.chat import tokenizer_hashes
 from dpace.training.checkpoints import STATE, find_newest
 from dpace.training.finish import write_finished
 from dpace.training.loop import TrainingLoop
-from dpace.training.progress import reset_peak_memory
 from dpace.training.sharding import wants_shards
 
 RUN_FILE = "run.json"
@@ -46,19 +45,14 @@ NO_RESULT = {
     "train.report_to",
     "train.feature_cache_gib",
     "train.feature_files",
-    "train.feature_files_gib",
     "train.gradient_checkpointing",
     "train.target_shard",
 }
 """Settings that change no result: a run goes on with other values of them."""
-OTHER_RUN = "name another folder with --output, or delete that one"
-LONGER = "to train it further, finish it, rename its folder, and name that with --drafter.init (docs/train.md)"
-WAYS_OUT = {
-    STEP_SIZE: "keep the product of --train.batch-size, --train.gradient-accumulation-steps and ranks",
-    "train.max_steps": LONGER,
-    "train.num_epochs": LONGER,
-}
-"""What can be done first where these settings differ."""
+OTHER_RUN = (
+    "name another folder with --output, or delete that one; to train a finished drafter further, rename its folder, "
+    "and name that with --drafter.init"
+)
 FILES = (
     "config.json",
     "model.safetensors",
@@ -141,10 +135,7 @@ class Run:
         self.facts = settings_of(recipe, weigh, init)
 
     def is_in(self, folder: str | Path) -> bool:
-        """Return whether a folder holds this run, finished or not.
-
-        Facts that are not known yet are not compared. An option that the folder's version of dpace did not have counts
-        as its default.
+        """Return whether a folder holds this run, finished or not; facts that are not known yet are not compared.
 
         Args:
             folder: a drafter's folder; it may be missing.
@@ -155,8 +146,7 @@ class Run:
         written_facts = read_run(folder)
         if written_facts is None:
             return False
-        written_facts = settings_of(Recipe()) | written_facts  # defaults of what an older version did not have
-        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN, WAYS_OUT)
+        same_run(written_facts, self.facts, f"{folder} holds a run", OTHER_RUN)
         return True
 
     def is_finished_in(self, folder: str | Path) -> bool:
@@ -189,8 +179,7 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
 
     Raises:
         ValueError: see `make_weigh` and `wants_shards`; there is a selector, or servers of hidden states, and a loss
-            that reads the target's distribution; an option of a selector, and none; or one of hidden states on disk,
-            and no folder.
+            that reads the target's distribution, or no folder for them; or an option of a selector, and none.
     """
     config = recipe.train
     selector = recipe.drafter.selector
@@ -202,23 +191,19 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
             "selector needs; leave them out, or take --loss.token-loss nll and, with a selector, "
             "--loss.selector-penalty 0"
         )
-    if not config.feature_files and (config.feature_dtype != "target" or config.feature_servers):
+    if config.feature_servers and not config.feature_files:
         raise ValueError(
-            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
-            "with --train.feature-files"
+            "--train.feature-servers are for hidden states on disk; name a folder for them with --train.feature-files"
         )
     defaults = Recipe().settings
     for name, value in recipe.settings.items():
         option = name.partition(".")[2]  # the name without its group, drafter or loss
         if not option.startswith("selector_") or value == defaults[name]:
             continue
-        readers = [kind for kind, sizes in SELECTORS.items() if option in sizes.reads]
-        if selector not in readers:
+        if selector is None or option not in SELECTORS[selector].reads:
             flag = f"--{name.replace('_', '-')}"
-            other = f"take --drafter.selector {' or '.join(readers)}, or " if readers else ""
             raise ValueError(
-                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; {other}leave {flag} "
-                "out"
+                f"{flag} is {value}, and --drafter.selector is {selector}, which does not read it; leave {flag} out"
             )
     if selector and recipe.loss.needs_target_probs:
         raise ValueError(
@@ -235,7 +220,7 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on, or no answer as long as a block for a selector.
+        ValueError: nothing to train on.
     """
     config = recipe.train
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
@@ -243,13 +228,6 @@ def choose_conversations(
         raise ValueError(
             f"none of the {len(responses)} responses has two tokens that the target wrote in a row, so there is "
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
-        )
-    size = recipe.drafter.block_size
-    spans = [(start, min(end, config.max_length)) for example in dataset.examples for start, end in example.spans]
-    if recipe.drafter.selector in WALKED and max(end - start for start, end in spans) < size:
-        raise ValueError(
-            f"no answer fills a block of {size} tokens, so --drafter.selector would learn nothing; lower "
-            "--drafter.block-size, or leave --drafter.selector out"
         )
     return dataset, ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
 
@@ -360,7 +338,6 @@ def _train_in(folder: Path, run: Run, target: Target, dataset: ResponseDataset, 
         if ranks.is_first():
             write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
-        reset_peak_memory(target.device)
         loop.run(newest)
         write_finished(folder, loop, run.facts, init)
     return drafter

@@ -17,7 +17,6 @@ from dpace.system import ranks
 
 USE_FSDP = "ACCELERATE_USE_FSDP"
 """Variable by which `accelerate launch` asks its processes for FSDP."""
-RESHARD = "FSDP_RESHARD_AFTER_FORWARD"
 
 
 def wants_shards() -> bool:
@@ -50,7 +49,7 @@ def shard(model: Any) -> Any:
     """
     mesh = init_device_mesh(model.device.type, (ranks.num_ranks(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=parse_flag_from_env(RESHARD, True))
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 

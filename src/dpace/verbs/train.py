@@ -10,11 +10,6 @@ from dpace.system.progress import note
 from dpace.verbs import load_target, note_untrained
 
 ARGUMENTS = Arguments(Recipe, groups=("prompts", "drafter", "loss", "train"))
-MORE_GREEDY = {
-    "own": "more are where `dpace respond` without --respond.source own let the target answer",
-    "servers": "of greedy answers, about 99 % or more are where the servers have this target's weights and template",
-}
-"""When more of the answers' tokens are the target's own, by where the answers come from; this process wrote others."""
 
 
 def run(recipe: Recipe, given: Given) -> None:
@@ -55,11 +50,12 @@ def run(recipe: Recipe, given: Given) -> None:
     refuse_other_answers(path, meta, facts)
     run.facts |= facts
     # One rank alone cannot read with a target that is spread over all of them.
-    advice = MORE_GREEDY.get(meta.get("source", ""))
-    if advice and recipe.train.target_shard == "none" and ranks.is_first():
+    is_given = meta.get("source") in ("own", "servers")
+    if is_given and recipe.train.target_shard == "none" and ranks.is_first():
         note(
             f"{greedy_share(target, dataset):.0%} of the tokens of the given answers, in a sample, are the "
-            f"target's greedy choice, and only such tokens are accepted; {advice}"
+            "target's greedy choice, and only such tokens are accepted; about 99 % are where the target itself, here "
+            "or on servers with its template, answered greedily"
         )
     drafter = train(target, dataset, validation, run.recipe, folder, init=run.init, run=run)
     note_untrained(drafter.spec.record.get("tau"))

@@ -52,21 +52,10 @@ def computed(target, dataset, **options):
     return [target.read_features(text, LAYERS, **options).change(lambda values: values[0].float()) for text in texts]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "relative", "share"), [("target", 1e-5, 1), ("bfloat16", 2**-8, 0.5), ("float8", 2**-4, 0.25)]
-)
-def test_rows_are_those_of_the_target_and_rounded_ones_are_near_and_smaller(
-    dtype, relative, share, keep, language_target, tmp_path
-):
-    dataset = keep(with_head_input=True, feature_dtype=dtype)
-    rows = [part for features in computed(language_target, dataset, with_head_input=True) for part in features]
-    kept = [part for features in dataset.features for part in features]
-    for found, expected in zip(kept, rows, strict=True):
-        smallest = expected.abs().amax(-1, keepdim=True) * 2**-15  # of float8, in the scale of the token
-        assert ((found - expected).abs() <= relative * expected.abs() + smallest).all() and found.dtype == torch.float32
-    whole = sum(row.nbytes for row in rows)
-    found = sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*.safetensors"))
-    assert share * whole <= found <= (share + 0.1) * whole
+def test_rows_are_those_of_the_target(keep, language_target):
+    dataset = keep(with_head_input=True)
+    for found, expected in zip(dataset.features, computed(language_target, dataset, with_head_input=True), strict=True):
+        torch.testing.assert_close([*found], [*expected], rtol=1e-5, atol=1e-6)
 
 
 def test_only_new_texts_are_computed(keep, no_target):
@@ -109,17 +98,16 @@ def test_a_damaged_file_is_named(keep):
     assert len(list(keep().features)) == 10
 
 
-def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_target, monkeypatch):
+def test_more_than_the_disk_has_is_refused_before_any_work(keep, no_target, monkeypatch):
     no_target()
-    for limit in (1e-7, 100.0):
-        with pytest.raises(ValueError, match=r"need .* GiB, and 0.0 GiB are left"):
-            keep(feature_files_gib=limit)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match=r"need .* GiB, and 0.0 GiB are free"):
+        keep()
 
 
-def test_a_dtype_without_files_is_refused():
-    with pytest.raises(ValueError, match="--train.feature-dtype and .* are for hidden states on disk"):
-        check_recipe(make_recipe(feature_dtype="float8"))
+def test_servers_without_a_folder_are_refused():
+    with pytest.raises(ValueError, match="name a folder for them with --train.feature-files"):
+        check_recipe(make_recipe(feature_servers=("http://localhost:1",)))
 
 
 class Vllm(StubServer):
@@ -142,15 +130,11 @@ class Vllm(StubServer):
                 tensors["hidden_states"] = hidden[1:]
             case "another text":
                 tensors["token_ids"] = ids + 1
-            case "not finite":
-                hidden[-1] = torch.nan
         path = self.folder / f"{id(request)}.safetensors"
         save_file(tensors, path)
         if self.fault == "torn":
             path.write_bytes(path.read_bytes()[:100])
-        if self.fault == "gone":
-            path.unlink()
-        named = {"another file": "/etc/passwd", "no file": None}.get(self.fault, str(path))
+        named = "/etc/passwd" if self.fault == "another file" else str(path)
         request.send({"kv_transfer_params": {"hidden_states_path": named}})
 
 
@@ -181,11 +165,8 @@ def test_servers_give_the_same_rows(keep, vllm, language_target, monkeypatch):
     {
         "cut": "wrote hidden states of the shape",
         "another text": "of another text",
-        "not finite": "not finite",
         "torn": "cannot be read",
-        "gone": "is not seen here; let both share that folder",
         "another file": "names no file of hidden states",
-        "no file": "names no file of hidden states",
         "other layers": r"other hidden states .*eagle_aux_hidden_state_layer_ids \[2, 4\]",
     }.items(),
 )

@@ -169,26 +169,16 @@ def test_a_marker_names_files_of_its_own_folder_only(verb, names, folder, tmp_pa
 
 
 def test_pipes_are_not_waited_for(folder, language_folder, tmp_path, capsys):
-    """A target's weights and GGUF file, and a folder's holder."""
+    """A target's weights and GGUF file."""
     target = shutil.copytree(language_folder, tmp_path / "target")
     (target / "model.safetensors").unlink()
     os.mkfifo(target / "model.safetensors")
-    out = tmp_path / "out"
-    out.mkdir()
-    os.mkfifo(out / ".dpace.holder")
-    refused(f"respond --target {target} --output {out}", capsys, "model.safetensors: it is a folder, a device or")
+    refused(
+        f"respond --target {target} --output {tmp_path}/out", capsys, "model.safetensors: it is a folder, a device or"
+    )
     os.mkfifo(tmp_path / "t.gguf")
     export = f"export {folder} --target t --to gguf --output {tmp_path}/gguf --target-gguf"
     refused(f"{export} {tmp_path}/t.gguf", capsys, "t.gguf: it is a folder, a device or a pipe")
-
-
-def test_no_link_is_written_through(folder, tmp_path, capsys):
-    victim = tmp_path / "victim.txt"
-    victim.write_text("mine")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".dpace.holder").symlink_to(victim)
-    assert main(["import", str(folder), "--output", f"{tmp_path}/out"]) == 0
-    assert victim.read_text() == "mine"
 
 
 @dataclass(frozen=True)

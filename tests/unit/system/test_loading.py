@@ -5,10 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers.utils import logging
 
 from dpace.drafter import Drafter
-from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target import Target
 from tests.support.files import change_config, changed_weights
 
@@ -41,21 +39,6 @@ def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_p
     os.truncate(folder / "model.safetensors", 200)
     with pytest.raises(ValueError, match="damaged|cannot load"):
         LOADERS[kind](folder)
-
-
-def test_no_bar_of_transformers_is_shown(folders, tmp_path):
-    """Neither while weights are read nor while they are written."""
-    shown = []
-    before = logging.set_tqdm_hook(lambda factory, args, options: shown.append(options) or factory(*args, **options))
-    try:
-        for kind, load in LOADERS.items():
-            loaded = load(folders[kind])
-        loaded.save_pretrained(tmp_path)
-        assert not shown
-        DFlashDraftModel.from_pretrained(tmp_path)
-        assert shown, "the bar is another one now"
-    finally:
-        logging.set_tqdm_hook(before)
 
 
 def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path):

@@ -1,10 +1,5 @@
 """Progress without a terminal."""
 
-import re
-
-import pytest
-from rich.console import Console
-
 from dpace.config import PromptsConfig
 from dpace.prompts.prompts import split_prompts
 from dpace.system import progress
@@ -22,7 +17,7 @@ def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
             bar.update(task, advance=1, info=f"at {i}")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("working:")]
     assert [line.split(" of ")[0] for line in lines] == [f"working: {n}" for n in (1, 4, 7, 10, 12)]
-    assert "ETA 0:01:" in lines[0] and lines[0].endswith("; at 0") and "ETA" not in lines[-1]
+    assert lines[1].endswith("ETA 0:01:20; at 3") and "ETA" not in lines[0] + lines[-1]
 
 
 def test_answering_shows_tokens_before_its_first_batch_is_done(language_folder, run_line, tmp_path, monkeypatch):
@@ -46,20 +41,3 @@ def test_one_rank_says_what_all_have_to_say(run_line, tmp_path, capsys, monkeypa
         assert capsys.readouterr().err.count("2 prompts left out: copies of held-out") == 1 - rank
         said = run_line("respond --prompts.path none.jsonl", 1).err
         assert len(waits) == rank and "cannot read none.jsonl" in said
-
-
-@pytest.mark.parametrize("description", ["training, dpace", "tau, dpace-continuation-only, seed-4294967295"])
-def test_a_bar_fits_80_columns(description, capsys, monkeypatch):
-    """Numbers and times are whole; what does not fit of the texts is cut."""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    terminal = {"width": 80, "force_terminal": True, "color_system": None}
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, **terminal))
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=12_000, info="validation tau 2.04, loss 3.19, slot 1 right 0.715")
-        bar.update(task, completed=11_000)
-        row = bar.make_tasks_table(bar.tasks)
-    capsys.readouterr()
-    Console(width=80).print(row)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert len(line) <= 80 and line.startswith(description[:15])
-    assert re.search(r" 11000/12000 \d:\d\d:\d\d ETA [-\d]:[-\d]{2}:[-\d]{2} ", line)

@@ -135,15 +135,11 @@ def test_shares_that_are_not_there_are_refused(language_folder, run_line, monkey
     assert plan_distribution("none", *model) is None
     plan = plan_distribution("fsdp", *model)
     assert (plan.fsdp_size, plan.fsdp_plan) == (2, {"model.layers.*": "free_full_weight"})
-    for name, value, message in (
-        ("FSDP_VERSION", "1", "fsdp_version 1"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "--train.gradient-checkpointing"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
-    ):
+    others = ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING", "ACCELERATE_USE_DEEPSPEED")
+    for name in others:
         with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            with pytest.raises(ValueError, match=message):
+            patch.setenv(name, "1")
+            with pytest.raises(ValueError, match="which dpace does not have"):
                 wants_shards()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not wants_shards() and plan_distribution("fsdp", *model) is None

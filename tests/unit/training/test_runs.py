@@ -16,7 +16,7 @@ from dpace.engines.read import read_drafter
 from dpace.training.checkpoints import is_whole
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import make_datasets, train
-from tests.support.files import HOLD, changed_json, read_json
+from tests.support.files import HOLD, read_json
 from tests.support.models import make_recipe
 
 
@@ -78,7 +78,7 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
         assert files_of(copied) == before
 
     refuse("train.seed 42, not 7", seed=7)
-    refuse("max_steps 4, not 6; to train it further, .* --drafter.init", max_steps=6)
+    refuse("max_steps 4, not 6; .* to train a finished drafter further, .* --drafter.init", max_steps=6)
     with monkeypatch.context() as patch:
         patch.setattr(language_target, "thinking", True)
         refuse("thinking false, not true")
@@ -94,11 +94,9 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
 
 
 def test_settings_that_change_no_result_may_change(unfinished, run, finished):
-    """And how a step is split; newer options count as their defaults."""
+    """And how a step is split."""
     shutil.rmtree(unfinished / "checkpoints" / "checkpoint-4")
-    with changed_json(unfinished / "run.json") as facts:
-        assert facts["conversations_per_step"] == 4 and facts.pop("train.grow_blocks") is False
-    with pytest.raises(ValueError, match="conversations_per_step 4, not 2; keep the product of --train.batch-size"):
+    with pytest.raises(ValueError, match="conversations_per_step 4, not 2"):
         run(unfinished, batch_size=2)
     others = {"logging_steps": 3, "save_steps": 1, "feature_cache_gib": 0.0, "gradient_checkpointing": True}
     run(unfinished, batch_size=1, gradient_accumulation_steps=4, **others)
@@ -108,49 +106,23 @@ def test_settings_that_change_no_result_may_change(unfinished, run, finished):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "checkpoints", "run.json"])
-def test_files_of_others_are_not_touched(name, tmp_path, run):
-    (tmp_path / name).write_text("{}")
+def test_files_of_others_are_not_touched(tmp_path, run):
+    (tmp_path / "checkpoints").write_text("mine")
     with pytest.raises(ValueError, match="was not written by dpace"):
         run(tmp_path)
-    assert (tmp_path / name).read_text() == "{}"
+    assert (tmp_path / "checkpoints").read_text() == "mine"
 
 
-DAMAGED = [
-    b"{",
-    b"{}",
-    b'{"files": {}}',
-    b"[" * 200_000,
-    b'{"files": 5}',
-    b'{"files": [[1, 2]]}',
-    b'{"files": {"trainer_state.json": 5, "\\u0000": 5}}',
-]
-"""What stands where a manifest or moments did."""
-
-
-def test_a_damaged_checkpoint_is_not_taken(unfinished, run, finished, capsys):
+def test_a_checkpoint_that_is_not_whole_or_damaged_is_not_taken(unfinished, run, finished, capsys):
     last = unfinished / "checkpoints" / "checkpoint-4"
-    for name in ("manifest.json", "optimizer.safetensors"):
-        whole = (last / name).read_bytes()
-        for damaged in DAMAGED:
-            (last / name).write_bytes(damaged)
-            assert not is_whole(last)
-        (last / name).unlink()
-        assert not is_whole(last)
-        (last / name).write_bytes(whole)
-    assert is_whole(last)
-    (last / name).write_bytes(whole[:-1] + b"x")
+    os.truncate(last / "optimizer.safetensors", 100)
+    with pytest.raises(ValueError, match="checkpoint-4 are damaged .*remove that folder"):
+        run(unfinished)
+    (last / "trainer_state.json").unlink()
     (unfinished / "checkpoints" / ".checkpoint-9.unfinished").mkdir()
     run(unfinished)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err and is_whole(last)
     assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
-
-
-def test_without_validation_answers_the_last_checkpoint_is_taken(tmp_path, run, capsys):
-    run(tmp_path, num_validated=0)
-    (tmp_path / "provenance.json").unlink()
-    run(tmp_path, num_validated=0)
-    assert "is not whole" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["gradient", "weights"])
@@ -213,6 +185,6 @@ def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(tmp_path,
 def test_one_writer(tmp_path, run):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match=f"process {other.pid} on .* is writing to .* with --output$"):
+        with pytest.raises(ValueError, match="another process is writing to .* with --output$"):
             run(tmp_path)
         other.kill()

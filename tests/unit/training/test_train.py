@@ -59,8 +59,8 @@ def weigh_at_random(slots):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_log(run, tmp_path, monkeypatch):
-    """Also with an objective that draws, with blocks that grow, and from between two entries of the log."""
-    train = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "logging_steps": 4}
+    """Also with an objective that draws, and with blocks that grow."""
+    train = {"max_steps": 8, "eval_steps": 3, "batch_size": 4}
     recipe = short({"block_size": 8}, **train, optimizer="muon", grow_blocks=True)
     take_step = TrainingLoop.take_step
     steps = []
@@ -232,7 +232,7 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(run, tmp_path, monk
     assert [entry["step"] for entry in log] == [1, 2, 3]  # without validation, tau is not measured
     tracker = good.return_value
     assert tracker.log.call_args_list == [mock.call(entry, step=entry["step"]) for entry in log]
-    assert (good.call_args, failing.call_args) == (mock.call("mine"), mock.call("dpace"))
+    assert good.call_args == mock.call("mine")
     tracker.start.assert_called_once_with()
     tracker.finish.assert_called_once_with()
     assert capsys.readouterr().err.count("the tracker trackio failed ('no key'); the training goes on") == 1
