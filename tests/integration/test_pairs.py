@@ -170,9 +170,6 @@ PAIRS = {
         "--widths 4 auto; report {out}",
         "report.html",
     ),
-    "stream, compile": Pair(
-        f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
-    ),
     "servers of hidden states, soft labels": Pair(
         f"train {RECIPE} --loss.token-loss kl --train.feature-files {{out}}/states "
         "--train.feature-servers http://127.0.0.1:9",

@@ -75,7 +75,6 @@ RANGES = {
     "bench --temperatures": r"--bench.temperatures is \[\], expected at least 1 item",
     "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
     "train --drafter.target-layer-ids 1 3 --drafter.num-features 3": r"is \(1, 3\), but num_features is 3; leave",
-    "generate --target t --drafter d --prompt p --compile --width 4": "--compile cannot be combined with .* --width",
     "respond --target '  '": "--target is '  ', expected a text that is not empty",
     "respond --output '\udcff'": "--output is .*udcff",
 }

@@ -45,37 +45,26 @@ class GenerateConfig(SamplingConfig):
     a number of tokens, the anchor included."""
     recall_mib: PositiveOrZero = 64.0
     """MiB of memory of answers that width auto copies from; 0 keeps none.
-    First come the drafter's training answers, then the chat's. Only with a drafter, and not with --compile."""
+    First come the drafter's training answers, then the chat's. Only with a drafter."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
-    compile: bool = False
-    """Compile the decoding steps, for a GPU, as CUDA graphs, and verify whole drafts.
-    It cannot be combined with --stream, --verify-rule speculative or another --width."""
-
 
 ARGUMENTS = Arguments(GenerateConfig)
 
 
 def run(config: GenerateConfig, given: Given) -> None:
     """Run `dpace generate`."""
-    if config.drafter is None and given.names & {"stream", "compile", "recall_mib", "width", "verify_rule"}:
+    if config.drafter is None and given.names & {"stream", "recall_mib", "width", "verify_rule"}:
         raise ValueError(
-            "--stream, --compile, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its "
-            "folder with --drafter"
+            "--stream, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its folder with "
+            "--drafter"
         )
-    # The default, auto, stands for whole drafts where steps are compiled; only a width that was asked for is refused.
-    is_other_width = "width" in given.names and config.width != "full"
-    if config.compile and (config.stream or config.verify_rule != "equality" or is_other_width):
-        raise ValueError(
-            "--compile cannot be combined with --stream, --verify-rule speculative or a --width other than full; leave "
-            "one of them out"
-        )
-    if "recall_mib" in given.names and (config.compile or config.width not in ("auto", "copies")):
-        raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")
+    if "recall_mib" in given.names and config.width not in ("auto", "copies"):
+        raise ValueError("--recall-mib needs --width auto; leave it out")
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
-    from dpace.decode import Paces, generate, generate_batch, generate_plain
+    from dpace.decode import Paces, generate, generate_plain
     from dpace.decode.generation import SamplingOptions
     from dpace.drafter import load_drafter
     from dpace.prompts.prompts import find_prompt
@@ -98,12 +87,7 @@ def run(config: GenerateConfig, given: Given) -> None:
             else:
                 _chat(show_answer)
             return
-        token_ids = encode_chat(target, messages)
-        if config.compile:
-            print("compiling the decoding steps; dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
-            (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **sampling)
-        else:
-            generation = generate(target, drafter, token_ids, **drafting, **sampling)
+        generation = generate(target, drafter, encode_chat(target, messages), **drafting, **sampling)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     _print_speed(generation)
     if folder is None:
