@@ -185,7 +185,7 @@ PATHS = {
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
     "bench --prompts.path good.jsonl --drafters foreign ./foreign": "one folder is twice",
-    f"generate --target {TARGET} --stream": "--verify-rule need a drafter",
+    f"generate --target {TARGET} --stream": "--width need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
 }
