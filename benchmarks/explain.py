@@ -201,7 +201,7 @@ def explain_prompt(
         num_drafts = draft.tokens.shape[1]
         if options.temperature > 0:
             samples = range(options.num_samples)
-            drawn = [draft.draw(num_drafts, prefix.tolist(), sampler) for _ in samples]
+            drawn = [draft.draw(num_drafts, sampler) for _ in samples]
             tokens, drafted = map(torch.stack, zip(*drawn, strict=True))
         else:
             tokens = draft.tokens.expand(options.num_samples, -1)

@@ -149,12 +149,7 @@ class Speculation:
             self.pace = paces.get(target, drafter, text.sampler.temperature)
             self.recall = paces.recall(drafter)
         self.samples_draft = verify_rule != "equality" and text.sampler.temperature > 0
-        vocabulary = drafter.vocabulary
-        is_part = vocabulary is not None and len(vocabulary.token_ids) < len(target.head.weight)
-        if is_part and self.samples_draft and text.sampler.processors:
-            # Processors may allow only tokens outside of the vocabulary, and then no draft could be drawn.
-            vocabulary = None
-        self.draft_rows = PackedRows(target, vocabulary, text.token_ids)
+        self.draft_rows = PackedRows(target, drafter.vocabulary, text.token_ids)
         self.widest = widest_step(drafter, width)
         # The text ends at position `limit`; after it there is room for the tokens of a step.
         capacity = text.limit + 1 + self.widest
@@ -255,7 +250,7 @@ class Speculation:
         if not self.samples_draft or not num_draft:
             return plan, block, None
         # Only now, because the width has been chosen from the best tokens: it must not depend on what is drawn.
-        tokens, probs = draft.draw(num_draft, self.text.token_ids, self.text.sampler)
+        tokens, probs = draft.draw(num_draft, self.text.sampler)
         return plan, torch.cat([last_ids, tokens[None]], dim=1), probs
 
     def accept(
@@ -272,7 +267,7 @@ class Speculation:
         text = self.text
         if draft_probs is not None:
             draft = proposed.tolist()
-            target_probs = text.sampler.probs(text.sampler.scores(logits, text.token_ids + draft))
+            target_probs = text.sampler.probs(text.sampler.scores(logits))
             accepted, next_token = verify_sampled(draft, draft_probs, target_probs, text.sampler)
             return accepted, [*draft[:accepted], next_token]
         drawn = text.draw(logits, proposed.tolist() if text.sampler.processors else ())
@@ -323,7 +318,6 @@ def custom_generate(
     drafter: Drafter,
     *,
     width: Width = "auto",
-    verify_rule: VerifyRule = "equality",
     streamer: BaseStreamer | None = None,
 ) -> Callable[..., Tensor]:
     """Make the argument of transformers' `generate` that lets it decode with a drafter.
@@ -337,8 +331,7 @@ def custom_generate(
     Args:
         target: made from the model whose `generate` is called.
         drafter: trained for this target.
-        width: as in `generate`.
-        verify_rule: as in `generate`.
+        width: as in `generate`. Drafts are verified by the rule `equality`.
         streamer: receives prompt and tokens. Give it here, because `generate` does not pass its own streamer on.
     """
     drafter.check_target(target)
@@ -359,7 +352,7 @@ def custom_generate(
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         stops = set(stop_tokens(generation_config))
         text = Continuation(prompt, len(prompt), generation_config.max_length - 1, stops, sampler)
-        speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
+        speculation = Speculation(target, drafter, text, width=width, paces=paces)
         show = streamer.put if streamer is not None else lambda tokens: None
         show(input_ids.cpu())
         written = input_ids

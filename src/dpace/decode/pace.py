@@ -85,7 +85,7 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
     def verify(width: int) -> None:
         """Verify a number of tokens after the filler."""
         logits = target.logits(target.hidden(filler[:, :width], text)[0])
-        sampler.draw(sampler.scores(logits, []), 0).tolist()  # waits for the device
+        sampler.draw(sampler.scores(logits), 0).tolist()  # waits for the device
         text.crop(-width)
 
     def draft(unread: Tensor) -> None:

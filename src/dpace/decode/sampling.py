@@ -68,9 +68,10 @@ class Sampler:
         self._noise_rows: list[Tensor] = []
         self._noise_position = 0
 
-    def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
+    def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int] = ()) -> Float[Tensor, "slot vocab"]:
         """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`.
 
+        `prefix` may be left out where there are no processors, because only these look at the text.
         The scores are in fp32, in which `argmax` is several times faster than in bf16.
         """
         if self.processors:

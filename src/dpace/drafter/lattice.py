@@ -4,7 +4,6 @@ What comes in are the drafter's hidden states; what goes out are drafts, and the
 how well a token follows another one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,11 +53,11 @@ class LatticeDraft(Draft):
 
     lattice: Lattice
 
-    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
+    def draw(self, num_drawn: int, sampler: DraftSampler) -> Drawn:
         """Draw the tokens from the lattice, a slot after the other.
 
         A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
-        Filters and processors of the target do not matter: any distribution keeps the target's text, if it is the one
+        Filters of the target do not matter: any distribution keeps the target's text, if it is the one
         drawn from.
         """
         index = 0  # in the first slot all rows are alike

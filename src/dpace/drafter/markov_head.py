@@ -6,7 +6,6 @@ Here are its sizes and config keys, its drafts, and what it is trained with. Its
 Source: DSpark (arXiv 2607.05147), deepseek-ai/DeepSpec.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,13 +55,13 @@ class MarkovDraft(Draft):
     """The tokens at the anchors."""
     tables: PairTables
 
-    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
-        """Draw each slot's token after the one drawn before; processors see the text before the draft alone."""
+    def draw(self, num_drawn: int, sampler: DraftSampler) -> Drawn:
+        """Draw each slot's token after the one drawn before."""
         tokens = [self.last_ids]
         probs = []
         for logits in self.base[0, :num_drawn]:
             scores = self.tables.add_to(logits[None], tokens[-1])
-            drawn, slot_probs = draw_draft(self.rows.spread(scores), text, sampler)
+            drawn, slot_probs = draw_draft(self.rows.spread(scores), sampler)
             tokens.append(drawn)
             probs.append(slot_probs)
         return torch.cat(tokens[1:]), torch.cat(probs)

@@ -67,7 +67,8 @@ def run(config: GenerateConfig, given: Given) -> None:
     drafter = load_drafter(folder, target) if folder else None
     decoder = Decoder(target, drafter, width=config.width)
     if drafter is not None and config.stream:
-        show_answer = partial(_show_answer, target, drafter, {"width": config.width, "paces": decoder.paces, **sampling})
+        drafting = {"width": config.width, "paces": decoder.paces}
+        show_answer = partial(_show_answer, target, drafter, {**drafting, **sampling})
         if messages:
             show_answer(messages)
         else:
