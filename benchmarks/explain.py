@@ -12,7 +12,6 @@ Source: the idea of arXiv 2608.27339.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -195,8 +194,7 @@ def explain_prompt(
     stops = torch.tensor(target.stop_token_ids, device=target.device)
     losses = []
     for anchor, hidden, before in zip(anchors, out.hidden[0], out.before[0], strict=True):
-        read_before = partial(before.__getitem__, None)  # with a batch axis
-        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], read_before, drafter.block_size)
+        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], before[None], drafter.block_size)
         prefix = text[0, : anchor + 1]
         num_drafts = draft.tokens.shape[1]
         if options.temperature > 0:

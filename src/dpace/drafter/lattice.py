@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dpace.drafter.selector import SCORED_ROWS, Draft, DraftSampler, Drawn, ReadBefore, Selector
+from dpace.drafter.selector import SCORED_ROWS, Draft, DraftSampler, Drawn, Selector
 from dpace.drafter.views import BlocksHidden
 from dpace.fast.top import topk
 from dpace.loss import SlotScores, candidate_logits
@@ -32,7 +32,8 @@ class BlockCandidates(NamedTuple):
     """Final hidden states of the slots."""
     last_ids: Int[Tensor, " block"]
     """The tokens at the anchors."""
-    before: ReadBefore
+    before: Float[Tensor, "block hidden"]
+    """What the drafter's attention reads of the token before each anchor."""
 
 
 class Lattice(NamedTuple):
@@ -97,7 +98,7 @@ class LatticeSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: ReadBefore,
+        before: Float[Tensor, "batch hidden"],
         width: int,
     ) -> LatticeDraft:
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
@@ -121,7 +122,7 @@ class LatticeSelector(Selector):
         drafts = []
         inputs = drafted.hidden[0], blocks.labels[0, :, 0], drafted.before[0]
         for hidden, last_ids, before in zip(*[values.split(num_blocks) for values in inputs], strict=True):
-            drafts.append(self.propose(rows, hidden, last_ids, lambda before=before: before, num_drafts + 1))
+            drafts.append(self.propose(rows, hidden, last_ids, before, num_drafts + 1))
         tokens = torch.cat([draft.tokens for draft in drafts])
         is_true = torch.cat([draft.lattice.candidates for draft in drafts]) == labels[..., None]
         is_right = torch.stack([tokens == labels, is_true[..., 0], is_true.any(-1)])

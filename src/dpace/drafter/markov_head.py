@@ -20,7 +20,6 @@ from dpace.drafter.selector import (
     Draft,
     DraftSampler,
     Drawn,
-    ReadBefore,
     Selector,
     SelectorSizes,
     draw_draft,
@@ -115,7 +114,7 @@ class MarkovSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: ReadBefore,
+        before: Float[Tensor, "batch hidden"],
         width: int,
     ) -> MarkovDraft:
         """Propose the best token of each slot after the one before; the draft keeps the logits without the head."""

@@ -5,7 +5,6 @@ own is a file with a subclass of `SelectorSizes`, which names a subclass of `Sel
 call the methods of the second; files and options call the methods of the first.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -26,8 +25,6 @@ SCORED_ROWS = 128
 """Number of slots whose logits exist at once where known responses are measured."""
 Drawn = tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]
 """The tokens that were drawn, and the distribution that each was drawn from."""
-ReadBefore = Callable[[], Float[Tensor, "batch hidden"]]
-"""Returns what the drafter's attention reads of the token before each anchor."""
 
 
 @runtime_checkable
@@ -125,7 +122,7 @@ class Selector:
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: ReadBefore,
+        before: Float[Tensor, "batch hidden"],
         width: int,
     ) -> Draft:
         """Propose the best tokens.
@@ -134,7 +131,7 @@ class Selector:
             rows: of the tokens that may be drafted.
             hidden: of whole blocks.
             last_ids: the tokens at the anchors.
-            before: see `ReadBefore`.
+            before: what the drafter's attention reads of the token before each anchor.
             width: number of slots that may be verified, the anchor included.
         """
         # (batch * draft, choice), since `argmax` is fast on rows; slot 0 drafts nothing.

@@ -44,6 +44,7 @@ class GenerateConfig(SamplingConfig):
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts, copies never drafts; or
     a number of tokens, the anchor included."""
 
+
 ARGUMENTS = Arguments(GenerateConfig)
 
 
