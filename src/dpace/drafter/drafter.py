@@ -21,7 +21,6 @@ from dpace.drafter.spec import (
     SAME_AS_OPTIONS,
     SCALES,
     SELECTORS,
-    SPECIAL_TOKENS,
     UNREAD,
     DrafterSpec,
     as_float32,
@@ -82,8 +81,7 @@ def sizes_of(config: Any) -> JsonObject:
     }
     for name, usual in sizes.items():
         sizes[name] = getattr(config, name, None) or usual  # some families have it as None
-    special_token_ids = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
-    return sizes | {"num_attention_heads": num_heads, "special_token_ids": special_token_ids}
+    return sizes | {"num_attention_heads": num_heads}
 
 
 def reach_of(config: DrafterConfig) -> JsonObject:

@@ -84,7 +84,6 @@ FOLDERS = {
     "dflash_config is [1], expected an object": config(dflash_config=[1]),
     "'hot'": config(dpace={"confidence_temperature": "hot"}),
     "of this config: '\\x1b[31m'": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
-    "'pad_token_id' with value 'x'": config(pad_token_id="x"),
     "make them equal": config(rope_theta=1.0),
     "has no rope_theta; add the target's value": config(rope_theta=None, rope_parameters=None),
     "no conv_kernel_size": config(architectures=["DFlash2DraftModel"]),
