@@ -421,7 +421,6 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
         drafter.load_state_dict(tensors, assign=True)
     drafter.rotary_emb = type(drafter.rotary_emb)(drafter.config)  # the only part that is in no file
     refuse_infinite(what, drafter, FIX)
-    drafter.refuse_trained_selector()
     return drafter.eval()
 
 
