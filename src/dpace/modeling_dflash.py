@@ -165,8 +165,8 @@ class DFlashConvolution(nn.Module):
 class NeutralSelector(nn.Module):
     """Weights of a candidate selector that changes no choice; engines want one beside convolutions.
 
-    DFlash2's selector adds to a candidate's logit how well it follows the token before; here that is 0. Other weights of
-    rank 1, which no published drafter has, are read and not used.
+    DFlash2's selector adds to a candidate's logit how well it follows the token before; here that is 0. Other weights
+    of rank 1, which no published drafter has, are read and not used.
     """
 
     def __init__(self, config: Any):

@@ -456,8 +456,6 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     Raises:
         ValueError: no such folder, damaged weights, or a drafter for another target.
     """
-    if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
     drafter = Drafter.from_pretrained(folder, dtype=target.model.dtype)
     drafter.check_target(target)
     drafter.to(target.device)

@@ -248,8 +248,6 @@ class DrafterSpec:
         """
         nested = read_group(config, "dflash_config")
         refuse_variants(config)
-        if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
-            raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
         # The last three are defaults: the config's own values may stand in either place, and are read below.
         values = {"rms_norm_eps": 1e-6, **config, "block_size": 16, "target_layer_ids": (), "draft_vocab_size": 0}
         for name in LAYER_SIZES:

@@ -86,7 +86,6 @@ FOLDERS = {
     "of this config: '\\x1b[31m'": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
     "make them equal": config(rope_theta=1.0),
     "has no rope_theta; add the target's value": config(rope_theta=None, rope_parameters=None),
-    "no conv_kernel_size": config(architectures=["DFlash2DraftModel"]),
     "selector_top_k is missing": config(dflash_config={"selector_rank": 256}),
     "sliding layers and no sliding_window": config(layer_types=["sliding_attention"] * 2),
     "use_sliding_window and no layer_types": config(layer_types=None, use_sliding_window=True),
