@@ -102,4 +102,4 @@ def test_drafts_are_read_after_their_text(language_target, questions):
         tokens, read_drafts(language_target, torch.tensor(questions[0]), tokens, sampler), strict=True
     ):
         hidden = language_target.hidden(torch.tensor([[*questions[0], *row[:-1]]]))[0, -4:]
-        assert torch.allclose(probs, sampler.probs(sampler.scores(language_target.logits(hidden), ())), atol=1e-4)
+        assert torch.allclose(probs, sampler.probs(sampler.scores(language_target.logits(hidden))), atol=1e-4)
