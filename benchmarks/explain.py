@@ -12,7 +12,6 @@ Source: the idea of arXiv 2608.27339.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -159,7 +158,7 @@ def read_drafts(
     cache.batch_repeat_interleave(num_samples)
     known = torch.cat([prefix[-1:].expand(num_samples, 1), tokens[:, :-1]], dim=1)
     hidden = target.hidden(known, cache)
-    probs = sampler.probs(sampler.scores(target.logits(hidden.flatten(0, 1)), ()))
+    probs = sampler.probs(sampler.scores(target.logits(hidden.flatten(0, 1))))
     return probs.unflatten(0, tokens.shape)
 
 
@@ -195,13 +194,12 @@ def explain_prompt(
     stops = torch.tensor(target.stop_token_ids, device=target.device)
     losses = []
     for anchor, hidden, before in zip(anchors, out.hidden[0], out.before[0], strict=True):
-        read_before = partial(before.__getitem__, None)  # with a batch axis
-        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], read_before, drafter.block_size)
+        draft = drafter.selector.propose(rows, hidden[None], text[:, anchor], before[None], drafter.block_size)
         prefix = text[0, : anchor + 1]
         num_drafts = draft.tokens.shape[1]
         if options.temperature > 0:
             samples = range(options.num_samples)
-            drawn = [draft.draw(num_drafts, prefix.tolist(), sampler) for _ in samples]
+            drawn = [draft.draw(num_drafts, sampler) for _ in samples]
             tokens, drafted = map(torch.stack, zip(*drawn, strict=True))
         else:
             tokens = draft.tokens.expand(options.num_samples, -1)

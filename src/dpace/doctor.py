@@ -184,7 +184,7 @@ def compare_config(
     spec: DrafterSpec, config: JsonObject, tensors: Mapping[str, Tensor], target: Target
 ) -> Iterator[Diagnosis]:
     """Compare a config with the one that dpace would write of its spec for this target."""
-    ideal = replace(spec, **facts_of(target), special_token_ids={})
+    ideal = replace(spec, **facts_of(target))
     expected = ideal.published(ideal.config().to_dict()) | dict.fromkeys(SPELLINGS, ideal.rope_parameters)
     facts = {"target": target.short_name, "dtype": dtype_name(target.model.dtype), "thinking": target.thinking}
     expected["dpace"] = facts | tokenizer_hashes(target)

@@ -165,7 +165,8 @@ class DFlashConvolution(nn.Module):
 class NeutralSelector(nn.Module):
     """Weights of a candidate selector that changes no choice; engines want one beside convolutions.
 
-    DFlash2's selector adds to a candidate's logit how well it follows the token before; here that is 0.
+    DFlash2's selector adds to a candidate's logit how well it follows the token before; here that is 0. Other weights
+    of rank 1, which no published drafter has, are read and not used.
     """
 
     def __init__(self, config: Any):
@@ -530,20 +531,6 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         if nested.get("conv_kernel_size") and not has_selector:
             self.candidate_selector = NeutralSelector(config)
         self.post_init()
-
-    def refuse_trained_selector(self):
-        """Refuse weights of a candidate selector that would change choices.
-
-        Raises:
-            ValueError: they are not 0.
-        """
-        if not isinstance(self.candidate_selector, NeutralSelector):
-            return
-        if any(bool(weight.any()) for weight in self.candidate_selector.buffers()):
-            raise ValueError(
-                "this DFlash2 drafter has a trained candidate selector of rank 1, which dpace does not run; serve it "
-                "with the project that trained it"
-            )
 
     def _init_weights(self, module: Any) -> None:
         """Initialize a module; called by transformers, for a part before its whole."""

@@ -138,9 +138,8 @@ PAIRS = {
         "new/drafter/provenance.json",
         printed=r"\n\d{1,2}% of the tokens of the given answers, in a sample",
     ),
-    "stream, speculative sampling": Pair(
-        f"generate {TARGET} --prompt 'w3 w51' --stream --temperature 0.8 --seed 1 --verify-rule speculative "
-        "--max-new-tokens 8",
+    "stream, sampling": Pair(
+        f"generate {TARGET} --prompt 'w3 w51' --stream --temperature 0.8 --seed 1 --max-new-tokens 8",
         printed=r"w\d+",
     ),
     "several widths, verify rules and drafters, report": Pair(
@@ -383,7 +382,7 @@ COVER = (
     "from a GGUF file",
     "a GGUF file as target, every verb",
     "several widths, verify rules and drafters, report",
-    "stream, speculative sampling",
+    "stream, sampling",
     "bench in another dtype, card",
     "bench, sets whose ids are equal",
     "from another drafter, card",

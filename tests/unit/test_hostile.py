@@ -72,7 +72,6 @@ RANGES = {
     "bench --temperatures": r"--bench.temperatures is \(\), expected at least 1 item",
     "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
     "train --drafter.target-layer-ids 1 3 --drafter.num-features 3": r"is \(1, 3\), but num_features is 3; leave",
-    "generate --target t --drafter d --prompt p --compile --width 4": "--compile cannot be combined with .* --width",
     "respond --target '  '": "--target is '  ', expected a text that is not empty",
     "respond --output '\udcff'": "--output is .*udcff",
 }
@@ -171,7 +170,7 @@ PATHS = {
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
     "bench --prompts.path good.jsonl --drafters foreign ./foreign": "one folder is twice",
-    f"generate --target {TARGET} --stream": "--verify-rule need a drafter",
+    f"generate --target {TARGET} --stream": "--width need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
 }

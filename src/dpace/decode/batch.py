@@ -48,7 +48,7 @@ def batch_fault(target: Target, lengths: Sequence[tuple[int, int]] = ()) -> str:
         return (
             f"the target's attention is {implementation}, or its layers are on several devices; a batch needs one "
             "device and a 4-D mask: load it with attn_implementation='sdpa' and on one, or decode one prompt "
-            "at a time, with `generate` or without --compile"
+            "at a time, with `generate`"
         )
     if not is_full_attention(DynamicCache(config=target.config)):
         return (
@@ -122,7 +122,7 @@ class Batch:
         self.rows = list(rows)
         self.caches = kept_caches or Caches(target, drafter, 1 + max(row.limit for row in rows))
         self.is_compiled = kept_caches is not None
-        self.is_greedy = all(row.sampler.temperature == 0 and not row.sampler.processors for row in rows)
+        self.is_greedy = all(row.sampler.temperature == 0 for row in rows)
         if self.is_compiled and vocabulary is not None and vocabulary.head is None:
             vocabulary = None  # the number of choices would differ from prompt to prompt
         prompt_tokens = chain.from_iterable(row.token_ids for row in rows)
@@ -236,7 +236,8 @@ class Decoder:
         target: the model whose text is kept.
         drafter: trained for this target; None decodes plainly.
         width: verification length of single prompts, as in `generate`; compiled steps verify whole blocks.
-        compile: compile the steps, as in `generate_batch`, and keep what was compiled.
+        compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs, and keep them
+            and the caches that these refer to. Compiling takes a minute or more.
         max_length: with `compile`, tokens of the longest prompt and response. Longer ones compile the steps again; by
             default that happens whenever a text is longer than all before.
         recall_mib: MiB of memory of answers, which single prompts with width `auto` copy from and are added to; 0 keeps
@@ -303,8 +304,6 @@ def generate_batch(
     target: Target,
     drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
-    *,
-    compile: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> list[Generation]:
     """Decode several prompts at once with a drafter, each with the text that it gets alone.
@@ -321,8 +320,6 @@ def generate_batch(
         target: the model whose text is kept; all its layers must have full attention.
         drafter: trained for this target; None gives plain decoding, one token a step.
         prompts: decoded all at once; memory limits their number.
-        compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call
-            takes a minute or more. For further calls take a `Decoder`, which keeps the caches that graphs refer to.
         options: `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
 
     Returns:
@@ -332,4 +329,4 @@ def generate_batch(
         ValueError: as `generate`; also a layer without full attention, an attention implementation that accepts no 4-D
             mask, or layers on several devices.
     """
-    return Decoder(target, drafter, compile=compile).generate_batch(prompts, **options)
+    return Decoder(target, drafter).generate_batch(prompts, **options)

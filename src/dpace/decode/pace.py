@@ -85,7 +85,7 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
     def verify(width: int) -> None:
         """Verify a number of tokens after the filler."""
         logits = target.logits(target.hidden(filler[:, :width], text)[0])
-        sampler.draw(sampler.scores(logits, []), 0).tolist()  # waits for the device
+        sampler.draw(sampler.scores(logits), 0).tolist()  # waits for the device
         text.crop(-width)
 
     def draft(unread: Tensor) -> None:
@@ -93,7 +93,7 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
         drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
         hidden = to_predicted(drafted.hidden, drafter.first_slot)
         block_size = drafter.block_size
-        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], lambda: drafted.context[:, -1], block_size)
+        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], drafted.context[:, -1], block_size)
         drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
 
     steps = [partial(verify, width) for width in widths]

@@ -65,11 +65,9 @@ def draft_step(
     # The slots are drafted anew in the next step, with the features that the target computes for their tokens.
     cache.crop(-drafter.num_slots)
 
-    def before() -> Tensor:
-        """Find what the drafter read of the token before each anchor; rows of a batch have it at different places."""
-        places = (state.positions == state.starts - 1).int().argmax(-1)
-        return drafted.context[torch.arange(len(places), device=places.device), places]
-
+    # What the drafter read of the token before each anchor, which rows of a batch have at different places.
+    places = (state.positions == state.starts - 1).int().argmax(-1)
+    before = drafted.context[torch.arange(len(places), device=places.device), places]
     hidden = to_predicted(drafted.hidden, drafter.first_slot)
     draft = drafter.selector.propose(rows, hidden, state.last_ids[:, 0], before, width)
     return torch.cat([state.last_ids, draft.tokens], dim=1), draft

@@ -21,7 +21,6 @@ from dpace.drafter.spec import (
     SAME_AS_OPTIONS,
     SCALES,
     SELECTORS,
-    SPECIAL_TOKENS,
     UNREAD,
     DrafterSpec,
     as_float32,
@@ -82,8 +81,7 @@ def sizes_of(config: Any) -> JsonObject:
     }
     for name, usual in sizes.items():
         sizes[name] = getattr(config, name, None) or usual  # some families have it as None
-    special_token_ids = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
-    return sizes | {"num_attention_heads": num_heads, "special_token_ids": special_token_ids}
+    return sizes | {"num_attention_heads": num_heads}
 
 
 def reach_of(config: DrafterConfig) -> JsonObject:
@@ -423,7 +421,6 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
         drafter.load_state_dict(tensors, assign=True)
     drafter.rotary_emb = type(drafter.rotary_emb)(drafter.config)  # the only part that is in no file
     refuse_infinite(what, drafter, FIX)
-    drafter.refuse_trained_selector()
     return drafter.eval()
 
 
@@ -459,8 +456,6 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     Raises:
         ValueError: no such folder, damaged weights, or a drafter for another target.
     """
-    if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
     drafter = Drafter.from_pretrained(folder, dtype=target.model.dtype)
     drafter.check_target(target)
     drafter.to(target.device)

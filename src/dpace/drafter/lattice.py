@@ -4,7 +4,6 @@ What comes in are the drafter's hidden states; what goes out are drafts, and the
 how well a token follows another one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dpace.drafter.selector import SCORED_ROWS, Draft, DraftSampler, Drawn, ReadBefore, Selector
+from dpace.drafter.selector import SCORED_ROWS, Draft, DraftSampler, Drawn, Selector
 from dpace.drafter.views import BlocksHidden
 from dpace.fast.top import topk
 from dpace.loss import SlotScores, candidate_logits
@@ -33,7 +32,8 @@ class BlockCandidates(NamedTuple):
     """Final hidden states of the slots."""
     last_ids: Int[Tensor, " block"]
     """The tokens at the anchors."""
-    before: ReadBefore
+    before: Float[Tensor, "block hidden"]
+    """What the drafter's attention reads of the token before each anchor."""
 
 
 class Lattice(NamedTuple):
@@ -54,11 +54,11 @@ class LatticeDraft(Draft):
 
     lattice: Lattice
 
-    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
+    def draw(self, num_drawn: int, sampler: DraftSampler) -> Drawn:
         """Draw the tokens from the lattice, a slot after the other.
 
         A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
-        Filters and processors of the target do not matter: any distribution keeps the target's text, if it is the one
+        Filters of the target do not matter: any distribution keeps the target's text, if it is the one
         drawn from.
         """
         index = 0  # in the first slot all rows are alike
@@ -98,7 +98,7 @@ class LatticeSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: ReadBefore,
+        before: Float[Tensor, "batch hidden"],
         width: int,
     ) -> LatticeDraft:
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
@@ -122,7 +122,7 @@ class LatticeSelector(Selector):
         drafts = []
         inputs = drafted.hidden[0], blocks.labels[0, :, 0], drafted.before[0]
         for hidden, last_ids, before in zip(*[values.split(num_blocks) for values in inputs], strict=True):
-            drafts.append(self.propose(rows, hidden, last_ids, lambda before=before: before, num_drafts + 1))
+            drafts.append(self.propose(rows, hidden, last_ids, before, num_drafts + 1))
         tokens = torch.cat([draft.tokens for draft in drafts])
         is_true = torch.cat([draft.lattice.candidates for draft in drafts]) == labels[..., None]
         is_right = torch.stack([tokens == labels, is_true[..., 0], is_true.any(-1)])

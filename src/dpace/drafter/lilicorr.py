@@ -39,7 +39,7 @@ class LiLiCorrSelector(LatticeSelector):
     def score(self, candidates: BlockCandidates) -> Float[Tensor, "block draft choice choice"]:
         """Take the network's scores; in the first slot all candidates have the score after the anchor."""
         embeds = candidates.rows.target.embed(candidates.tokens)
-        start, pairs = self.network(embeds, candidates.log_probs, candidates.hidden, candidates.before())
+        start, pairs = self.network(embeds, candidates.log_probs, candidates.hidden, candidates.before)
         # "block candidate" to "block 1 before after", where the candidates before the first slot do not matter.
         first_slot = start[:, None, None].expand(-1, 1, start.shape[1], -1)
         return torch.cat([first_slot, pairs], dim=1)
@@ -72,7 +72,7 @@ class LiLiCorrSelector(LatticeSelector):
         last_ids = blocks.labels.flatten(0, 1)[whole_blocks, 0]
         with scorer.autocast():
             before = drafted.before.flatten(0, 1)[whole_blocks]
-            candidates = BlockCandidates(rows, rows.tokens(index), log_probs, hidden, last_ids, lambda: before)
+            candidates = BlockCandidates(rows, rows.tokens(index), log_probs, hidden, last_ids, before)
             lattice = self.make_lattice(candidates)
         walk = walk_losses(lattice, labels, target_logits, scorer.loss.selector_penalty)
         losses = scores.losses.flatten().index_add(0, whole_blocks, walk)

@@ -6,7 +6,6 @@ Here are its sizes and config keys, its drafts, and what it is trained with. Its
 Source: DSpark (arXiv 2607.05147), deepseek-ai/DeepSpec.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from dpace.drafter.selector import (
     Draft,
     DraftSampler,
     Drawn,
-    ReadBefore,
     Selector,
     SelectorSizes,
     draw_draft,
@@ -56,13 +54,13 @@ class MarkovDraft(Draft):
     """The tokens at the anchors."""
     tables: PairTables
 
-    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
-        """Draw each slot's token after the one drawn before; processors see the text before the draft alone."""
+    def draw(self, num_drawn: int, sampler: DraftSampler) -> Drawn:
+        """Draw each slot's token after the one drawn before."""
         tokens = [self.last_ids]
         probs = []
         for logits in self.base[0, :num_drawn]:
             scores = self.tables.add_to(logits[None], tokens[-1])
-            drawn, slot_probs = draw_draft(self.rows.spread(scores), text, sampler)
+            drawn, slot_probs = draw_draft(self.rows.spread(scores), sampler)
             tokens.append(drawn)
             probs.append(slot_probs)
         return torch.cat(tokens[1:]), torch.cat(probs)
@@ -116,7 +114,7 @@ class MarkovSelector(Selector):
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: ReadBefore,
+        before: Float[Tensor, "batch hidden"],
         width: int,
     ) -> MarkovDraft:
         """Propose the best token of each slot after the one before; the draft keeps the logits without the head."""

@@ -5,7 +5,6 @@ own is a file with a subclass of `SelectorSizes`, which names a subclass of `Sel
 call the methods of the second; files and options call the methods of the first.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -26,8 +25,6 @@ SCORED_ROWS = 128
 """Number of slots whose logits exist at once where known responses are measured."""
 Drawn = tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]
 """The tokens that were drawn, and the distribution that each was drawn from."""
-ReadBefore = Callable[[], Float[Tensor, "batch hidden"]]
-"""Returns what the drafter's attention reads of the token before each anchor."""
 
 
 @runtime_checkable
@@ -35,11 +32,10 @@ class DraftSampler(Protocol):
     """What drafts are drawn with: the target's sampler, `dpace.decode.sampling.Sampler`."""
 
     temperature: float
-    processors: object
     generator: torch.Generator | None
 
-    def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
-        """Apply all processors and filters."""
+    def scores(self, logits: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
+        """Apply all filters."""
         ...
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
@@ -78,15 +74,14 @@ class Draft:
     scores: Float[Tensor, "batch draft choice"]
     """Logits of each slot's choices; of a selector that chooses from candidates, a last one for all other tokens."""
 
-    def draw(self, num_drawn: int, text: Sequence[int], sampler: DraftSampler) -> Drawn:
+    def draw(self, num_drawn: int, sampler: DraftSampler) -> Drawn:
         """Draw a draft of one text for speculative sampling.
 
         Args:
             num_drawn: number of slots that will be verified.
-            text: the tokens before the draft.
             sampler: the target's.
         """
-        return draw_draft(self.rows.spread(self.scores[0, :num_drawn]), text, sampler)
+        return draw_draft(self.rows.spread(self.scores[0, :num_drawn]), sampler)
 
 
 class Selector:
@@ -128,7 +123,7 @@ class Selector:
         rows: DraftRows,
         hidden: Float[Tensor, "batch slot hidden"],
         last_ids: Int[Tensor, " batch"],
-        before: ReadBefore,
+        before: Float[Tensor, "batch hidden"],
         width: int,
     ) -> Draft:
         """Propose the best tokens.
@@ -137,7 +132,7 @@ class Selector:
             rows: of the tokens that may be drafted.
             hidden: of whole blocks.
             last_ids: the tokens at the anchors.
-            before: see `ReadBefore`.
+            before: what the drafter's attention reads of the token before each anchor.
             width: number of slots that may be verified, the anchor included.
         """
         # (batch * draft, choice), since `argmax` is fast on rows; slot 0 drafts nothing.
@@ -178,22 +173,10 @@ class Selector:
         return rows.logits(states)
 
 
-def draw_draft(logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: DraftSampler) -> Drawn:
-    """Draw each slot's token from its logits; see `Selector.draw`.
-
-    Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
-    """
-    # Filters look at each slot alone, so all slots are drawn at once.
-    if not sampler.processors:
-        probs = sampler.probs(sampler.scores(logits, text))
-        return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
-    drawn = []
-    slot_probs = []
-    for slot_logits in logits:
-        probs = sampler.probs(sampler.scores(slot_logits[None], [*text, *drawn]))
-        drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
-        slot_probs.append(probs)
-    return torch.tensor(drawn, device=logits.device), torch.cat(slot_probs)
+def draw_draft(logits: Float[Tensor, "draft vocab"], sampler: DraftSampler) -> Drawn:
+    """Draw each slot's token from its logits, all at once, since filters look at each slot alone; see `Draft.draw`."""
+    probs = sampler.probs(sampler.scores(logits))
+    return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
 
 
 @dataclass(frozen=True)

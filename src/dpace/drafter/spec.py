@@ -40,7 +40,6 @@ from dpace.system.loading import read_config, refuse_mismatch, translate_library
 from dpace.system.validation import adapter
 
 WHAT = "the drafter of this config"
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = "query_zero_predicts_next"
 """Another name of `sample_from_anchor` in published configs."""
 SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
@@ -159,8 +158,6 @@ class DrafterSpec:
     """Rows of an own LM head for some tokens, which `d2t` names; 0 without one."""
     record: Annotated[JsonObject, Field(alias="dpace")] = field(default_factory=dict, compare=False)
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
-    special_token_ids: JsonObject = field(default_factory=dict, compare=False)
-    """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""
 
     @property
     def num_draft_tokens(self) -> int:
@@ -217,10 +214,7 @@ class DrafterSpec:
         """
         rope = values["rope_parameters"]
         numbers = read_values(Numbers, rope | read_group(values, "dpace"))
-        objects = {
-            "rope_parameters": rope | {"rope_theta": numbers.rope_theta},
-            "special_token_ids": {name: values[name] for name in SPECIAL_TOKENS if name in values},
-        }
+        objects: JsonObject = {"rope_parameters": rope | {"rope_theta": numbers.rope_theta}}
         selector = values.get("selector")
         if selector and values.get("sample_from_anchor") is None:
             objects["sample_from_anchor"] = selector.from_anchor
@@ -254,8 +248,6 @@ class DrafterSpec:
         """
         nested = read_group(config, "dflash_config")
         refuse_variants(config)
-        if "DFlash2" in str(config.get("architectures")) and not nested.get("conv_kernel_size"):
-            raise ValueError(f"the drafter's config has no conv_kernel_size; {COPY_AGAIN}")
         # The last three are defaults: the config's own values may stand in either place, and are read below.
         values = {"rms_norm_eps": 1e-6, **config, "block_size": 16, "target_layer_ids": (), "draft_vocab_size": 0}
         for name in LAYER_SIZES:
@@ -284,7 +276,7 @@ class DrafterSpec:
         Raises:
             ValueError: values that transformers refuses, or that give no rotation.
         """
-        elsewhere = {*LAYER_SIZES, "selector", "special_token_ids"}
+        elsewhere = {*LAYER_SIZES, "selector"}
         values = adapter(DrafterSpec).dump_python(
             self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere
         )
@@ -302,7 +294,6 @@ class DrafterSpec:
         values["is_causal"] = None if self.is_causal == "sliding" else self.is_causal
         with translate_library_errors(WHAT, COPY_AGAIN), torch.device("cpu"):  # also on paper
             config = Qwen3Config(
-                **self.special_token_ids,
                 **values,
                 tie_word_embeddings=False,
                 dflash_config=nested | self.network_keys,  # pyright: ignore[reportCallIssue]

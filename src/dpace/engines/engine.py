@@ -32,7 +32,6 @@ EVERYWHERE = (
     "is_causal",
     "selector",  # named by its architecture
     "record",
-    "special_token_ids",
 )
 """Options of a `DrafterSpec` that every engine reads or need not read, but for what its own `fault` refuses."""
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}

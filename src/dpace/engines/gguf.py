@@ -360,7 +360,7 @@ def _add_values(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
         writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
-    writer.add_string(RECORD_KEY, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
+    writer.add_string(RECORD_KEY, json.dumps({"dpace": spec.record}))
 
 
 def _read_values(fields: JsonObject) -> JsonObject:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
+from dpace.config import DeviceMap, Dtype, Recipe, SamplingConfig, Text, Width, options
 from dpace.recipes.flags import Arguments, Given, command
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, print_text
@@ -43,15 +43,6 @@ class GenerateConfig(SamplingConfig):
     width: Width = "auto"
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts, copies never drafts; or
     a number of tokens, the anchor included."""
-    recall_mib: PositiveOrZero = 64.0
-    """MiB of memory of answers that width auto copies from; 0 keeps none.
-    First come the drafter's training answers, then the chat's. Only with a drafter, and not with --compile."""
-    verify_rule: VerifyRule = "equality"
-    """Rule that accepts draft tokens at a temperature above 0.
-    equality: those that equal the target's own sample. speculative: by speculative sampling."""
-    compile: bool = False
-    """Compile the decoding steps, for a GPU, as CUDA graphs, and verify whole drafts.
-    It cannot be combined with --stream, --verify-rule speculative or another --width."""
 
 
 ARGUMENTS = Arguments(GenerateConfig)
@@ -59,23 +50,11 @@ ARGUMENTS = Arguments(GenerateConfig)
 
 def run(config: GenerateConfig, given: Given) -> None:
     """Run `dpace generate`."""
-    if config.drafter is None and given.names & {"stream", "compile", "recall_mib", "width", "verify_rule"}:
-        raise ValueError(
-            "--stream, --compile, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its "
-            "folder with --drafter"
-        )
-    # The default, auto, stands for whole drafts where steps are compiled; only a width that was asked for is refused.
-    is_other_width = "width" in given.names and config.width != "full"
-    if config.compile and (config.stream or config.verify_rule != "equality" or is_other_width):
-        raise ValueError(
-            "--compile cannot be combined with --stream, --verify-rule speculative or a --width other than full; leave "
-            "one of them out"
-        )
-    if "recall_mib" in given.names and (config.compile or config.width not in ("auto", "copies")):
-        raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")
+    if config.drafter is None and given.names & {"stream", "width"}:
+        raise ValueError("--stream and --width need a drafter, and none is named; name its folder with --drafter")
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
-    from dpace.decode import Paces, generate, generate_batch, generate_plain
+    from dpace.decode import Decoder
     from dpace.decode.generation import SamplingOptions
     from dpace.drafter import load_drafter
     from dpace.prompts.prompts import find_prompt
@@ -86,24 +65,17 @@ def run(config: GenerateConfig, given: Given) -> None:
     folder = find_drafter(config.drafter) if config.drafter else None
     target = load_target(config)
     sampling = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
-    if folder is None:
-        generation = generate_plain(target, encode_chat(target, messages), **sampling)
-    else:
-        drafter = load_drafter(folder, target)
-        drafting = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
-        if config.stream:
-            show_answer = partial(_show_answer, target, drafter, {**drafting, **sampling})
-            if messages:
-                show_answer(messages)
-            else:
-                _chat(show_answer)
-            return
-        token_ids = encode_chat(target, messages)
-        if config.compile:
-            print("compiling the decoding steps; dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
-            (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **sampling)
+    drafter = load_drafter(folder, target) if folder else None
+    decoder = Decoder(target, drafter, width=config.width)
+    if drafter is not None and config.stream:
+        drafting = {"width": config.width, "paces": decoder.paces}
+        show_answer = partial(_show_answer, target, drafter, {**drafting, **sampling})
+        if messages:
+            show_answer(messages)
         else:
-            generation = generate(target, drafter, token_ids, **drafting, **sampling)
+            _chat(show_answer)
+        return
+    generation = decoder.generate(encode_chat(target, messages), **sampling)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     _print_speed(generation)
     if folder is None:

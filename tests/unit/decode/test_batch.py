@@ -161,15 +161,6 @@ def test_compiled_steps_see_a_changed_weight(graphs, language_folder):
     assert len(graphs) == 1 and texts[0] != texts[1]
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.wide
-def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, random_drafter_folder, run_line):
-    """The first step is never compiled: it makes the drafter's cache, and reads a prompt of any length."""
-    line = f"generate --target {language_folder} --prompt 'w3 w51' --max-new-tokens 12"
-    plain = run_line(line).out
-    assert run_line(f"{line} --drafter {random_drafter_folder} --compile").out == plain and graphs
-
-
 def raise_out_of_memory(*_, **__):
     raise torch.OutOfMemoryError
 

@@ -1,27 +1,16 @@
 """Drafts of some tokens only: which are drafted, what is measured, and when it is used; texts are in `tests/golden`."""
 
-import copy
 import json
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
 
-from dpace.decode.generation import Continuation
-from dpace.decode.loop import Speculation
-from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRows, load_vocabulary
 from dpace.training.finish import measure_and_calibrate
 from tests.support.files import read_json
 from tests.support.models import make_target
 from tests.unit.training.test_train import measured, run_recipe, short
-
-
-@pytest.fixture
-def drafter(language_drafter):
-    """A copy that may draft a part of the tokens."""
-    return copy.deepcopy(language_drafter)
 
 
 @pytest.mark.parametrize(("family", "is_packed"), [("qwen3", True), ("qwen3", False), ("gemma2", True)])
@@ -67,19 +56,6 @@ def test_training_writes_it_where_it_loses_no_tau(language_target, language_resp
         path.write_text(json.dumps(written | values))
         with pytest.raises(ValueError, match=message):
             load_vocabulary(tmp_path, 64)
-
-
-def test_speculative_sampling_with_processors_drafts_any_token(language_target, drafter):
-    """They may allow only tokens that the vocabulary does not have; else those of the prompt are drafted too."""
-    drafter.vocabulary = DraftVocabulary([30, 31])
-    processors = LogitsProcessorList([lambda ids, scores: scores])
-    for given, rule in ((processors, "speculative"), (None, "speculative"), (processors, "equality")):
-        text = Continuation([5, 6, 7], 3, 11, set(), Sampler(1.0, processors=given, seed=0))
-        rows = Speculation(language_target, drafter, text, width="full", verify_rule=rule).draft_rows
-        if given and rule == "speculative":
-            assert rows.token_ids is None
-        else:
-            assert rows.token_ids.tolist() == [30, 31, 5, 6, 7]
 
 
 @pytest.mark.parametrize("init", ["before", None])

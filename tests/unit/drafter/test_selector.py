@@ -160,7 +160,7 @@ def test_dsparks_head_counts_after_the_token_that_is_drafted(language_target):
     for token_ids in (None, torch.tensor([40, 3, 17, 9, 22])):
         rows = DraftRows(language_target, token_ids)
         allowed = torch.arange(64) if token_ids is None else token_ids
-        draft = drafter.selector.propose(rows, hidden, last_ids, lambda: hidden[:, 0], 4)
+        draft = drafter.selector.propose(rows, hidden, last_ids, hidden[:, 0], 4)
         assert draft.tokens.shape == (2, 3)
         for text in range(2):
             before = int(last_ids[text])
@@ -170,6 +170,6 @@ def test_dsparks_head_counts_after_the_token_that_is_drafted(language_target):
                 torch.testing.assert_close(draft.scores[text, slot], scores, atol=1e-4, rtol=1e-4)
                 before = int(allowed[scores.argmax()])
                 assert draft.tokens[text, slot] == before
-        alone = drafter.selector.propose(rows, hidden[:1], last_ids[:1], lambda: hidden[:1, 0], 4)
-        tokens, probs = alone.draw(3, [1, 2], Sampler(0.0001, seed=0))
+        alone = drafter.selector.propose(rows, hidden[:1], last_ids[:1], hidden[:1, 0], 4)
+        tokens, probs = alone.draw(3, Sampler(0.0001, seed=0))
         assert torch.equal(tokens, draft.tokens[0]) and probs.shape == (3, 64)

@@ -5,11 +5,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TypicalLogitsWarper
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.decode.generation import make_continuation
-from dpace.decode.loop import Speculation
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
 from dpace.engines.read import read_drafter
@@ -43,10 +40,6 @@ def test_own_tables_give_the_logits(layout, folders, language_target, questions,
     drafter.save_pretrained(tmp_path, dtype=torch.bfloat16)
     saved = Drafter.from_pretrained(tmp_path)
     assert saved.dtype == torch.bfloat16 and (layout == "own" or saved.d2t.equal(drafter.d2t))
-    text = make_continuation(language_target, [4, 20], temperature=1.0, max_new_tokens=9)
-    text.sampler.processors.append(TypicalLogitsWarper())  # it may allow only tokens that a small head does not have
-    head = Speculation(language_target, drafter, text, width="full", verify_rule="speculative").draft_rows
-    assert (head.token_ids is None) == (layout == "small")
 
 
 def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, language_target, tmp_path):
