@@ -158,7 +158,7 @@ def read_drafts(
     cache.batch_repeat_interleave(num_samples)
     known = torch.cat([prefix[-1:].expand(num_samples, 1), tokens[:, :-1]], dim=1)
     hidden = target.hidden(known, cache)
-    probs = sampler.probs(sampler.scores(target.logits(hidden.flatten(0, 1))))
+    probs = sampler.probs(sampler.scores(target.logits(hidden.flatten(0, 1)), ()))
     return probs.unflatten(0, tokens.shape)
 
 

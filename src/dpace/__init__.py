@@ -27,6 +27,7 @@ _PLACES = {
     "Slots": "dpace.loss",
     "Target": "dpace.target",
     "TrainConfig": "dpace.config",
+    "custom_generate": "dpace.decode",
     "encode_chat": "dpace.target.chat",
     "find_target": "dpace.target.locate",
     "generate": "dpace.decode",

@@ -13,6 +13,7 @@ from .decode import (
     Decoder as Decoder,
     Generation as Generation,
     Paces as Paces,
+    custom_generate as custom_generate,
     generate as generate,
     generate_batch as generate_batch,
     generate_plain as generate_plain,

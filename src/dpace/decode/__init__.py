@@ -2,5 +2,5 @@
 
 from dpace.decode.batch import Decoder, generate_batch
 from dpace.decode.generation import Generation
-from dpace.decode.loop import generate, generate_plain, stream
+from dpace.decode.loop import custom_generate, generate, generate_plain, stream
 from dpace.decode.pace import Paces

@@ -122,7 +122,7 @@ class Batch:
         self.rows = list(rows)
         self.caches = kept_caches or Caches(target, drafter, 1 + max(row.limit for row in rows))
         self.is_compiled = kept_caches is not None
-        self.is_greedy = all(row.sampler.temperature == 0 for row in rows)
+        self.is_greedy = all(row.sampler.temperature == 0 and not row.sampler.processors for row in rows)
         if self.is_compiled and vocabulary is not None and vocabulary.head is None:
             vocabulary = None  # the number of choices would differ from prompt to prompt
         prompt_tokens = chain.from_iterable(row.token_ids for row in rows)

@@ -72,9 +72,13 @@ class Continuation:
         """Whether the response is complete: the budget is used, or its last token is a stop token."""
         return not self.remaining or (bool(self.steps) and self.token_ids[-1] in self.stops)
 
-    def draw(self, logits: Float[Tensor, "slot vocab"]) -> Int[Tensor, " slot"]:
-        """Draw the target's own tokens, where row `k` follows the text and `k` proposed tokens."""
-        return self.sampler.draw(self.sampler.scores(logits), len(self.token_ids) - self.num_prompt)
+    def draw(self, logits: Float[Tensor, "slot vocab"], draft: Sequence[int] = ()) -> Int[Tensor, " slot"]:
+        """Draw the target's own tokens, where row `k` follows the text and the first `k` tokens of `draft`.
+
+        `draft` may be left out where the sampler has no processors, because only these look at the text.
+        """
+        scores = self.sampler.scores(logits, [*self.token_ids, *draft])
+        return self.sampler.draw(scores, len(self.token_ids) - self.num_prompt)
 
     def take(self, accepted: int, token_ids: Sequence[int], *, width: int, is_copied: bool = False) -> Step:
         """Append the tokens of a verification, cut at the budget and after the first stop token.

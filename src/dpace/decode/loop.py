@@ -1,29 +1,32 @@
-"""Speculative and plain decoding of one prompt, whole or piece by piece.
+"""Speculative and plain decoding of one prompt: whole, piece by piece, or inside of transformers' `generate`.
 
 `generate` takes a prompt and returns the response with its verifications and times. `Speculation` is the loop of steps:
 plan, draft, verify, emit. `steps` has what the models compute in a step.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Unpack, get_args
+from itertools import chain
+from typing import Any, Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from dpace.config import VerifyRule, Width
 from dpace.decode.copies import PromptLookup
 from dpace.decode.generation import Continuation, Generation, SamplingOptions, Step, collect, make_continuation
 from dpace.decode.pace import Paces, Plan, widest_step
-from dpace.decode.sampling import verify_draft, verify_sampled
+from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
 from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.cache import TextCache
 from dpace.fast.packing import refresh_copies
-from dpace.target import Target
+from dpace.target import Target, stop_tokens
 
 
 def generate(
@@ -267,7 +270,7 @@ class Speculation:
             target_probs = text.sampler.probs(text.sampler.scores(logits))
             accepted, next_token = verify_sampled(draft, draft_probs, target_probs, text.sampler)
             return accepted, [*draft[:accepted], next_token]
-        drawn = text.draw(logits)
+        drawn = text.draw(logits, proposed.tolist() if text.sampler.processors else ())
         # Proposed and drawn tokens come in one copy, because each copy waits for the device.
         token_ids = torch.cat([proposed, drawn]).tolist()
         draft = token_ids[: len(proposed)]
@@ -308,3 +311,86 @@ def stream(
             start = end
             yield piece
         end = len(text.token_ids)
+
+
+def custom_generate(
+    target: Target,
+    drafter: Drafter,
+    *,
+    width: Width = "auto",
+    streamer: BaseStreamer | None = None,
+) -> Callable[..., Tensor]:
+    """Make the argument of transformers' `generate` that lets it decode with a drafter.
+
+        model.generate(**inputs, custom_generate=custom_generate(target, drafter), max_new_tokens=200)
+
+    All of transformers' filters, stopping criteria and processors apply as usual, apart from `guidance_scale`, which is
+    refused; `model` is `target.model`. Criteria are checked after every token, in the order of the text. Only one
+    prompt of text, no beams, and only tokens as output are supported.
+
+    Args:
+        target: made from the model whose `generate` is called.
+        drafter: trained for this target.
+        width: as in `generate`. Drafts are verified by the rule `equality`.
+        streamer: receives prompt and tokens. Give it here, because `generate` does not pass its own streamer on.
+    """
+    drafter.check_target(target)
+    paces = Paces()
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Callable[..., Tensor],
+        generation_config: Any,
+        **model_inputs: Any,  # with the attention mask: transformers would pass a named one twice
+    ) -> Tensor:
+        _refuse_call(target, model, input_ids, generation_config, model_inputs)
+        prompt = input_ids[0].tolist()
+        target.refuse_rotation(1, len(prompt), generation_config.max_length)
+        target.refresh_copies()
+        sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
+        stops = set(stop_tokens(generation_config))
+        text = Continuation(prompt, len(prompt), generation_config.max_length - 1, stops, sampler)
+        speculation = Speculation(target, drafter, text, width=width, paces=paces)
+        show = streamer.put if streamer is not None else lambda tokens: None
+        show(input_ids.cpu())
+        written = input_ids
+        # One token at a time: a criterion may end the text inside of what a step emits.
+        for token in chain.from_iterable(step.token_ids for step in speculation.steps()):
+            written = torch.cat([written, written.new_tensor([[token]])], dim=1)
+            show(torch.tensor([token]))
+            if bool(stopping_criteria(written, None).all()):
+                break
+        if streamer is not None:
+            streamer.end()
+        return written
+
+    return decode
+
+
+def _refuse_call(
+    target: Target, model: PreTrainedModel, input_ids: Tensor, config: Any, model_inputs: Mapping[str, Any]
+) -> None:
+    """Refuse what a call of transformers' `generate` asks for and `custom_generate` does not do.
+
+    Raises:
+        ValueError: names all of it.
+    """
+    attention_mask = model_inputs.get("attention_mask")
+    has_embeddings = model_inputs.get("inputs_embeds") is not None or not input_ids.numel()
+    refused = {
+        "another model than the drafter's target": model is not target.model,
+        "several prompts or beams": len(input_ids) > 1 or config.num_beams > 1,
+        "return_dict_in_generate": config.return_dict_in_generate,
+        "a padded prompt": attention_mask is not None and not attention_mask.all(),
+        "images or embeddings": has_embeddings or model_inputs.get("mm_encoder_outputs"),
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "SynthID's watermark, which counts its calls": hasattr(config.watermarking_config, "ngram_len"),
+    }
+    asked = [feature for feature, is_asked in refused.items() if is_asked]
+    if asked:
+        raise ValueError(
+            f"the call has {', '.join(asked)}; a drafter decodes the tokens of one prompt for its target, and "
+            "returns tokens: leave this out, or the drafter, and for several prompts call dpace.generate_batch"
+        )

@@ -33,6 +33,7 @@ class Sampler:
         top_k: keep this number of most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens up to this probability.
         min_p: keep tokens with at least this share of the highest probability.
+        processors: further transformers processors, which see the tokens before the one that is drawn.
         seed: seed of the draws; by default torch's global generator is used.
         device: device of the logits.
     """
@@ -44,10 +45,12 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        processors: LogitsProcessorList | None = None,
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ):
         self.temperature = temperature
+        self.processors: Any = processors or LogitsProcessorList()
         self.filters: Any = LogitsProcessorList()
         if temperature:
             # In the order of `model.generate`: each filter sees the scores that the one before has left.
@@ -65,8 +68,19 @@ class Sampler:
         self._noise_rows: list[Tensor] = []
         self._noise_position = 0
 
-    def scores(self, logits: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
-        """Apply all filters, in fp32, in which `argmax` is several times faster than in bf16."""
+    def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int] = ()) -> Float[Tensor, "slot vocab"]:
+        """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`.
+
+        `prefix` may be left out where there are no processors, because only these look at the text.
+        The scores are in fp32, in which `argmax` is several times faster than in bf16.
+        """
+        if self.processors:
+            rows = []
+            # The last row follows the whole prefix, and each row before it one token less.
+            for num_tokens, row in enumerate(logits.float(), start=len(prefix) - len(logits) + 1):
+                ids = torch.tensor([prefix[:num_tokens]], device=logits.device)
+                rows.append(self.processors(ids, row[None]))
+            logits = torch.cat(rows)
         return self.filters(None, logits.float())
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:

@@ -111,7 +111,7 @@ class _Draws(LogitsProcessor):
         position = input_ids.shape[1]
         drawn = []
         for sampler, row in zip(self.samplers, scores.split(1), strict=True):
-            drawn.append(sampler.draw(sampler.scores(row), position))
+            drawn.append(sampler.draw(sampler.scores(row, []), position))
         # (row, 1) tokens; the greedy search that follows can take no other.
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.stack(drawn), 0.0)
 

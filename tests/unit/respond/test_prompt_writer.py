@@ -42,7 +42,7 @@ def draw(target, number: int) -> str:
     for position in range(CONFIG.max_new_tokens):
         with torch.inference_mode():
             logits = target.model(torch.tensor([tokens])).logits[0, -1:]
-        tokens += sampler.draw(sampler.scores(logits), position).tolist()
+        tokens += sampler.draw(sampler.scores(logits, tokens), position).tolist()
         if tokens[-1] == end:
             return target.tokenizer.decode(tokens[1:-1], skip_special_tokens=True).strip()
         if tokens[-1] in target.stop_token_ids:

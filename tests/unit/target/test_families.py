@@ -15,7 +15,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dpace.config import RespondConfig
-from dpace.decode import generate, generate_batch, generate_plain
+from dpace.decode import custom_generate, generate, generate_batch, generate_plain
 from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
@@ -184,6 +184,9 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
         assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
     with pytest.raises(ValueError, match="33 tokens; past 32 .* ask for fewer"):
         generate_plain(target, SHARED, max_new_tokens=13)
+    decode = custom_generate(target, drafter)
+    with pytest.raises(ValueError, match="33 tokens; past 32 .* ask for fewer"):
+        target.model.generate(torch.tensor([SHARED]), custom_generate=decode, max_new_tokens=13)
     with pytest.raises(ValueError, match="one prompt at a time"):
         generate_batch(target, drafter, [SHARED[:5], SHARED + SHARED], max_new_tokens=5)
     with pytest.raises(ValueError, match="--train.max-length 32"):
