@@ -5,6 +5,7 @@ a decoder in one loop. Results have the same bits on a CPU; on a GPU, they are e
 and in any model on a GPU, a large part of a step's time is spent outside the matrix products; this part becomes faster.
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, joi
 from dpace.modeling_dflash import DFlashLayer, Mask, Rope
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Layer classes of transformers with the computation of `FusedLayer`."""
+"""Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
 RECORDERS = (__name__, "transformers.utils.output_capturing")
 """Files whose hooks stay on layers, and record outputs in passes of the decoder's own code only."""
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -34,26 +35,21 @@ def fuse_layers(model: PreTrainedModel) -> bool:
 
     Query, key and value become one product, so do gate and up, and norms and rotations take fewer operations. The
     layers must be one of `LAYERS`, or `DFlashLayer`. Their linear layers must be packed on a CPU
-    (`dpace.fast.packing`), and plain elsewhere. Hooks on layers run as before; hooks on modules inside them do not.
+    (`dpace.fast.packing`), and plain elsewhere. The first of `LAYERS` must be about as near to the result in fp64 as it
+    was before, at most twice as far. Hooks on layers run as before; hooks on modules inside them do not.
 
     Memory: on a CPU one packed copy of the weights, in place of the packed copies of the single linear layers;
-    elsewhere none.
+    elsewhere none. While the first layer is tried out, copies of it, of which one is in fp64 on the CPU.
     """
     layers: list[Any] = []
     for module in model.modules():
-        if _is_known(module, LAYERS) or type(module) is DFlashLayer:
+        if type(module).__name__ in LAYERS or type(module) is DFlashLayer:
             layers.append(module)
-    if not layers or not all(map(_can_be_fused, layers)):
+    if not layers or not all(map(_can_be_fused, layers)) or not _is_exact_enough(layers[0]):
         return False
     for layer in layers:
         _fuse(layer)
     return True
-
-
-def _is_known(module: nn.Module, names: Sequence[str]) -> bool:
-    """Return whether a module's class is one of transformers with one of these names."""
-    kind = type(module)
-    return kind.__name__ in names and kind.__module__.startswith("transformers.models.")
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -86,6 +82,29 @@ def _fuse(layer: Any) -> None:
 def _fused_class(kind: type) -> type:
     """Make the class that computes with fused products for one of `LAYERS`, the same one for all of its layers."""
     return type(f"Fused{kind.__name__}", (FusedLayer, kind), {})
+
+
+def _is_exact_enough(layer: Any) -> bool:
+    """Return whether one of `LAYERS`, fused, is at most twice as far from the result in fp64 as it is now."""
+    if type(layer) is DFlashLayer:
+        return True
+    exact = _try_out(copy.deepcopy(layer).to("cpu", torch.float64))
+    before = _try_out(layer)
+    fused = copy.deepcopy(layer)
+    _fuse(fused)
+    bound = 2 * (before - exact).norm() + 1e-6 * exact.norm()
+    return bool((_try_out(fused) - exact).norm() <= bound)  # NaN is no result
+
+
+@torch.no_grad()
+def _try_out(layer: Any) -> Tensor:
+    """Compute the output of one of `LAYERS` for random rows and a rotation, all exact in bf16."""
+    weight = layer.input_layernorm.weight
+    random = torch.Generator().manual_seed(0)
+    angles = torch.randn(1, 3, layer.self_attn.head_dim // 2, generator=random).repeat(1, 1, 2)
+    inputs = torch.randn(1, 3, len(weight), generator=random), angles.cos(), angles.sin()
+    rows, cos, sin = (values.bfloat16().to(weight) for values in inputs)
+    return layer(rows, position_embeddings=(cos, sin)).to("cpu", torch.float64)
 
 
 class Rotation:
@@ -261,7 +280,7 @@ def run_layers(
         prompt.
     """
     num_new = token_ids.shape[1]
-    is_known = _is_known(decoder, DECODERS) and decoder.config._attn_implementation == NAME
+    is_known = type(decoder).__name__ in DECODERS and decoder.config._attn_implementation == NAME
     if not is_known or cache is None or num_new > MAX_QUERIES:
         return None
     layers: list[Any] = list(decoder.layers)
