@@ -111,6 +111,7 @@ def make_servers(*rows: ServerRow) -> ServerResults:
         servers={row.depth or "drafter": address for row in rows},
         max_new_tokens=9,
         tau_in_training=None,
+        drafter_sha256=None,
         hardware=None,
         rows=list(rows),
     )

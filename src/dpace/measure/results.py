@@ -214,6 +214,12 @@ class ComparedRow(DraftedRow):
     """Tau over the baseline's, as a ratio minus 1."""
 
 
+def split_depth(depth: str) -> tuple[int, str]:
+    """Return the number of draft tokens of a depth, and its p-min, which is empty where it has none."""
+    count, _, p_min = depth.partition("@")
+    return int(count), p_min
+
+
 @json_object
 class ServerRow:
     """A server with a drafter, on one set at one temperature; `plain_` is the one without."""
@@ -276,6 +282,8 @@ class ServerResults(ServerSetup):
     schema_version: Literal[4] = 4
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
+    drafter_sha256: str | None
+    """Hash of the weights of `drafter` in the same folder, where depths were compared; None where it has none."""
     hardware: Hardware | None
     """This machine, where the servers ran on it too; None where one ran elsewhere."""
     rows: Annotated[list[ServerRow], NOT_EMPTY]

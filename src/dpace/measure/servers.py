@@ -38,7 +38,7 @@ from dpace.system.device import find_device
 from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
-from dpace.system.provenance import find_hardware, same_run
+from dpace.system.provenance import find_hardware, hash_file, same_run
 from dpace.target.chat import ChatTokenizer, encode_chat
 
 DRAFTER = "drafter"
@@ -94,13 +94,16 @@ def bench_servers(
             here = totals_here(folder / "results.json", known)
         except (OSError, ValueError) as error:
             print(f"tau here is not known: {error}", file=sys.stderr)
-    tau_in_training = _tau_in_training(folder / "drafter")
+    drafter = folder / "drafter"
+    tau_in_training = _tau_in_training(drafter)
     jobs = list(product(config.temperatures, prompts))
     _ask_missing(chat, servers, records, jobs, config)
+    weights = drafter / "model.safetensors"
     is_here = all(urlsplit(server.url).hostname in THIS_MACHINE for server in servers.values())
     results = ServerResults(
         **vars(setup),
         tau_in_training=tau_in_training,
+        drafter_sha256=hash_file(weights) if config.depths and weights.exists() else None,
         hardware=find_hardware(find_device()) if is_here else None,
         rows=make_rows(records.of(jobs), here, drafting_sides),
     )

@@ -17,13 +17,13 @@ from dpace.config import EngineName, ExportConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import all_engines, engine_of
-from dpace.measure.results import BenchResults, Row, read_results
+from dpace.measure.results import BenchResults, Row, ServerAddress, ServerResults, read_results, split_depth
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.sections import speeds, verdict
+from dpace.report.sections import best_depths, depths_note, speeds, verdict
 from dpace.report.tables import as_code, as_markdown, to_markdown
 from dpace.system.ledger import write_text
 from dpace.system.progress import printable
-from dpace.system.provenance import fingerprint
+from dpace.system.provenance import fingerprint, hash_file
 from dpace.system.validation import to_json
 from dpace.target import Target
 
@@ -33,7 +33,9 @@ PLACES = ("server", "init", "feature_files", "feature_servers")
 """Options that name files and servers."""
 
 
-def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -> dict[EngineName, str]:
+def engine_sections(
+    layout: str, spec: DrafterSpec, drafter: str, target: str, served: ServerResults | None = None
+) -> dict[EngineName, str]:
     """Write the parts of a model card that say how to serve a drafter, by the engine's name.
 
     Args:
@@ -41,14 +43,45 @@ def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -
         spec: of the drafter.
         drafter: what engines are given for it: a name, or a GGUF file.
         target: name of the target.
+        served: what depths gave with servers of one engine, whose part then says so. Its command has the smallest one
+            that is the best of a set.
     """
     sections: dict[EngineName, str] = {}
     for engine in all_engines():
         if not engine.card or engine.layout != layout or engine.fault(spec):
             continue
-        command = engine.command(spec, drafter, target)
-        sections[engine.name] = engine.card.format(drafter=drafter, target=target, command=command).rstrip()
+        num_drafts = spec.num_draft_tokens
+        p_min = ""
+        note = ""
+        if served and _server_of(served).engine in (engine.name, engine.title):
+            note = f"\n\n{_depth_note(served)}"
+            depths = [split_depth(row.depth) for row in best_depths(served.rows).values() if row and row.depth]
+            num_drafts, p_min = min(depths, default=(num_drafts, p_min))
+        command = engine.command(_with_drafts(spec, num_drafts), drafter, target)
+        if p_min:
+            command += f" --spec-draft-p-min {p_min}"
+        sections[engine.name] = engine.card.format(drafter=drafter, target=target, command=command).rstrip() + note
     return sections
+
+
+def _server_of(served: ServerResults) -> ServerAddress:
+    """Return the first server with a drafter, whose engine and version are those of all."""
+    return served.servers[f"{served.rows[0].depth}"]
+
+
+def _depth_note(served: ServerResults) -> str:
+    """Say which depth is best, and where that was measured."""
+    server = _server_of(served)
+    machine = "another machine than dpace"
+    if served.hardware:
+        machine = f"{served.hardware.device} ({served.hardware.cores} cores)"
+    measured = f"{server.engine} {server.version or ''} on {machine}, best number of draft tokens by kind of text"
+    return as_markdown(f"Measured with {measured}, against no drafter: {depths_note(served.rows)}.")
+
+
+def _with_drafts(spec: DrafterSpec, num_drafts: int) -> DrafterSpec:
+    """Return what a drafter is with other drafts."""
+    return replace(spec, block_size=spec.block_size - spec.num_draft_tokens + num_drafts)
 
 
 def write_card(
@@ -74,15 +107,18 @@ def write_card(
         served_target = Path(config.served_gguf).name
     recipe = _read_beside(folder / "recipe.yaml", read_recipe)
     results = None
+    served_depths = None
     if not config.plain:  # without its selector the drafter was not measured
         results = _measured(folder, source)
+        served_depths = _served(folder)
     whole_drafts = []
     if results:
         whole_drafts = [row for row in results.rows if row.width == "full" and row.tokens_per_second]
     # One number for all sets: what pays on each of them.
     num_drafts = max(1, min(map(paying_drafts, whole_drafts), default=spec.num_draft_tokens))
-    shorter = replace(spec, block_size=spec.block_size - spec.num_draft_tokens + num_drafts)
-    sections = engine_sections(engine.layout, shorter, served, served_target)
+    sections = engine_sections(
+        engine.layout, _with_drafts(spec, num_drafts), served, served_target, served=served_depths
+    )
     template = jinja2.Template(
         Path(__file__).with_name("card.md.jinja").read_text(), trim_blocks=True, keep_trailing_newline=True
     )
@@ -101,6 +137,7 @@ def write_card(
         needs_plain=gguf.fault(spec),
         verdicts=[verdict(row.decode_speedup) for row in whole_drafts],
         num_drafts=num_drafts,
+        measured_engine=served_depths and _server_of(served_depths).engine,
         recipe=recipe,
         options=recipe and _repeat(recipe),
     )
@@ -138,6 +175,17 @@ def _measured(folder: Path, drafter: Drafter) -> BenchResults | None:
     if not rows_of_drafter:
         return None
     return replace(results, rows=rows_of_drafter)
+
+
+def _served(folder: Path) -> ServerResults | None:
+    """Read the depths that `dpace bench --server` compared with these weights; None where there are none."""
+    results = _read_beside(folder.resolve().parent / "servers.json", read_results)
+    if not isinstance(results, ServerResults) or not results.rows[0].depth:
+        return None
+    weights = folder / "model.safetensors"
+    if not weights.exists() or results.drafter_sha256 != hash_file(weights):
+        return None
+    return results
 
 
 def _repeat(recipe: Recipe) -> str:

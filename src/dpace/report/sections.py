@@ -246,15 +246,22 @@ def depths(results: ServerResults) -> Section:
     return Section(title, text, rows, num_texts=3, note=f"best depth: {depths_note(results.rows)}")
 
 
+def best_depths(rows: Sequence[ServerRow]) -> dict[tuple[str, float], ServerRow | None]:
+    """Find the fastest depth of each set and temperature; None where none is clearly faster than no drafter."""
+    best = {}
+    for key, of_set in group_by(rows, attrgetter("set", "temperature")).items():
+        faster = [row for row in of_set if verdict(row.decode_speedup) == "faster"]
+        best[key] = max(faster, key=attrgetter("decode_speedup"), default=None)
+    return best
+
+
 def depths_note(rows: Sequence[ServerRow]) -> str:
-    """Say which depth is best for each set and temperature, with its speedup: the fastest that is clearly faster."""
+    """Say which depth is best for each set and temperature, with its speedup."""
     parts = []
     is_judged = all(verdict(row.decode_speedup) != "too few prompts" for row in rows)
-    for (name, temperature), of_set in group_by(rows, attrgetter("set", "temperature")).items():
+    for (name, temperature), row in best_depths(rows).items():
         found = "none: do not draft" if is_judged else "too few prompts"
-        faster = [row for row in of_set if verdict(row.decode_speedup) == "faster"]
-        if faster:
-            best = max(faster, key=attrgetter("decode_speedup"))
-            found = f"{best.depth}, {with_interval(*best.decode_speedup)} times as fast"
+        if row:
+            found = f"{row.depth}, {with_interval(*row.decode_speedup)} times as fast"
         parts.append(f"{name} (T={temperature:g}) {found}")
     return "; ".join(parts)

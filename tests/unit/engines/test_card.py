@@ -17,11 +17,11 @@ from dpace.engines import engine_of
 from dpace.measure.results import write_results
 from dpace.publish.card import engine_sections
 from dpace.system.ledger import MARKER
-from dpace.system.provenance import fingerprint
+from dpace.system.provenance import Hardware, fingerprint, hash_file
 from tests.support.families import make_sharp_target
 from tests.support.files import read_json
 from tests.support.models import make_drafter, make_target, make_tokenizer, write_target_gguf
-from tests.support.rows import make_bench, make_row
+from tests.support.rows import make_bench, make_row, make_served, make_servers
 from tests.unit.engines.conftest import MARKOV, quiet
 
 
@@ -211,3 +211,37 @@ def test_the_card_recommends_as_many_drafts_as_pay(
     assert (f"draft {number} of the 5 draft tokens" in text) == (number < 5)
     assert ("was not measured. Try 1, 3 and 7 draft tokens too" in text) == (rates is None)
     assert f"`dpace export {out} --target" in text and "--output out-gguf`" in text
+
+
+@pytest.mark.parametrize(("to", "engine"), [("gguf", "llama.cpp"), ("vllm", "vllm")])
+def test_the_card_has_the_depth_that_an_engine_measured(
+    to, engine, language_drafter_folder, language_folder, target_gguf, run_line, tmp_path
+):
+    """With these weights, and only for that engine: the smallest that is the best of a set."""
+    source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
+    speedups = [(0.9, 0.8, 0.95), (1.5, 1.4, 1.6), (1.3, 1.2, 1.4)]
+    rows = [
+        make_served(set=name, depth=depth, decode_speedup=speedup)
+        for name, order in (("code", speedups), ("notes", speedups[:1] * 3))
+        for depth, speedup in zip(("1", "3@0.5", "4"), order, strict=True)
+    ]
+    results = make_servers(*rows)
+    servers = {depth: replace(at, engine=engine, version="b7") for depth, at in results.servers.items()}
+    hardware = Hardware(device="a processor", cores=2, torch_threads=1)
+    digest = hash_file(source / "model.safetensors")
+    flags = f"--target-gguf {target_gguf}" if to == "gguf" else ""
+
+    def card(**changes) -> str:
+        write_results(tmp_path / "run" / "servers.json", replace(results, servers=servers, **changes))
+        run_line(f"export {source} --target {language_folder} --to {to} {flags} --output {tmp_path / 'out'}")
+        return " ".join((tmp_path / "out" / "README.md").read_text().split())
+
+    assert "times as fast" not in card(drafter_sha256="1" * 64)
+    text = card(drafter_sha256=digest, hardware=hardware)
+    said = "code (T=0) 3@0.5, 1.50 [1.40, 1.60] times as fast; notes (T=0) none: do not draft."
+    assert f"with {engine} b7 on a processor (2 cores), best number" in text and said in text
+    if to == "gguf":
+        assert "--spec-draft-n-max 3 --spec-draft-p-min 0.5 ```" in text and "was not measured. Try" not in text
+    else:
+        assert '"num_speculative_tokens": 3}' in text and "--speculative-dflash-block-size 6" in text
+    assert "on another machine than dpace" in card(drafter_sha256=digest)
