@@ -28,6 +28,7 @@ from dpace.measure.results import (
     nullable,
     read_log,
     read_results,
+    split_depth,
     write_results,
 )
 from dpace.metrics import estimate
@@ -73,7 +74,8 @@ def bench_servers(
         What `servers.json` holds.
 
     Raises:
-        ValueError: a server that does not answer, refuses a request, or is of no known kind; or an over-long prompt.
+        ValueError: a server that does not answer, refuses a request, drafts more than its depth, or is of no known
+            kind; or an over-long prompt.
     """
     folder = Path(folder)
     drafting_sides = list(map(str, config.depths)) or [DRAFTER]
@@ -123,11 +125,13 @@ def _ask_missing(
     if not missing:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
         return
-    # A warm-up, which is not counted.
+    # A warm-up, which is not counted; it also shows how many tokens a server drafts.
     temperature, prompt = missing[0][1]
     first_turn = encode_chat(chat, prompt.turns[0])
-    for server in servers.values():
-        _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
+    for side, server in servers.items():
+        answer = _ask_server(server, first_turn, max_new_tokens=16, temperature=temperature, seed=config.seed)
+        if config.depths and side != PLAIN and answer.counts:
+            _refuse_deeper_drafts(side, server, answer.counts)
     ways = {side: partial(_ask_server, server) for side, server in servers.items()}
     if PLAIN in ways:
         ways[CONTROL] = ways[PLAIN]
@@ -154,6 +158,16 @@ def _address_of(server: Server) -> ServerAddress:
         model=shorten(server.model) if server.model else None,
         version=shorten(server.version) if server.version else None,
     )
+
+
+def _refuse_deeper_drafts(depth: str, server: Server, counts: Counts) -> None:
+    """Refuse a server that drafts more tokens than its depth; its number of verifications may be wrong by one."""
+    most, _ = split_depth(depth)
+    if counts.num_drafted > most * (counts.num_verifications + 1):
+        raise ValueError(
+            f"{server.url} drafted {counts.num_drafted} tokens in {counts.num_verifications} verifications, expected "
+            f"at most {most} in each, as --bench.depths says; name the depths in the order of --bench.server"
+        )
 
 
 def totals_here(path: Path, known: JsonObject) -> Totals:

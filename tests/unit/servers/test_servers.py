@@ -318,10 +318,12 @@ def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said
 
 
 def test_the_verb_compares_depths(start, bench, run_line, tmp_path):
-    """A server for each; one with a p-min may draft less than its depth."""
+    """A server for each; one that drafts more than was said is refused, and a lower p-min may draft less."""
     plain, *drafters = (start("llama.cpp", drafts=bool(depth), depth=depth) for depth in (0, 1, 3))
     urls = " ".join(server.url for server in drafters)
     command = f"{bench} --output {tmp_path} --temperatures 0 --respond.max-new-tokens 12 --plain-server {plain.url}"
+    said = run_line(f"{command} --server {urls} --depths 3 1", 1).err
+    assert f"{drafters[1].url} drafted 9 tokens in 3 verifications, expected at most 1 in each" in said
     printed, said = run_line(f"{command} --server {urls} --depths 1 5@0.5")
     assert "tau here" not in printed + said and re.search(r"5@0\.5 .* 3\.00? ", printed), printed
     results = read_results(tmp_path / "servers.json")
