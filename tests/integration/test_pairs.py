@@ -189,7 +189,7 @@ PAIRS |= {
     ),
     "public sets": Pair(
         f"plan {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
-        printed="2 prompts left out: in the public sets\n  such as ",
+        printed="2 prompts left out: in the public sets\n",
     ),
     "from a drafter with a selector": Pair(
         f"train {RECIPE} {LILICORR}; respond {{recipe}} --output {{out}}/b; "
