@@ -20,7 +20,7 @@ from dpace.target.draft_rows import DraftRows
 from tests.support.models import make_target, make_with_candidate_selector, make_with_markov_head, make_with_selector
 
 
-def test_blocks_go_on_after_another_one_was_wrong():
+def test_blocks_go_on_after_another_one_was_wrong(unchecked_types):
     """Each is accepted up to its first wrong slot, and to its last scored one."""
     labels = torch.tensor([[[9, 1, 2, 3, 4], [9, 5, 6, 7, 8], [9, 1, 1, 1, 1]]])
     drafted = labels.clone()
