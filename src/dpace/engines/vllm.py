@@ -22,9 +22,8 @@ class Vllm(Engine):
 {command}
 ```
 
-Add `--per-request-spec-decode-metrics summary`, and each response has its own acceptance. Adaptive verification
-verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in the speculative config.
-It needs Model Runner V2 with full CUDA graphs (not run by us).
+Adaptive verification verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in the
+speculative config. It needs Model Runner V2 with full CUDA graphs (not run by us).
 """
 
     def fault(self, spec: DrafterSpec) -> str:
