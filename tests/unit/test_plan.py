@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan import TrainingPlan, known_lengths, measure_flops, plan_recipe, training_lines
+from dpace.plan import TrainingPlan, known_lengths, plan_recipe, training_lines
 from dpace.plan.lines import size
-from dpace.plan.speed import BESIDE_PRODUCTS
+from dpace.plan.speed import BESIDE_PRODUCTS, measure_flops
 from dpace.plan.training import UNCOUNTED_SHARE
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
