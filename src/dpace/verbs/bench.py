@@ -9,7 +9,6 @@ from dpace.config import Recipe
 from dpace.recipes.flags import Arguments, Given, command
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files
-from dpace.system.progress import note
 from dpace.verbs import generate_command, load_chat, load_target, note_unread, show_results
 
 if TYPE_CHECKING:
@@ -87,7 +86,6 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", parts: "PromptPar
     with lock_folder(output):
         refuse_foreign_files(output, "results.json")
         target = load_target(recipe)
-        note(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}")
         drafters = {}
         for name, folder in zip(names, folders, strict=True):
             drafters[name] = load_drafter(folder, target)
