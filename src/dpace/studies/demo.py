@@ -1,7 +1,7 @@
 """The demo: `dpace compare` with the recipe `demo-cpu`, decoding with the D-PACE drafter, and a screen of findings."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -164,8 +164,8 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     return Demo(compared, replace(decoded, rows=[*decoded.rows, *rows]))
 
 
-def findings(demo: Demo) -> tuple[list[Section], list[str]]:
-    """Make what the terminal shows at the end: speeds, taus, and remarks."""
+def findings(demo: Demo) -> list[Section]:
+    """Make what the terminal shows at the end: speeds and taus."""
     decoded = demo.decoded
     rows = demo.compared.rows
     decay = {row.set: row.tau[0] or 0 for row in rows if row.drafter == demo.compared.baseline}
@@ -181,7 +181,7 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         }
         taus.append(cells)
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    return [speeds(decoded), Section(title, rows=taus)], remarks(decoded.rows)
+    return [speeds(decoded), Section(title, rows=taus)]
 
 
 def speeds(decoded: BenchResults, title: str = "") -> Section:
@@ -213,14 +213,3 @@ def _name(row: Row) -> str:
 def _with_speedup(row: Row) -> str:
     """Write tokens a second, and the speedup over plain decoding in brackets."""
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
-
-
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """Say why something is slower."""
-    slower = [_name(row) for row in rows if row.width == "auto" and (row.decode_speedup[0] or 1) < 1]
-    if not slower:
-        return []
-    return [
-        f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted ones "
-        "saved. Longer training, or more prompts, gives better drafts."
-    ]
