@@ -85,9 +85,7 @@ def _refuse_twice(values: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _check_feature_layers(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
-    """Refuse layers in another order, or not as many as `num_features`; pydantic gives its `ValidationInfo`."""
-    if list(layers) != sorted(layers):
-        raise ValueError(f"is {layers}, expected numbers in ascending order")
+    """Refuse not as many layers as `num_features`; pydantic gives its `ValidationInfo`."""
     num_features = options.data.get("num_features")  # it is checked before, as the field that stands first
     if num_features not in (None, len(layers)):
         raise ValueError(f"is {layers}, but num_features is {num_features}; leave one of the two out")

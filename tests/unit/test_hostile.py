@@ -70,7 +70,6 @@ RANGES = {
     "bench --widths=0": "--bench.widths is 0, expected 'auto', 'full' or 'copies' or greater",
     "bench --temperatures 0 0.0": "--bench.temperatures has 0.0 twice",
     "bench --temperatures": r"--bench.temperatures is \(\), expected at least 1 item",
-    "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
     "train --drafter.target-layer-ids 1 3 --drafter.num-features 3": r"is \(1, 3\), but num_features is 3; leave",
     "respond --target '  '": "--target is '  ', expected a text that is not empty",
     "respond --output '\udcff'": "--output is .*udcff",
