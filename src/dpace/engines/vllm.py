@@ -22,8 +22,8 @@ class Vllm(Engine):
 {command}
 ```
 
-Adaptive verification verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in the
-speculative config. It needs Model Runner V2 with full CUDA graphs (not run by us).
+Adaptive verification verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in
+the speculative config. It needs Model Runner V2 with full CUDA graphs (not run by us).
 """
 
     def fault(self, spec: DrafterSpec) -> str:
