@@ -21,7 +21,7 @@ from dpace.config import EngineName, Recipe
 from dpace.decode import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
-from dpace.drafter.spec import DrafterSpec, are_servable, own_tables, read_quantized, read_rope, read_tensors
+from dpace.drafter.spec import DrafterSpec, are_servable, own_tables, read_rope, read_tensors
 from dpace.drafter.values import read_group
 from dpace.engines import engine_of
 from dpace.measure.heldout import heldout_acceptance
@@ -160,9 +160,6 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
         spec, config_check = attempt(CONFIG, DrafterSpec.from_config, own_tables(stored) | config)
     if config is None or spec is None:
         return None, [config_check, weights_check]
-    if quantized := read_group(config, "quantization_config"):
-        stored = {}  # their dtype is not the one that the config names
-        tensors, weights_check = attempt(WEIGHTS, read_quantized, folder, spec, quantized)
     are_shared = {}
     if tensors is not None:
         drafter, weights_check = attempt(WEIGHTS, make_drafter, spec, tensors)

@@ -27,7 +27,6 @@ from tests.support.models import (
     make_with_markov_head,
     make_with_selector,
 )
-from tests.unit.target.test_target_files import write_fp8
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 IDS = "dflash_config.target_layer_ids"
@@ -142,16 +141,6 @@ def test_good_drafters_pass(random_target, tmp_path):
     for make in makers:
         make(random_target).bfloat16().save_pretrained(tmp_path)
         check_faults(tmp_path, random_target, "")
-
-
-def test_a_quantized_drafter_passes(folder, language_target, tmp_path, monkeypatch):
-    """Its weights are plain ones also where a GPU could multiply in 8 bits."""
-    quantized = write_fp8(folder, tmp_path / "fp8")
-    check_faults(quantized, language_target, "")
-    _, weights = read_folder(quantized)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    torch.testing.assert_close(read_folder(quantized)[1], weights, rtol=0, atol=0)
 
 
 def make_chat_target(family: str) -> Target:

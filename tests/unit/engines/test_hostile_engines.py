@@ -65,6 +65,7 @@ def weights(make):
 
 FOLDERS = {
     "hidden_size is 2147483648, expected": config(hidden_size=2**31),
+    "its weights are quantized": config(quantization_config={"quant_method": "fp8"}),
     "tau_responses is 7, expected": config(dpace={"tau_responses": 7}),
     "model.safetensors: it is a folder, a device or a pipe": lambda folder: (
         (folder / "model.safetensors").unlink(),
