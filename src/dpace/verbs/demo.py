@@ -50,7 +50,7 @@ def run(config: DemoConfig, given: Given) -> None:
     announce(target, recipe, parts, decoding)
     demo = run_demo(target, recipe, parts)
     console().print(*map(section_table, findings(demo)))
-    names = [KINDS, *DECODED] if kinds else DECODED
+    names = [KINDS, DECODED] if kinds else [DECODED]
     write_report([output, *(output / name for name in names)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
