@@ -294,7 +294,7 @@ def read_as(drafter: Drafter, spec: DrafterSpec) -> None:
 
 
 def decode_prompts(trial: Trial) -> Outcome:
-    """Decode three prompts; `dpace check` compares the texts."""
+    """Load the drafter, and decode three prompts; `dpace check` compares the texts."""
     acceptances = []
     for prompt in track(PROMPTS, "decoding prompts"):
         token_ids = encode_chat(trial.target, [{"role": "user", "content": prompt}])
@@ -375,19 +375,15 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     return [not getattr(spec, key)]
 
 
-def load_whole(trial: Trial) -> Outcome:
-    """Load the drafter as for decoding."""
-    return "passes", f"{trial.drafter.num_parameters():,} parameters"
-
-
 Check = Callable[[Trial], Outcome]
 MEASURED: dict[str, Check] = {"accepted length": accept_drafts}
 """Checks that need answers of the target."""
 for _key in LEAST_GAIN:
     MEASURED[f"measured {_key}"] = partial(compare_ways, key=_key)
-RUN: dict[str, Check] = {"loads": load_whole, "decodes three prompts": decode_prompts, **MEASURED}
+DECODES = "decodes three prompts"
+RUN: dict[str, Check] = {DECODES: decode_prompts, **MEASURED}
 """Checks that run the drafter, in this order."""
-NEEDED = {CONFIG, WEIGHTS, "loads"}
+NEEDED = {CONFIG, WEIGHTS, DECODES}
 """Checks without which nothing is run: the drafter might not fit into memory."""
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.doctor import RUN, Trial, accept_drafts, diagnose, read_as
+from dpace.doctor import DECODES, NEEDED, RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
 from dpace.measure.heldout import heldout_acceptance
@@ -79,10 +79,10 @@ CONFIGS = [
     ({"block_size": "8"}, CONFIG),
     ({"block_size": None}, "block_size"),
     ({"dflash_config": None}, f"{IDS}, dflash_config.mask_token_id"),
-    ({"mask_token_id": 0, "dflash_config.mask_token_id": 0}, "loads"),
+    ({"mask_token_id": 0, "dflash_config.mask_token_id": 0}, DECODES),
     ({"use_sliding_window": True, "sliding_window": 2048}, "sliding_window, use_sliding_window"),
     ({"hidden_size": 64}, f"hidden_size, {WEIGHTS}"),
-    ({"vocab_size": 65}, "vocab_size, loads"),
+    ({"vocab_size": 65}, f"vocab_size, {DECODES}"),
 ]
 """Values of the config, and the checks that name them."""
 
@@ -107,8 +107,8 @@ def check_faults(folder, target, expected: str, **options) -> None:
     wrong = {d.check: d for d in diagnoses if d.result in ("fails", "warns")}
     assert wrong.keys() == set(filter(None, expected.split(", ")))
     assert all(d.found and d.fix for d in wrong.values())
-    if {CONFIG, WEIGHTS, "loads"} & wrong.keys():
-        assert {d.check for d in diagnoses if d.result == "skipped"} >= RUN.keys() - {"loads"}
+    if NEEDED & wrong.keys():
+        assert {d.check for d in diagnoses if d.result == "skipped"} >= RUN.keys() - {DECODES}
 
 
 @pytest.mark.parametrize(("values", "expected"), CONFIGS, ids=str)
