@@ -215,13 +215,9 @@ def look_up(config: JsonObject, path: str) -> Any:
 def check_engine(spec: DrafterSpec, name: EngineName, target: Target) -> Diagnosis:
     """Say what the engine that will serve the drafter does not read, of it or of its target."""
     engine = engine_of(name)
-    result: Result = "fails"
     message = engine.fault(spec) or engine.target_fault(target.model.config.model_type)
-    if not message:
-        message = engine.doubt(spec)
-        result = "warns" if message else "passes"
     found, _, fix = message.partition("; ")
-    return Diagnosis(f"engine: {name}", result, found, "", fix)
+    return Diagnosis(f"engine: {name}", "fails" if message else "passes", found, "", fix)
 
 
 @dataclass
