@@ -83,10 +83,8 @@ class Engine:
         """Refuse what it cannot have, before a model is loaded.
 
         Raises:
-            ValueError: names the option; or see `fault`.
+            ValueError: see `fault`.
         """
-        if config.target_gguf and self.layout != "gguf":
-            raise ValueError(f"--target-gguf is for --to gguf, and this is --to {self.name}; leave it out")
         if fault := self.fault(spec):
             raise ValueError(fault)
 

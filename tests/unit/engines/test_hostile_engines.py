@@ -207,7 +207,6 @@ LATE = {
     "--to zlab --plain": "has no selector",
     "--to gguf": "name one with --target-gguf",
     "--to gguf --target-gguf nothing.gguf": "nothing.gguf: No such file",
-    "--to vllm --target-gguf {gguf}": "--target-gguf is for --to gguf",
     "--to speculators --output {trained}": "holds a drafter that dpace trained",
     "--to speculators": "is_causal is true",
     "--to vllm --drafter {gguf}": "is for llama.cpp, not in the published layout; convert it with `dpace import`",
