@@ -461,7 +461,7 @@ class ExportConfig:
     name: HubName | None = None
     """Hub id of the drafter for the commands of the model card, as OWNER/NAME; --output by default."""
     target_gguf: Text | None = None
-    """GGUF file of the target, in any precision, whose tokenizer --to gguf copies; --target by default, if it is one."""
+    """GGUF file of the target, in any precision, whose tokenizer a GGUF file repeats; --target by default, if one."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     plain: bool = False
