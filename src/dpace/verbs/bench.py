@@ -118,14 +118,6 @@ def _refuse_trained_prompts(recipe: Recipe, parts: "PromptParts", drafter: Path)
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:
-    """Name drafters by the shortest ends of their paths that differ, such as seed-42, or dpace/seed-42.
-
-    Raises:
-        ValueError: a folder is there twice.
-    """
-    paths = [Path(folder).resolve().parts for folder in folders]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(names):  # no two are alike
-            return names
-    raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")
+    """Name drafters by their folders, without the path where the names differ."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(folders)
