@@ -153,7 +153,7 @@ def test_files(line, text, refused, tmp_path):
 PATHS = {
     "train zero.yaml": "device",
     "train large.yaml": "large.yaml: .*x0000",
-    "train --prompts.path no.jsonl": "cannot read no.jsonl: No such file",
+    "respond --prompts.path no.jsonl": "cannot read no.jsonl: No such file",
     "respond --prompts.path pipe.parquet": "pipe.parquet: it is a folder, a device or a pipe",
     "respond --prompts.path large.yaml": "large.yaml:1: the line is not JSON",
     f"respond --prompts.path {'p' * 300}": "ppp.*too long",
@@ -168,7 +168,6 @@ PATHS = {
     "plan --output spans": r"response_spans is \[\[0, 9\]\]",
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
-    "bench --prompts.path good.jsonl --drafters foreign ./foreign": "one folder is twice",
     f"generate --target {TARGET} --stream": "--width need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
