@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import textwrap
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -44,8 +43,6 @@ To these, a folder may be given there: {", ".join(OF_FOLDERS)}.
 """
 CONTINUING = ("demo", "prompts", "respond", "train", "compare", "bench")
 """Verbs that go on where they were interrupted."""
-SAME_REASON_SECONDS = 15.0
-"""How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,8 +132,6 @@ def _end_failed(verb: str, error: Exception) -> int:
     reason = _explain(error)
     if reason is None:
         raise error
-    if not ranks.is_first():
-        time.sleep(SAME_REASON_SECONDS)
     _print_reason(verb, reason)
     from dpace.system.validation import UsageError
 
