@@ -69,10 +69,6 @@ def _run(argv: list[str]) -> int:
     verb, *args = argv or [""]
     if verb not in VERBS:
         return _print_about(verb)
-    for name in ("WORLD_SIZE", "RANK"):
-        if not os.environ.get(name, "0").isdecimal():
-            _print_reason(verb, f"{name} is {os.environ[name]!r}, expected a number as torchrun sets it; unset it")
-            return 1
     # Libraries read these when they are imported, which only a verb does.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():

@@ -203,12 +203,6 @@ def test_a_bug_shows_its_traceback(monkeypatch):
         main(["respond"])
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
-def test_ranks_that_are_no_numbers_are_refused(name, refused, monkeypatch):
-    monkeypatch.setenv(name, "abc")
-    refused("respond", f"{name} is 'abc', expected a number")
-
-
 def test_what_an_output_cannot_show_is_escaped_and_a_closed_one_gets_nothing(monkeypatch, capsys):
     monkeypatch.setattr("dpace.verbs.respond.run", lambda *_: print_text("\xe9\n"))
     written = io.BytesIO()
