@@ -135,9 +135,7 @@ def _end_failed(verb: str, error: Exception) -> int:
 
 
 def _open_output() -> None:
-    """Write into nothing where an output is closed, and characters that a terminal does not have as escapes."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    """Write characters that a terminal does not have as escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
