@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         argv = sys.argv[1:]
-    _open_output()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal does not have becomes an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except BrokenPipeError:  # whoever reads the output has enough, as `head` has
@@ -132,12 +133,6 @@ def _end_failed(verb: str, error: Exception) -> int:
     from dpace.system.validation import UsageError
 
     return 2 if isinstance(error, UsageError) else 1
-
-
-def _open_output() -> None:
-    """Write characters that a terminal does not have as escapes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
