@@ -154,7 +154,7 @@ def measure_all(
         if not drafter:
             trained.save_pretrained(folder)
         decoding = time_decoding(target, load_drafter(place, target), str(place), make_model(), tokens)
-    facts = {"hardware": asdict(hardware), "versions": asdict(find_versions()), "speed_ups": target.speed_ups}
+    facts = {"hardware": asdict(hardware), "versions": asdict(find_versions())}
     return {**facts, "training": training, "decoding": decoding}
 
 
@@ -186,7 +186,7 @@ def main(
     if random:
         make_model = partial(random_model, recipe.target, default_dtype(device), device)
         loaded = Target(make_model())
-        loaded.speed_ups = speed_up(loaded.model)  # as `Target.load` does
+        speed_up(loaded.model)  # as `Target.load` does
         found = measure_all(loaded, recipe, steps, drafter, peak_tflops, make_model)
     else:
         found = measure_all(Target.load(find_target(recipe.target)), recipe, steps, drafter, peak_tflops)

@@ -29,7 +29,7 @@ from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.head_scores import chunk_bytes_of
 from dpace.loss.objective import make_weigh
-from dpace.plan import expected_step_seconds
+from dpace.plan.speed import expected_step_seconds
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response

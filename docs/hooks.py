@@ -196,11 +196,8 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def type_words(kind: Any) -> str:
-    """Return what a value is: its range or its form where the type says it, else in words of JSON."""
-    if description := next(
-        (note.description for note in getattr(kind, "__metadata__", ()) if hasattr(note, "description")), None
-    ):
-        return description
+    """Return what a value is in words of JSON, with its range."""
+    limits = limit_words(kind)
     kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
     options, origin = get_args(kind), get_origin(kind)
     if origin is Literal:
@@ -216,7 +213,21 @@ def type_words(kind: Any) -> str:
         return f"list: {', '.join(kinds)}"
     if is_dataclass(kind):
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
-    return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(kind, "")
+    words = {int: "integer", float: "number", bool: "true or false", str: "text"}.get(kind, "")
+    return " ".join([words, *limits])
+
+
+def limit_words(kind: Any) -> list[str]:
+    """Write the range that the annotations of a type give."""
+    from dpace.config import LARGEST
+
+    limits = []
+    for note in getattr(kind, "__metadata__", ()):
+        for limit in getattr(note, "metadata", ()):
+            for name, words in (("gt", "above"), ("ge", "from"), ("le", "to")):
+                if getattr(limit, name, LARGEST) != LARGEST:
+                    limits.append(f"{words} {getattr(limit, name)}")
+    return limits
 
 
 def default_of(field: Any) -> str:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import textwrap
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -44,8 +43,6 @@ To these, a folder may be given there: {", ".join(OF_FOLDERS)}.
 """
 CONTINUING = ("demo", "prompts", "respond", "train", "compare", "bench")
 """Verbs that go on where they were interrupted."""
-SAME_REASON_SECONDS = 15.0
-"""How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         argv = sys.argv[1:]
-    _open_output()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal does not have becomes an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except BrokenPipeError:  # whoever reads the output has enough, as `head` has
@@ -72,10 +70,6 @@ def _run(argv: list[str]) -> int:
     verb, *args = argv or [""]
     if verb not in VERBS:
         return _print_about(verb)
-    for name in ("WORLD_SIZE", "RANK"):
-        if not os.environ.get(name, "0").isdecimal():
-            _print_reason(verb, f"{name} is {os.environ[name]!r}, expected a number as torchrun sets it; unset it")
-            return 1
     # Libraries read these when they are imported, which only a verb does.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -135,20 +129,10 @@ def _end_failed(verb: str, error: Exception) -> int:
     reason = _explain(error)
     if reason is None:
         raise error
-    if not ranks.is_first():
-        time.sleep(SAME_REASON_SECONDS)
     _print_reason(verb, reason)
     from dpace.system.validation import UsageError
 
     return 2 if isinstance(error, UsageError) else 1
-
-
-def _open_output() -> None:
-    """Write into nothing where an output is closed, and characters that a terminal does not have as escapes."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

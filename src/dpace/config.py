@@ -33,19 +33,18 @@ def options(kind: Any) -> Any:
 
 
 def integer(low: int, high: int = LARGEST) -> Any:
-    """Return the range of an integer, with its words for pages; a message has pydantic's."""
-    words = f"of {low} or more" if high == LARGEST else f"from {low} to {high}"
-    return Field(ge=low, le=high, description=f"an integer {words}")
+    """Return the range of an integer."""
+    return Field(ge=low, le=high)
 
 
 Count = Annotated[int, integer(1)]
 CountOrZero = Annotated[int, integer(0)]
 Size = Annotated[int, integer(1, 1000)]
 Seed = Annotated[int, integer(0, 2**32 - 1)]
-Positive = Annotated[float, Field(gt=0, description="a number above 0")]
-PositiveOrZero = Annotated[float, Field(ge=0, description="a number of 0 or more")]
-Fraction = Annotated[float, Field(gt=0, le=1, description="a number from above 0 to 1")]
-FractionOrZero = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+FractionOrZero = Annotated[float, Field(ge=0, le=1)]
 
 
 def _refuse_blank(text: str) -> str:
@@ -56,7 +55,7 @@ def _refuse_blank(text: str) -> str:
     return os.path.expanduser(text)
 
 
-Text = Annotated[str, AfterValidator(_refuse_blank), Field(description="a text that is not empty")]
+Text = Annotated[str, AfterValidator(_refuse_blank)]
 
 
 def _refuse_other_address(url: str) -> str:
@@ -68,7 +67,7 @@ def _refuse_other_address(url: str) -> str:
     return url
 
 
-Url = Annotated[Text, AfterValidator(_refuse_other_address), Field(description="an address http://host:port")]
+Url = Annotated[Text, AfterValidator(_refuse_other_address)]
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
@@ -85,9 +84,7 @@ def _refuse_twice(values: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _check_feature_layers(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
-    """Refuse layers in another order, or not as many as `num_features`; pydantic gives its `ValidationInfo`."""
-    if list(layers) != sorted(layers):
-        raise ValueError(f"is {layers}, expected numbers in ascending order")
+    """Refuse not as many layers as `num_features`; pydantic gives its `ValidationInfo`."""
     num_features = options.data.get("num_features")  # it is checked before, as the field that stands first
     if num_features not in (None, len(layers)):
         raise ValueError(f"is {layers}, but num_features is {num_features}; leave one of the two out")
@@ -127,7 +124,7 @@ def _refuse_other_form(objective: str) -> str:
     return objective
 
 
-Custom = Annotated[str, AfterValidator(_refuse_other_form), Field(description="package.module:function")]
+Custom = Annotated[str, AfterValidator(_refuse_other_form)]
 ObjectiveName = Objective | Custom
 """An objective of dpace, or `package.module:function` for a custom one."""
 TokenLoss = Literal["nll", "kl", "lk"]
@@ -143,7 +140,7 @@ def _refuse_other_depth(depth: str) -> str:
     return depth
 
 
-Depth = Count | Annotated[str, AfterValidator(_refuse_other_depth), Field(description="NUMBER@P")]
+Depth = Count | Annotated[str, AfterValidator(_refuse_other_depth)]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
@@ -154,7 +151,8 @@ WALKED = ("lilicorr",)
 """Selectors that learn by walks through whole blocks, with `selector_penalty`; the others learn slot by slot."""
 EngineName = Literal["vllm", "zlab", "transformers", "tensorrt", "speculators", "sglang", "openvino", "gguf"]
 """Engines, each a file of `dpace.engines`, in the order of the model card; gguf is llama.cpp's."""
-HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
+HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$")]
+"""A name on the Hub, OWNER/NAME."""
 
 
 @options
@@ -463,7 +461,7 @@ class ExportConfig:
     name: HubName | None = None
     """Hub id of the drafter for the commands of the model card, as OWNER/NAME; --output by default."""
     target_gguf: Text | None = None
-    """GGUF file of the target, in any precision, whose tokenizer is copied; --target by default, if it is one."""
+    """GGUF file of the target, in any precision, whose tokenizer a GGUF file repeats; --target by default, if one."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     plain: bool = False

@@ -21,7 +21,7 @@ from dpace.config import EngineName, Recipe
 from dpace.decode import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import facts_of, find_shared_tables, make_drafter
-from dpace.drafter.spec import DrafterSpec, are_servable, own_tables, read_quantized, read_rope, read_tensors
+from dpace.drafter.spec import DrafterSpec, are_servable, own_tables, read_rope, read_tensors
 from dpace.drafter.values import read_group
 from dpace.engines import engine_of
 from dpace.measure.heldout import heldout_acceptance
@@ -160,9 +160,6 @@ def check_files(folder: Path, target: Target) -> tuple[DrafterSpec | None, list[
         spec, config_check = attempt(CONFIG, DrafterSpec.from_config, own_tables(stored) | config)
     if config is None or spec is None:
         return None, [config_check, weights_check]
-    if quantized := read_group(config, "quantization_config"):
-        stored = {}  # their dtype is not the one that the config names
-        tensors, weights_check = attempt(WEIGHTS, read_quantized, folder, spec, quantized)
     are_shared = {}
     if tensors is not None:
         drafter, weights_check = attempt(WEIGHTS, make_drafter, spec, tensors)
@@ -218,13 +215,9 @@ def look_up(config: JsonObject, path: str) -> Any:
 def check_engine(spec: DrafterSpec, name: EngineName, target: Target) -> Diagnosis:
     """Say what the engine that will serve the drafter does not read, of it or of its target."""
     engine = engine_of(name)
-    result: Result = "fails"
     message = engine.fault(spec) or engine.target_fault(target.model.config.model_type)
-    if not message:
-        message = engine.doubt(spec)
-        result = "warns" if message else "passes"
     found, _, fix = message.partition("; ")
-    return Diagnosis(f"engine: {name}", result, found, "", fix)
+    return Diagnosis(f"engine: {name}", "fails" if message else "passes", found, "", fix)
 
 
 @dataclass
@@ -297,7 +290,7 @@ def read_as(drafter: Drafter, spec: DrafterSpec) -> None:
 
 
 def decode_prompts(trial: Trial) -> Outcome:
-    """Decode three prompts; `dpace check` compares the texts."""
+    """Load the drafter, and decode three prompts; `dpace check` compares the texts."""
     acceptances = []
     for prompt in track(PROMPTS, "decoding prompts"):
         token_ids = encode_chat(trial.target, [{"role": "user", "content": prompt}])
@@ -378,19 +371,15 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     return [not getattr(spec, key)]
 
 
-def load_whole(trial: Trial) -> Outcome:
-    """Load the drafter as for decoding."""
-    return "passes", f"{trial.drafter.num_parameters():,} parameters"
-
-
 Check = Callable[[Trial], Outcome]
 MEASURED: dict[str, Check] = {"accepted length": accept_drafts}
 """Checks that need answers of the target."""
 for _key in LEAST_GAIN:
     MEASURED[f"measured {_key}"] = partial(compare_ways, key=_key)
-RUN: dict[str, Check] = {"loads": load_whole, "decodes three prompts": decode_prompts, **MEASURED}
+DECODES = "decodes three prompts"
+RUN: dict[str, Check] = {DECODES: decode_prompts, **MEASURED}
 """Checks that run the drafter, in this order."""
-NEEDED = {CONFIG, WEIGHTS, "loads"}
+NEEDED = {CONFIG, WEIGHTS, DECODES}
 """Checks without which nothing is run: the drafter might not fit into memory."""
 
 

@@ -76,7 +76,7 @@ def test_from_prompts_to_an_exported_drafter(
     shutil.move("dpace-out/drafter", "dpace-out/drafter-before")
     printed = run(f"{train} --max-steps 12 --drafter.init dpace-out/drafter-before")
     printed = run(next_of(printed))
-    assert "decoding: " in printed[1] and "the target's code: packed weights, grouped heads, fused layers" in printed[1]
+    assert "decoding: " in printed[1]
     generate = next_of(printed)
     rows = read_results(tmp_path / "dpace-out" / "results.json").rows
     assert len(rows) == 2 and all(row.num_same_text == row.num_responses == 1 for row in rows)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from dpace.drafter.values import (
 )
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
 from dpace.system.ledger import JsonObject, refuse_endless
-from dpace.system.loading import read_config, refuse_mismatch, translate_library_errors
+from dpace.system.loading import read_config, translate_library_errors
 from dpace.system.validation import adapter
 
 WHAT = "the drafter of this config"
@@ -244,10 +244,12 @@ class DrafterSpec:
 
         Raises:
             ValueError: a value without a safe default is missing, a value is given twice and differently, a value that
-                no drafter has, or a variant of the network that dpace does not support.
+                no drafter has, quantized weights, or a variant of the network that dpace does not support.
         """
         nested = read_group(config, "dflash_config")
         refuse_variants(config)
+        if config.get("quantization_config"):
+            raise ValueError("its weights are quantized in safetensors, which is not read; take the drafter in 16 bits")
         # The last three are defaults: the config's own values may stand in either place, and are read below.
         values = {"rms_norm_eps": 1e-6, **config, "block_size": 16, "target_layer_ids": (), "draft_vocab_size": 0}
         for name in LAYER_SIZES:
@@ -423,14 +425,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def read_folder(
     folder: str | Path, to_published: Callable[[JsonObject], JsonObject] = dict
 ) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Read a z-lab or SpecForge folder, also one whose weights are quantized as transformers reads it.
+    """Read a z-lab or SpecForge folder.
 
     Args:
         folder: of the drafter.
         to_published: turns another layout's config into the published one.
 
     Returns:
-        The spec, and the weights as they are in the files; quantized ones in fp32.
+        The spec, and the weights as they are in the files.
 
     Raises:
         ValueError: no such folder, or a config or tensors that this project does not know.
@@ -447,32 +449,4 @@ def read_folder(
         spec = DrafterSpec.from_config(own_tables(tensors) | to_published(config))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if quantized := read_group(config, "quantization_config"):
-        tensors = read_quantized(folder, spec, quantized)
     return spec, tensors
-
-
-def read_quantized(folder: Path, spec: DrafterSpec, quantized: JsonObject) -> dict[str, Tensor]:
-    """Let transformers turn quantized weights into plain ones.
-
-    Memory: all weights in fp32.
-
-    Returns:
-        Tensors by their published names.
-
-    Raises:
-        ValueError: a method or tensors that transformers does not know, or a package that is missing.
-    """
-    config = spec.config()
-    method = quantized.get("quant_method")
-    if method == "fp8":  # whose layers would stay as they are on a GPU that has units for them
-        quantized = quantized | {"dequantize": True}
-    config.quantization_config = quantized
-    what = f"the drafter {folder}, which is quantized ({method!r:.50})"
-    with translate_library_errors(what, "install what is missing, or take a drafter that is not quantized"):
-        loaded: Any = DFlashDraftModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    model, info = loaded
-    refuse_mismatch(what, info, FIX, unknown=info["unexpected_keys"] - UNREAD)
-    return model.state_dict()

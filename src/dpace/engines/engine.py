@@ -23,7 +23,7 @@ CONVOLUTIONS = ("conv_kernel_size", "conv_group_size")
 TABLES = ("draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
 """Options of a `DrafterSpec` for tables that the drafter does not take from its target."""
 EVERYWHERE = (
-    # The target's own values; see `doubt`.
+    # The target's own values.
     "input_embedding_scale",
     "output_multiplier",
     "final_logit_softcapping",
@@ -83,10 +83,8 @@ class Engine:
         """Refuse what it cannot have, before a model is loaded.
 
         Raises:
-            ValueError: names the option; or see `fault`.
+            ValueError: see `fault`.
         """
-        if config.target_gguf and self.layout != "gguf":
-            raise ValueError(f"--target-gguf is for --to gguf, and this is --to {self.name}; leave it out")
         if fault := self.fault(spec):
             raise ValueError(fault)
 
@@ -102,10 +100,6 @@ class Engine:
 
     def target_fault(self, kind: str) -> str:
         """Say why it can serve no drafter of a kind of target, the `model_type` of a config, as `fault` does."""
-        return ""
-
-    def doubt(self, spec: DrafterSpec) -> str:
-        """Say what it may not read and, after a semicolon, what to do; empty where nothing is known."""
         return ""
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:

@@ -22,9 +22,8 @@ class Vllm(Engine):
 {command}
 ```
 
-Add `--per-request-spec-decode-metrics summary`, and each response has its own acceptance. Adaptive verification
-verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in the speculative config.
-It needs Model Runner V2 with full CUDA graphs (not run by us).
+Adaptive verification verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in
+the speculative config. It needs Model Runner V2 with full CUDA graphs (not run by us).
 """
 
     def fault(self, spec: DrafterSpec) -> str:
@@ -35,13 +34,6 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
                 "vLLM does not read together; export it without its selector, with --plain"
             )
         return super().fault(spec)
-
-    def doubt(self, spec: DrafterSpec) -> str:
-        """Name scales and caps of the target, which one of its two runners does not read."""
-        has_scale = spec.input_embedding_scale != 1.0 or spec.output_multiplier != 1.0
-        if has_scale or spec.final_logit_softcapping is not None:
-            return "the drafter has scales or a cap, which vLLM's V1 runner does not read; use another engine"
-        return ""
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """Write the command that starts a server; vLLM does not count the known token."""

@@ -8,8 +8,8 @@ from dpace.fast.packing import pack_linears
 from dpace.modeling_dflash import DFlashDraftModel
 
 
-def speed_up(model: PreTrainedModel) -> list[str]:
-    """Make a model faster on its device, in eval mode; return what was done.
+def speed_up(model: PreTrainedModel) -> None:
+    """Make a model faster on its device, in eval mode.
 
     On a CPU linear layers are packed. Attention of the target reads keys and values once for all query heads that share
     them, and decoder layers run in fewer operations.
@@ -19,14 +19,10 @@ def speed_up(model: PreTrainedModel) -> list[str]:
     Memory: on a CPU copies of the weights, see `dpace.fast.packing.pack_linears`.
     """
     if any("_hf_hook" in vars(module) for module in model.modules()):
-        return []
-    done = []
-    if pack_linears(model.eval()):
-        done.append("packed weights")
+        return
+    pack_linears(model.eval())
     # A drafter's own attention already reads keys once for all heads of a group.
-    if not isinstance(model, DFlashDraftModel) and group_heads(model):
-        done.append("grouped heads")
+    if not isinstance(model, DFlashDraftModel):
+        group_heads(model)
     # Last, because fusing layers replaces their packed weights.
-    if fuse_layers(model):
-        done.append("fused layers")
-    return done
+    fuse_layers(model)

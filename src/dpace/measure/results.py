@@ -26,8 +26,8 @@ HELDOUT_FILE = "heldout.json"
 MEASURE_AGAIN = "measure again with this version of dpace"
 LOG = TypeAdapter(list[dict[str, float]])
 """What a training log is."""
-NOT_EMPTY = Field(min_length=1, description="a list of one or more rows")
-Seconds = Annotated[float, Field(ge=0, description="a time in seconds")]
+NOT_EMPTY = Field(min_length=1)
+Seconds = Annotated[float, Field(ge=0)]
 Estimate = tuple[float | None, float | None, float | None]
 """A number and the ends of its 95 % interval; None where there are too few prompts for one, or nothing to measure."""
 

@@ -123,7 +123,6 @@ def _ask_missing(
     """Ask the servers, by side, the prompts that have no record, and keep their answers."""
     missing = records.missing(jobs)
     if not missing:
-        print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
         return
     # A warm-up, which is not counted; it also shows how many tokens a server drafts.
     temperature, prompt = missing[0][1]

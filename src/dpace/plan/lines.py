@@ -3,7 +3,6 @@
 A recipe or its plan comes in: `dpace plan` writes all of it, and the verbs that answer and train their parts.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,21 +62,8 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
     """Write how many drafters a verb trains, and what each takes.
 
     `folders` has the folder of each drafter, also of finished ones.
-
-    Raises:
-        ValueError: the disk has too little room for them; where a training goes on, that is not looked at.
     """
     waiting = [folder for folder in folders if not is_finished(folder)]
-    num_new = sum(not folder.exists() for folder in waiting)
-    needed = num_new * plan.disk_bytes
-    # The folders may be new, but some folder above them is there.
-    there = next(filter(Path.exists, folders[0].absolute().parents))
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise ValueError(
-            f"drafters and checkpoints will take {size(needed)} in {plan.recipe.output}, and its disk has {size(free)} "
-            "free; make room, or name another folder with --output"
-        )
     lines = [f"drafters: {len(folders) - len(waiting)} kept, {len(waiting)} to come"]
     if waiting:
         lines += size_lines(plan)

@@ -14,7 +14,6 @@ from dpace.system.progress import describe_error, one_line, quoted
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
 """Keys that a prompt may stand under; a table that has several is read by the first."""
 WANTED = "`messages`, `conversations`, `turns`, `instruction` or `prompt`"
-EMPTY_REPLY = {"role": "assistant", "content": ""}
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
 # The config is matched as late as possible: one word after the name is the split.
@@ -179,8 +178,6 @@ def _parse(row: object, default_id: str, default_set: str) -> Prompt:
         keys = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, row)) or "nothing"
         raise ValueError(f"expected {WANTED}, found {keys}")
     turns, answer = _parse_turns(row, kinds[0])
-    if answer == EMPTY_REPLY:
-        answer = None
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")

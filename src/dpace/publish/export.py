@@ -126,7 +126,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     """Read another project's drafter and write it in this project's layout, weights bit for bit.
 
     Args:
-        source: a folder or a file in the layout of any engine; quantized weights become fp32.
+        source: a folder or a file in the layout of any engine; quantized weights of a GGUF file become fp32.
         output: folder for `config.json`, `model.safetensors` and the network's code.
         target: folder or Hub id, for formats that do not say how many layers it has.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pydantic
 
 from dpace.config import MAX_TOKENS, STRICT, Recipe, RespondConfig
-from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
+from dpace.prompts.prompts import Prompt, PromptParts
 from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
@@ -278,7 +278,6 @@ def find_answers(recipe: Recipe, respond: str) -> JsonObject:
     """
     path = recipe.responses_path
     if not path.exists():
-        split_prompts(recipe.prompts)  # refuses a missing file before the advice to answer it
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     meta = read_meta(path)
     if meta.get("responses_sha256") != hash_file(path):  # which only a complete file has

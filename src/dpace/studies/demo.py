@@ -1,7 +1,7 @@
 """The demo: `dpace compare` with the recipe `demo-cpu`, decoding with the D-PACE drafter, and a screen of findings."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +30,8 @@ from dpace.training.loop import TrainingLoop
 from dpace.training.run import check_recipe, choose_conversations, keep_features
 
 OBJECTIVES = ("dpace", "dflash")
-DECODED = ("decode", "decode-sampled")
-"""Folders of the results of decoding, at temperature 0 and 1."""
+DECODED = "decode"
+"""Folder of the results of decoding."""
 KINDS = "kinds"
 """Name of the prompts for the drafter that comes with dpace, and of the folder with its results."""
 OF_DPACE = "smollm2-135m"
@@ -48,8 +48,6 @@ QUICK = {
 """Options of the recipe with `quick`."""
 QUICK_HELDOUT = 8
 """Held-out prompts of each set with `quick`."""
-SAMPLED_PROMPTS = 2
-"""Prompts of the first set that are decoded at temperature 1 too."""
 TIMED_CONVERSATIONS = 24
 """About how many answers a step of the training is timed with."""
 TIMED_SCORED = 4
@@ -84,7 +82,7 @@ class Demo(NamedTuple):
     compared: CompareResults
     """Tau of both objectives on the held-out prompts."""
     decoded: BenchResults
-    """Decoding with the D-PACE drafter, and with copies alone; at temperature 1 of the first set."""
+    """Decoding with the D-PACE drafter, and with copies alone."""
 
 
 def decode_kinds(target: Target, recipe: CompareConfig) -> BenchResults | None:
@@ -145,7 +143,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
-    """Train, compare and decode; the folders `DECODED` of the output get the results of decoding.
+    """Train, compare and decode; the folder `DECODED` of the output gets the results of decoding.
 
     Raises:
         ValueError: as `dpace.studies.compare.compare`.
@@ -153,19 +151,14 @@ def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
     """
     # Decoding is left out here: `compare` would decode with the drafters of both objectives.
     compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
-    greedy, sampled = (Path(recipe.output) / name for name in DECODED)
+    output = Path(recipe.output) / DECODED
     drafters = {"dpace": load_drafter(cell_folder(recipe, "dpace", recipe.seeds[0]), target)}
-    sampling = replace(recipe.bench, temperatures=(1.0,), widths=("auto",), num_prompts=SAMPLED_PROMPTS)
-    with lock_folder(greedy):
-        decoded = bench(target, drafters, parts.heldout, recipe.bench, greedy)
-    first_set = [prompt for prompt in parts.heldout if prompt.set == decoded.rows[0].set]
-    with lock_folder(sampled):
-        rows = bench(target, drafters, first_set, sampling, sampled).rows
-    return Demo(compared, replace(decoded, rows=[*decoded.rows, *rows]))
+    with lock_folder(output):
+        return Demo(compared, bench(target, drafters, parts.heldout, recipe.bench, output))
 
 
-def findings(demo: Demo) -> tuple[list[Section], list[str]]:
-    """Make what the terminal shows at the end: speeds, taus, and remarks."""
+def findings(demo: Demo) -> list[Section]:
+    """Make what the terminal shows at the end: speeds and taus."""
     decoded = demo.decoded
     rows = demo.compared.rows
     decay = {row.set: row.tau[0] or 0 for row in rows if row.drafter == demo.compared.baseline}
@@ -181,7 +174,7 @@ def findings(demo: Demo) -> tuple[list[Section], list[str]]:
         }
         taus.append(cells)
     title = "Held-out prompts: tokens that one pass of the target gives (tau)"
-    return [speeds(decoded), Section(title, rows=taus)], remarks(decoded.rows)
+    return [speeds(decoded), Section(title, rows=taus)]
 
 
 def speeds(decoded: BenchResults, title: str = "") -> Section:
@@ -189,14 +182,14 @@ def speeds(decoded: BenchResults, title: str = "") -> Section:
     hardware = decoded.hardware
     about = f"{Path(decoded.target).name}, {decoded.dtype}, {hardware.device}, threads {hardware.torch_threads}"
     # Copies alone are rows of their own in the results, and a column here.
-    copies = {_name(row): _with_speedup(row) for row in decoded.rows if row.width == "copies"}
+    copies = {row.set: _with_speedup(row) for row in decoded.rows if row.width == "copies"}
     rows = []
     for row in decoded.rows:
         if row.width == "auto":
             cells = {
-                "tokens/s": _name(row),
+                "tokens/s": row.set,
                 "plain": f"{row.plain_tokens_per_second:.0f}",
-                "copies alone": copies.get(_name(row), "-"),
+                "copies alone": copies.get(row.set, "-"),
                 "with the drafter": _with_speedup(row),
                 "copied": f"{row.share_copied:.0%}",
                 "same text": same_text(row),
@@ -205,22 +198,6 @@ def speeds(decoded: BenchResults, title: str = "") -> Section:
     return Section(title or about, rows=rows)
 
 
-def _name(row: Row) -> str:
-    """Name the set, and the temperature where it is not 0."""
-    return row.set if row.temperature == 0 else f"{row.set}, T={row.temperature:g}"
-
-
 def _with_speedup(row: Row) -> str:
     """Write tokens a second, and the speedup over plain decoding in brackets."""
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup[0] or 0:.1f}x)"
-
-
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """Say why something is slower."""
-    slower = [_name(row) for row in rows if row.width == "auto" and (row.decode_speedup[0] or 1) < 1]
-    if not slower:
-        return []
-    return [
-        f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted ones "
-        "saved. Longer training, or more prompts, gives better drafts."
-    ]

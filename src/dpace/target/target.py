@@ -91,7 +91,6 @@ class Target:
         self.tokenizer: Any = tokenizer
         self.thinking = False  # passed to chat templates that have this switch
         self._outputs = LayerOutputs()
-        self.speed_ups: list[str] = []  # what `dpace.fast` did to the model when it was loaded
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
         self.layers = find_layers(self.model)
@@ -139,7 +138,7 @@ class Target:
             target = ShardedTarget(model, tokenizer)
         else:
             target = cls(model, tokenizer)
-            target.speed_ups = speed_up(model)
+            speed_up(model)
         target.thinking = thinking
         return target
 

@@ -159,7 +159,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
     def start(name: str) -> None:  # as `Accelerator.init_trackers` does
         project = os.environ.get("WANDB_PROJECT", "dpace")  # accelerate does not read it
         make: Any = LOGGER_TYPE_TO_CLASS[name]
-        folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
+        folder = Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
         trackers[name] = make(project, folder) if make.requires_logging_directory else make(project)
         trackers[name].start()
         trackers[name].store_init_configuration(settings)

@@ -185,15 +185,11 @@ def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
     selector = recipe.drafter.selector
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh, is_growing=config.grow_blocks)
     wants_shards()
-    if config.feature_servers and recipe.needs_target_hidden:
+    if config.feature_servers and (recipe.needs_target_hidden or not config.feature_files):
         raise ValueError(
-            "--train.feature-servers give no input of the LM head, which this token loss, confidence or penalty of a "
-            "selector needs; leave them out, or take --loss.token-loss nll and, with a selector, "
+            "--train.feature-servers write to disk, and give no input of the LM head; name a folder for them with "
+            "--train.feature-files, and take --loss.token-loss nll, --loss.confidence token and, with a selector, "
             "--loss.selector-penalty 0"
-        )
-    if config.feature_servers and not config.feature_files:
-        raise ValueError(
-            "--train.feature-servers are for hidden states on disk; name a folder for them with --train.feature-files"
         )
     defaults = Recipe().settings
     for name, value in recipe.settings.items():

@@ -9,7 +9,6 @@ from dpace.config import Recipe
 from dpace.recipes.flags import Arguments, Given, command
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files
-from dpace.system.progress import note
 from dpace.verbs import generate_command, load_chat, load_target, note_unread, show_results
 
 if TYPE_CHECKING:
@@ -87,7 +86,6 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", parts: "PromptPar
     with lock_folder(output):
         refuse_foreign_files(output, "results.json")
         target = load_target(recipe)
-        note(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}")
         drafters = {}
         for name, folder in zip(names, folders, strict=True):
             drafters[name] = load_drafter(folder, target)
@@ -120,14 +118,6 @@ def _refuse_trained_prompts(recipe: Recipe, parts: "PromptParts", drafter: Path)
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:
-    """Name drafters by the shortest ends of their paths that differ, such as seed-42, or dpace/seed-42.
-
-    Raises:
-        ValueError: a folder is there twice.
-    """
-    paths = [Path(folder).resolve().parts for folder in folders]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(names):  # no two are alike
-            return names
-    raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")
+    """Name drafters by their folders, without the path where the names differ."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(folders)

@@ -18,7 +18,7 @@ def run(config: DemoConfig, given: Given) -> None:
     from dpace.plan import expected_lengths, plan_recipe, training_lines
     from dpace.prompts.prompts import prompts_line
     from dpace.report.page import write_report
-    from dpace.report.tables import console, plain, section_table
+    from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output
     from dpace.studies.demo import (
         DECODED,
@@ -49,9 +49,8 @@ def run(config: DemoConfig, given: Given) -> None:
         console().print(section_table(speeds(kinds, title)))
     announce(target, recipe, parts, decoding)
     demo = run_demo(target, recipe, parts)
-    tables, remarks = findings(demo)
-    console().print(*map(section_table, tables), *map(plain, remarks))
-    names = [KINDS, *DECODED] if kinds else DECODED
+    console().print(*map(section_table, findings(demo)))
+    names = [KINDS, DECODED] if kinds else [DECODED]
     write_report([output, *(output / name for name in names)], output / PAGE)
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])

@@ -9,7 +9,7 @@ from dpace.recipes.flags import Arguments, Given, command
 
 OWN = ("--memory", "--ranks", "--minutes")
 """Flags of this verb alone, which the next command does not get."""
-Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description="a size such as 24GiB or 80GB")]
+Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$")]
 
 
 @options

@@ -4,16 +4,10 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from explain import Options, explain_prompt, fit_blind, rejections, score_block
 
 from dpace.decode import generate
-from tests.support.models import (
-    make_drafter,
-    make_with_markov_head,
-    make_with_selector,
-)
 
 OPTIONS = Options("target", "drafter", num_blocks=3, num_samples=4, max_new_tokens=12)
 
@@ -84,11 +78,3 @@ def test_greedy_rejections_are_those_of_decoding(language_target, language_draft
         for (reached, rejected, *_), accepted in list(zip(found, answer.accepted_lengths, strict=True))[:-1]:
             assert reached.tolist() == [float(slot <= accepted) for slot in range(len(reached))]
             assert rejected.tolist() == [float(slot == accepted) for slot in range(len(reached))]
-
-
-@pytest.mark.parametrize("make", [make_drafter, make_with_selector, make_with_markov_head])
-def test_the_first_slot_of_a_block_is_always_reached(language_target, questions, make):
-    drafter = make(language_target, block_size=5)
-    found = explain_prompt(language_target, drafter, questions[0], OPTIONS, seed=0)
-    assert len(found) and np.allclose(found[:, 0, 0], 1)
-    assert (found[:, 1] <= found[:, 0] + 1e-6).all()

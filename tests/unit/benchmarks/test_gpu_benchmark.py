@@ -1,13 +1,12 @@
 """benchmarks/gpu.py at tiny size, on a CPU."""
 
-import decode
 import gpu
 import gpu_step
 import pytest
 
 from dpace.drafter import Drafter
 from dpace.target import Target
-from tests.support.models import make_drafter, make_recipe, make_target
+from tests.support.models import make_recipe, make_target
 
 TINY = {"batch_size": 2, "num_anchors": 6, "max_length": 40}
 
@@ -42,22 +41,3 @@ def test_a_report_has_all_tables(monkeypatch, language_folder):
         "--peak-tflops",
     ):
         assert part in page
-
-
-def test_the_first_name_that_fits_gives_the_peak():
-    assert gpu.peak_flops("NVIDIA H100 PCIe", None) == 756e12
-    assert gpu.peak_flops("a processor", None) is None
-    assert gpu.peak_flops("NVIDIA L4", 100.0) == 1e14
-
-
-def test_compiled_plain_decoding_is_a_baseline(monkeypatch):
-    """Of both kinds of decoding; the ways that sample have no compiled one to be compared with."""
-    monkeypatch.setattr("torch.compile", lambda step, **_: step)
-    target = make_target("qwen3")
-    ways = decode.our_ways(target, make_drafter(target)) | decode.compiled_ways(target, make_drafter(target))
-    names = ("plain", decode.COMPILED, "dpace, auto", "T=1: plain", "dpace, compiled blocks of 4")
-    found = decode.measure({name: ways[name] for name in names}, [("s", [5, 6, 7])], rounds=1, count=8)
-    rows = {row["way"]: row for row in decode.rows_of(found, "s")}
-    assert rows[decode.COMPILED]["over compiled"] == rows["plain"]["over plain"] == "1.00"
-    assert rows["plain"]["over compiled"] and not rows["T=1: plain"]["over compiled"]
-    assert all(row["same text"] == "1/1" for row in rows.values())

@@ -30,10 +30,8 @@ STUDY = "study.py --data {data} --output {out} --target {target} --blocks 8 --st
 STUDY += " --more-prompts {data}/prompts.jsonl --objectives spec-auf dpace:drafter.num_layers=1"
 OWN_PROMPTS = "study.py --data {data} --prompts {data}/prompts.jsonl --output {out} --target {target} --blocks 8"
 OWN_PROMPTS += " --steps 200 --seeds 0 --max-new-tokens 8 --num-evals 2 --scale 0.01 --objectives growing-blocks"
-WAYS = "plain, dpace, auto, drafts alone, random drafter, auto"
 PRINTED = {
     DECODE: [
-        f"(dpace, auto, over the best of {WAYS}: .*){{2}}",
         *(f" {way}[ ,]" for way in ("dpace, width 2", "T=1: dpace, auto", "transformers, DFlash")),
     ],
     ENGINES: [r"dpace.* 2/2 2/2 (\S+) .*transformers.* 2/2 2/2 \1 .*llama.cpp.* 2/2 2/2 \1 ", "vLLM, not installed"],

@@ -16,9 +16,8 @@ from dpace.engines.gguf import ENGINE, open_target_gguf, to_gguf, write_gguf
 from dpace.engines.read import read_drafter
 from dpace.publish.export import import_drafter
 from tests.support.cases import wide
-from tests.support.files import change_config, changed_weights, read_json
+from tests.support.files import change_config, read_json
 from tests.unit.engines.conftest import LAYOUTS, LILICORR, MARKOV, RECORD
-from tests.unit.target.test_target_files import write_fp8
 
 REFUSED = {
     ("speculators", "causal"): "is_causal is true",
@@ -134,20 +133,6 @@ def test_layers_of_which_some_are_causal(folders, do_export, tmp_path):
         assert "--to gguf" not in (out / "README.md").read_text()
     with pytest.raises(ValueError, match="is_causal is not set"):
         do_export("gguf", folder=path)
-
-
-def test_quantized_weights_are_imported_as_plain_numbers(folder, tmp_path):
-    """As transformers reads them."""
-    quantized = write_fp8(folder, tmp_path / "fp8")
-    assert Drafter.from_pretrained(quantized, dtype=torch.bfloat16).dtype == torch.bfloat16
-    found = import_drafter(quantized, tmp_path / "plain").state_dict()
-    for name, weight in read_drafter(folder).state_dict().items():
-        error = (found[name] - weight).norm() / weight.norm()
-        assert 0 < error < 0.05 if "proj" in name else error == 0
-    with changed_weights(quantized) as weights:
-        weights["other"] = weights["norm.weight"]
-    with pytest.raises(ValueError, match="have unknown other"):
-        read_drafter(quantized)
 
 
 def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, target_gguf, tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def weights(make):
 
 FOLDERS = {
     "hidden_size is 2147483648, expected": config(hidden_size=2**31),
+    "its weights are quantized": config(quantization_config={"quant_method": "fp8"}),
     "tau_responses is 7, expected": config(dpace={"tau_responses": 7}),
     "model.safetensors: it is a folder, a device or a pipe": lambda folder: (
         (folder / "model.safetensors").unlink(),
@@ -206,7 +207,6 @@ LATE = {
     "--to zlab --plain": "has no selector",
     "--to gguf": "name one with --target-gguf",
     "--to gguf --target-gguf nothing.gguf": "nothing.gguf: No such file",
-    "--to vllm --target-gguf {gguf}": "--target-gguf is for --to gguf",
     "--to speculators --output {trained}": "holds a drafter that dpace trained",
     "--to speculators": "is_causal is true",
     "--to vllm --drafter {gguf}": "is for llama.cpp, not in the published layout; convert it with `dpace import`",

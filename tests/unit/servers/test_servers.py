@@ -149,7 +149,7 @@ def test_later_turns_see_earlier_answers_and_are_drawn_with_their_prompt(pair, m
     assert len(ours[2]) > len(ours[1]) + NUM_TOKENS
 
 
-def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothing(pair, measure, tmp_path, capsys):
+def test_an_interrupted_call_goes_on_and_a_finished_one_asks_nothing(pair, measure, tmp_path):
     drafter, plain = pair("llama.cpp")
     config = replace(GREEDY, temperatures=(0.0, 1.0))
     measure(drafter, plain, PROMPTS[:3], config)
@@ -161,7 +161,7 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothin
     assert len(drafter.bodies) == count + 3  # a warm-up and the two that were lost
     assert [(row.num_responses, row.num_verifications) for row in again] == [(3, 9), (3, 9)]
     measure(drafter, plain, PROMPTS[:3], config)
-    assert f"nothing is asked: {path} has all answers" in capsys.readouterr().err
+    assert len(drafter.bodies) == count + 3
 
 
 @pytest.mark.parametrize(("drafts", "tau", "verdict"), [(False, None, "not known"), (True, 2.0, "no tau here")])

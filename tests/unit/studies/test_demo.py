@@ -6,9 +6,8 @@ from unittest.mock import Mock
 import pytest
 
 from dpace.config import DemoConfig
-from dpace.studies.demo import demo_prompts, demo_recipe, remarks
+from dpace.studies.demo import demo_prompts, demo_recipe
 from tests.support.files import write_rows
-from tests.support.rows import make_row
 
 
 @pytest.fixture
@@ -17,12 +16,6 @@ def flags(language_folder, language_prompts, tmp_path) -> list[str]:
     rows = [{"prompt": text, "set": f"set{int(i % 8 == 0)}"} for i, text in enumerate(language_prompts)]
     path = write_rows(tmp_path / "prompts.jsonl", rows)
     return ["--target", str(language_folder), "--prompts", path, "--output", str(tmp_path / "out")]
-
-
-def test_what_is_slower_has_a_reason():
-    slow = make_row(set="a", width="auto", decode_speedup=(0.5, None, None))
-    (slower,) = remarks([slow, make_row(set="b", width="auto")])
-    assert slower.startswith("a: slower than")
 
 
 def test_quick_takes_fewer_prompts_and_steps():

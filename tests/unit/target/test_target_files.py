@@ -250,7 +250,7 @@ def test_hooks_of_accelerate_run_in_every_pass(base):
     parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
     places = dict.fromkeys([*parts, *(f"model.layers.{i}" for i in range(4))], "cpu")
     model = dispatch_model(model, places, force_hooks=True)
-    assert speed_up(model) == []
+    speed_up(model)
     target = Target(model)
     assert assert_decodes(target) == assert_decodes(base[0])
     for layer in target.layers:
