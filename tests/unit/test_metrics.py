@@ -18,6 +18,7 @@ TWO = [Acceptance.from_lengths([0, 3], 4), Acceptance.from_lengths([0, 1], 4)]
 def test_hand_counted():
     """Accepted lengths 0, 0, 1, 3 in blocks of 4: emitted 1 + 1 + 2 + 4."""
     together = Acceptance([2, 1, 0, 1], block_size=4)
+    assert Acceptance([0, 1], block_size=2).reach_rate.tolist() == [1.0]
     for acceptance in (together, Acceptance.of_prompts(TWO), Acceptance.pooled(TWO)):
         assert acceptance.emitted_tokens.sum() == 8 and acceptance.tau == 2.0
         assert acceptance.reach_rate.tolist() == [0.5, 0.25, 0.25]

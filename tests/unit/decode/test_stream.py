@@ -31,6 +31,7 @@ def test_pieces_are_the_text(language_target, language_drafter, questions):
     whole = generate(language_target, language_drafter, question, **options)
     assert "".join(pieces) == language_target.tokenizer.decode(whole.token_ids, skip_special_tokens=True)
     assert len(pieces) > 3 and [t for step in steps for t in step.token_ids] == whole.token_ids
+    assert (steps[0].accepted, steps[0].width) == (0, 0)
 
 
 BYTES = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids).decode("utf-8", errors="replace"))

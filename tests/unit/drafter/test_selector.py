@@ -10,8 +10,9 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_batch
 from dpace.decode.sampling import Sampler
-from dpace.drafter.lattice import Lattice, LatticeSelector, take_walk
+from dpace.drafter.lattice import Lattice, LatticeDraft, LatticeSelector, take_walk
 from dpace.drafter.lilicorr import LiLiCorrSizes
+from dpace.drafter.markov_head import MarkovSizes
 from dpace.drafter.selector import Selector
 from dpace.measure.heldout import heldout_acceptance, measure_vocabularies
 from dpace.modeling_dflash import LiLiCorrNetwork
@@ -71,6 +72,20 @@ def test_a_small_target_gets_a_smaller_selector(hidden_size, options, expected):
     sizes = LiLiCorrSizes.chosen(DrafterConfig(selector="lilicorr", **options), hidden_size)
     assert (sizes.candidate_topk, sizes.hidden_size, sizes.num_heads) == expected
     assert sizes.options(hidden_size).items() >= options.items()
+
+
+def test_dsparks_head_has_the_published_rank():
+    assert [MarkovSizes.chosen(DrafterConfig(), size).rank for size in (1023, 1024)] == [64, 256]
+
+
+def test_a_walk_that_is_drawn_is_over_the_temperature(unchecked_types):
+    """Nearly 0 draws the best walk."""
+    scores = torch.tensor([[[[0.0, 1.0]] * 2, [[0.0, 1.0], [1.0, 0.0]]]])
+    lattice = Lattice(torch.tensor([[[4, 5], [6, 7]]]), scores, torch.zeros(1, 2))
+    rows: Any = SimpleNamespace(target=SimpleNamespace(head=SimpleNamespace(weight=range(8))))
+    draft = LatticeDraft(rows, *take_walk(lattice), lattice)
+    tokens, probs = draft.draw(2, Sampler(0.01, seed=0))
+    assert tokens.tolist() == [5, 6] and probs.sum(-1).tolist() == [1, 1]
 
 
 def test_the_walk_is_a_loop_over_rows():

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpace.config import LossConfig, Reduction, TokenLoss
 from dpace.loss import Slots, block_loss, frozen_head_nll, head_scores
+from dpace.loss.head_scores import chunk_bytes_of
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.target.head import LmHead
 from dpace.weights import dflash_weights, dpace_weights, medusa_weights
@@ -115,6 +116,22 @@ def test_options_reach_the_weights():
     }
     for config, weights in expected.items():
         torch.testing.assert_close(make_weigh(config, block_size=8)(slots), weights)
+
+
+def test_the_loss_computes_as_many_logits_at_once_as_the_options_say():
+    weight = torch.empty(50_000, 1, device="meta")
+    assert chunk_bytes_of(LossConfig(chunk_mib=3), weight, is_cpu=True) == 3 * 2**20
+    sizes = [chunk_bytes_of(LossConfig(token_loss=loss), weight, is_cpu=True) for loss in ("nll", "kl")]
+    assert sizes[0] == 4 * 2**20 < sizes[1]
+
+
+def test_an_objective_of_ones_own_is_tried_out_on_what_the_loss_gives():
+    """Slot 0 never counts, and there is no overlap where the loss does not compute it."""
+    seen = []
+    for confidence in ("token", "overlap"):
+        make_weigh(LossConfig(confidence=confidence), 4, lambda slots: seen.append(slots) or slots.token_probs)
+    assert seen[0].overlap is None and seen[1].overlap is not None
+    assert not any(slots.is_scored[..., 0].any() for slots in seen)
 
 
 def test_weights_of_an_objective_of_ones_own_that_are_wrong_become_nan():
