@@ -68,7 +68,13 @@ def _refuse_other_address(url: str) -> str:
     return url
 
 
-Url = Annotated[Text, AfterValidator(_refuse_other_address), Field(description="an address http://host:port")]
+# Checked first, since the other message shows the text.
+Url = Annotated[
+    str,
+    AfterValidator(_refuse_other_address),
+    AfterValidator(_refuse_blank),
+    Field(description="an address http://host:port"),
+]
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
