@@ -83,6 +83,7 @@ ADDRESSES = [
     "file:///etc/passwd",
     "ht\ttp://u:secret@h",
     "http://u:sec/secret@h",
+    "http://u:secret@h:9/\udcff",
 ]
 
 
@@ -223,6 +224,17 @@ def test_what_an_output_cannot_show_is_escaped_and_a_closed_one_gets_nothing(mon
             patch.setattr(sys, name, None)
             assert main(["respond"]) == 0
             getattr(sys, name).close()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["respond"]])
+def test_a_full_disk_for_the_output_is_one_line(argv, monkeypatch, capsys):
+    """Python itself finds it only at its end, and would print a traceback."""
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda *_: print("a text"))
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:  # closing it succeeds
+        patch.setattr(sys, "stdout", full)
+        assert main(argv) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search("the output: No space left on device; make room", line)
 
 
 def test_a_table_for_a_reader_who_has_enough_ends_as_other_texts_do(monkeypatch, capsys):
