@@ -57,12 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal does not have becomes an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
-    except BrokenPipeError:  # whoever reads the output has enough, as `head` has
+        code = _run(argv)
+        sys.stdout.flush()
+    except OSError as error:
         # Python flushes at its end, and would fail again.
         with suppress(OSError, ValueError):  # the output is not a file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # whoever reads the output has enough, as `head` has
+            return 141
+        error.filename = "the output"
+        print(f"dpace: {_explain(error)}", file=sys.stderr)
+        return 1
+    return code
 
 
 def _run(argv: list[str]) -> int:

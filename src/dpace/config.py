@@ -67,7 +67,8 @@ def _refuse_other_address(url: str) -> str:
     return url
 
 
-Url = Annotated[Text, AfterValidator(_refuse_other_address)]
+# Checked first, since the other message shows the text.
+Url = Annotated[str, AfterValidator(_refuse_other_address), AfterValidator(_refuse_blank)]
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:

@@ -82,6 +82,7 @@ ADDRESSES = [
     "file:///etc/passwd",
     "ht\ttp://u:secret@h",
     "http://u:sec/secret@h",
+    "http://u:secret@h:9/\udcff",
 ]
 
 
@@ -210,6 +211,17 @@ def test_what_an_output_cannot_show_is_escaped(monkeypatch, capsys):
         patch.setattr(sys, "stdout", terminal)
         assert main(["respond"]) == 0
         assert written.getvalue() == b"\\xe9\n\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["respond"]])
+def test_a_full_disk_for_the_output_is_one_line(argv, monkeypatch, capsys):
+    """Python itself finds it only at its end, and would print a traceback."""
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda *_: print("a text"))
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:  # closing it succeeds
+        patch.setattr(sys, "stdout", full)
+        assert main(argv) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search("the output: No space left on device; make room", line)
 
 
 def test_a_table_for_a_reader_who_has_enough_ends_as_other_texts_do(monkeypatch, capsys):

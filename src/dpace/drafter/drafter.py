@@ -169,6 +169,11 @@ class Drafter(DFlashDraftModel):
         super().__init__(config)
         sizes = self.spec.selector
         self.selector = sizes.selector(getattr(self, sizes.name)) if sizes else Selector()
+        if self.selector.num_candidates > config.vocab_size:
+            raise ValueError(
+                f"the selector chooses from {self.selector.num_candidates} tokens, and there are {config.vocab_size}; "
+                "take fewer candidates"
+            )
 
     @property
     def spec(self) -> DrafterSpec:
@@ -407,6 +412,8 @@ def make_drafter(spec: DrafterSpec, tensors: Mapping[str, Tensor], what: str = "
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     mismatched = []
     for name, tensor in tensors.items():
+        if name != "d2t" and not tensor.is_floating_point():
+            raise ValueError(f"{what} has {name} in {tensor.dtype}, expected numbers with a point; {FIX}")
         expected = shapes.get(name, tensor.shape)
         if tensor.shape != expected:
             mismatched.append((name, tensor.shape, expected))

@@ -20,7 +20,16 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.system import ranks
 from dpace.system.groups import group_by
-from dpace.system.ledger import JsonObject, cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
+from dpace.system.ledger import (
+    JsonObject,
+    append_lines,
+    cut_unfinished_line,
+    find_rank_files,
+    rank_file,
+    read_jsonl,
+    register_files,
+    write_text,
+)
 from dpace.system.provenance import hash_json
 from dpace.system.validation import from_json, to_json
 from dpace.target import Target
@@ -139,9 +148,7 @@ class Records(Generic[Record]):
         self.seeds = {prompt.id: setup.seed + number for number, prompt in enumerate(prompts)}
         self.first_line = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
         self.path = path.with_stem(f"{path.stem}-{hash_json(self.first_line)[:8]}")
-        self.rank_path = self.path
-        if ranks.num_ranks() > 1:
-            self.rank_path = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl")
+        self.rank_path = rank_file(self.path, ranks.rank())
         self.read()
 
     def missing(self, jobs: Iterable[Job]) -> list[tuple[int, Job]]:
@@ -155,8 +162,7 @@ class Records(Generic[Record]):
     def add(self, record: Record) -> None:
         """Keep a record, on disk at once."""
         self.rows[record.temperature, record.id] = record
-        with naming_file(self.rank_path), self.rank_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+        append_lines(self.rank_path, [to_json(record)])
 
     def read(self) -> None:
         """Put what all ranks have measured into one file, and let each of them have it."""
@@ -176,8 +182,7 @@ class Records(Generic[Record]):
         cut_unfinished_line(self.path)
         if not self.path.exists() or not self.path.stat().st_size:
             write_text(self.path, json.dumps(self.first_line) + "\n")
-        for rank_path in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
+        for rank_path in find_rank_files(self.path):
             cut_unfinished_line(rank_path)
-            with naming_file(self.path), self.path.open("ab") as file:
-                file.write(rank_path.read_bytes())
+            append_lines(self.path, (row for _, row in read_jsonl(rank_path)))
             rank_path.unlink()

@@ -18,7 +18,7 @@ from dpace.metrics import Acceptance
 from dpace.servers.apis import Counts
 from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
 from dpace.system.provenance import Hardware, Versions
-from dpace.system.validation import from_json, to_json
+from dpace.system.validation import read_as, to_json
 
 RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
@@ -145,7 +145,7 @@ class PromptRecord:
 class BenchRecord(PromptRecord):
     """A prompt that was decoded in every way; a line of bench-*.jsonl."""
 
-    responses: list[ResponseRecord]
+    responses: Annotated[list[ResponseRecord], NOT_EMPTY]
     """Turn by turn."""
 
 
@@ -153,7 +153,7 @@ class BenchRecord(PromptRecord):
 class ServedRecord(PromptRecord):
     """A prompt that servers answered; a line of servers-*.jsonl."""
 
-    turns: list[dict[str, ServedAnswer]]
+    turns: Annotated[list[dict[str, ServedAnswer]], NOT_EMPTY]
     """For each turn the answers by side: `drafter` or the depths, and `plain` and `plain again` where there is such a
     server."""
 
@@ -312,15 +312,7 @@ def read_results(path: Path) -> Results:
         kind = CompareResults
     elif "servers" in value:
         kind = ServerResults
-    return _parse(kind, value, path, MEASURE_AGAIN)
-
-
-def _parse(kind: type[Any], value: JsonObject, path: Path, fix: str) -> Any:
-    """Turn what a file holds into a dataclass; a fault names the file and the way out."""
-    try:
-        return from_json(kind, value)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {fix}") from error
+    return read_as(kind, value, path, MEASURE_AGAIN)
 
 
 def refuse_other_results(path: Path, kind: type[BenchResults | CompareResults]) -> None:
@@ -397,7 +389,7 @@ def read_heldout(folder: Path) -> Heldout:
     """
     path = folder / HELDOUT_FILE
     fix = "remove the file: `dpace compare` measures this drafter again"
-    return _parse(Heldout, read_object(path, fix), path, fix)
+    return read_as(Heldout, read_object(path, fix), path, fix)
 
 
 def read_log(folder: str | Path) -> list[JsonObject]:

@@ -88,11 +88,19 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
-    """Download the rows of a dataset from the Hub.
+    """Download the rows of a dataset from the Hub, or take them from its cache where the Hub does not answer.
 
     Raises:
         ValueError: the Hub does not give it.
     """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # it answers: what is wrong is said below
+    except Exception:  # the network's many ways to fail
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that no library asks for minutes
     import datasets
 
     try:

@@ -5,7 +5,6 @@ continued where an earlier call was interrupted.
 """
 
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,21 @@ from dpace.respond.responses import (
     answers_to,
     check_meta,
     find_meta,
+    iterate_responses,
     read_meta,
     write_meta,
 )
 from dpace.system import ranks
-from dpace.system.ledger import JsonObject, cut_unfinished_line, lock_folder, naming_file, writing
+from dpace.system.ledger import (
+    JsonObject,
+    append_lines,
+    cut_unfinished_line,
+    find_rank_files,
+    lock_folder,
+    rank_file,
+    read_jsonl,
+    write_text,
+)
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import hash_file
 from dpace.target import Target
@@ -91,9 +100,6 @@ def answer_prompts(
                 left_out = servers.left_out  # filled while the answers come
             ranks.from_first(lambda: write_meta(path, meta, is_complete=False))
             rank_prompts = [by_id[prompt_id] for prompt_id in ranks.share(waiting)]
-            rank_path = path
-            if ranks.num_ranks() > 1:
-                rank_path = path.with_stem(f"{path.stem}.rank-{ranks.rank()}")
             with progress_bar() as bar:
                 task = bar.add_task("answering prompts", total=len(rank_prompts), info="")
                 show = partial(bar.update, task)
@@ -101,7 +107,7 @@ def answer_prompts(
                     answers = servers.answers(rank_prompts)
                 else:
                     answers = answer_batches(target, rank_prompts, config, show)
-                _append_answers(answers, rank_path, show)
+                _append_answers(answers, rank_file(path, ranks.rank()), show)
         # `gather` also waits until every rank has written its file.
         all_left_out = dict(sum(ranks.gather(left_out), Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, all_left_out))
@@ -150,33 +156,30 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
 
     A call that was killed before may have left such files, with lines that the file has already, and a line without its
     end.
+
+    Raises:
+        ValueError: a line that is no response; see also `cut_unfinished_line` and `find_rank_files`.
     """
-    rank_files = list(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"))
-    lines: dict[str, bytes] = {}
+    rank_files = find_rank_files(path)
+    lines: dict[str, str] = {}
     for file in (path, *rank_files):
         cut_unfinished_line(file)
         if not file.exists() or not (rank_files or prompts):
             continue  # nothing to merge and nothing to sort
-        for line in file.read_bytes().splitlines(keepends=True):
-            if line.strip():
-                lines[json.loads(line)["id"]] = line
+        # A line is checked, and kept with the notes that somebody may have added.
+        for response, (_, row) in zip(iterate_responses(file), read_jsonl(file), strict=True):
+            lines[response.id] = json.dumps(row, ensure_ascii=False) + "\n"
     if lines:
         places = {prompt.id: place for place, prompt in enumerate(prompts)}
         # Lines of other prompts come first, in the order that they have.
         ids = sorted(lines, key=lambda prompt_id: places.get(prompt_id, -1))
-        with writing(path) as unfinished:
-            unfinished.write_bytes(b"".join(lines[prompt_id] for prompt_id in ids))
+        write_text(path, "".join(lines[prompt_id] for prompt_id in ids))
     for file in rank_files:  # only now, when their lines are on the disk a second time
         file.unlink()
 
 
 def _append_answers(answers: Iterator[Sequence[Response]], path: Path, show: Callable[..., object]) -> None:
     """Append answers to a file, and wait for the disk whenever some came."""
-    with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
-        for batch in answers:
-            for response in batch:
-                file.write(json.dumps(asdict(response), ensure_ascii=False) + "\n")
-            # A kill from here on costs no answer.
-            file.flush()
-            os.fsync(file.fileno())
-            show(advance=len(batch), info="")
+    for batch in answers:
+        append_lines(path, map(asdict, batch))
+        show(advance=len(batch), info="")

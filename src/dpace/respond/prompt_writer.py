@@ -6,19 +6,19 @@ writes as a user would.
 Source: Magpie (arXiv 2406.08464).
 """
 
-import json
-import os
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from dpace.config import PromptsWriterConfig, RespondConfig
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.respond.in_process import generate_responses
 from dpace.system.ledger import (
+    append_lines,
     cut_unfinished_line,
     lock_folder,
-    naming_file,
     read_object,
     register_files,
     write_json,
@@ -38,8 +38,8 @@ MOST_FRUITLESS = 256
 """Texts in a row that give no prompt, after which the target is taken to have no more."""
 
 
-def user_turn(target: Target) -> tuple[list[int], int]:
-    """Find the tokens that open a user's turn, and the token that ends the user's text.
+def user_turn(target: Target) -> tuple[list[int], str]:
+    """Find the tokens that open a user's turn, and what ends the user's text: a special token, or all ordinary words.
 
     Raises:
         ValueError: the target has no chat template, one that fails, or one that says neither.
@@ -64,7 +64,8 @@ def user_turn(target: Target) -> tuple[list[int], int]:
             f"the chat template of {target.name} has nothing before or after the user's text, so nothing says where "
             "that begins and ends; name another chat model"
         )
-    return opening, closing[0]
+    words = list(takewhile(lambda token_id: token_id not in tokenizer.added_tokens_decoder, closing))
+    return opening, tokenizer.decode(words or closing[:1]).strip()
 
 
 def write_prompts(target: Target, config: PromptsWriterConfig) -> tuple[Path, int]:
@@ -95,20 +96,18 @@ def write_prompts(target: Target, config: PromptsWriterConfig) -> tuple[Path, in
         _note_settings(target, config, path, written)
         texts = {str(prompt.turns[0][-1].get("content")) for prompt in written}
         newest = num_drawn = _count_drawn(config, written)
-        with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        with progress_bar() as bar:
             task = bar.add_task("writing prompts", total=config.count, completed=min(len(texts), config.count), info="")
             while len(texts) < config.count:
-                draws = range(num_drawn, num_drawn + config.batch_size)
+                draws = range(num_drawn, num_drawn + min(config.batch_size, config.count))
+                rows = []
                 for draw, text in zip(draws, _draw_texts(target, config, opening, end, draws), strict=True):
                     if text and text not in texts and len(texts) < config.count:
                         texts.add(text)
                         newest = draw
                         messages = [{"role": "user", "content": text}]
-                        row = {"id": f"{_prefix(config)}{draw}", "set": SET, "messages": messages}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                # A kill from here on costs no prompt.
-                file.flush()
-                os.fsync(file.fileno())
+                        rows.append({"id": f"{_prefix(config)}{draw}", "set": SET, "messages": messages})
+                append_lines(path, rows)
                 num_drawn = draws.stop
                 if num_drawn - newest > MOST_FRUITLESS:
                     raise ValueError(
@@ -125,16 +124,20 @@ def _prefix(config: PromptsWriterConfig) -> str:
 
 
 def _draw_texts(
-    target: Target, config: PromptsWriterConfig, opening: list[int], end: int, draws: Sequence[int]
+    target: Target, config: PromptsWriterConfig, opening: list[int], end: str, draws: Sequence[int]
 ) -> list[str]:
     """Draw texts that a user might write; one without an end comes back empty."""
     answering = RespondConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     seeds = [random.Random(f"{config.seed}/{draw}").getrandbits(31) for draw in draws]
+    decode = target.tokenizer.decode
     texts = []
     for token_ids in generate_responses(target, [opening] * len(draws), answering, seeds):
+        # The fewest first tokens whose text has the end; one more than there are where none has.
+        num_tokens = bisect_left(range(len(token_ids) + 1), True, key=lambda count: end in decode(token_ids[:count]))
         text = ""
-        if end in token_ids:
-            text = target.tokenizer.decode(token_ids[: token_ids.index(end)], skip_special_tokens=True)
+        if num_tokens <= len(token_ids):
+            # Without special tokens, of which the end may be one.
+            text, *_ = decode(token_ids[:num_tokens], skip_special_tokens=True).partition(end)
         texts.append(text.strip())
     return texts
 

@@ -34,7 +34,7 @@ from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import Example, Response, check_meta, known_settings, read_examples
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
+from dpace.system.ledger import lock_folder, refuse_foreign_files, refuse_link, register_files
 from dpace.system.progress import note
 from dpace.target import Target
 from dpace.training.run import (
@@ -122,7 +122,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Pat
     """Refuse an output folder that cannot be written to, before any work; return the run of each drafter's folder.
 
     Raises:
-        ValueError: see `make_runs`; files that dpace did not write, results of `dpace bench`, or answers made in
+        ValueError: see `make_runs`; links, files that dpace did not write, results of `dpace bench`, or answers made in
             another way; or a drafter's folder that holds another run.
         OSError: a file stands where the folder is to be.
     """
@@ -135,10 +135,12 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Pat
     if folder.exists() and not folder.is_dir():
         folder.mkdir()  # raises the error that names the file
     refuse_foreign_files(folder, RESULTS_FILE)
+    refuse_link(folder / "decode")
     refuse_other_results(folder / RESULTS_FILE, CompareResults)
     check_meta(config.responses_path, known_settings(config.respond, thinking=config.thinking))
     runs = make_runs(config, init)
     for cell, run in runs.items():
+        refuse_link(cell.parent)
         run.is_in(cell)
     return runs
 

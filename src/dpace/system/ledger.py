@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,37 @@ def remove_unfinished(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def refuse_link(path: Path) -> None:
+    """Refuse a link in a folder that is written to, also a dead one: what it names lies elsewhere; and a pipe.
+
+    Raises:
+        ValueError: names the path.
+    """
+    if path.is_symlink() or path.is_fifo():
+        raise ValueError(
+            f"{path} is a link or a pipe, and dpace writes to files and folders of its own only; move it away, or name "
+            "another folder with --output"
+        )
+
+
+def append_lines(path: Path, rows: Iterable[JsonObject]) -> None:
+    """Add lines of JSON to a file, and wait for the disk: a kill from here on loses none. Make the file if needed.
+
+    Raises:
+        ValueError: it is a link, dead or not, or a pipe.
+        OSError: it cannot be written to; names it.
+    """
+    refuse_link(path)
+    with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def cut_unfinished_line(path: Path) -> None:
-    """Cut off a last line that a killed process left unfinished."""
+    """Cut off a last line that a killed process left unfinished; see `refuse_link`."""
+    refuse_link(path)
     if not path.exists():
         return
     data = path.read_bytes()
@@ -233,11 +262,13 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
     """Refuse to write over files that dpace did not write, and return the names of those that it wrote.
 
     Raises:
-        ValueError: one of the names exists and was not written by dpace; or the marker has other than plain names.
+        ValueError: one of the names exists and was not written by dpace, or is a link, see `refuse_link`; or the
+            marker has other than plain names.
     """
     folder = Path(folder)
     written = _read_marker(folder / MARKER)
     for name in names:
+        refuse_link(folder / name)
         if (folder / name).exists() and name not in written:
             raise ValueError(
                 f"{folder / name} was not written by dpace and would be overwritten; name another folder with "
@@ -285,6 +316,25 @@ def remove_files(folder: str | Path, patterns: Collection[str], *, keep: Collect
             removed.append(name)
     write_json(folder / MARKER, {"files": sorted(written.difference(removed))})
     return removed
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    """Return the file that a rank adds lines to: the given one, or with several ranks one beside it."""
+    return path if ranks.num_ranks() == 1 else path.with_stem(f"{path.stem}.rank-{rank}")
+
+
+def find_rank_files(path: Path) -> list[Path]:
+    """Find the files of ranks beside a file, this command's and those that killed ones left; the marker names them.
+
+    Call it on the first rank before any rank writes: it registers those of this command.
+
+    Raises:
+        ValueError: see `register_files`.
+    """
+    names = {rank_file(path, rank).name for rank in range(ranks.num_ranks())}
+    register_files(path.parent, *names.difference([path.name]))
+    left = fnmatch.filter(_read_marker(path.parent / MARKER), f"{path.stem}.rank-*{path.suffix}")
+    return [path.with_name(name) for name in sorted(left) if os.path.lexists(path.with_name(name))]
 
 
 @contextlib.contextmanager

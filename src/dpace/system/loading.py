@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -50,7 +51,8 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
     """Turn what transformers raises for files that it cannot read into one line, and let it show nothing else.
 
     Raises:
-        ValueError: damaged weights, a config that its own class refuses, or a package that is missing.
+        ValueError: damaged weights, a config that its own class refuses, a package that is missing, or a connection
+            that breaks.
         OSError: a file that is missing or cannot be read, or weights that are in a pickle only.
     """
     try:
@@ -66,7 +68,7 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
         ) from error
     except SafetensorError as error:
         raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
-    except (*LIBRARY_ERRORS, StrictDataclassError, ImportError) as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError, ImportError, httpx.HTTPError) as error:
         reason = shorten(error, 300) or type(error).__name__
         raise ValueError(f"cannot load {what}: {reason}; {fix}") from error
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -55,6 +56,18 @@ def from_json(kind: type[Kind], value: object) -> Kind:
         return adapter(kind).validate_json(json.dumps(value, ensure_ascii=False).encode())
     except ValidationError as error:
         raise ValueError(describe_invalid(error, kind)) from error
+
+
+def read_as(kind: type[Kind], value: object, path: Path, fix: str) -> Kind:
+    """Return what a file holds as a dataclass; a fault names the file and the way out.
+
+    Raises:
+        ValueError: see `from_json`.
+    """
+    try:
+        return from_json(kind, value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {fix}") from error
 
 
 def describe_invalid(error: ValidationError, kind: Any) -> str:

@@ -113,11 +113,11 @@ def _refuse_unreadable(path: Path) -> int:
         ValueError: names what was found, and what to do.
     """
     values, header = read_header(path)
-    architecture = values.get("general.architecture")
+    architecture = str(values.get("general.architecture"))  # a damaged file may have a list
     fault = ""
     if values.get("split.count", 1) not in (0, 1):
         fault = "is one part of a split file; join the parts with llama-gguf-split --merge"
-    elif architecture not in GGUF_CONFIG_ARCHS and _settings_read(str(architecture)) is None:
+    elif architecture not in GGUF_CONFIG_ARCHS and _settings_read(architecture) is None:
         fault = (
             f"has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; "
             f"{NAME_UNQUANTIZED}, or a drafter with --drafter"

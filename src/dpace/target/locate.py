@@ -26,7 +26,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 def cache_folder() -> Path:
     """Return the folder in which dequantized targets are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpace"
 
 
 def find_target(name: str) -> str:

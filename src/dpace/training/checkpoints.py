@@ -6,9 +6,11 @@ A checkpoint is a folder `checkpoint-STEP` with safetensors and JSON only. It is
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,8 +18,9 @@ from torch.optim import Optimizer
 
 from dpace.drafter import Drafter
 from dpace.system import ranks
-from dpace.system.ledger import filling, read_object, remove_unfinished, write_text
+from dpace.system.ledger import filling, read_object, refuse_link, remove_unfinished, write_text
 from dpace.system.progress import note
+from dpace.system.validation import read_as
 from dpace.training.sharding import take_share
 
 STATE = "trainer_state.json"
@@ -27,7 +30,7 @@ WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
 
 
-@dataclass
+@dataclass(config=ConfigDict(extra="forbid", strict=True))
 class TrainingState:
     """Where a training stands, and its log: what `trainer_state.json` holds."""
 
@@ -39,7 +42,7 @@ class TrainingState:
     """Step of the best tau on the validation responses; None where it was not measured."""
     best_metric: float | None = None
     """That tau."""
-    log_history: list[dict[str, float]] = field(default_factory=list)
+    log_history: list[dict[str, int | float]] = field(default_factory=list)
     """Entries with their `epoch` and `step`."""
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
@@ -50,8 +53,12 @@ class TrainingState:
 
 
 def read_state(folder: Path) -> TrainingState:
-    """Read where a training stood when a checkpoint was written."""
-    return TrainingState(**read_object(folder / STATE, REMOVE))
+    """Read where a training stood when a checkpoint was written.
+
+    Raises:
+        ValueError: the file cannot be read, or has other keys or types, as of another version of dpace.
+    """
+    return read_as(TrainingState, read_object(folder / STATE, REMOVE), folder / STATE, REMOVE)
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -65,11 +72,12 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 
 def checkpoint_folders(checkpoints: Path) -> dict[int, Path]:
-    """Find the folders that have the name of a step's checkpoint, by their steps."""
+    """Find the folders that have the name of a step's checkpoint, by their steps; links are refused."""
     folders = {}
     for path in checkpoints.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         if step.isdecimal():  # others are not ours
+            refuse_link(path)
             folders[int(step)] = path
     return folders
 
@@ -132,6 +140,9 @@ def read_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Read the moments of an optimizer that `write_checkpoint` wrote.
 
     Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
+
+    Raises:
+        ValueError: moments that are missing, or of another shape.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -140,7 +151,11 @@ def read_optimizer(folder: Path, optimizer: Optimizer) -> None:
             number, name = key.split(".")
             value = file.get_tensor(key)
             parameter = parameters[int(number)]
-            if value.shape == parameter.shape:  # all but the step
+            if value.shape == parameter.shape:
                 value = take_share(value, parameter)
+            elif value.shape:  # the step has none
+                raise ValueError(f"{key} has the shape {list(value.shape)}, expected {list(parameter.shape)}")
             state.setdefault(int(number), {})[name] = value
+    if len(state) < len(parameters):
+        raise ValueError(f"{MOMENTS} has moments of {len(state)} of {len(parameters)} tensors")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

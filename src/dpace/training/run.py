@@ -25,7 +25,7 @@ from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Example, Response
 from dpace.system import ranks
 from dpace.system.device import dtype_name
-from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
+from dpace.system.ledger import JsonObject, lock_folder, read_object, refuse_link, register_files, write_json
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
@@ -141,8 +141,9 @@ class Run:
             folder: a drafter's folder; it may be missing.
 
         Raises:
-            ValueError: it holds another run; names the first thing that differs, with both values.
+            ValueError: it holds another run; names the first thing that differs, with both values. Or it is a link.
         """
+        refuse_link(Path(folder))
         written_facts = read_run(folder)
         if written_facts is None:
             return False

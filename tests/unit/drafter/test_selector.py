@@ -188,3 +188,11 @@ def test_dsparks_head_counts_after_the_token_that_is_drafted(language_target):
         alone = drafter.selector.propose(rows, hidden[:1], last_ids[:1], hidden[:1, 0], 4)
         tokens, probs = alone.draw(3, Sampler(0.0001, seed=0))
         assert torch.equal(tokens, draft.tokens[0]) and probs.shape == (3, 64)
+
+
+@pytest.mark.parametrize("selector", ["lilicorr", "candidate_selector"])
+def test_more_candidates_than_tokens_are_refused(selector):
+    target = make_target("qwen3", vocab_size=12)
+    make_with_selector(target, selector=selector, selector_candidates=8)
+    with pytest.raises(ValueError, match="chooses from 16 tokens, and there are 12; take fewer"):
+        make_with_selector(target, selector=selector, selector_candidates=16)

@@ -31,8 +31,18 @@ def test_records_go_on_and_the_last_ones_count(tmp_path):
     assert again.missing(jobs) == [(2, jobs[2]), (3, jobs[3])]
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"set": "s"}', ".* is missing"),
+        (
+            '{"set": "s", "id": "0", "temperature": 0.0, "responses": []}',
+            r"responses is \[\], expected List should have at least 1 item",
+        ),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(line, reason, tmp_path):
     with open_records(tmp_path).path.open("a") as file:
-        file.write('{"set": "s"}\n')
-    with pytest.raises(ValueError, match=r"bench-\w{8}.jsonl:2: .* is missing.*; remove the line"):
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=rf"bench-\w{{8}}.jsonl:2: {reason}.*; remove the line"):
         open_records(tmp_path)

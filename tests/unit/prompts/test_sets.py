@@ -3,7 +3,10 @@ from collections import Counter
 from unittest import mock
 
 import datasets
+import httpx
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from dpace.prompts.public_sets import MATH_SUFFIX, NOT_THERE, REDHAT_SUBSETS, SETS, read_sets
 from tests.support.files import write_prompts, write_rows
@@ -24,6 +27,31 @@ HUB = {
     ("RedHatAI/speculator_benchmarks", None, "train"): [{"prompt": f"Who is {i}?"} for i in range(4)],
 }
 """Rows of the Hub's datasets by repository, configuration and split, as far as we know: it was not asked."""
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch) -> mock.Mock:
+    """It answers."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked = mock.Mock()
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", asked)
+    return asked
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_silent_hub_is_asked_once(is_silent, hub, monkeypatch):
+    """Its cache is read then; libraries would ask it for minutes."""
+    refusal = HfHubHTTPError("no such set", response=mock.Mock())
+    hub.side_effect = httpx.ReadTimeout("silent") if is_silent else refusal
+
+    def load(*_, **__):
+        assert is_silent == huggingface_hub.constants.HF_HUB_OFFLINE
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match="does not give the dataset openai/gsm8k .ConnectionError: offline"):
+        read_sets(["gsm8k"])
+    hub.assert_called_once_with("openai/gsm8k", timeout=10)
 
 
 def test_the_hub_gives_the_published_prompts(monkeypatch, capsys):

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dpace.config import PromptsWriterConfig
 from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import read_prompts
+from dpace.respond.in_process import generate_responses
 from dpace.respond.prompt_writer import user_turn, write_prompts
-from tests.support.models import make_target, make_tokenizer
+from tests.support.models import BYTE_TOKENS, make_target, make_tokenizer
 
 CONFIG = PromptsWriterConfig(target="x", count=5, max_new_tokens=24, batch_size=4, temperature=8.0, seed=3)
 
@@ -98,11 +101,43 @@ def test_prompts_of_another_run_are_left_alone(write):
 
 
 def test_the_template_says_where_a_text_begins_and_ends(target):
-    opening, end = user_turn(target)
-    assert target.tokenizer.decode([*opening, end]) == "ask answer"
-    target.tokenizer.chat_template = "w7 w8 {{ messages[0].content }}<|reserved_0|> w9"
-    opening, end = user_turn(target)
-    assert target.tokenizer.decode([*opening, end]) == "w7 w8 <|reserved_0|>"
+    """By a special token, or by all the words before one."""
+    ends = {"<|reserved_0|> w9": "<|reserved_0|>", " w9 w5 <|reserved_0|> w1": "w9 w5", " w9 w4": "w9 w4"}
+    for after, end in ends.items():
+        target.tokenizer.chat_template = f"w7 w8 {{{{ messages[0].content }}}}{after}"
+        opening, found = user_turn(target)
+        assert target.tokenizer.decode(opening) == "w7 w8" and found == end
+
+
+@pytest.mark.parametrize("end", ["### Response:", " ASSISTANT:", "[/INST]"])
+def test_ordinary_words_end_a_text_only_together(end, tmp_path, monkeypatch):
+    """However they are split after a text, and what only begins alike is the user's."""
+    target = make_target("qwen3", vocab_size=len(BYTE_TOKENS))
+    bpe = models.BPE({token: number for number, token in enumerate(BYTE_TOKENS)}, [("a", "b")])
+    inner = Tokenizer(bpe)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    target.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    target.tokenizer.chat_template = f"User: {{{{ messages[0].content }}}}{end}"
+    texts = ["Explain a[3] ### A [/", "Say ASS"]
+    drawn = itertools.chain.from_iterable(["No end", f"{text}{end} and more"] for text in texts)
+    draw = iter([target.tokenizer(text)["input_ids"] for text in drawn])
+    generate = "dpace.respond.prompt_writer.generate_responses"
+    monkeypatch.setattr(generate, lambda _, openings, *rest: [next(draw) for _ in openings])
+    path, _ = write_prompts(target, replace(CONFIG, output=str(tmp_path), count=2))
+    assert [prompt.turns[0][0]["content"] for prompt in read_prompts(path)] == texts
+
+
+def test_a_batch_is_no_larger_than_what_is_wanted(write, monkeypatch):
+    sizes = []
+
+    def generate(_, openings, *rest):
+        sizes.append(len(openings))
+        return generate_responses(_, openings, *rest)
+
+    monkeypatch.setattr("dpace.respond.prompt_writer.generate_responses", generate)
+    write(batch_size=2**31 - 1)
+    assert set(sizes) == {CONFIG.count}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dpace.respond.answering import write_responses
 from dpace.respond.in_process import generate_responses
 from dpace.respond.responses import read_meta, read_responses
 from dpace.servers.transport import Address
+from dpace.system.ledger import register_files
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.support.files import make_prompts
 from tests.support.models import EOS
@@ -244,6 +245,21 @@ def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]))
     for rank, text in enumerate(["".join(lines[2:4]), "".join(lines[4:6]) + lines[6][:30], "".join(lines[6:8])]):
+        register_files(tmp_path, f"responses.rank-{rank}.jsonl")
         (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
+    (tmp_path / "responses.rank-mine.jsonl").write_text("of somebody else")
     assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]
-    assert not list(tmp_path.glob("*rank*"))
+    assert [file.name for file in tmp_path.glob("*rank*")] == ["responses.rank-mine.jsonl"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": []}', '{"id": "0"}'])
+def test_lines_of_ranks_are_not_trusted(line, target, tmp_path):
+    """They are checked before anything is merged."""
+    path = tmp_path / "responses.jsonl"
+    write_responses(target, PROMPTS[:1], path, CONFIG)
+    register_files(tmp_path, "responses.rank-0.jsonl")
+    (tmp_path / "responses.rank-0.jsonl").write_text(f"{line}\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"responses.rank-0.jsonl:1: .*; "):
+        write_responses(target, PROMPTS, path, CONFIG)
+    assert path.read_bytes() == before

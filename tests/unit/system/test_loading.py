@@ -3,12 +3,15 @@
 import os
 import shutil
 
+import httpx
 import pytest
 import torch
 
 from dpace.drafter import Drafter
+from dpace.system.loading import translate_library_errors
 from dpace.target import Target
 from tests.support.files import change_config, changed_weights
+from tests.support.models import make_target, make_with_markov_head
 
 
 @pytest.fixture
@@ -41,6 +44,15 @@ def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_p
         LOADERS[kind](folder)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "markov_head.markov_w2.weight"])
+def test_whole_numbers_are_no_weights(name, tmp_path):
+    make_with_markov_head(make_target("qwen3")).save_pretrained(tmp_path / "d")
+    with changed_weights(tmp_path / "d") as weights:
+        weights[name] = weights[name].to(torch.int8)
+    with pytest.raises(ValueError, match=f"has {name} in torch.int8, expected numbers with a point; copy"):
+        Drafter.from_pretrained(tmp_path / "d")
+
+
 def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path):
     """A target's file may have heads for other uses."""
     for kind in ("target", "drafter"):
@@ -50,6 +62,12 @@ def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path)
     Target.load(str(tmp_path / "target"))
     with pytest.raises(ValueError, match=r"have unknown other.weight"):
         Drafter.from_pretrained(tmp_path / "drafter")
+
+
+def test_a_connection_that_breaks_is_one_line():
+    with pytest.raises(ValueError, match="cannot load the target x: cut; again"):  # noqa: SIM117
+        with translate_library_errors("the target x", "again"):
+            raise httpx.RemoteProtocolError("cut")
 
 
 def test_no_code_and_no_attention_of_a_config(folders, tmp_path, monkeypatch):

@@ -127,11 +127,15 @@ def test_files_that_are_no_targets_are_refused(tmp_path):
     target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS))
     whole = write_target_gguf(target, tmp_path / "whole.gguf", **BYTE_TOKENIZER).read_bytes()
     num_header = whole.index(b"output_norm")
+    name = text("general.architecture")
+    is_number, is_text, is_list = (kind.to_bytes(4, "little") for kind in (0, 8, 9))
+    as_bytes = name + is_list + is_number + len(text("qwen3")).to_bytes(8, "little")
     files = {
         "it has [0-9]+ bytes, and its tensors end at byte": whole[:-1000],
         "it ends too early": whole[:num_header],
         "does not start with the GGUF magic": b"PK" + whole,
         "has the architecture 'qwen9', which transformers does not read": whole.replace(b"qwen3", b"qwen9"),
+        r"has the architecture '\[5, 0, .*, which": whole.replace(name + is_text, as_bytes) + bytes(64),
         "is one part of a split file; join the parts with llama-gguf-split --merge": (
             whole.replace(text("tokenizer.ggml.unknown_token_id"), text("split.count")) + bytes(64)
         ),

@@ -16,7 +16,7 @@ from dpace.engines.read import read_drafter
 from dpace.training.checkpoints import is_whole
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import make_datasets, train
-from tests.support.files import HOLD, read_json
+from tests.support.files import HOLD, change_json, changed_weights, read_json
 from tests.support.models import make_recipe
 
 
@@ -123,6 +123,37 @@ def test_a_checkpoint_that_is_not_whole_or_damaged_is_not_taken(unfinished, run,
     run(unfinished)
     assert "checkpoint-4 is not whole" in capsys.readouterr().err and is_whole(last)
     assert not list(unfinished.rglob("*.unfinished")) and weights_of(unfinished) == weights_of(finished)
+
+
+STATES = {
+    "there is no key 'is_local_process_zero'": {"is_local_process_zero": True},
+    "global_step is '4', expected a valid integer": {"global_step": "4"},
+    "best_global_step is .7., expected a valid integer": {"best_global_step": [7]},
+    "log_history is 7, expected a valid array": {"log_history": 7},
+}
+
+
+@pytest.mark.parametrize("reason", STATES)
+def test_a_checkpoint_of_another_version_is_named(reason, unfinished, run):
+    change_json(unfinished / "checkpoints" / "checkpoint-4" / "trainer_state.json", **STATES[reason])
+    with pytest.raises(ValueError, match=f"checkpoint-4/trainer_state.json: {reason}.*; remove that folder"):
+        run(unfinished)
+
+
+MOMENTS = {
+    "has moments of 0 of": lambda moments: moments.clear(),
+    "has moments of": lambda moments: [moments.pop(name) for name in list(moments) if name.startswith("3.")],
+    r"0.exp_avg has the shape \[2\], expected": lambda moments: moments.update({"0.exp_avg": torch.zeros(2)}),
+    "list index out of range": lambda moments: moments.update({"999.step": torch.zeros(())}),
+}
+
+
+@pytest.mark.parametrize("reason", MOMENTS)
+def test_moments_of_another_optimizer_are_not_taken(reason, unfinished, run):
+    with changed_weights(unfinished / "checkpoints" / "checkpoint-4", "optimizer.safetensors") as moments:
+        MOMENTS[reason](moments)
+    with pytest.raises(ValueError, match=f"cannot load .*checkpoint-4: .*{reason}.*; remove that folder"):
+        run(unfinished)
 
 
 @pytest.mark.parametrize("what", ["gradient", "weights"])
