@@ -104,7 +104,7 @@ TENSORS = {
 
 def check_faults(folder, target, expected: str, **options) -> None:
     """These checks fail or warn, and no other; each says what was found and what to do."""
-    diagnoses = diagnose(folder, target, **options)
+    diagnoses = list(diagnose(folder, target, **options))
     wrong = {d.check: d for d in diagnoses if d.result in ("fails", "warns")}
     assert wrong.keys() == set(filter(None, expected.split(", ")))
     assert all(d.found and d.fix for d in wrong.values())
