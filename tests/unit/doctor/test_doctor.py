@@ -203,6 +203,11 @@ def test_without_the_recipe_tau_must_reach_the_recorded_interval(judge, folder, 
     assert judge(recorded) == "passes"
 
 
+def test_a_check_is_told_before_later_ones_are_made(folder, language_target, monkeypatch):
+    monkeypatch.setattr("dpace.doctor.load_drafter", lambda *_: pytest.fail("this takes longer"))
+    assert any(done.check == "engine: gguf" for done in diagnose(folder, language_target, engine="gguf"))
+
+
 def test_another_target_than_the_recorded_one_is_named(folder, language_folder):
     target = Target.load(str(language_folder))
     for name, expected in ((target.short_name, ""), ("SmolLM2-135M", "dpace.target")):
