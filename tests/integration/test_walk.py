@@ -107,4 +107,4 @@ def test_the_laptop_path_of_a_file_that_llamacpp_cannot_draft_for(run, language_
     assert "<title>Drafters for mine.gguf" in page and str(tmp_path) not in page
     last = "dpace-laptop/drafter --target mine.gguf"
     assert "fails, engine: gguf: the target is a qwen2" in run(f"dpace doctor {last} --engine gguf", code=1)[1]
-    assert "answer with `dpace generate`" in run(f"dpace export {last} --to gguf --output served", code=1)[1]
+    assert "use `dpace generate`" in run(f"dpace export {last} --to gguf --output served", code=1)[1]
