@@ -175,7 +175,7 @@ def train_both(target: Target, recipe: Recipe, responses: Sequence[Response], fo
     """Train with both objectives what is not finished."""
     num_validation = min(32, len(responses) // 10)
     data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
-    facts = {**target_facts(target), **data_facts(*data)}
+    facts = {**target_facts(target, recipe), **data_facts(*data)}
     runs = {name: Run(replace(recipe, loss=replace(recipe.loss, objective=name))) for name in OBJECTIVES}
     for run in runs.values():
         run.facts |= facts

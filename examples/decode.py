@@ -5,11 +5,11 @@ python examples/decode.py dpace-demo/dpace/seed-42 demo#notes/heldout/1
 
 import sys
 
-from dpace import Target, encode_chat, find_target, generate, generate_plain, load_drafter
+from dpace import Target, encode_chat, generate, generate_plain, load_drafter
 from dpace.prompts.prompts import find_prompt
 from dpace.target.locate import TARGET_ID
 
-target = Target.load(find_target(TARGET_ID))
+target = Target.load(TARGET_ID)
 drafter = load_drafter(sys.argv[1], target)
 token_ids = encode_chat(target, find_prompt(sys.argv[2]))
 plain = generate_plain(target, token_ids, max_new_tokens=100)

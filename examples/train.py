@@ -11,7 +11,7 @@ from objective import weigh
 import dpace
 
 recipe = dpace.read_recipe(sys.argv[1])
-target = dpace.Target.load(dpace.find_target(recipe.target))
+target = dpace.Target.load(recipe.target)
 parts = dpace.split_prompts(recipe.prompts)
 path = Path(recipe.output) / "responses.jsonl"
 answers = {r.id: r for r in dpace.write_responses(target, [*parts.train, *parts.validation], path, recipe.respond)}

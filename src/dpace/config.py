@@ -164,9 +164,9 @@ class DrafterConfig:
     """Folder or Hub id of a trained drafter to start from; all of this group but block_size is then its own."""
     num_layers: Size = 3
     """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
-    intermediate_size: Annotated[int, integer(1, 2**20)] | None = None
+    intermediate_size: Literal["auto"] | Annotated[int, integer(1, 2**20)] | None = None
     """Width of each layer's MLP; the target's by default, as published.
-    Half of it gave the same tau after 400 steps, in 0.82 of the time; docs/train.md says more."""
+    auto: half of it, which gave the same tau after 400 steps, in 0.82 of the time; docs/train.md says more."""
     block_size: Annotated[int, integer(2, 1000)] = 16
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: Size | None = None
@@ -176,9 +176,9 @@ class DrafterConfig:
     With them, leave num_features out."""
     mask_token_id: CountOrZero | None = None
     """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
-    norm_scale: Positive = 1.0
+    norm_scale: Literal["auto"] | Positive = 1.0
     """Initial weights of the final norm, above 0; small ones start near a uniform distribution.
-    The demo takes a tenth of the target's; with init, this is ignored."""
+    auto: a tenth of the mean of the target's, in two digits, as in the demo; with init, this is ignored."""
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""

@@ -385,7 +385,7 @@ NEEDED = {CONFIG, WEIGHTS, DECODES}
 
 def diagnose(
     folder: str | Path, target: Target, *, engine: EngineName | None = None, responses: str | Path | None = None
-) -> list[Diagnosis]:
+) -> Iterator[Diagnosis]:
     """Examine a drafter's folder: first the files on disk, then the drafter as it runs.
 
     One failed check does not stop the others, except those that need what failed: they are skipped.
@@ -399,8 +399,8 @@ def diagnose(
         engine: what will serve it, for checks of its own.
         responses: the `responses.jsonl` of the training; by default one in the folder or in the two above it.
 
-    Returns:
-        One diagnosis a check that applies.
+    Yields:
+        One diagnosis a check that applies, when it is done.
 
     Raises:
         ValueError: responses that cannot be read.
@@ -414,6 +414,7 @@ def diagnose(
     spec, diagnoses = check_files(folder, target)
     if spec and engine:
         diagnoses.append(check_engine(spec, engine, target))
+    yield from diagnoses
     trial = Trial(target, folder, spec, answers) if spec else None
     for name, check in RUN.items():
         failed = [done.check for done in diagnoses if done.result == "fails" and done.check in NEEDED]
@@ -426,4 +427,4 @@ def diagnose(
             if outcome:
                 diagnosis = Diagnosis(name, *outcome)
         diagnoses.append(diagnosis)
-    return diagnoses
+        yield diagnosis

@@ -10,10 +10,11 @@ import yaml
 
 from dpace.cli import main
 from dpace.measure.results import read_results
-from dpace.recipes.recipe_file import read_settings
-from dpace.target.locate import find_target
+from dpace.recipes.recipe_file import read_recipe, read_settings
 from dpace.training.run import check_recipe
+from tests.support.families import make_sharp_target
 from tests.support.files import write_prompts
+from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, write_target_gguf
 from tests.unit.test_pages import TINY
 
 CHECK = "--prompts prompts.jsonl --num-prompts 1 --max-new-tokens 6"
@@ -54,17 +55,11 @@ def test_from_prompts_to_an_exported_drafter(
     train = next_of(printed)
     assert train == "dpace train recipe.yaml"
     with monkeypatch.context() as patch:
-        read, checked, found = (
-            mock.Mock(wraps=read_settings),
-            mock.Mock(wraps=check_recipe),
-            mock.Mock(wraps=find_target),
-        )
+        read, checked = mock.Mock(wraps=read_settings), mock.Mock(wraps=check_recipe)
         patch.setattr("dpace.recipes.flags.read_settings", read)
         patch.setattr("dpace.training.run.check_recipe", checked)
-        for module in ("plan.training", "training.initial", "target.locate"):
-            patch.setattr(f"dpace.{module}.find_target", found)
         printed = run(train)
-    assert read.call_count == checked.call_count == found.call_count == 1
+    assert read.call_count == checked.call_count == 1
     assert "training, dpace: 1 of 10" in printed[1]
     for least, is_told in ((1.0, False), (99.0, True)):
         monkeypatch.setattr("dpace.verbs.LEAST_TAU", least)
@@ -90,3 +85,26 @@ def test_from_prompts_to_an_exported_drafter(
     plain = run(f"dpace generate --target {language_folder} {options}")[0]
     assert run(f"{generate} {options}")[0] == plain
     assert re.search(r"--spec-draft-n-max [1-5]\b", (tmp_path / "served" / "README.md").read_text())
+
+
+@pytest.mark.wide
+def test_the_laptop_path_of_a_file_that_llamacpp_cannot_draft_for(run, language_prompts, tmp_path, monkeypatch):
+    """It is told at the first step, and every title is the file's name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    target = make_sharp_target("qwen2", vocab_size=len(BYTE_TOKENS), num_hidden_layers=8)
+    write_target_gguf(target, tmp_path / "mine.gguf", "qwen2", **BYTE_TOKENIZER)
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts[:20])
+    laptop = "laptop --target mine.gguf --respond.max-new-tokens 8"
+    told = "llama.cpp cannot draft for qwen2; `dpace generate` can"
+    assert told in run(f"dpace plan {laptop}")[0] and told in run(f"dpace respond {laptop}")[1]
+    run(f"dpace train {laptop} --max-steps 2 --eval-steps 2")
+    drafter = read_recipe("dpace-laptop/drafter/recipe.yaml").drafter
+    assert drafter.norm_scale == 0.1 and drafter.intermediate_size == 32
+    table = " ".join(run(f"dpace bench {laptop} --num-prompts 1")[0].split())
+    assert "Speed: mine.gguf" in table and "`dpace bench --server URL --plain-server URL` compares" in table
+    run("dpace report dpace-laptop --output report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Drafters for mine.gguf" in page and str(tmp_path) not in page
+    last = "dpace-laptop/drafter --target mine.gguf"
+    assert "fails, engine: gguf: the target is a qwen2" in run(f"dpace doctor {last} --engine gguf", code=1)[1]
+    assert "use `dpace generate`" in run(f"dpace export {last} --to gguf --output served", code=1)[1]

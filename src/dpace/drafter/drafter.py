@@ -84,6 +84,19 @@ def sizes_of(config: Any) -> JsonObject:
     return sizes | {"num_attention_heads": num_heads}
 
 
+def fit(config: DrafterConfig, target: Target) -> DrafterConfig:
+    """Give options that are `auto` the numbers that follow from a target.
+
+    The scale of the norm has two digits, which are the same in each precision of the weights.
+    """
+    numbers: JsonObject = {}
+    if config.norm_scale == "auto":
+        numbers["norm_scale"] = float(f"{target.norm_mean / 10:.2g}")
+    if config.intermediate_size == "auto":
+        numbers["intermediate_size"] = sizes_of(target.config)["intermediate_size"] // 2
+    return replace(config, **numbers)
+
+
 def reach_of(config: DrafterConfig) -> JsonObject:
     """Return `layer_types` and `is_causal` of a spec.
 
@@ -259,7 +272,7 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: an option outside its range, or a layer id or mask token that cannot work with this target.
         """
-        config = DrafterConfig(**options)
+        config = fit(DrafterConfig(**options), target)
         values = {name: getattr(config, name) for name in SAME_AS_OPTIONS} | reach_of(config)
         values["target_layer_ids"] = tuple(cls.layer_ids(target, config))
         if config.mask_token_id is None:
@@ -277,7 +290,7 @@ class Drafter(DFlashDraftModel):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             drafter: Any = cls(spec.config())
-        nn.init.constant_(drafter.norm.weight, config.norm_scale)
+        nn.init.constant_(drafter.norm.weight, float(config.norm_scale))
         drafter.check_target(target)
         return drafter.to(target.device)
 
@@ -457,12 +470,13 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     The drafter gets the target's dtype and device, and is in eval mode.
 
     Args:
-        folder: of the drafter.
+        folder: of the drafter, or what else `find_drafter` finds.
         target: its target.
 
     Raises:
         ValueError: no such folder, damaged weights, or a drafter for another target.
     """
+    folder = find_drafter(str(folder))
     drafter = Drafter.from_pretrained(folder, dtype=target.model.dtype)
     drafter.check_target(target)
     drafter.to(target.device)

@@ -163,7 +163,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             return ""
         return (
             f"the target is a {kind}, of which llama.cpp (b11549) hands out no inputs of layers: it ends its process "
-            "at the first request; serve this drafter with vLLM, SGLang or transformers"
+            "at the first request; use `dpace generate`, or serve this drafter with vLLM, SGLang or transformers"
         )
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:

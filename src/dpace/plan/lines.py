@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from dpace.config import Recipe
 from dpace.drafter import Drafter
+from dpace.engines import engine_of
 from dpace.plan.speed import Number
 from dpace.plan.training import TrainingPlan, expected_lengths, known_lengths, plan_recipe
 from dpace.prompts.prompts import PromptParts, prompts_line, split_prompts
@@ -26,7 +27,6 @@ from dpace.recipes import TARGETS
 from dpace.respond.responses import Example, iterate_responses, load_examples, read_meta
 from dpace.system.progress import count, note, shorten
 from dpace.target.files import find_target_files
-from dpace.target.locate import find_target
 from dpace.training.run import choose_conversations, is_finished
 
 
@@ -36,14 +36,22 @@ def size(num_bytes: Number) -> str:
 
 
 def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
-    """Write how many prompts there are, and how many of them `dpace respond` will answer."""
+    """Write how many prompts there are, and how many of them `dpace respond` will answer.
+
+    Of a GGUF file for which llama.cpp, which serves it, cannot draft, that is said too.
+    """
     path = recipe.responses_path
     answered = set()
     if path.exists():
         answered = {response.id for response in iterate_responses(path)}
     num_prompts = sum(map(len, parts))
     num_kept = sum(prompt.id in answered for prompt in chain.from_iterable(parts))
-    return [prompts_line(parts), f"answers: {num_kept:,} kept, {num_prompts - num_kept:,} to come"]
+    lines = [prompts_line(parts), f"answers: {num_kept:,} kept, {num_prompts - num_kept:,} to come"]
+    if Path(recipe.target).is_file():
+        kind = find_target_files(recipe.target).config.model_type
+        if engine_of("gguf").target_fault(kind):
+            lines.append(f"llama.cpp cannot draft for {kind}; `dpace generate` can: see docs/laptop.md")
+    return lines
 
 
 def size_lines(plan: TrainingPlan) -> list[str]:
@@ -129,12 +137,12 @@ def find_config(name: str) -> Any:
 
     Raises:
         OSError: there is no readable config of that name.
-        ValueError: the name stands for no target, as in `find_target` and `find_target_files`.
+        ValueError: the name stands for no target, as in `find_target_files`.
     """
     sizes = Path(f"{TARGETS}/{name}")
     is_here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
     if is_here or not sizes.exists():
-        return find_target_files(find_target(name)).config
+        return find_target_files(name).config
     note(f"{name} is not on this machine; the plan takes its sizes, which come with dpace")
     return AutoConfig.from_pretrained(sizes)
 

@@ -6,7 +6,7 @@ this machine.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,6 @@ from dpace.system.ranks import num_ranks
 from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import LmHead
-from dpace.target.locate import find_target
 from dpace.training.loop import num_steps
 from dpace.training.optimizer import is_factor, products_dtype
 
@@ -277,7 +276,7 @@ def plan_recipe(
     Raises:
         OSError: there is no readable config of that name.
         ValueError: a config that transformers does not know, or that its own class refuses; a drafter that cannot work
-            with this target; or see `find_target` and `find_device`.
+            with this target; or see `find_target_files` and `find_device`.
     """
     # A plan for the memory of a GPU needs none here.
     is_here = memory is None or recipe.device == "cpu" or torch.accelerator.is_available()
@@ -289,11 +288,13 @@ def plan_recipe(
             memory = torch.accelerator.get_memory_info(device)[0]
     dtype = getattr(torch, recipe.dtype, default_dtype(device))  # `auto` is no dtype
     # Before the block below: a search may download weights and read them, which no meta device can.
-    config = config or find_target_files(find_target(recipe.target)).config
+    config = config or find_target_files(recipe.target).config
     fix = "name the folder or the Hub id of a causal LM"
     with translate_library_errors(f"the config of {recipe.target}", fix), torch.device("meta"):
         auto: Any = auto_class(config) or AutoModelForCausalLM  # which says what it knows
         target = PaperTarget(auto.from_config(config, dtype=dtype, attn_implementation="eager"))
+    # No size follows from the scale of the norm, which `auto` finds in weights.
+    options = vars(replace(recipe.drafter, norm_scale=1.0))
     with torch.device("meta"):
-        drafter = Drafter(init.config) if init else Drafter.from_target(target, **vars(recipe.drafter))
+        drafter = Drafter(init.config) if init else Drafter.from_target(target, **options)
     return TrainingPlan(recipe, device, memory, target, drafter, lengths.clip(1, recipe.train.max_length))

@@ -23,6 +23,11 @@ from dpace.system.groups import group_by, spread_evenly
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
+OF_FILE = (
+    "Plain is dpace's own decoding of the numbers of this file. llama.cpp may be faster with the file itself: "
+    "`dpace bench --server URL --plain-server URL` compares, see docs/laptop.md."
+)
+"""Stands below the speeds of a GGUF file."""
 
 
 def with_interval(
@@ -126,7 +131,8 @@ def speeds(results: BenchResults) -> Section:
         }
         rows.append({"verdict": verdict(row.decode_speedup)} | way | measured)
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    return Section(title, text, rows, num_texts=4)
+    note = OF_FILE if results.target.endswith(".gguf") else ""
+    return Section(title, text, rows, num_texts=4, note=note)
 
 
 def pairs(rows: Sequence[Row]) -> Section:

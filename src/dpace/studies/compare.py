@@ -181,9 +181,9 @@ def train_cells(target: Target, runs: Mapping[Path, Run], datasets: tuple[Respon
         runs: by the folder of each drafter; all of them read the same target layers.
         datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
     """
-    known = data_facts(*datasets) | target_facts(target)
+    known = data_facts(*datasets)
     for run in runs.values():
-        run.facts |= known
+        run.facts |= known | target_facts(target, run.recipe)
     untrained = ranks.from_first(lambda: [cell for cell, run in runs.items() if not run.is_finished_in(cell)])
     dataset, validation = datasets
     if untrained and dataset.features is None:

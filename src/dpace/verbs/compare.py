@@ -18,8 +18,6 @@ def run(config: CompareConfig, given: Given) -> None:
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
-    from dpace.target.files import find_target_files
-    from dpace.target.locate import find_target
     from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
 
@@ -33,12 +31,10 @@ def run(config: CompareConfig, given: Given) -> None:
     check_trackers(config.train.report_to)
     note_unread(config.bench, OF_BENCH, "`dpace compare` measures its own drafters on its held-out prompts")
     parts = split_prompts(config.prompts)
-    place = find_target(config.target)
-    target_config = find_target_files(place).config
     # The plan needs no weights, so it is there before they are loaded.
-    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init, config=target_config)
+    plan = plan_recipe(config, expected_lengths(parts.train, config), init=init)
     note("\n".join([prompts_line(parts), *training_lines(plan, drafters)]))
-    results = compare(load_target(config, place), config, parts=parts, init=init)
+    results = compare(load_target(config), config, parts=parts, init=init)
     if not ranks.end():
         return
     console().print(section_table(comparison(results)))

@@ -3,6 +3,7 @@
 from dpace.config import DeviceMap, EngineName, Text, options
 from dpace.engines import engine_of
 from dpace.recipes.flags import Arguments, Given, command
+from dpace.system.progress import note
 from dpace.verbs import load_target
 
 
@@ -52,6 +53,7 @@ def run(config: DoctorConfig, given: Given) -> None:
             continue  # such checks are many
         if result == "fails":
             failed.append(check)
+        note(f"{result}, {check}: {found}")  # now, since later ones take minutes
         rows.append(
             {
                 "result": "FAILS" if result == "fails" else result,

@@ -25,10 +25,9 @@ ARGUMENTS = Arguments(ImportConfig, first="source")
 def run(config: ImportConfig, given: Given) -> None:
     """Run `dpace import`."""
     from dpace.publish.export import import_drafter
-    from dpace.target.locate import find_drafter, find_target
+    from dpace.target.locate import find_drafter
 
     source = find_drafter(config.source, "--source")
-    target = find_target(config.target) if config.target else None
-    import_drafter(source, config.output, target=target)
+    import_drafter(source, config.output, target=config.target)
     print(f"written: {config.output}")
     print("next:", command("check", target=config.target or "TARGET", drafter=config.output))

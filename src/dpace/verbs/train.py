@@ -18,8 +18,6 @@ def run(recipe: Recipe, given: Given) -> None:
     from dpace.plan import known_lengths, plan_recipe, training_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.responses import find_answers, load_examples, refuse_other_answers
-    from dpace.target.files import find_target_files
-    from dpace.target.locate import find_target
     from dpace.training.initial import start_from
     from dpace.training.progress import check_trackers
     from dpace.training.run import (
@@ -41,12 +39,10 @@ def run(recipe: Recipe, given: Given) -> None:
     folder = Path(recipe.output) / "drafter"
     refuse_foreign_files(folder, *FILES)
     run.is_in(folder)  # refuses another run, as far as it is known without the target
-    place = find_target(recipe.target)
-    config = find_target_files(place).config
-    plan = plan_recipe(run.recipe, known_lengths(dataset), init=run.init, config=config)
+    plan = plan_recipe(run.recipe, known_lengths(dataset), init=run.init)
     note("\n".join(training_lines(plan, [folder])))
-    target = load_target(recipe, place, shard=recipe.train.target_shard)
-    facts = target_facts(target)
+    target = load_target(recipe, shard=recipe.train.target_shard)
+    facts = target_facts(target, run.recipe)
     refuse_other_answers(path, meta, facts)
     run.facts |= facts
     # One rank alone cannot read with a target that is spread over all of them.

@@ -103,7 +103,7 @@ TENSORS = {
 
 def check_faults(folder, target, expected: str, **options) -> None:
     """These checks fail or warn, and no other; each says what was found and what to do."""
-    diagnoses = diagnose(folder, target, **options)
+    diagnoses = list(diagnose(folder, target, **options))
     wrong = {d.check: d for d in diagnoses if d.result in ("fails", "warns")}
     assert wrong.keys() == set(filter(None, expected.split(", ")))
     assert all(d.found and d.fix for d in wrong.values())
@@ -188,6 +188,11 @@ def test_without_the_recipe_tau_must_reach_the_recorded_interval(judge, folder, 
     assert judge(recorded) == "fails"
     (folder / "recipe.yaml").unlink()
     assert judge(recorded) == "passes"
+
+
+def test_a_check_is_told_before_later_ones_are_made(folder, language_target, monkeypatch):
+    monkeypatch.setattr("dpace.doctor.load_drafter", lambda *_: pytest.fail("this takes longer"))
+    assert any(done.check == "engine: gguf" for done in diagnose(folder, language_target, engine="gguf"))
 
 
 def test_another_target_than_the_recorded_one_is_named(folder, language_folder):

@@ -33,6 +33,15 @@ def hidden_of_blocks(drafter, target, token_ids, features, *anchors, model=None)
     return blocks_hidden(drafter, target, inputs, model=model).hidden
 
 
+@pytest.mark.parametrize(("family", "weight"), [("qwen3", 7.23), ("gemma2", 6.23)])
+def test_auto_follows_from_the_target(family, weight):
+    """Gemma stores its factors minus 1."""
+    target = make_target(family)
+    target.decoder.norm.weight.fill_(weight)
+    drafter = make_drafter(target, norm_scale="auto", intermediate_size="auto")
+    assert drafter.norm.weight.unique().item() == pytest.approx(0.72) and drafter.spec.intermediate_size == 32
+
+
 @torch.no_grad()
 def test_no_leak_from_the_anchor_on_or_from_other_blocks(random_target):
     drafter = make_drafter(random_target)

@@ -4,15 +4,17 @@ import re
 
 import pytest
 
+from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.drafter import fit
 from dpace.prompts.prompts import demo_path, read_prompts
 from dpace.recipes.recipe_file import read_recipe
 from dpace.studies.demo import KINDS
 from dpace.system.provenance import hash_file
 from dpace.target import Target
 from dpace.target.chat import encode_chat
-from dpace.target.locate import DRAFTERS, TARGET_ID, find_target
+from dpace.target.locate import DRAFTERS, TARGET_ID
 
 by_name = pytest.mark.parametrize("name", DRAFTERS)
 
@@ -41,7 +43,9 @@ def test_its_recipe_is_one_of_today(name):
 @pytest.mark.slow
 @by_name
 def test_it_keeps_the_text_of_its_target(name):
-    target = Target.load(find_target(TARGET_ID))
+    target = Target.load(TARGET_ID)
+    auto = fit(DrafterConfig(norm_scale="auto", intermediate_size="auto"), target)
+    assert (auto.norm_scale, auto.intermediate_size) == (0.18, 768), "what the recipes had as numbers"
     drafter = load_drafter(DRAFTERS[name], target)
     for prompt in read_prompts(demo_path(KINDS))[::5]:
         token_ids = encode_chat(target, prompt.turns[0])

@@ -89,6 +89,7 @@ def test_an_option_that_contradicts_is_refused_with_both_values(option, value, o
     flag = f"--drafter.{option.replace('_', '-')}"
     with pytest.raises(ValueError, match=rf"{flag} is {value}, but .* has {own}; leave {flag} out"):
         start(given={f"drafter.{option}"}, **{option: value})
+    assert start(given={"drafter.intermediate_size"}, intermediate_size="auto")[0].drafter.intermediate_size == 64
     assert start(given={"drafter.norm_scale"}, norm_scale=0.18, **{option: value})[0].drafter.norm_scale == 1.0
 
 

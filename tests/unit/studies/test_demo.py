@@ -55,8 +55,7 @@ WRITERS = {
 @pytest.mark.parametrize("is_foreign", [False, True])
 def test_the_output_is_refused_before_the_target_is_looked_for(line, is_foreign, run_line, tmp_path, monkeypatch):
     """The demo's target is a download."""
-    for module in ("plan.training", "training.initial", "target.locate"):  # the last is where the others take it from
-        monkeypatch.setattr(f"dpace.{module}.find_target", lambda _: pytest.fail("the target was looked for"))
+    monkeypatch.setattr("dpace.target.files.find_target", lambda _: pytest.fail("the target was looked for"))
     path = out = tmp_path / "out"
     if is_foreign:
         path = out / WRITERS[line]

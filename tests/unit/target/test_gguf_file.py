@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpace.target import Target
+from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.locate import find_target
 from tests.support.families import make_sharp_target
 from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, write_target_gguf
@@ -88,6 +89,14 @@ def test_weights_that_fit_into_16_bits_stay_in_16_bits_and_the_file_is_read_once
     config = json.loads((Path(folder) / "config.json").read_text())
     assert "lm_head.weight" not in load_file(f"{folder}/model.safetensors")
     assert config["dtype"] == "bfloat16" and Target.load(folder).model.dtype == torch.float32
+
+
+def test_it_is_loaded_and_named_by_its_own_name(tmp_path):
+    path = write_target_gguf(make_sharp_target("qwen3", vocab_size=260), tmp_path / "mine.gguf", **BYTE_TOKENIZER)
+    target, chat = Target.load(str(path)), ChatTokenizer.load(str(path))
+    assert target.name == target.short_name == chat.name == "mine.gguf"
+    with pytest.raises(ValueError, match="the chat template of mine.gguf knows no `tool`"):
+        encode_chat(chat, [{"role": "tool", "content": "a"}])
 
 
 def text(value: str) -> bytes:

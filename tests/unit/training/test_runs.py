@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpace.engines.read import read_drafter
+from dpace.recipes.recipe_file import read_recipe
 from dpace.training.checkpoints import is_whole
 from dpace.training.loop import TrainingLoop
 from dpace.training.run import make_datasets, train
@@ -91,6 +92,21 @@ def test_another_run_is_refused_naming_one_difference(copied, run, language_targ
     (copied / "provenance.json").unlink()
     refuse("other training answers", start=1)
     assert read_drafter(copied / "checkpoints" / "checkpoint-4").spec.block_size == 6, "which is one to start from"
+
+
+def test_a_run_has_the_numbers_that_auto_stands_for(tmp_path, run):
+    """So a run of a recipe that has the numbers goes on with one that has auto."""
+    auto = {"norm_scale": "auto", "intermediate_size": "auto"}
+    run(tmp_path, drafter=auto)
+    written = read_recipe(tmp_path / "recipe.yaml").drafter
+    assert 0 < written.norm_scale < 1 and written.intermediate_size == 32
+    before = files_of(tmp_path)
+    for drafter in (auto, {name: getattr(written, name) for name in auto}):
+        run(tmp_path, drafter=drafter)
+    assert files_of(tmp_path) == before
+    for name, value in (("norm_scale", 0.5), ("intermediate_size", 40)):
+        with pytest.raises(ValueError, match=f"drafter.{name} {getattr(written, name)}, not {value}"):
+            run(tmp_path, drafter=auto | {name: value})
 
 
 def test_settings_that_change_no_result_may_change(unfinished, run, finished):
