@@ -144,7 +144,7 @@ def _fetch_demo_target(folder: Path, silence: str) -> None:
     from dpace.target.gguf_file import dequantize
 
     gguf = cache_folder() / f"{folder.name}.gguf"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    gguf.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(gguf.with_suffix(".lock")):
         if (folder / "config.json").exists():
             return  # another process has made it meanwhile

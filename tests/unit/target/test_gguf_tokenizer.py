@@ -72,9 +72,9 @@ def ask(url: str, path: str, request: dict) -> dict:
     return json.load(urllib.request.urlopen(f"{url}{path}", json.dumps(request).encode()))
 
 
-def compare(path: Path) -> None:
+def compare(path: Path, name: str) -> None:
     """Ask llama.cpp for the tokens of each text."""
-    tokenizer = AutoTokenizer.from_pretrained(find_target(str(path)))
+    tokenizer = AutoTokenizer.from_pretrained(find_target(name))
     with serving(path) as url:
         for text in TEXTS:
             theirs = ask(url, "/tokenize", {"content": text, "add_special": False})["tokens"]
@@ -88,12 +88,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("split", wide([None, *SPLITS], None, "smollm", "qwen2"))
 def test_a_text_is_split_as_llamacpp_splits_it(split, tmp_path, cache):
-    compare(write_bytes(tmp_path / "x.gguf", split))
+    path = write_bytes(tmp_path / "x.gguf", split)
+    compare(path, str(path))
 
 
 @pytest.mark.parametrize("has_prefix", [None, True, False])
 def test_spaces_are_those_of_the_file(has_prefix, tmp_path, cache):
-    compare(write_pieces(tmp_path / "x.gguf", has_prefix))
+    path = write_pieces(tmp_path / "x.gguf", has_prefix)
+    compare(path, str(path))
 
 
 STOPS = {
@@ -114,5 +116,4 @@ def test_answers_end_where_llamacpp_ends_them(texts):
 
 @pytest.mark.slow
 def test_the_demos_target_gives_the_tokens_of_llamacpp():
-    find_target(TARGET_ID)
-    compare(cache_folder() / "SmolLM2-135M-Instruct.gguf")
+    compare(cache_folder() / "SmolLM2-135M-Instruct.gguf", TARGET_ID)
