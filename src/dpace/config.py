@@ -485,7 +485,7 @@ class ExportConfig:
     @property
     def served_gguf(self) -> str | None:
         """The GGUF file of the target, if one is named."""
-        return self.target_gguf or (self.target if self.target.endswith(".gguf") else None)
+        return self.target_gguf or (self.target if self.target.lower().endswith(".gguf") else None)
 
 
 @options

@@ -27,7 +27,7 @@ def test_python_finds_what_the_command_line_finds(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ask = Mock(side_effect=ConnectionError)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
-    shutil.copytree(language_folder, locate.cache_folder() / "SmolLM2-135M-Instruct")
+    shutil.copytree(language_folder, locate.cache_folder() / locate.READ / "SmolLM2-135M-Instruct")
     assert Target.load(locate.TARGET_ID).name == ChatTokenizer.load(locate.TARGET_ID).name == locate.TARGET_ID
     monkeypatch.setitem(locate.DRAFTERS, "mine", language_drafter_folder)
     assert load_drafter("mine", language_target).answers
@@ -61,7 +61,7 @@ def test_an_empty_name_of_the_cache_is_no_name(monkeypatch):
 
 def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ours = locate.cache_folder() / "SmolLM2-135M-Instruct"
+    ours = locate.cache_folder() / locate.READ / "SmolLM2-135M-Instruct"
     ours.mkdir(parents=True)
     (ours / "config.json").touch()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock())

@@ -111,6 +111,9 @@ def test_first_uses_at_once_make_it_once(monkeypatch, capfd):
     assert len(made) == len(folders) == 1
     assert {path.suffix for path in locate.cache_folder().iterdir()} - {".lock"} == {"", ".gguf"}
     assert not {"Loading weights", "Writing model shards"} & set(re.split("[:\n]", capfd.readouterr().err))
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    monkeypatch.setattr(locate, "READ", "of-another-version")  # reads the file again, and downloads nothing
+    assert locate.find_target(locate.TARGET_ID) not in folders
 
 
 @pytest.mark.parametrize(

