@@ -51,6 +51,26 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+"""Where an adapter has the two factors of a projection, A and B."""
+
+
+def write_adapter(base_folder: Path, folder: Path | None = None, width: int = 128, **changes) -> Path:
+    """An adapter as peft writes it, without peft: rank 2 on one layer's query projection, by default beside its base.
+
+    `width` is the number of columns of the projection, which has 128 rows.
+    """
+    folder = folder or base_folder.parent / "lora"
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_folder)}
+    settings |= {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], **changes}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(1)
+    weights = {f"{QUERY}A.weight": torch.randn(2, width), f"{QUERY}B.weight": torch.randn(128, 2)}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @contextmanager
 def changed_json(path: Path) -> Iterator[Any]:
     """What a file holds; what the body makes of it is written."""

@@ -14,7 +14,7 @@ from dpace.cli import main
 from dpace.engines import engine_of
 from dpace.prompts.prompts import read_prompts
 from dpace.recipes import VERBS
-from tests.support.files import write_prompts
+from tests.support.files import write_adapter, write_prompts
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "src" / "dpace" / "target" / "drafters").rglob("README.md"))
@@ -142,8 +142,11 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
     for name in ("prompts", "heldout"):
         write_prompts(tmp_path / f"{name}.jsonl", language_prompts[:30])
 
+    write_adapter(language_folder, tmp_path / "my-adapter", width=48)
+
     def renamed(text: str) -> str:
-        return text.replace("Qwen/Qwen3-4B", str(language_folder)).replace("Qwen3-4B.gguf", str(target_gguf))
+        text = text.replace("Qwen/Qwen3-4B", str(language_folder)).replace("Qwen3-4B.gguf", str(target_gguf))
+        return text.replace("z-lab/Qwen3-4B-DFlash-b16", "dpace-out/drafter")
 
     variables: dict = {}
     for block in BLOCKS:

@@ -179,6 +179,11 @@ class DrafterSpec:
         return self.selector.architecture
 
     @property
+    def method(self) -> str:
+        """What vLLM and the schema of profiles call the way in which it drafts."""
+        return "dspark" if self.architecture == "Qwen3DSparkModel" else "dflash"
+
+    @property
     def network_keys(self) -> JsonObject:
         """What its layers and its selector add to `dflash_config`.
 

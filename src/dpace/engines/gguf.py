@@ -222,7 +222,7 @@ llama.cpp rounds a block of tokens and a single one differently. With a target i
 
 def kind_of(spec: DrafterSpec) -> str:
     """Return what llama.cpp calls the kind of a drafter, in its command and in names of files."""
-    return "dspark" if spec.sample_from_anchor or spec.architecture == DSPARK else "dflash"
+    return "dspark" if spec.sample_from_anchor else spec.method
 
 
 def gguf_name(name: str) -> str:

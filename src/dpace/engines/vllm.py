@@ -37,8 +37,7 @@ the speculative config. It needs Model Runner V2 with full CUDA graphs (not run 
 
     def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
         """Write the command that starts a server; vLLM does not count the known token."""
-        method = "dspark" if spec.architecture == DSPARK else "dflash"
-        config = {"method": method, "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
+        config = {"method": spec.method, "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
         return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(json.dumps(config))}"
 
 

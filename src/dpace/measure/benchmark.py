@@ -24,6 +24,7 @@ from dpace.measure.results import (
     ResponseRecord,
     Row,
     nullable,
+    write_profile,
     write_results,
 )
 from dpace.metrics import Acceptance, tau_estimate, tau_gain
@@ -64,7 +65,7 @@ def bench(
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
     """
-    ranks.from_first(lambda: register_files(folder, "results.json"))
+    ranks.from_first(lambda: register_files(folder, "results.json", "speculation_profile.json"))
     drafters_by_row: dict[str, Drafter] = {}
     rules: dict[str, VerifyRule] = {}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
@@ -100,6 +101,8 @@ def bench(
     records.read()
     results = BenchResults(**vars(setup), rows=make_rows(records.of(jobs), rules))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
+    spec = next(iter(drafters.values())).spec
+    ranks.from_first(lambda: write_profile(folder, spec, results.rows, target.name))
     return results
 
 

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jinja2
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dpace.config import CountOrZero, VerifyRule, Width, options as json_object
 from dpace.decode import Generation
+from dpace.drafter.spec import DrafterSpec
 from dpace.metrics import Acceptance
 from dpace.servers.apis import Counts
-from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json
+from dpace.system.ledger import JsonObject, lock_folder, read_object, register_files, write_json, write_text
 from dpace.system.provenance import Hardware, Versions
 from dpace.system.validation import read_as, to_json
 
@@ -296,6 +298,38 @@ Results = BenchResults | CompareResults | ServerResults
 def write_results(path: Path, results: Results) -> None:
     """Write results, all or nothing."""
     write_json(path, to_json(results))
+
+
+def write_profile(folder: Path, spec: DrafterSpec, rows: Sequence[Row], target: str) -> None:
+    """Write how a drafter's whole drafts are accepted, in the form that Dynamo, AIConfigurator and vLLM read.
+
+    The keys stand in `speculation_profile.json.jinja`. A length there is the number of accepted draft tokens plus one,
+    also where a text ends without its bonus token. So the mean is 1 plus the sum of the marginal rates, and at least
+    tau.
+
+    Args:
+        folder: for `speculation_profile.json`.
+        spec: of the drafter.
+        rows: what measured it. Of those of the first drafter at the first temperature, the ones with width `full`
+            count, all sets together; without one, the profile says that nothing was measured.
+        target: the target's name.
+
+    Source: schema 1.0 of NVIDIA's Model-Optimizer, `examples/specdec_bench/specdec_bench/speculation_profile.py` (its
+    pull requests 2247, 2313 and 2315, open when this was written).
+    """
+    size = spec.num_draft_tokens + 1
+    whole = [
+        row
+        for row in rows
+        if (row.block_size, row.width, row.temperature, row.drafter)
+        == (size, "full", rows[0].temperature, rows[0].drafter)
+    ]
+    acceptance = Acceptance([[0] * size, *(row.histogram for row in whole)], size)
+    template = jinja2.Template(Path(__file__).with_name("speculation_profile.json.jinja").read_text(), trim_blocks=True)
+    write_text(
+        folder / "speculation_profile.json",
+        template.render(spec=spec, rows=whole, acceptance=acceptance, target=target),
+    )
 
 
 def read_results(path: Path) -> Results:

@@ -17,7 +17,15 @@ from dpace.config import EngineName, ExportConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import all_engines, engine_of
-from dpace.measure.results import BenchResults, Row, ServerAddress, ServerResults, read_results, split_depth
+from dpace.measure.results import (
+    BenchResults,
+    Row,
+    ServerAddress,
+    ServerResults,
+    read_results,
+    split_depth,
+    write_profile,
+)
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.sections import best_depths, depths_note, speeds, verdict
 from dpace.report.tables import as_code, as_markdown, to_markdown
@@ -87,7 +95,7 @@ def _with_drafts(spec: DrafterSpec, num_drafts: int) -> DrafterSpec:
 def write_card(
     path: Path, drafter: Drafter, config: ExportConfig, *, folder: Path, source: Drafter, target: Target
 ) -> None:
-    """Write `README.md` beside what was exported.
+    """Write `README.md` and `speculation_profile.json` beside what was exported.
 
     Args:
         path: the folder, or the file in it.
@@ -141,7 +149,9 @@ def write_card(
         recipe=recipe,
         options=recipe and _repeat(recipe),
     )
-    write_text((path.parent if path.is_file() else path) / "README.md", text)
+    aside = path.parent if path.is_file() else path
+    write_text(aside / "README.md", text)
+    write_profile(aside, spec, results.rows if results else [], served_target)
 
 
 def paying_drafts(row: Row) -> int:

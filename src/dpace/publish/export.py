@@ -150,7 +150,7 @@ def _replacing(output: Path) -> Iterator[Path]:
 
     What dpace wrote of another drafter to the same folder would be uploaded and read with this one, and is removed.
     """
-    patterns = {CARD}.union(*(engine.files for engine in all_engines()))
+    patterns = {CARD, "speculation_profile.json"}.union(*(engine.files for engine in all_engines()))
     with lock_folder(output):
         with filling(output) as aside:
             yield aside

@@ -24,6 +24,9 @@ from tests.support.models import make_drafter, make_target, make_tokenizer, writ
 from tests.support.rows import make_bench, make_row, make_served, make_servers
 from tests.unit.engines.conftest import MARKOV, quiet
 
+BESIDE = ("README.md", "speculation_profile.json")
+"""What stands beside the files of each engine."""
+
 
 def test_commands_and_cards_say_what_the_engine_must_know(folders):
     """Engines count slots in ways of their own; not all read tables of the drafter's own, or a scaled rotation."""
@@ -61,7 +64,14 @@ def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
     """Not those of another drafter, and nothing of files that cannot be read."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
     rows = [
-        make_row(drafter=name, set="language", tau=(tau, None, None), reach_rate=[0.5] * 5)
+        make_row(
+            drafter=name,
+            set="language",
+            tau=(tau, None, None),
+            block_size=6,
+            histogram=[1, 0, 0, 0, 0, 1],
+            reach_rate=[0.5] * 5,
+        )
         for name, tau in (("mine", 2.34), ("other", 3.45))
     ]
     hashes = {"mine": fingerprint(language_drafter), "other": "0" * 64}
@@ -73,11 +83,14 @@ def test_the_card_has_measured_rows_of_these_weights_and_the_recipe(
     for part in ("objective `dpace` ([D-PACE]", "max_steps: 120", '"num_speculative_tokens": 5', "not run by us"):
         assert part in text
     assert re.search(r"\| language .*\| 2.34", text) and "3.45" not in text
+    profile = read_json(tmp_path / "zlab" / "speculation_profile.json")
+    assert profile["per_category"] == {"language": 3.5} and profile["target_model"] == {"path": "some/target"}
     assert str(tmp_path) not in text and "feature_servers" not in text
     for path in (tmp_path / "run" / "results.json", source / "recipe.yaml"):
         path.write_text("[]")
     text = (do_export("zlab", folder=source) / "README.md").read_text()
     assert "2.34" not in text and "max_steps" not in text
+    assert read_json(tmp_path / "zlab" / "speculation_profile.json")["measured"] is False
     said = capsys.readouterr().err
     assert all(f"the model card has nothing of {name}: " in said for name in ("results.json", "recipe.yaml"))
 
@@ -119,14 +132,14 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
     for to, names in exports.items():
         printed, said = run_line(f"{command} --target-name me/t --to {to}")
         files = {path.name: path.read_bytes() for path in out.iterdir() if path.name[0] != "."}
-        assert files.keys() == {*names, "README.md", "own.gguf"}
+        assert files.keys() == {*names, *BESIDE, "own.gguf"}
         assert not any(str(language_folder.parent).encode() in content for content in files.values())
         assert b'base_model: "me/t"' in files["README.md"] and b"\n# x\n" in files["README.md"]
         removed = before - names
         assert all(name in said for name in removed) and ("earlier drafter" in said) == bool(removed)
         assert "tensors read back bit for bit" in printed
         before = names
-    assert set(read_json(out / MARKER)["files"]) == {*before, "README.md"}
+    assert set(read_json(out / MARKER)["files"]) == {*before, *BESIDE}
 
 
 ENDED = "of which llama.cpp (b11549) hands out no inputs of layers"
@@ -194,6 +207,7 @@ def test_the_card_recommends_as_many_drafts_as_pay(
     if rates:
         row = make_row(
             block_size=6,
+            histogram=[1] * 6,
             reach_rate=rates,
             decode_speedup=speedup,
             tokens_per_second=speeds[0],

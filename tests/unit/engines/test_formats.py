@@ -57,7 +57,7 @@ def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(case, do_export, 
         return
     before = read_drafter(folders[kind])
     path = do_export(to, kind, dtype=dtype)
-    patterns = ["README.md", ".dpace.*", *engine_of(to).files]
+    patterns = ["README.md", "speculation_profile.json", ".dpace.*", *engine_of(to).files]
     assert all(any(map(file.match, patterns)) for file in (tmp_path / to).iterdir()), "a later export removes them"
     again = import_drafter(path, tmp_path / "again", target=str(language_folder))
     files = load_file(tmp_path / "again" / "model.safetensors")

@@ -6,7 +6,7 @@ from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench, make_rows
 from dpace.measure.results import BenchRecord, read_results
 from dpace.metrics import MIN_PROMPTS
-from tests.support.files import make_prompts
+from tests.support.files import make_prompts, read_json
 from tests.support.models import make_drafter
 from tests.support.rows import make_plain, make_response
 
@@ -27,7 +27,7 @@ def other(language_target, language_drafter):
     return make_drafter(language_target, block_size=language_drafter.block_size)
 
 
-def test_widths_and_drafters_are_compared(measure, language_drafter, other):
+def test_widths_and_drafters_are_compared(measure, language_drafter, other, tmp_path):
     """A narrow verification accepts less; every drafter is compared with the first one that the call names."""
     results = measure({"good": language_drafter, "bad": other}, widths=("full", 3), max_new_tokens=10)
     rows = {row.width: row for row in results.rows if row.drafter == "good"}
@@ -37,6 +37,8 @@ def test_widths_and_drafters_are_compared(measure, language_drafter, other):
     assert narrow.tau[0] <= rows["full"].tau[0]
     assert all(row.tau_gain == (0, 0, 0) and row.speed_ratio == (1, 1, 1) for row in rows.values())
     assert all(max(row.tau_gain) < 0 for row in results.rows if row.drafter == "bad")
+    profile = read_json(tmp_path / "speculation_profile.json")
+    assert profile["marginal_accept_rates"] == rows["full"].reach_rate and profile["measured"]
     first, *_ = measure({"bad": other, "good": language_drafter}, max_new_tokens=4).rows
     assert first.drafter == "bad" and first.tau_gain == (0, 0, 0)
 

@@ -1,21 +1,28 @@
-"""results.json, servers.json and heldout.json are read as they were written, or refused in one line."""
+"""results.json, servers.json and heldout.json are read as they were written, or refused in one line.
+
+And what others read of them: speculation_profile.json.
+"""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from dpace.measure.results import (
+    Row,
     find_results,
     read_heldout,
     read_log,
     read_results,
     write_heldout,
+    write_profile,
     write_results,
 )
 from dpace.metrics import Acceptance
 from dpace.system.validation import to_json
-from tests.support.files import changed_json
+from tests.support.files import changed_json, read_json
+from tests.support.models import make_drafter, make_target
 from tests.support.rows import make_bench, make_compare, make_compared, make_row, make_served, make_servers
 
 BENCH = make_bench(
@@ -91,6 +98,47 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
         del value["ids"]
     with pytest.raises(ValueError, match=r"heldout.json: ids is missing; remove the file"):
         read_heldout(tmp_path)
+
+
+def drafted(*histogram: int, **options) -> Row:
+    """A row of three draft tokens."""
+    rates = Acceptance(histogram, 4).reach_rate.tolist()
+    return make_row(block_size=4, histogram=list(histogram), reach_rate=rates, **options)
+
+
+ISSUED = drafted(40, 30, 30, 0)
+"""Of 100 verifications 40 accepted no draft token, 30 one, and 30 two."""
+UNMEASURED = ([0.0] * 3, [0.0] * 3, None, None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([drafted(9, 0, 0, 0, width="auto"), ISSUED, drafted(9, 0, 0, 0, temperature=1.0)], None),
+        ([ISSUED, drafted(9, 0, 0, 0, drafter="b"), make_row()], None),
+        (
+            [ISSUED, drafted(0, 0, 0, 100, set="a")],
+            ([0.8, 0.65, 0.5], [0.8, 0.65 / 0.8, 0.5 / 0.65], 2.95, {"s": 1.9, "a": 4.0}),
+        ),
+        ([drafted(9, 0, 0, 0, width=2), drafted(0, 0, 0, 0)], UNMEASURED),
+        ([], UNMEASURED),
+    ],
+)
+def test_deployment_tools_read_how_drafts_are_accepted(rows, expected, tmp_path):
+    """By NVIDIA's schema 1.0 and with its example: the first drafter's whole drafts, in both counts; or no numbers."""
+    spec = replace(make_drafter(make_target("qwen3")).spec, block_size=4)
+    write_profile(tmp_path, spec, rows, 'OWNER/"NAME"')
+    profile = read_json(tmp_path / "speculation_profile.json")
+    marginal, conditional, mean, by_set = expected or ([0.6, 0.3, 0.0], [0.6, 0.5, 0.0], 1.9, {"s": 1.9})
+    assert (profile["schema_version"], profile["method"], profile["num_speculative_tokens"]) == ("1.0", "dflash", 3)
+    assert profile["target_model"] == {"path": 'OWNER/"NAME"'}
+    assert profile["marginal_accept_rates"] == pytest.approx(marginal)
+    assert profile["conditional_accept_rates"] == pytest.approx(conditional)
+    assert (profile["mean_accept_length"], profile["per_category"]) == (pytest.approx(mean), by_set)
+    assert profile["measured"] is (mean is not None)
+    if mean:
+        assert profile["validation"]["mean_consistency"]["passed"] is True
+        assert sum(profile["acceptance_length_histogram"].values()) == 100 * len(by_set)
 
 
 def test_a_log_may_hold_nan(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpace.config import DrafterConfig, Recipe
@@ -20,12 +20,11 @@ from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.files import count_layers, find_adapter
 from tests.support.families import make_sharp_target
-from tests.support.files import change_config, changed_weights
+from tests.support.files import QUERY, change_config, changed_weights, write_adapter
 from tests.support.models import make_drafter, make_target, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 PROMPT, LENGTH = [5, 9, 12, 7, 30], 20
-QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 
 
 def write(model, folder):
@@ -57,19 +56,6 @@ def assert_decodes(target):
     padded = target.features(torch.tensor([PROMPT + [0, 0]]), [0, 2])
     torch.testing.assert_close(padded[:, :5], target.features(ids, [0, 2]), rtol=1e-3, atol=1e-3)
     return text
-
-
-def write_adapter(base_folder, width=128, **changes):
-    """An adapter as peft writes it, without peft: rank 2 on one layer's query projection."""
-    folder = base_folder.parent / "lora"
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_folder)}
-    settings |= {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], **changes}
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    torch.manual_seed(1)
-    weights = {f"{QUERY}A.weight": torch.randn(2, width), f"{QUERY}B.weight": torch.randn(128, 2)}
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def test_a_lora_adapter_is_merged(base, folder):
