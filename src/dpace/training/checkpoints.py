@@ -156,6 +156,6 @@ def read_optimizer(folder: Path, optimizer: Optimizer) -> None:
             elif value.shape:  # the step has none
                 raise ValueError(f"{key} has the shape {list(value.shape)}, expected {list(parameter.shape)}")
             state.setdefault(int(number), {})[name] = value
-    if len(state) < len(parameters):
-        raise ValueError(f"{MOMENTS} has moments of {len(state)} of {len(parameters)} tensors")
+    if not state:  # one without gradient has none, but not all
+        raise ValueError(f"{MOMENTS} has no moments")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

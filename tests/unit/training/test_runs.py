@@ -157,8 +157,7 @@ def test_a_checkpoint_of_another_version_is_named(reason, unfinished, run):
 
 
 MOMENTS = {
-    "has moments of 0 of": lambda moments: moments.clear(),
-    "has moments of": lambda moments: [moments.pop(name) for name in list(moments) if name.startswith("3.")],
+    "has no moments": lambda moments: moments.clear(),
     r"0.exp_avg has the shape \[2\], expected": lambda moments: moments.update({"0.exp_avg": torch.zeros(2)}),
     "list index out of range": lambda moments: moments.update({"999.step": torch.zeros(())}),
 }
