@@ -114,6 +114,7 @@ def test_first_uses_at_once_make_it_once(monkeypatch, capfd):
     assert not {"Loading weights", "Writing model shards"} & set(re.split("[:\n]", capfd.readouterr().err))
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     monkeypatch.setattr(locate, "READ", "of-another-version")  # reads the file again, and downloads nothing
+    locate._find_on_hub.cache_clear()
     assert locate.find_target(locate.TARGET_ID) not in folders
 
 
