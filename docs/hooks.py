@@ -66,6 +66,7 @@ def generated_pages() -> dict[str, str]:
         "reference/cli.md": cli_page(),
         "reference/recipe.md": recipe_page(),
         "reference/results.md": results_page(),
+        "reference/recipes.md": recipes_page(),
     }
 
 
@@ -139,6 +140,16 @@ def recipe_page() -> str:
         if is_dataclass(kind):
             parts += [f"## {field.name}", documented[field.name]]
             parts.append(options_table(kind, list(fields(kind)), prefix=f"{field.name}."))
+    return "\n\n".join(parts) + "\n"
+
+
+def recipes_page() -> str:
+    """Show the recipes that come with dpace, to copy."""
+    from dpace.recipes import RECIPES
+
+    parts = ["# Recipes of dpace", "Save one as a file, change it, and name the file in place of the recipe's name."]
+    for name, path in RECIPES.items():
+        parts += [f"## {name}", f"```yaml\n{path.read_text().strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,5 +1,7 @@
 """A newcomer's way through the commands on the tiny target: each one follows what the one before printed."""
 
+import io
+import json
 import re
 import shlex
 import shutil
@@ -73,6 +75,8 @@ def test_from_prompts_to_an_exported_drafter(
     printed = run(next_of(printed))
     assert "decoding: " in printed[1]
     generate = next_of(printed)
+    assert "--prompt 'prompts.jsonl#" in generate
+    run(f"{generate} --max-new-tokens 4")
     rows = read_results(tmp_path / "dpace-out" / "results.json").rows
     assert len(rows) == 2 and all(row.num_same_text == row.num_responses == 1 for row in rows)
     assert run(f"dpace check --target {language_folder} --drafter dpace-out/drafter {CHECK}")[0].endswith("passed\n")
@@ -84,6 +88,13 @@ def test_from_prompts_to_an_exported_drafter(
     options = f"--prompt '{prompt}' --max-new-tokens 24"
     plain = run(f"dpace generate --target {language_folder} {options}")[0]
     assert run(f"{generate} {options}")[0] == plain
+    words, flags = f"dpace generate --target {language_folder}", "--drafter dpace-out/drafter --max-new-tokens 24"
+    assert run(f"{words} {flags} '{prompt}'")[0] == plain
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\n"))
+    answer = json.loads(run(f"{words} {flags} --json")[0])
+    assert f"{answer['text']}\n" == plain and answer["tau"] >= 1 and answer["decode_seconds"] > 0
+    assert "no prompt to answer" in run(f"{words} --json", code=1)[1]
+    assert json.loads(run(f"{words} --max-new-tokens 4 --json '{prompt}'")[0])["tau"] is None
     assert re.search(r"--spec-draft-n-max [1-5]\b", (tmp_path / "served" / "README.md").read_text())
 
 

@@ -30,6 +30,7 @@ def _in_an_empty_folder_without_models(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
     monkeypatch.setattr("dpace.training.progress.get_available_trackers", list)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.chdir(tmp_path)
 
 
@@ -265,7 +266,7 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     assert (f"--{verb}.NAME may be written as --NAME." in lines) == (takes_recipe and hasattr(Recipe(), verb))
     assert any(line.startswith(f"usage: dpace {verb} [RECIPE]") for line in lines) == takes_recipe
     text = " ".join(" ".join(line.strip("│ ") for line in lines).split())
-    takes_folder = bool(reads.first)
+    takes_folder = bool(reads.first) and verb != "generate"  # which takes a prompt there
     assert takes_folder == (verb in OF_FOLDERS)
     assert ("given first, or with this flag" in text) == (f"may stand first: dpace {verb} " in text) == takes_folder
     if verb == "respond":

@@ -1,5 +1,6 @@
 """What the pages tell people to type is understood, and runs in order in one folder."""
 
+import importlib
 import json
 import re
 import shlex
@@ -13,7 +14,7 @@ import yaml
 from dpace.cli import main
 from dpace.engines import engine_of
 from dpace.prompts.prompts import read_prompts
-from dpace.recipes import VERBS
+from dpace.recipes import RECIPES, VERBS
 from tests.support.files import write_adapter, write_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +115,15 @@ def test_the_table_of_targets_is_that_of_the_code():
     known, refused = re.findall(r"^\| (.*) \| (?:inputs are handed out|refused) \|$", text, flags=re.MULTILINE)
     assert not any(engine_of("gguf").target_fault(kind) for kind in re.findall("`(.+?)`", known))
     assert all(engine_of("gguf").target_fault(kind) for kind in re.findall("`(.+?)`", refused))
+
+
+def test_the_recipes_of_dpace_can_be_copied(monkeypatch):
+    """From a page of the site, and by the command of a page."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    page = importlib.import_module("hooks").generated_pages()["reference/recipes.md"]
+    assert all(f"```yaml\n{path.read_text().strip()}\n```" in page for path in RECIPES.values())
+    (code,) = re.findall(r"`python -c \"(.*?)\" > recipe.yaml`", (ROOT / "docs" / "laptop.md").read_text())
+    exec(compile(code, "laptop.md", "exec"), {})
 
 
 def test_every_verb_is_shown():

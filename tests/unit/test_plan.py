@@ -175,7 +175,7 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, run_line, tmp_p
         return run_line(["plan", *answered, *options]).out
 
     said = plan("--memory", "20MiB", "--device", "cpu")
-    assert "does not fit in 20.0 MiB: lower " in said and "largest --train.batch-size that fits: 0" in said
+    assert "does not fit in 20.0 MiB: lower " in said and "largest --train.batch-size that fits: none" in said
     assert "\ntraining: about 0:" in said and "to come" not in said
     assert "held out\nsets to train on: prompts 17\nanswers: 17 of 30 tokens in the median, 30 at most\n" in said
     assert "17 conversations of 40 tokens" in said and "not all answers are there" not in said
@@ -194,6 +194,7 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, run_line, tmp_p
         assert re.fullmatch(rf"in {minutes:g} minutes: --train\.max-steps \d+ --train\.eval-steps \d+", line)
         assert "--minutes" not in next_line
     assert re.search(r"training: about (0:59:59|1:00:00|0:59:5\d)", plan(*line.split(": ")[1].split()))
+    assert torch.accelerator.is_available() or ", with 3e+14 operations a second\n" in eight
     said = plan(*other, "--prompts.path", str(tmp_path / "none.jsonl"))
     assert "prompts are not on this machine" in said and "of 74.5 GiB\n" in said
     assert "2 conversations of 3,072 tokens" in said

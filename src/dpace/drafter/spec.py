@@ -106,6 +106,7 @@ class Numbers:
     tau: float = 0.0
     tau_interval: tuple[float | None, float | None] = (None, None)
     tau_responses: tuple[str, ...] = ()
+    reach_rate: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

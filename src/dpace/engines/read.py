@@ -18,6 +18,18 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
     return make_drafter(*writer_of(path).read(path, num_target_layers))
 
 
+def refuse_other_layout(path: Path) -> None:
+    """Refuse files that are not in the published layout.
+
+    Raises:
+        ValueError: names the engine that they were written for.
+    """
+    if writer_of(path).layout != Engine.layout:
+        raise ValueError(
+            f"{path} is for {writer_of(path).title}, not in the published layout; convert it with `dpace import`"
+        )
+
+
 def writer_of(path: Path) -> Engine:
     """Find the engine in whose layout files are; the published one's where they say nothing else."""
     for engine in all_engines():

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.engines import engine_of
-from dpace.plan.speed import Number
+from dpace.plan.speed import Number, measure_flops
 from dpace.plan.training import TrainingPlan, expected_lengths, known_lengths, plan_recipe
 from dpace.prompts.prompts import PromptParts, prompts_line, split_prompts
 from dpace.recipes import TARGETS
@@ -129,7 +129,7 @@ def memory_lines(plan: TrainingPlan) -> list[str]:
     for name, num_bytes in plan.memory(plan.batch_size).items():
         if num_bytes:
             lines.append(f"  {name:<28} {size(num_bytes):>10}")
-    return [*lines, f"largest --train.batch-size that fits: {plan.largest_batch()}"]
+    return [*lines, f"largest --train.batch-size that fits: {plan.largest_batch() or 'none'}"]
 
 
 def find_config(name: str) -> Any:
@@ -159,7 +159,13 @@ def plan_lines(
     plan = plan_recipe(recipe, lengths, memory=memory, init=init, config=find_config(recipe.target))
     if ranks is not None:
         plan = replace(plan, ranks=ranks)
-    lines += [*size_lines(plan), f"training: about {timedelta(seconds=round(plan.seconds))}", *memory_lines(plan)]
+    lines += [
+        *size_lines(plan),
+        f"training: about {timedelta(seconds=round(plan.seconds))}, with "
+        # Of a GPU that is not here, what is assumed.
+        f"{measure_flops(plan.device, plan.target.model.dtype):.0e} operations a second",
+        *memory_lines(plan),
+    ]
     if minutes:
         steps = plan.steps_in(60 * minutes)
         lines.append(f"in {minutes:g} minutes: --train.max-steps {steps} --train.eval-steps {max(1, steps // 4)}")

@@ -154,7 +154,7 @@ def find_prompt(text: str) -> list[JsonObject]:
         return [{"role": "user", "content": text}]
     prompts = read_heldout_prompts(name)
     for prompt in prompts:
-        if prompt.id == prompt_id:
+        if prompt_id in (prompt.id, f"heldout/{prompt.id}"):  # as `_rename` may have called it
             return prompt.turns[0]
     raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; name one that it has, such as {prompts[0].id!r}")
 

@@ -13,8 +13,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.drafter import make_drafter, scales_of
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import all_engines, engine_of
-from dpace.engines.engine import Engine
-from dpace.engines.read import read_drafter, writer_of
+from dpace.engines.read import read_drafter, refuse_other_layout
 from dpace.publish.card import write_card
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, lock_folder, refuse_foreign_files, register_files, remove_files
@@ -27,7 +26,7 @@ from dpace.training.run import RUN_FILE
 CARD = "README.md"
 IDENTIFYING = ("config.json", CARD, "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
-OF_SELECTOR = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
+OF_SELECTOR = ("confidence_temperature", "tau", "tau_interval", "tau_responses", "reach_rate")
 """Entries of the record that were measured with the selector."""
 
 
@@ -71,9 +70,7 @@ def check_export(folder: Path, config: ExportConfig) -> Drafter:
             cannot be served; or see `Engine.check`.
     """
     refuse_output(Path(config.output), folder)
-    writer = writer_of(folder)
-    if writer.layout != Engine.layout:
-        raise ValueError(f"{folder} is for {writer.title}, not in the published layout; convert it with `dpace import`")
+    refuse_other_layout(folder)
     source = read_drafter(folder)
     spec = source.spec
     spec.check()

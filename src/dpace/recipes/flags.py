@@ -13,6 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import is_dataclass, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
@@ -33,7 +34,7 @@ class Arguments(NamedTuple):
     groups: Sequence[str] | None = None
     """Groups that the verb reads and that its help lists; by default all of them."""
     first: str | None = None
-    """Option whose values may stand first, without a flag; for a `Recipe`, its file or name may."""
+    """Option whose values may stand first, or the only one last; for a `Recipe`, its file or name may stand first."""
 
 
 class Given(NamedTuple):
@@ -69,8 +70,13 @@ def parse(reads: Arguments, verb: str, args: list[str]) -> tuple[Any, Given]:
         if reads.groups is not None and "--help-all" not in args:
             hidden = _groups(config_class).keys() - set(reads.groups)
         _print_help(config_class, verb, hidden)
-    if reads.first and args and not args[0].startswith("-"):
-        args = [f"--{reads.first}", *args]
+    if reads.first and args:
+        if not args[0].startswith("-"):
+            args = [f"--{reads.first}", *args]
+        elif not args[-1].startswith("-"):
+            kind = get_type_hints(config_class).get(_option_of(args[-2]))
+            if kind in (None, bool):  # the word before is no flag that takes the last one as its value
+                args = [*args[:-1], f"--{reads.first}", args[-1]]
     words = _with_full_names(config_class, verb, args)
     recipe, settings, flags = _read_recipe(config_class, words)
     output = io.StringIO()
@@ -145,12 +151,10 @@ def _read_recipe(config_class: type, words: list[str]) -> tuple[Any, JsonObject,
     if not words or words[0].startswith("-") or not issubclass(config_class, Recipe):
         return tyro.MISSING_NONPROP, {}, words
     path, *flags = words
-    if not path.endswith((".yaml", ".yml")):
-        if path not in RECIPES:
-            raise UsageError(f"there is no recipe named {path!r}; name a YAML file, or one of {', '.join(RECIPES)}")
-        path = str(RECIPES[path])
-    recipe, settings = read_settings(path, config_class)
-    return recipe, settings, flags
+    file = RECIPES.get(path, Path(path))
+    if not file.exists():
+        raise UsageError(f"there is no recipe named {path!r}; name a YAML file, or one of {', '.join(RECIPES)}")
+    return *read_settings(file, config_class), flags
 
 
 def _option_of(flag: str) -> str:

@@ -26,6 +26,8 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "lines.marker": "o",
     "lines.markersize": 3,
+    # Equal curves show through the gaps of those that are drawn over them.
+    "axes.prop_cycle": "cycler('linestyle', ['-', '--', '-.', ':', (0, (1, 4))])",
     "legend.frameon": False,
 }
 Logs = Mapping[str, Sequence[Sequence[JsonObject]]]
@@ -66,7 +68,7 @@ def slot_weights(logs: Logs) -> str:
             shares = [entry[f"{SHARE}{slot}"] for slot in slots]
             # Later steps are darker, and the first one can still be seen on white.
             color = colormaps["Greys"](0.2 + 0.8 * number / len(chosen))
-            axis.plot(slots, shares, color=color, label=f"step {entry['step']}")
+            axis.plot(slots, shares, color=color, label=f"step {entry['step']:g}")
         axis.set(xlabel="slot", ylabel="share of the weight")
 
     return draw_panels(logs, draw)

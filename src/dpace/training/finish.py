@@ -65,9 +65,12 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
         seen = _seen_vocabulary(loop, init)
         of_all, of_seen = measure_and_calibrate(drafter, target, loop.validation, [None, seen.token_ids])
         acceptance, record["confidence_temperature"] = of_all
-        record["tau"] = acceptance.tau
-        record["tau_interval"] = list(map(defined, acceptance.interval()))
-        record["tau_responses"] = loop.validation.ids
+        record |= {
+            "tau": acceptance.tau,
+            "tau_interval": list(map(defined, acceptance.interval())),
+            "tau_responses": loop.validation.ids,
+            "reach_rate": acceptance.reach_rate.tolist(),
+        }
         seen_acceptance, seen.confidence_temperature = of_seen
         # A drafter without a vocabulary that this one started from has learned tokens that nobody listed.
         is_known = init is None or init.vocabulary is not None

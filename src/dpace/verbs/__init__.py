@@ -21,8 +21,8 @@ TARGET_OPTIONS = ("target", "dtype", "device", "device_map", "thinking")
 """Options that say which target is loaded, and how."""
 LEAST_TAU = 1.05
 """Mean acceptance length below which a drafter has learned nothing that counts; without one it is 1."""
-PROMPT = "Why is the sky blue?"
-"""The prompt of commands that are shown to be copied."""
+PROMPT = "Write a Python function to check whether a number is even."
+"""The prompt of commands that are shown to be copied, where no held-out one has a name."""
 
 
 def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":
@@ -84,6 +84,10 @@ def show_results(results: "Results", path: str) -> None:
     print_text(f"written: {path}")
 
 
-def generate_command(recipe: Recipe, drafter: object, prompt: str = PROMPT) -> str:
-    """Return the command that answers a prompt with a drafter of a recipe's target."""
+def generate_command(recipe: Recipe, drafter: object, prompt_id: str | None) -> str:
+    """Return the command that answers a prompt, by its id a held-out one, with a drafter of a recipe's target."""
+    prompt = PROMPT
+    path = recipe.prompts.heldout_path or recipe.prompts.path
+    if prompt_id and (path == "demo" or path.endswith(".jsonl")):  # as `find_prompt` reads it
+        prompt = f"{path}#{prompt_id}"
     return command("generate", target=recipe.target, drafter=drafter, thinking=recipe.thinking, prompt=prompt)

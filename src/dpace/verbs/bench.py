@@ -92,7 +92,7 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", parts: "PromptPar
         results = bench(target, drafters, prompts, config, output)
     if ranks.end():
         show_results(results, f"{output}/results.json")
-        print("next:", generate_command(recipe, places[0]))
+        print("next:", generate_command(recipe, places[0], prompts[0].id if parts else None))
 
 
 def _refuse_trained_prompts(recipe: Recipe, parts: "PromptParts", drafter: Path) -> None:

@@ -42,4 +42,5 @@ def run(config: CompareConfig, given: Given) -> None:
     # The last rows are for all datasets together, and the best objective stands first among them.
     best = next(row for row in results.rows if row.set == results.rows[-1].set)
     note_untrained(best.tau[0])
-    print("next:", generate_command(config, cell_folder(config, best.drafter, config.seeds[0])))
+    folder = cell_folder(config, best.drafter, config.seeds[0])
+    print("next:", generate_command(config, folder, parts.heldout[0].id))

@@ -55,5 +55,4 @@ def run(config: DemoConfig, given: Given) -> None:
     print(f"report: {output / PAGE}")
     folder = cell_folder(recipe, "dpace", recipe.seeds[0])
     # A prompt of the table, so that the gain is seen again.
-    prompt = f"{config.prompts or 'demo'}#{demo.decoded.rows[0].responses[0].id}"
-    print("next:", generate_command(recipe, folder, prompt))
+    print("next:", generate_command(recipe, folder, parts.heldout[0].id))

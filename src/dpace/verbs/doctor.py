@@ -1,5 +1,7 @@
 """Say what would go wrong when an engine serves a drafter."""
 
+from pathlib import Path
+
 from dpace.config import DeviceMap, EngineName, Text, options
 from dpace.engines import engine_of
 from dpace.recipes.flags import Arguments, Given, command
@@ -39,10 +41,12 @@ def run(config: DoctorConfig, given: Given) -> None:
     """Run `dpace doctor`."""
     from dpace.doctor import RUN, diagnose
     from dpace.drafter.spec import read_folder
+    from dpace.engines.read import refuse_other_layout
     from dpace.report.tables import Section, console, section_table
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
+    refuse_other_layout(Path(folder))
     target = load_target(config)
     rows = []
     failed = []

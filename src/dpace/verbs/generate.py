@@ -1,6 +1,7 @@
 """Answer one prompt, or chat, with or without a drafter."""
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,11 +30,14 @@ class GenerateConfig(SamplingConfig):
     """Folder, Hub id or GGUF file of the target."""
     prompt: Text | None = None
     """Text to answer, or FILE.jsonl#ID for the first turn of a file's prompt (demo#ID: the demo's).
-    --stream without it is a chat."""
+    It may stand first or last without the flag, or come from standard input. --stream without it is a chat."""
     drafter: Text | None = None
     """Folder or Hub id of the drafter, or smollm2-135m, which comes with dpace. Without it the target decodes alone."""
     stream: bool = False
     """Show the text while it is written; needs a drafter."""
+    json: bool = False
+    """Print one JSON object when the answer is whole, also with --stream.
+    It has text, token_ids, tau (null without a drafter), prefill_seconds and decode_seconds."""
     thinking: bool = False
     """Turn thinking on, for chat templates that offer it."""
     dtype: Dtype = "auto"
@@ -45,38 +49,46 @@ class GenerateConfig(SamplingConfig):
     a number of tokens, the anchor included."""
 
 
-ARGUMENTS = Arguments(GenerateConfig)
+ARGUMENTS = Arguments(GenerateConfig, first="prompt")
 
 
 def run(config: GenerateConfig, given: Given) -> None:
     """Run `dpace generate`."""
     if config.drafter is None and given.names & {"stream", "width"}:
         raise ValueError("--stream and --width need a drafter, and none is named; name its folder with --drafter")
-    if config.prompt is None and not config.stream:
+    prompt = config.prompt
+    is_streamed = config.stream and not config.json
+    if not (prompt or is_streamed or sys.stdin is None or sys.stdin.isatty()):
+        prompt = sys.stdin.read().strip()
+    if not (prompt or is_streamed):
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.decode import Decoder
     from dpace.decode.generation import SamplingOptions
     from dpace.drafter import load_drafter
+    from dpace.measure.results import defined
     from dpace.prompts.prompts import find_prompt
     from dpace.target.chat import encode_chat
     from dpace.target.locate import find_drafter
 
-    messages = find_prompt(config.prompt) if config.prompt else []
+    messages = find_prompt(prompt) if prompt else []
     folder = find_drafter(config.drafter) if config.drafter else None
     target = load_target(config)
     sampling = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
     drafter = load_drafter(folder, target) if folder else None
     decoder = Decoder(target, drafter, width=config.width)
-    if drafter is not None and config.stream:
-        drafting = {"width": config.width, "paces": decoder.paces}
-        show_answer = partial(_show_answer, target, drafter, {**drafting, **sampling})
+    if drafter is not None and is_streamed:
+        drafting = {"width": config.width, "paces": decoder.paces, **sampling}
+        show_answer = partial(_show_answer, target, drafter, drafting)
         if messages:
             show_answer(messages)
         else:
             _chat(show_answer)
         return
     generation = decoder.generate(encode_chat(target, messages), **sampling)
-    print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+    text = target.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    if config.json:
+        text = json.dumps({"text": text, "tau": defined(generation.acceptance.tau), **vars(generation)})
+    print_text(text)
     _print_speed(generation)
     if folder is None:
         first_step = command("demo")  # it trains for the default target

@@ -8,6 +8,7 @@ from dpace.config import DrafterConfig
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import fit
+from dpace.drafter.spec import read_folder
 from dpace.prompts.prompts import demo_path, read_prompts
 from dpace.recipes.recipe_file import read_recipe
 from dpace.studies.demo import KINDS
@@ -38,6 +39,8 @@ def test_its_card_has_the_hash_of_its_weights(name):
 def test_its_recipe_is_one_of_today(name):
     recipe = read_recipe(DRAFTERS[name] / "recipe.yaml")
     assert (recipe.target, recipe.loss.objective) == (TARGET_ID, "dpace")
+    spec, _ = read_folder(DRAFTERS[name])
+    assert len(spec.record["reach_rate"]) == spec.num_draft_tokens  # which its exports' cards go by
 
 
 @pytest.mark.slow

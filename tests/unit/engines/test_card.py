@@ -19,7 +19,7 @@ from dpace.publish.card import engine_sections
 from dpace.system.ledger import MARKER
 from dpace.system.provenance import Hardware, fingerprint, hash_file
 from tests.support.families import make_sharp_target
-from tests.support.files import read_json
+from tests.support.files import change_config, read_json
 from tests.support.models import make_drafter, make_target, make_tokenizer, write_target_gguf
 from tests.support.rows import make_bench, make_row, make_served, make_servers
 from tests.unit.engines.conftest import MARKOV, quiet
@@ -114,6 +114,12 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
+def test_doctor_says_what_an_export_is(do_export, language_folder, run_line):
+    path = do_export("speculators")
+    (line,) = run_line(f"doctor {path} --target {language_folder}", 1).err.splitlines()
+    assert f"{path} is for speculators, not in the published layout; convert it" in line
+
+
 def test_a_folder_holds_the_last_export_only(folder, language_folder, target_gguf, run_line, tmp_path):
     """What dpace wrote of an earlier one is removed and named; files of others stay.
 
@@ -185,7 +191,7 @@ SLOWER = "**Measured slower than without it: do not serve.**"
         ([0.5, 0.2, 0.1, 0.05, 0.0], (10.0, 20.0), (0.5, 0.4, 0.6), 1, True),  # 3.7 tokens' time: 0.54 for each
         ([0.9, 0.5, 0.4, 0.1, 0.05], (20.0, 12.0), (1.7, 1.6, 1.8), 3, False),  # 1.77: 0.154 for each
         ([0.5, 0.2, 0.1, 0.05, 0.0], (10.0, 11.0), (0.9, 0.7, 1.2), 1, False),  # not clear
-        (None, (), (), 5, False),
+        (None, (), (), 3, False),  # no whole drafts: accepted in a tenth of the verifications of the training
     ],
 )
 def test_the_card_recommends_as_many_drafts_as_pay(
@@ -202,6 +208,11 @@ def test_the_card_recommends_as_many_drafts_as_pay(
 ):
     """By reach rate and break-even, of whole drafts with these weights; a measured loss is the card's first line."""
     source = shutil.copytree(language_drafter_folder, tmp_path / "run" / "drafter")
+    assert len(read_json(source / "config.json")["dpace"]["reach_rate"]) == 5
+    change_config(source, dpace={"reach_rate": [0.6, 0.3, 0.1, 0.09, 0.0]})
+    row = make_row(width="auto", decode_speedup=(2.0, 1.9, 2.1))
+    hashes = {"dpace": fingerprint(language_drafter)}
+    write_results(tmp_path / "run" / "results.json", make_bench(row, replace(row, width="copies"), drafters=hashes))
     most = language_drafter.config.block_size - 1
     assert most == 5
     if rates:
@@ -214,7 +225,6 @@ def test_the_card_recommends_as_many_drafts_as_pay(
             plain_tokens_per_second=speeds[1],
         )
         copied = replace(row, width="auto", reach_rate=[1.0] * 5, decode_speedup=(2.0, 1.9, 2.1))
-        hashes = {"dpace": fingerprint(language_drafter)}
         write_results(tmp_path / "run" / "results.json", make_bench(row, copied, drafters=hashes))
     out = tmp_path / "out"
     run_line(f"export {source} --target {language_folder} --to vllm --output {out}")
@@ -223,7 +233,8 @@ def test_the_card_recommends_as_many_drafts_as_pay(
     first = text.split("\n# out\n\n")[1].splitlines()[0]
     assert first.startswith(SLOWER) == is_slower and text.count(SLOWER) == is_slower
     assert (f"draft {number} of the 5 draft tokens" in text) == (number < 5)
-    assert ("was not measured. Try 1, 3 and 7 draft tokens too" in text) == (rates is None)
+    assert ("in training, these were accepted in a tenth" in text) == (rates is None)
+    assert "was not measured" not in text
     assert f"`dpace export {out} --target" in text and "--output out-gguf`" in text
 
 

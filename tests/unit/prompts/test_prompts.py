@@ -86,7 +86,7 @@ def test_other_files_are_refused_in_one_line(name, data, words, tmp_path):
 
 def test_one_prompt_of_a_file(tmp_path):
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"}])
-    assert find_prompt(f"{path}#y") == [user("b")]
+    assert find_prompt(f"{path}#y") == find_prompt(f"{path}#heldout/y") == [user("b")]
     for text in ("what is 3 # 4?", "explain a.jsonl"):
         assert find_prompt(text) == [user(text)]
     assert len(find_prompt("demo#notes/heldout/1")) == 5

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 import dpace
-from dpace.config import Recipe
+from dpace.config import PromptsConfig, Recipe
 from dpace.recipes import RECIPES
 from dpace.recipes.flags import Arguments, command, parse
 from dpace.recipes.recipe_file import read_recipe
+from dpace.verbs import PROMPT, generate_command
+from dpace.verbs.generate import GenerateConfig
 
 OF_RECIPES = Arguments(Recipe)
 
@@ -31,6 +33,32 @@ def test_exit_codes_of_usage(run_line):
     assert run_line("", 2).err == usage
     assert run_line("fly", 2).err == "unknown verb 'fly'; `dpace --help` lists the verbs\n"
     assert run_line("trian", 2).err == "unknown verb 'trian'; did you mean train? `dpace --help` lists the verbs\n"
+    for name in ("nosuch", "nosuch.yaml"):
+        assert f"no recipe named {name!r}; name a YAML file" in run_line(f"train {name}", 2).err
+    assert run_line("--completion zsh", 2).err == "unknown verb '--completion'; `dpace --help` lists the verbs\n"
+
+
+def test_what_may_stand_first_may_stand_last():
+    reads = Arguments(GenerateConfig, first="prompt")
+    for before in ([], ["--top-k", "3"]):
+        for args in (["a b", "--target", "t", *before], ["--target", "t", *before, "a b"]):
+            assert parse(reads, "generate", args)[0].prompt == "a b"
+    assert parse(reads, "generate", ["--prompt", "a", "--target", "t"])[0].target == "t"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({}, "demo#notes/heldout/1"),
+        ({"path": "mine.jsonl"}, "mine.jsonl#notes/heldout/1"),
+        ({"path": "a.jsonl", "heldout_path": "b.jsonl"}, "b.jsonl#notes/heldout/1"),
+        ({"path": "a.parquet"}, PROMPT),
+    ],
+)
+def test_the_next_command_has_a_held_out_prompt(prompts, expected):
+    recipe = Recipe(prompts=PromptsConfig(**prompts))
+    prompt_id = "notes/heldout/1"
+    assert shlex.split(generate_command(recipe, "d", prompt_id))[-1] == expected
 
 
 def test_a_tilde_is_a_folder():

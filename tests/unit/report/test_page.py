@@ -106,7 +106,7 @@ def test_a_folder_of_compare_and_logs_are_read(tmp_path):
     assert [title.partition(" ")[0] for title in sections][1:3] == ["Speed:", "Reach"]
     for title, words in {
         "Training": ("tau, validation", "optimizer step"),
-        "Weights over training": ("step 10", " dpace<", " drafter<"),
+        "Weights over training": ("step 10<", "stroke-dasharray", " dpace<", " drafter<"),
     }.items():
         assert all(word in sections[title].drawing for word in words)
 

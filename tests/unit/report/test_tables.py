@@ -84,7 +84,7 @@ def test_rows_say_what_they_know():
     """How much was copied, and texts that are to be kept; a shorter block has no cells for the last slots."""
     sampled = make_row(temperature=1.0, verify_rule="speculative")
     rows = speeds(make_bench(make_row(share_copied=0.25, width="auto", num_same_text=0), sampled)).rows
-    assert [row["width"] for row in rows] == ["auto, 25% copied", "full"]
+    assert [row["width"] for row in rows] == ["auto 25% copied", "full"]
     assert [row["same text"] for row in rows] == ["0/1", "-"]
     first, second = slots([make_row(reach_rate=[0.5], block_size=2), make_row(reach_rate=[1.0] * 3, block_size=4)]).rows
     assert [*first.values()][3:] == ["50", "", ""] and [*second.values()][3:] == ["100"] * 3
@@ -94,6 +94,21 @@ def test_rows_say_what_they_know():
         "not clear s dpace 2.00 [1.50, 2.50] +10.0 % [+0.0, +20.0]",
         "baseline s dflash 2.00 [1.50, 2.50] -",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "gain", "expected"),
+    [
+        ([0], (-0.005, -0.009, -0.001), "one seed"),
+        ([0], (0.04, 0.01, 0.07), "better"),
+        ([0, 1], (-0.005, -0.009, -0.001), "worse"),
+        ([0], (None, None, None), "too few prompts"),
+    ],
+)
+def test_under_3_percent_one_seed_gets_no_verdict(seeds, gain, expected):
+    table = comparison(make_compare(make_compared(gain=gain), seeds=seeds))
+    assert table.rows[0]["verdict"] == expected
+    assert "Student's t where there are several seeds. With one seed" in table.text
 
 
 def test_verdicts_follow_from_intervals():
