@@ -39,14 +39,17 @@ ARGUMENTS = Arguments(DoctorConfig, first="drafter")
 
 def run(config: DoctorConfig, given: Given) -> None:
     """Run `dpace doctor`."""
-    from dpace.doctor import RUN, diagnose
+    from dpace.doctor import CONFIG, RUN, attempt, diagnose
     from dpace.drafter.spec import read_folder
     from dpace.engines.read import refuse_other_layout
     from dpace.report.tables import Section, console, section_table
+    from dpace.system.loading import read_config
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    refuse_other_layout(Path(folder))
+    about, _ = attempt(CONFIG, read_config, folder)
+    if about:  # what cannot be read is told below
+        refuse_other_layout(Path(folder))
     target = load_target(config)
     rows = []
     failed = []
