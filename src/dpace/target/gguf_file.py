@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
@@ -55,8 +56,10 @@ LLAMA3_SCALING = {
 class _StrictReader(gguf.GGUFReader):
     """A reader that ends at the end of the file; gguf's own takes numbers after it as empty ones."""
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        found = super()._get(offset, dtype, count, override_order)
+    def _get(
+        self, offset: int | np.integer, dtype: Any, count: int | np.integer = 1, override_order: Any = None
+    ) -> Any:
+        found = super()._get(int(offset), dtype, int(count), override_order)
         if len(found) < count:
             raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
         return found
