@@ -62,7 +62,10 @@ def block_sizes(block_size: int, *, is_growing: bool, is_causal: bool = False) -
             f"--train.grow-blocks begins with half a block, of {LEAST_SLOTS} slots or more, and --drafter.block-size "
             f"is {block_size}; take --train.no-grow-blocks, or blocks of {2 * LEAST_SLOTS} slots or more"
         )
-    return [size for size in sizes for _ in range(block_size // size if is_causal else 1)]
+    parts = []
+    for num_larger, size in enumerate(reversed(sizes)):
+        parts += [size] * (2**num_larger if is_causal else 1)
+    return parts[::-1]
 
 
 def sample_anchors(

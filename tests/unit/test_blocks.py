@@ -31,7 +31,7 @@ def test_blocks_grow_from_halves():
     assert block_sizes(16, is_growing=True) == [2, 4, 8, 16]
     assert block_sizes(10, is_growing=True) == [2, 5, 10]
     assert block_sizes(16, is_growing=True, is_causal=True) == [2] * 8 + [4] * 4 + [8] * 2 + [16]
-    assert block_sizes(10, is_growing=True, is_causal=True) == [2, 2, 2, 2, 2, 5, 5, 10]
+    assert block_sizes(10, is_growing=True, is_causal=True) == [2, 2, 2, 2, 5, 5, 10]
     assert block_sizes(16, is_growing=False) == [16]
     with pytest.raises(ValueError, match="--drafter.block-size is 3; take --train.no-grow-blocks"):
         block_sizes(3, is_growing=True)

@@ -284,6 +284,8 @@ class TrainingLoop:
             steps = self.dataset.steps(self.step_size, seed=self.config.seed, is_grouped=self.config.group_by_length)
             for numbers in steps[num_done : num_done + max_steps - step]:
                 num_slots = self.block_sizes[int(step / max_steps * len(self.block_sizes))]
+                if step == max_steps - 1:  # whole blocks also where there are fewer steps than parts
+                    num_slots = self.block_sizes[-1]
                 starts = range(offset, len(numbers) + offset, self.micro_size)
                 yield [self.read_batch(numbers[start : start + batch_size], num_slots) for start in starts]
                 step += 1

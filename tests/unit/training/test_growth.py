@@ -18,7 +18,7 @@ def test_an_objective_that_is_written_for_whole_blocks_is_refused():
         check_recipe(recipe, lambda slots: slots.is_scored * torch.ones(8))
 
 
-@pytest.mark.parametrize(("is_causal", "parts"), [(False, (1, 1, 1)), (True, (4, 2, 1))])
+@pytest.mark.parametrize(("is_causal", "parts"), [(False, (1, 1, 1)), (True, (4, 2, 1)), (True, (2, 0, 1))])
 def test_training_takes_short_blocks_first(make_loop, is_causal, parts):
     """With 4 slots for 8, twice the blocks; where slots are causal, shorter blocks for longer."""
     drafter = {**EIGHT, "causal": is_causal}
