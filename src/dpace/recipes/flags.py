@@ -75,7 +75,8 @@ def parse(reads: Arguments, verb: str, args: list[str]) -> tuple[Any, Given]:
             args = [f"--{reads.first}", *args]
         elif not args[-1].startswith("-"):
             kind = get_type_hints(config_class).get(_option_of(args[-2]))
-            if kind in (None, bool):  # the word before is no flag that takes the last one as its value
+            # The word before is no flag that takes the last one as its value.
+            if kind in (None, bool) or "=" in args[-2]:
                 args = [*args[:-1], f"--{reads.first}", args[-1]]
     words = _with_full_names(config_class, verb, args)
     recipe, settings, flags = _read_recipe(config_class, words)

@@ -40,7 +40,7 @@ def test_exit_codes_of_usage(run_line):
 
 def test_what_may_stand_first_may_stand_last():
     reads = Arguments(GenerateConfig, first="prompt")
-    for before in ([], ["--top-k", "3"]):
+    for before in ([], ["--top-k", "3"], ["--top-k=3"]):
         for args in (["a b", "--target", "t", *before], ["--target", "t", *before, "a b"]):
             assert parse(reads, "generate", args)[0].prompt == "a b"
     assert parse(reads, "generate", ["--prompt", "a", "--target", "t"])[0].target == "t"
