@@ -131,9 +131,8 @@ def widening(num_prompts: int) -> float:
     """Return by how much the interval of a bootstrap is too narrow, for two prompts or more.
 
     A bootstrap takes the spread of few prompts for the spread of all, and its quantiles for the normal distribution's.
-    With 6 prompts, its intervals of 95 % hold 85 % of the time. With this factor those of gains hold 93 to 96 %,
-    and those of tau 91 to 94 %, which a test counts; they hold less often where a few prompts are of another kind,
-    which few samples miss (docs/measure.md).
+    With 6 prompts, its intervals of 95 % hold 85 % of the time. With this factor they hold 91 to 96 %, which a test
+    counts; they hold less often where a few prompts are of another kind, which few samples miss (docs/measure.md).
 
     Source: Hesterberg, What Teachers Should Know About the Bootstrap (2015), section 5.3.
     """

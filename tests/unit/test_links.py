@@ -36,7 +36,7 @@ WRITTEN = {
 }
 """What each verb adds to, writes anew or removes, and so must be its own."""
 HARDWARE = ("dpace.measure.benchmark.find_hardware", lambda _: Hardware(device="cpu", cores=1, torch_threads=1))
-"""The name of bench's records follows from it, and other tests may have changed the threads."""
+"""The name of bench's records follows from it; here it is the same in each process."""
 CASES = [(verb, name, kind) for verb in WRITTEN for name in WRITTEN[verb] for kind in ("link", "dead link", "pipe")]
 
 

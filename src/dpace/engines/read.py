@@ -24,10 +24,9 @@ def refuse_other_layout(path: Path) -> None:
     Raises:
         ValueError: names the engine that they were written for.
     """
-    if writer_of(path).layout != Engine.layout:
-        raise ValueError(
-            f"{path} is for {writer_of(path).title}, not in the published layout; convert it with `dpace import`"
-        )
+    writer = writer_of(path)
+    if writer.layout != Engine.layout:
+        raise ValueError(f"{path} is for {writer.title}, not in the published layout; convert it with `dpace import`")
 
 
 def writer_of(path: Path) -> Engine:

@@ -301,7 +301,7 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def write_profile(folder: Path, spec: DrafterSpec, rows: Sequence[Row], target: str) -> None:
-    """Write how a drafter's whole drafts are accepted, in the form that Dynamo, AIConfigurator and vLLM read.
+    """Write how a drafter's whole drafts are accepted, in NVIDIA's schema, which is made for tools of deployment.
 
     The keys stand in `speculation_profile.json.jinja`. A length there is the number of accepted draft tokens plus one,
     also where a text ends without its bonus token. So the mean is 1 plus the sum of the marginal rates, and at least

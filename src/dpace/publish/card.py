@@ -40,8 +40,8 @@ Read = TypeVar("Read")
 PLACES = ("server", "init", "feature_files", "feature_servers")
 """Options that name files and servers."""
 LEAST_SHARE = 0.1
-"""Share of the verifications in which a draft token has to be accepted to pay, where no speed was measured.
-On two cores, one of `smollm2-135m` takes 0.08 of the time of a plain token (its page)."""
+"""Share of the verifications in which a draft token has to be accepted to pay, where no speed was measured: a guess,
+since the time of one more token in a pass, over that of a plain one, differs by engine and machine."""
 
 
 def engine_sections(

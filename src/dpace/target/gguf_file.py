@@ -41,7 +41,7 @@ SETTINGS = {
 }
 """llama.cpp's and transformers' names of settings that transformers 5.24 does not take over for all architectures."""
 SETTINGS_READ = {name.replace("_", ""): read for name, read in GGUF_TO_TRANSFORMERS_MAPPING["config"].items()}
-"""Of each architecture of transformers' older reader the settings that it takes over; its newer one takes all."""
+"""Settings that transformers' older reader takes over, by architecture; its newer one takes all."""
 SAME_AS_HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 """Sizes that its networks take to be those of a head."""
 LLAMA3_SCALING = {
@@ -133,7 +133,7 @@ def _reading_once(reader: gguf.GGUFReader) -> Iterator[None]:
     most of the time of a first use.
     """
     kept = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (lambda _path: reader, kept[1]))
+    gguf.GGUFReader, gguf.get_tensor_name_map = (lambda _path: reader), functools.cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
@@ -170,7 +170,7 @@ def dequantize(path: Path, folder: Path, digest: str, dtype: torch.dtype | None 
         with translate_library_errors(what, GET_AGAIN):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _complete_config(config, path, reader, values)
-        # also where the caller's models have no values
+        # On the CPU, also where the caller's models have no values.
         with torch.device("cpu"), translate_library_errors(what, GET_AGAIN):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
