@@ -83,7 +83,7 @@ def bench_servers(
     # The plain server comes first: later turns of a prompt see its answers, on all sides.
     for side, url in zip([PLAIN, *drafting_sides], [config.plain_server, *config.server], strict=True):
         if url:
-            servers[side] = connect(url, len(chat.tokenizer))
+            servers[side] = connect(url, len(chat.tokenizer), chat.tokenizer)
     known = setup_of(chat, config)
     setup = ServerSetup(**known, servers={side: _address_of(server) for side, server in servers.items()})
     register_files(folder, SERVERS_FILE)

@@ -224,6 +224,8 @@ def servers(results: ServerResults) -> Section:
         rows.append(cells)
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
     note = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
+    if not any(row.num_verifications for row in results.rows):
+        note += ". The server tells no accepted drafts, so its tau cannot be had: read speed and texts."
     return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=3, note=note)
 
 

@@ -1,7 +1,8 @@
 """Ask a running server one prompt, and refuse what is no answer to it.
 
 vLLM, SGLang and llama.cpp are asked in their own terms; what each of them replies becomes a `Reply`, and one or many
-of these an `Answer`: token ids, times, why it ended, and the verifications that the server reports.
+of these an `Answer`: token ids, times, why it ended, and the verifications that the server reports. Ollama, LM Studio
+and other servers of OpenAI's API give text alone, which measures speed.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import pydantic
 from pydantic import BaseModel, NonNegativeInt
+from transformers import PreTrainedTokenizerBase
 
 from dpace.config import MAX_TOKENS, STRICT
 from dpace.servers.transport import Address, Refused, Unavailable
@@ -50,6 +52,8 @@ class Reply(BaseModel):
     tokens: list[int] | None = None
     is_all: bool = False
     """Whether `tokens` are all so far, and not those after the last event."""
+    text: str = ""
+    """What is written since the last event, where the server gives no tokens."""
     end: str | None = None
     """Why the answer ends with this event: `stop` or `eos` for a stop token; None where it goes on."""
     num_tokens: NonNegativeInt | None = None
@@ -86,6 +90,8 @@ class Server:
     model: object = None
     """What the server calls its model, where it says so; it may be anything."""
     version: object = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The target's, for servers that know no token ids."""
 
     def __init__(self, address: Address, vocab_size: int):
         self.address = address
@@ -162,6 +168,7 @@ class Server:
     def _collect(self, events: Iterable[dict], max_new_tokens: int) -> Answer:
         """Put an answer together from its events."""
         tokens: list[int] = []
+        text = ""
         first = last = 0.0
         counts = end = None
         reply = Reply()
@@ -183,7 +190,8 @@ class Server:
                     "which version runs"
                 )
             last = time.perf_counter()
-            if tokens and not first:  # events before the first token are of the prompt
+            text += reply.text
+            if (tokens or text) and not first:  # events before the first token are of the prompt
                 first = last
             counts = reply.counts or counts
             end = reply.end or end
@@ -192,6 +200,8 @@ class Server:
                 f"{self.url} broke off after {len(tokens)} tokens ({end or 'it gave no reason'}); is the server still "
                 "running?"
             )
+        if text and self.tokenizer:
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return Answer(tokens, last - first, counts, end in ("stop", "eos"), reply)
 
 
@@ -348,6 +358,73 @@ def _count_drafts(predicted_n: int, draft_n: int, draft_n_accepted: int, *, is_e
     return Counts(verifications, max(0, emitted - verifications), draft_n)
 
 
+class TextServer(Server):
+    """LM Studio and other servers of OpenAI's API that give no token ids: `/v1/completions`.
+
+    The target's tokenizer makes text of a prompt and tokens of an answer; how many tokens are drafted is not told.
+    """
+
+    engine = "text"
+
+    def find_model(self, page: dict) -> object:
+        """See `Server`.
+
+        Raises:
+            Unavailable: it has none, or several.
+        """
+        models = [model.get("id") or model["name"] for model in page.get("data") or page["models"]]
+        if len(models) != 1:
+            raise Unavailable(
+                f"{self.url} serves {len(models)} models, expected 1: load it, and in LM Studio turn just-in-time "
+                "loading off"
+            )
+        return models[0]
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt without what a tokenizer, so the server too, puts before every text."""
+        assert self.tokenizer
+        begin, text = map(self.tokenizer.decode, (self.tokenizer.encode(""), token_ids))
+        return text.removeprefix(begin)
+
+    def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
+        """See `Server`."""
+        body = {"model": self.model, "prompt": self.text_of(token_ids), "max_tokens": max_new_tokens}
+        return "/v1/completions", body | {"temperature": temperature, "seed": seed, "top_p": 1.0}
+
+    def read(self, event: dict) -> Reply:
+        """See `Server`."""
+        choice = (event.get("choices") or [{}])[0]
+        return Reply(text=choice.get("text") or "", end=choice.get("finish_reason"))
+
+
+class OllamaServer(TextServer):
+    """Ollama: its native `/api/generate`, since its other pages put a template around the prompt.
+
+    Source: `docs/api.md` of ollama/ollama.
+    """
+
+    engine = "ollama"
+
+    def find_model(self, page: dict) -> object:
+        """See `Server`."""
+        return super().find_model(json.loads(self.address.get("/api/ps")))
+
+    def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
+        """See `Server`."""
+        options = {"num_predict": max_new_tokens, "temperature": temperature, "seed": seed, "top_k": 0, "top_p": 1.0}
+        options |= {"min_p": 0.0, "repeat_penalty": 1.0}
+        return "/api/generate", {
+            "model": self.model,
+            "prompt": self.text_of(token_ids),
+            "raw": True,
+            "options": options,
+        }
+
+    def read(self, event: dict) -> Reply:
+        """See `Server`."""
+        return Reply(text=event["response"], end=event.get("done_reason"))
+
+
 PROBES = (
     ("/props", LlamacppServer, ""),
     ("/get_server_info", SglangServer, ""),
@@ -355,21 +432,25 @@ PROBES = (
     ("/version", VllmServer, "version"),
 )
 """Pages that only one kind of server has, with a key of each where others have such a page."""
+TEXT_PROBES = (("/api/version", OllamaServer, "version"), ("/v1/models", TextServer, "data"))
+"""The same for servers that know no token ids."""
 
 
-def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
+def connect(url: str, vocab_size: int = MAX_TOKENS, tokenizer: PreTrainedTokenizerBase | None = None) -> Server:
     """Find out what runs at an address.
 
     Args:
         url: `http://host:port`.
         vocab_size: see `Server`.
+        tokenizer: the target's, where text without token ids is enough.
 
     Raises:
         ValueError: no address, nothing answers there, it wants a key, or none of the servers that are known.
     """
     address = Address(url)
-    for path, kind, key in PROBES:
+    for path, kind, key in PROBES + (TEXT_PROBES if tokenizer else ()):
         server = kind(address, vocab_size)
+        server.tokenizer = tokenizer
         try:
             page = json.loads(address.get(path))
             if isinstance(page, dict) and (not key or key in page):

@@ -108,7 +108,9 @@ class Address:
                 name, _, data = line.partition(b":")
                 if data.strip() == b"[DONE]":
                     return
-                if name == b"data":
+                if line.startswith(b"{"):  # Ollama's events have no name
+                    yield self._event(path, line)
+                elif name == b"data":
                     yield self._event(path, data)
 
     def _event(self, path: str, data: bytes) -> dict:

@@ -176,6 +176,39 @@ def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, 
     assert shown["tok/s (plain)"].endswith(" (-)")
 
 
+@pytest.mark.parametrize(
+    ("known", "events"),
+    [
+        (
+            {"/api/version": {"version": "1"}, "/api/ps": {"models": [{"name": "m"}]}},
+            [{"response": "w7"}, {"response": " w8", "done_reason": "length"}],
+        ),
+        (
+            {"/v1/models": {"data": [{"id": "m"}]}},
+            [{"choices": [{"text": "w7"}]}, {"choices": [{"text": " w8", "finish_reason": "length"}]}],
+        ),
+    ],
+    ids=["ollama", "openai"],
+)
+def test_a_server_that_gives_text_alone_is_measured_by_speed_and_text(known, events, bench, run_line, tmp_path):
+    """It gets the text of the prompt's tokens, and its answer has the tokens of the target's tokenizer."""
+    mark = b"" if "/api/ps" in known else b"data: "
+    answer = b"".join(mark + json.dumps(event).encode() + b"\n" for event in events)
+    server = StubServer(pages(known), lambda request: request.send(answer))
+    asked = f"{bench} --temperatures 0 --respond.max-new-tokens 12 --server {server.url}"
+    printed, _ = run_line(f"{asked} --output {tmp_path} --plain-server {server.url}")
+    (row,) = read_results(tmp_path / "servers.json").rows
+    assert row.num_same_text == row.num_responses == 6 and row.tau[0] is None
+    assert "tells no accepted drafts" in " ".join(printed.split())
+    (path,) = tmp_path.glob("servers-*.jsonl")
+    (turn,) = json.loads(path.read_text().splitlines()[-1])["turns"]
+    assert turn[PLAIN]["token_ids"] == CHAT.tokenizer.encode("w7 w8")
+    assert all(re.fullmatch(r"ask( w\d+)+ answer", request.body["prompt"]) for request in server.requests)
+    known["/v1/models"] = known["/api/ps"] = {"data": [], "models": [{"name": "a"}, {"name": "b"}]}
+    assert "expected 1: load it" in run_line(f"{asked} --output {tmp_path}/2", 1).err
+    server.close()
+
+
 def served(name: str, accepted: list[int], seconds: float, texts=([1, 2, 3],) * 3) -> ServedRecord:
     """A prompt with these accepted lengths, and the texts of the drafter's side and of both passes of the other."""
     answers = [ServedAnswer(token_ids=text, decode_seconds=seconds, counts=None) for text in texts]
