@@ -132,9 +132,12 @@ class FeatureFiles(Sequence[Features]):
         ValueError: a row is missing, or a file cannot be read.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], with_head_input: bool):
+    def __init__(self, folder: Path, names: Sequence[str], lengths: Sequence[int], widths: dict[str, int]):
         self.names = list(names)
-        self.with_head_input = with_head_input
+        self.lengths = lengths
+        """Tokens of each text."""
+        self.widths = widths
+        """Numbers of a token in each tensor of a text, by what follows the text's name."""
         self.rows = _index_rows(folder)
         missing = [name for name in self.names if name not in self.rows]
         if missing:
@@ -151,15 +154,23 @@ class FeatureFiles(Sequence[Features]):
 
     def __getitem__(self, index: Any) -> Any:
         """Read the features of a text."""
-        name = self.names[index]
-        head_input = None
-        if self.with_head_input:
-            head_input = self._read(name + HEAD_INPUT)
-        return Features(self._read(name), head_input)
+        shapes = {self.names[index] + end: (self.lengths[index], width) for end, width in self.widths.items()}
+        return Features(*map(self._read, shapes, shapes.values()))
 
-    def _read(self, tensor_name: str) -> Tensor:
-        """Read a tensor."""
-        return self.open(self.rows[tensor_name]).get_tensor(tensor_name)
+    def _read(self, tensor_name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor.
+
+        Raises:
+            ValueError: it has another shape, or numbers that are none.
+        """
+        path = self.rows[tensor_name]
+        tensor = self.open(path).get_tensor(tensor_name)
+        if tensor.shape != shape or not tensor.isfinite().all():
+            raise ValueError(
+                f"{path} has hidden states of shape {(*tensor.shape,)}, expected finite ones of shape {shape}; delete "
+                "it, and the same command computes its rows again"
+            )
+        return tensor
 
 
 def keep_on_disk(
@@ -210,7 +221,10 @@ def keep_on_disk(
                 for _ in range(ranks.num_short(batches)):
                     target.join_features(layer_ids, with_head_input=with_head_input)
             ranks.barrier()
-    features = FeatureFiles(folder, names, with_head_input)
+    widths = {"": len(layer_ids) * target.hidden_size}
+    if with_head_input:
+        widths[HEAD_INPUT] = target.hidden_size
+    features = FeatureFiles(folder, names, dataset.lengths.tolist(), widths)
     dataset.use_features(features, layer_ids, with_head_input)
 
 
