@@ -16,6 +16,7 @@ import tyro
 from llamacpp import serving
 
 from dpace import cli
+from dpace.measure.results import split_depth
 
 
 @dataclass
@@ -39,12 +40,13 @@ def main(options: Options, bench: list[str]) -> int:
     with ExitStack() as stack:
         urls = []
         for number, depth in enumerate(("0", *options.depths)):
-            count, _, p_min = depth.partition("@")
+            count, p_min, ngrams = split_depth(depth)
             server = serving(
                 options.target,
                 drafter=options.drafter if number else None,
-                num_draft_tokens=int(count),
+                num_draft_tokens=count,
                 p_min=float(p_min or 0),
+                ngrams=ngrams,
                 num_threads=options.threads,
                 port=options.port + number,
             )

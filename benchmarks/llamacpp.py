@@ -82,6 +82,7 @@ def make_server(
     *,
     num_draft_tokens: int = 0,
     p_min: float = 0.0,
+    ngrams: str = "",
     is_dspark: bool = False,
     num_threads: int = 1,
     num_parallel: int = 1,
@@ -91,8 +92,9 @@ def make_server(
     """Make a server of xllamacpp in this process.
 
     Its threads slow down those of torch: call this in a process without torch's work. Arguments as in `run_llamacpp`;
-    `p_min` ends a draft at a token of a lower probability; `num_parallel` texts are answered at once; `is_exact` keeps
-    keys and values in f32, as this process does, and not in llama.cpp's default, f16; `port` is a free one by default.
+    `p_min` ends a draft at a token of a lower probability; `ngrams`, such as `ngram-simple`, draft beside it;
+    `num_parallel` texts are answered at once; `is_exact` keeps keys and values in f32, as this process does, and not in
+    llama.cpp's default, f16; `port` is a free one by default.
     """
     xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
@@ -109,7 +111,10 @@ def make_server(
     if drafter:
         kinds = xllamacpp.common_speculative_type
         dspark = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK
-        params.speculative.types = [dspark if is_dspark else kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
+        types = [dspark if is_dspark else kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
+        if ngrams:
+            types.append(getattr(kinds, f"COMMON_SPECULATIVE_TYPE_{ngrams.replace('-', '_').upper()}"))
+        params.speculative.types = types
         params.speculative.draft.mparams.path = drafter
         params.speculative.draft.n_max = num_draft_tokens
         params.speculative.draft.p_min = p_min

@@ -135,9 +135,9 @@ Width = Literal["auto", "full", "copies"] | Count
 
 
 def _refuse_other_depth(depth: str) -> str:
-    """Refuse another form than that of a depth with a p-min; the message ends the list of forms."""
-    if not re.fullmatch(r"[1-9]\d*@0?\.\d+", depth):
-        raise ValueError("NUMBER@P with a p-min P below 1")
+    """Refuse another form than that of a depth with more than a number; the message ends the list of forms."""
+    if not re.fullmatch(r"[1-9]\d*(@0?\.\d+)?(\+ngram-[a-z0-9-]+)?", depth):
+        raise ValueError("NUMBER@P with a p-min P below 1, or NUMBER+ngram-simple")
     return depth
 
 

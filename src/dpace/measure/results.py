@@ -216,10 +216,11 @@ class ComparedRow(DraftedRow):
     """Tau over the baseline's, as a ratio minus 1."""
 
 
-def split_depth(depth: str) -> tuple[int, str]:
-    """Return the number of draft tokens of a depth, and its p-min, which is empty where it has none."""
-    count, _, p_min = depth.partition("@")
-    return int(count), p_min
+def split_depth(depth: str) -> tuple[int, str, str]:
+    """Return the number of draft tokens of a depth, its p-min and its kind of n-grams, which may be empty."""
+    draft, _, ngrams = depth.partition("+")
+    count, _, p_min = draft.partition("@")
+    return int(count), p_min, ngrams
 
 
 @json_object

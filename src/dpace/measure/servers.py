@@ -161,8 +161,8 @@ def _address_of(server: Server) -> ServerAddress:
 
 def _refuse_deeper_drafts(depth: str, server: Server, counts: Counts) -> None:
     """Refuse a server that drafts more tokens than its depth; its number of verifications may be wrong by one."""
-    most, _ = split_depth(depth)
-    if counts.num_drafted > most * (counts.num_verifications + 1):
+    most, _, ngrams = split_depth(depth)
+    if not ngrams and counts.num_drafted > most * (counts.num_verifications + 1):
         raise ValueError(
             f"{server.url} drafted {counts.num_drafted} tokens in {counts.num_verifications} verifications, expected "
             f"at most {most} in each, as --bench.depths says; name the depths in the order of --bench.server"

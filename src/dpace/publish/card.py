@@ -62,15 +62,17 @@ def engine_sections(
         if not engine.card or engine.layout != layout or engine.fault(spec):
             continue
         num_drafts = spec.num_draft_tokens
-        p_min = ""
+        p_min = ngrams = ""
         note = ""
         if served and _server_of(served).engine in (engine.name, engine.title):
             note = f"\n\n{_depth_note(served)}"
             depths = [split_depth(row.depth) for row in best_depths(served.rows).values() if row and row.depth]
-            num_drafts, p_min = min(depths, default=(num_drafts, p_min))
+            num_drafts, p_min, ngrams = min(depths, default=(num_drafts, p_min, ngrams))
         command = engine.command(_with_drafts(spec, num_drafts), drafter, target)
         if p_min:
             command += f" --spec-draft-p-min {p_min}"
+        if ngrams:
+            command = command.replace(" --spec-draft-n-max", f",{ngrams} --spec-draft-n-max")
         sections[engine.name] = engine.card.format(drafter=drafter, target=target, command=command).rstrip() + note
     return sections
 

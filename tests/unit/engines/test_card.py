@@ -248,7 +248,7 @@ def test_the_card_has_the_depth_that_an_engine_measured(
     rows = [
         make_served(set=name, depth=depth, decode_speedup=speedup)
         for name, order in (("code", speedups), ("notes", speedups[:1] * 3))
-        for depth, speedup in zip(("1", "3@0.5", "4"), order, strict=True)
+        for depth, speedup in zip(("1", "3@0.5+ngram-simple", "4"), order, strict=True)
     ]
     results = make_servers(*rows)
     servers = {depth: replace(at, engine=engine, version="b7") for depth, at in results.servers.items()}
@@ -263,10 +263,13 @@ def test_the_card_has_the_depth_that_an_engine_measured(
 
     assert "times as fast" not in card(drafter_sha256="1" * 64)
     text = card(drafter_sha256=digest, hardware=hardware)
-    said = "code (T=0) 3@0.5, 1.50 [1.40, 1.60] times as fast; notes (T=0) none: do not draft."
+    said = "code (T=0) 3@0.5+ngram-simple, 1.50 [1.40, 1.60] times as fast; notes (T=0) none: do not draft."
     assert f"with {engine} b7 on a processor (2 cores), best number" in text and said in text
     if to == "gguf":
-        assert "--spec-draft-n-max 3 --spec-draft-p-min 0.5 ```" in text and "was not measured. Try" not in text
+        assert (
+            "flash,ngram-simple --spec-draft-n-max 3 --spec-draft-p-min 0.5 ```" in text
+            and "was not measured. Try" not in text
+        )
     else:
         assert '"num_speculative_tokens": 3}' in text and "--speculative-dflash-block-size 6" in text
     assert "on another machine than dpace" in card(drafter_sha256=digest)

@@ -342,7 +342,7 @@ def test_what_a_server_calls_itself_is_a_text_without_its_key(start, bench, run_
         ("--server http://h:9 --depths 1 3", "names 1 servers and --bench.depths 2 depths; name one"),
         (
             "--server http://h:9 --depths 3@1.5",
-            "bench.depths is '3@1.5', expected a valid integer or NUMBER@P with a p-min P below 1",
+            "bench.depths is '3@1.5', expected a valid integer or NUMBER@P with a p-min P below 1, or",
         ),
     ],
 )
@@ -351,16 +351,19 @@ def test_the_verb_says_which_flags_want_the_server_or_are_not_for_it(flags, said
 
 
 def test_the_verb_compares_depths(start, bench, run_line, tmp_path):
-    """A server for each; one that drafts more than was said is refused, and a lower p-min may draft less."""
+    """A server for each; one that drafts more than was said is refused, unless n-grams draft too."""
     plain, *drafters = (start("llama.cpp", drafts=bool(depth), depth=depth) for depth in (0, 1, 3))
     urls = " ".join(server.url for server in drafters)
     command = f"{bench} --output {tmp_path} --temperatures 0 --respond.max-new-tokens 12 --plain-server {plain.url}"
     said = run_line(f"{command} --server {urls} --depths 3 1", 1).err
     assert f"{drafters[1].url} drafted 9 tokens in 3 verifications, expected at most 1 in each" in said
-    printed, said = run_line(f"{command} --server {urls} --depths 1 5@0.5")
-    assert "tau here" not in printed + said and re.search(r"5@0\.5 .* 3\.00? ", printed), printed
+    printed, said = run_line(f"{command} --server {urls} --depths 1 1+ngram-simple")
+    assert "tau here" not in printed + said and re.search(r"1\+ngram-simple .* 3\.00? ", printed), printed
     results = read_results(tmp_path / "servers.json")
-    assert [(row.depth, row.num_drafted, row.num_responses) for row in results.rows] == [("1", 18, 6), ("5@0.5", 54, 6)]
+    assert [(row.depth, row.num_drafted, row.num_responses) for row in results.rows] == [
+        ("1", 18, 6),
+        ("1+ngram-simple", 54, 6),
+    ]
     assert results.hardware and results.drafter_sha256 is None
     best = depths_note(results.rows)
     assert f"best depth: {best}" in " ".join(printed.split()) and best.startswith("heldout (T=0) ")
