@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401  # once: the processes of mutants are forks
+import torch  # once: the processes of mutants are forks
 import transformers  # noqa: F401
 import tyro
 
@@ -33,7 +33,7 @@ TESTS = {
     "blocks.py": "test_blocks.py drafter/test_windows.py loss",
     "metrics.py": "test_metrics.py measure/test_results.py",
     "decode/sampling.py": "decode/test_sampling.py decode/test_decode.py",
-    "decode/loop.py": "decode/test_decode.py decode/test_stream.py decode/test_sampling.py",
+    "decode/loop.py": "decode/test_decode.py decode/test_stream.py decode/test_sampling.py decode/test_copies.py",
     "decode/copies.py": "decode/test_copies.py decode/test_decode.py",
     "drafter/views.py": "drafter/test_views.py drafter/test_windows.py drafter/test_drafter.py",
     "drafter/selector.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
@@ -142,6 +142,7 @@ def main(out: tyro.conf.Positional[Path], number: int = 200, seed: int = 0, file
     """
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # the threads of a parent do not survive a fork
     names = sorted(str(path.relative_to(SOURCE)) for pattern in files for path in SOURCE.glob(pattern))
     places = [(name, place) for name in names for place in range(Mutant(name, -1).num_places)]
     drawn = random.Random(seed).sample(places, min(number, len(places)))

@@ -58,6 +58,8 @@ def test_blocks_by_hand(example):
     assert example.is_scored[0, 0].tolist() == [False, True, True, False]  # leaves the response
     assert example.labels[0, 1].tolist() == [18, 19, 0, 0]  # runs past the end
     assert example.is_scored[0, 1].tolist() == [False, True, False, False]
+    nothing = [torch.zeros(0, dtype=torch.long)]
+    assert build_blocks(torch.ones(1, 3).long(), torch.ones(1, 3).bool(), nothing, 2).is_block.tolist() == [[False]]
     assert not example.is_scored[0, 2].any() and not example.is_block[0, 2]
     assert example.position_ids[1, 2].tolist() == [8, 9, 10, 11]
     assert example.input_ids(99)[0, 0].tolist() == [12, 99, 99, 99]

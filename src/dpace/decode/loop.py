@@ -154,7 +154,7 @@ class Speculation:
         # The text ends at position `limit`; after it there is room for the tokens of a step.
         capacity = text.limit + 1 + self.widest
         self.cache = TextCache(target.config, capacity)
-        self.cache.activate_past_recording()
+        self.cache.record(self.widest)
         self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
         self.limits = torch.tensor([[text.limit]], device=target.device)
         self.unread: list[Float[Tensor, "1 new feature"]] = []
@@ -194,9 +194,6 @@ class Speculation:
         if plan.is_drafted:
             plan, block, draft_probs = self.draft(plan, block, starts)
         width = block.shape[1]
-        recurrent_states = []
-        if self.target.cache_ability == "rewind" and width > 1:
-            recurrent_states = self.cache.recurrent_states()
         (logits,), features, _ = verify_step(self.target, self.cache, self.layer_ids, block, starts, self.limits)
         accepted, token_ids = self.accept(block[0, 1:], logits, draft_probs)
         step = text.take(accepted, token_ids, width=width, is_copied=not plan.is_drafted)
@@ -204,7 +201,7 @@ class Speculation:
         num_kept = len(step.token_ids)
         self.unread.append(features[:, :num_kept])
         if not text.is_done:
-            self.cache.take_back(self.target, block, num_kept, recurrent_states)
+            self.cache.crop(num_kept - width)  # also where none is taken back: once after each pass
         if self.pace is not None:
             seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
             self.pace.learn(plan, step.token_ids, step.accepted, seconds=seconds, lookups=self.lookup.read())

@@ -78,7 +78,7 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
     sampler = Sampler(float(is_sampled), seed=0, device=target.device)
     filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
     text = TextCache(target.config, filler.shape[1] + size)
-    text.activate_past_recording()
+    text.record(size)
     _, features = target.read(filler, text, drafter.target_layer_ids)
     rows = PackedRows(target, drafter.vocabulary)
 

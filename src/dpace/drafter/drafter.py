@@ -361,7 +361,7 @@ class Drafter(DFlashDraftModel):
                 f"the drafter's {fault}: the drafter was trained for another target; "
                 "train one for this target with `dpace train`"
             )
-        if target.cache_ability == "append":
+        if not target.can_take_back:
             raise ValueError(
                 f"{type(target.model).__name__} cannot read several tokens at once after a text that it has read, so "
                 "it cannot verify drafts: decode it without a drafter"

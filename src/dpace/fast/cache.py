@@ -2,18 +2,18 @@
 
 `TextCache` appends tokens: writing one copies that token only, and dropping the last ones copies nothing. `RaggedCache`
 writes each row's tokens where they belong. `place` and `place_block` say where the next tokens go and return the mask
-that they need, so that a decoding step is the same with both. `probe_cache` finds out what a target's caches can do
-after a rejected draft.
+that they need, so that a decoding step is the same with both. `probe_cache` finds out whether a target's caches can
+take back a rejected draft.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dpace.blocks import FULL, Reach
 
@@ -26,22 +26,15 @@ NUM_REJECTED = 2
 UNSEEN = -(2**40)
 """Position of what a column holds that no slot may see: farther away than any reach."""
 
-CacheAbility = Literal["crop", "rewind", "append"]
-"""What a target's caches can do after a rejected draft.
-
-`crop`: take back the rejected tokens. `rewind`: return to a state that was kept, and read the accepted tokens again.
-`append`: neither, or not even read several tokens at once, so that drafts cannot be verified.
-"""
-
 
 class TextCache(DynamicCache):
     """The cache of one text.
 
     Layers of a target with a sliding window or a recurrent state keep transformers' own cache layers. Only after
-    `activate_past_recording` can these be cropped; they then keep all tokens until the next crop.
+    `record` can these be cropped; they then keep all tokens until the next crop.
 
     Memory: keys and values of `capacity` tokens in every full-attention layer and in all layers of a drafter, allocated
-    at once.
+    at once; after `record`, so many recurrent states of each such layer.
 
     Args:
         config: of the model.
@@ -64,37 +57,9 @@ class TextCache(DynamicCache):
     def place_block(self, positions: Int[Tensor, "1 new"], starts: Int[Tensor, "1 1"]) -> None:
         """Return no mask: the layers know what the slots of a block see of the cache and of the block."""
 
-    def recurrent_states(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the recurrent states, which no crop can take back, each with a copy; empty for a cache without any.
-
-        Memory: the copies, which do not grow with the text.
-        """
-        states = []
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                states += [(state, state.clone()) for state in layer.recurrent_states.values() if state is not None]
-        return states
-
-    def take_back(
-        self, target: Any, block: Int[Tensor, "1 width"], num_kept: int, states: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        """Take back what the target has just read of a block, but for its first tokens.
-
-        Args:
-            target: a `dpace.target.Target`.
-            block: what it has read since the states were copied.
-            num_kept: number of first tokens that stay.
-            states: what `recurrent_states` returned.
-        """
-        num_rejected = block.shape[1] - num_kept
-        if states and num_rejected:
-            # No crop takes tokens out of a recurrent state: it is put back, and the kept tokens are read again.
-            self.crop(-block.shape[1])
-            for state, copied in states:
-                state.copy_(copied)
-            target.hidden(block[:, :num_kept], self)
-            num_rejected = 0
-        self.crop(-num_rejected)  # also where none is: once after each pass
+    def record(self, num_tokens: int) -> None:
+        """Let the next passes be cropped by up to so many tokens; each is followed by a crop, which may be of none."""
+        self.activate_past_recording(recurrent_states_to_keep=num_tokens)
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -308,8 +273,8 @@ def is_full_attention(cache: Any) -> bool:
 
 
 @torch.inference_mode()
-def probe_cache(target: Any) -> CacheAbility:
-    """Find out what a target's caches can do: read, go back as their layers let them, and read on as in one pass.
+def probe_cache(target: Any) -> bool:
+    """Find out whether a target's caches can read several tokens, take back some, and read on as in one pass.
 
     Caches with full attention in all layers can be cropped, and are not tried.
 
@@ -317,7 +282,7 @@ def probe_cache(target: Any) -> CacheAbility:
         target: a `dpace.target.Target`.
     """
     if is_full_attention(TextCache(target.config, 1)):
-        return "crop"
+        return True
     # The last tokens are read where the rejected ones stood.
     sizes = (NUM_CONTEXT, NUM_ACCEPTED, NUM_REJECTED, NUM_REJECTED)
     num_tokens = sum(sizes)
@@ -325,21 +290,18 @@ def probe_cache(target: Any) -> CacheAbility:
     context, accepted, rejected, last = tokens.to(target.device).split(sizes, dim=1)
     expected = target.hidden(torch.cat([context, accepted, last], dim=1))[0, -NUM_REJECTED:]
     cache = TextCache(target.config, num_tokens)
-    cache.activate_past_recording()
+    cache.record(NUM_ACCEPTED + NUM_REJECTED)
     try:
         target.hidden(context, cache)
         cache.crop(0)  # once after each pass, as when decoding
-        states = cache.recurrent_states()
-        block = torch.cat([accepted, rejected], dim=1)
-        target.hidden(block, cache)
-        cache.take_back(target, block, NUM_ACCEPTED, states)
+        target.hidden(torch.cat([accepted, rejected], dim=1), cache)
+        cache.crop(-NUM_REJECTED)
         hidden = target.hidden(last, cache)[0]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError):
-        return "append"
+        return False
     errors = (hidden - expected).norm(dim=-1) / expected.norm(dim=-1)
     tolerance = 1e-3 if target.model.dtype == torch.float32 else 5e-2  # of hidden states, relative
-    if float(errors.min()) > tolerance:  # at the best position: rounding may change a router's choice at some
-        return "append"
-    return "rewind" if states else "crop"
+    # At the best position: rounding may change a router's choice at some.
+    return float(errors.min()) <= tolerance

@@ -19,7 +19,6 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.fast.cache import CacheAbility
 from dpace.loss.head_scores import chunk_bytes_of
 from dpace.plan.speed import Number, expected_step_seconds, measure_flops
 from dpace.prompts.prompts import Prompt
@@ -59,9 +58,9 @@ class PaperTarget(Target):
         return 1.0, LmHead(self.model.get_output_embeddings().weight)
 
     @cached_property
-    def cache_ability(self) -> CacheAbility:
+    def can_take_back(self) -> bool:
         """As if drafts could be verified."""
-        return "crop"
+        return True
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpace.config import Device, DeviceMap, TargetShard
-from dpace.fast.cache import CacheAbility, probe_cache
+from dpace.fast.cache import probe_cache
 from dpace.fast.fusion import LayerOutputs, run_layers
 from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
@@ -252,8 +252,8 @@ class Target:
         return self.read(token_ids, cache)[0]
 
     @functools.cached_property
-    def cache_ability(self) -> CacheAbility:
-        """What its caches can do after a rejected draft; tried out once, when it is first asked for."""
+    def can_take_back(self) -> bool:
+        """Whether its caches can take back a rejected draft; tried out once, when it is first asked for."""
         return probe_cache(self)
 
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
@@ -308,7 +308,7 @@ class Target:
         is_part = MIN_SHARED <= num_shared < num_tokens
         # The first row reads what is shared for all others.
         is_worth_it = num_shared * (num_rows - 1) >= MIN_SAVED * num_rows * num_tokens
-        if self.is_sharded or not is_part or not is_worth_it or self.cache_ability == "append":
+        if self.is_sharded or not is_part or not is_worth_it or not self.can_take_back:
             return self._run(token_ids, layer_ids, with_head_input)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], layer_ids, with_head_input, cache)

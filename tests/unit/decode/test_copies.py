@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -106,9 +107,14 @@ def test_a_full_memory_forgets_the_oldest_and_stays_as_large():
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Steps whose costs are known: copies are nearly free, and this drafter's drafts are not."""
+    """Steps whose costs are known: copies are nearly free, and this drafter's drafts are not.
+
+    Gives the seconds that a step took, over those that its costs say.
+    """
+    ratios = []
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: FLAT)
-    monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_: None)
+    monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *args: ratios.append(args[-1]))
+    return ratios
 
 
 @pytest.fixture
@@ -122,12 +128,14 @@ def test_text_is_equal_with_memory(costs, language_target, drafter, questions):
     asked = questions[:4]
     expected = [generate_plain(language_target, question, **options).token_ids for question in asked]
     passes = []
+    started = time.perf_counter()
     for mib in (0.0, 1.0):
         decoder = Decoder(language_target, drafter, recall_mib=mib)
         found = [decoder.generate(question, **options) for question in asked * 2]
         assert [one.token_ids for one in found] == expected * 2
         passes.append(sum(len(one.widths) for one in found))
     assert passes[1] < 0.7 * passes[0]
+    assert 0 < sum(costs) * min(FLAT.verify_seconds) < time.perf_counter() - started
 
 
 def test_threads_share_a_decoder(language_target, drafter, questions):

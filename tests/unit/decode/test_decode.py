@@ -72,10 +72,12 @@ def test_copies_of_the_text_keep_it(turns, rule, monkeypatch):
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     turn = itertools.cycle(turns)
+    unread = []
 
-    def plan(_, copies, *_args, **_options):
+    def plan(_, copies, num_unread, **_options):
         (copy,) = copies
         is_drafted = not copy.token_ids or next(turn)
+        unread.extend([num_unread] * is_drafted)
         return Plan(is_drafted, copy, 1 if is_drafted else 1 + len(copy.token_ids))
 
     costs = StepCosts([1.0 + 0.2 * k for k in range(16)], 0.3)
@@ -96,7 +98,7 @@ def test_copies_of_the_text_keep_it(turns, rule, monkeypatch):
         features = inputs["context_hidden_states"]
         expected = target.features(text[:, :end], drafter.target_layer_ids)[:, -features.shape[1] :]
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
-    assert sum(inputs["context_hidden_states"].shape[1] for inputs in seen) == end
+    assert [inputs["context_hidden_states"].shape[1] for inputs in seen] == unread and sum(unread) == end
 
 
 def test_copies_alone_never_draft(monkeypatch):

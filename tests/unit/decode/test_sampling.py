@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 
 from dpace.decode import custom_generate, generate
 from dpace.decode.generation import SamplingOptions
+from dpace.decode.loop import Speculation
 from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler, verify_sampled
 from dpace.drafter.selector import draw_draft
@@ -76,9 +77,13 @@ def chi_square(counts, probs):
 @pytest.mark.parametrize(
     "make", [make_drafter, make_with_selector, make_with_candidate_selector, make_with_markov_head]
 )
-def test_no_more_is_drawn_than_is_verified(make, language_target):
+def test_no_more_is_drawn_than_is_verified(make, language_target, monkeypatch):
+    drawn = []
+    accept = Speculation.accept
+    monkeypatch.setattr(Speculation, "accept", lambda *args: drawn.append(len(args[-1])) or accept(*args))
     options = {"max_new_tokens": 12, "temperature": 1.0, "verify_rule": "speculative", "width": 3}
     assert max(generate(language_target, make(language_target), [4, 5, 6], **options).widths) == 3
+    assert max(drawn) == 2
 
 
 @pytest.mark.parametrize(

@@ -25,3 +25,6 @@ def test_what_predicts_a_slot_stands_at_the_token_before_it():
     rows = draft_block(drafter, target, token_ids, target.features(token_ids, drafter.target_layer_ids)).context
     assert_close(found.before[0], rows[0, [0, 3, 6]])
     assert_close(found.before[1, 0], rows[1, 2])
+    drafter.config.dflash_config["sample_from_anchor"] = True  # its rows are one fewer, and move by one
+    moved = blocks_hidden(drafter, target, inputs).hidden
+    assert moved.shape == found.hidden.shape and not moved[:, :, 0].any() and moved[:, :, -1].any()

@@ -67,6 +67,7 @@ def test_equals_the_plain_reference(head, chunk_bytes, num_candidates, monkeypat
     data = problem(head=head)
     grad = compare(data, chunk_bytes, num_candidates=num_candidates)
     _, lm_head, _, is_scored = data
+    assert chunk_bytes < ALL or len(sizes) == 1
     assert 4 * max(sizes) <= chunk_bytes and sum(sizes) == is_scored.sum() * len(lm_head.weight)
     assert grad.any() and not grad[1].any() and not grad[:, :, 0].any()
 
@@ -78,10 +79,23 @@ def test_equals_the_plain_reference_for_any_shape(batch, blocks, slots, vocab, c
 
 
 @pytest.mark.parametrize("token_loss", get_args(TokenLoss))
-def test_soft_losses_equal_the_plain_reference(token_loss):
+def test_soft_losses_equal_the_plain_reference(token_loss, monkeypatch):
+    """Logits and their copies of a few rows at once fit into the bytes."""
+    sizes = []
+    soft_scores = head_scores._soft_scores
+    monkeypatch.setattr(head_scores, "_soft_scores", lambda *args: sizes.append(len(args[0])) or soft_scores(*args))
     data = problem(head="plain" if token_loss == "nll" else "both")
     weigh = make_weigh(LossConfig(confidence="overlap"), block_size=6)
     compare(data, 9000, weigh=weigh, token_loss=token_loss, target_hidden=torch.randn(data[0].shape))
+    assert 1 < max(sizes) <= 9000 / 4 / head_scores.SOFT_COPIES / len(data[1].weight)
+
+
+def test_the_first_of_equal_tokens_is_the_best_and_nothing_is_kept_for_no_gradient():
+    states, head, labels, is_scored = problem()
+    rows = is_scored.flatten().nonzero()[:, 0]
+    options = {"token_loss": "nll", "target_hidden": None, "chunk_bytes": 300, "num_candidates": 1}
+    scores = head_scores.score_tokens(torch.zeros_like(states), head, labels, is_scored, rows, **options)
+    assert not scores.top_tokens[is_scored].any() and scores.grad is None
 
 
 @pytest.mark.wide
