@@ -383,7 +383,7 @@ class TextServer(Server):
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt without what a tokenizer, so the server too, puts before every text."""
         assert self.tokenizer
-        begin, text = (str(self.tokenizer.decode(ids)) for ids in (self.tokenizer.encode(""), token_ids))
+        begin, text = (str(self.tokenizer.decode(ids)) for ids in (self.tokenizer.encode(""), [*token_ids]))
         return text.removeprefix(begin)
 
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
