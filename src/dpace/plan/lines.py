@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.engines import engine_of
+from dpace.engines import all_engines, engine_of
 from dpace.plan.speed import Number, measure_flops
 from dpace.plan.training import TrainingPlan, expected_lengths, known_lengths, plan_recipe
 from dpace.prompts.prompts import PromptParts, prompts_line, split_prompts
@@ -54,6 +54,17 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     return lines
 
 
+def engine_lines(plan: TrainingPlan) -> list[str]:
+    """Write which engines read the drafter where not all do, and what pleases the others."""
+    engines = all_engines()
+    readers = [engine.title for engine in engines if not engine.fault(plan.drafter.spec)]
+    if len(readers) == len(engines):
+        return []
+    flags = {"--drafter.selector None": plan.recipe.drafter.selector, "--drafter.no-causal": plan.recipe.drafter.causal}
+    wanted = " ".join(flag for flag, is_set in flags.items() if is_set)
+    return [f"read by {', '.join(['dpace', *readers])}; for all engines:", f"  {wanted or 'see docs/serve.md'}"]
+
+
 def size_lines(plan: TrainingPlan) -> list[str]:
     """Write what the training of a drafter is, and what it takes."""
     return [
@@ -63,6 +74,7 @@ def size_lines(plan: TrainingPlan) -> list[str]:
         f"({size(plan.feature_bytes)})",
         f"memory: {size(sum(plan.memory(plan.batch_size).values()))} of {size(plan.free_bytes)}",
         f"disk: up to {size(plan.disk_bytes)} for the drafter and its checkpoints",
+        *engine_lines(plan),
     ]
 
 

@@ -19,12 +19,13 @@ def run(config: DemoConfig, given: Given) -> None:
     from dpace.prompts.prompts import prompts_line
     from dpace.report.page import write_report
     from dpace.report.tables import console, section_table
-    from dpace.studies.compare import cell_folder, check_output
+    from dpace.studies.compare import check_output
     from dpace.studies.demo import (
         DECODED,
         KINDS,
         OF_DPACE,
         announce,
+        best_folder,
         decode_kinds,
         demo_prompts,
         demo_recipe,
@@ -35,7 +36,7 @@ def run(config: DemoConfig, given: Given) -> None:
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
-    drafters = list(check_output(recipe))
+    drafters = [*check_output(recipe), best_folder(recipe)]
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
     plan = plan_recipe(recipe, expected_lengths(parts.train, recipe))
@@ -53,6 +54,5 @@ def run(config: DemoConfig, given: Given) -> None:
     names = [KINDS, DECODED] if kinds else [DECODED]
     write_report([output, *(output / name for name in names)], output / PAGE)
     print(f"report: {output / PAGE}")
-    folder = cell_folder(recipe, "dpace", recipe.seeds[0])
     # A prompt of the table, so that the gain is seen again.
-    print("next:", generate_command(recipe, folder, parts.heldout[0].id))
+    print("next:", generate_command(recipe, best_folder(recipe), parts.heldout[0].id))

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from dpace.config import DemoConfig
+from dpace.studies import demo
 from dpace.studies.demo import demo_prompts, demo_recipe
 from tests.support.files import write_rows
 
@@ -28,17 +29,19 @@ def test_quick_takes_fewer_prompts_and_steps():
 
 def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo, run_line, monkeypatch):
     """A demo that goes on says it no more; one of another length is refused."""
-    # Of 6 answers, of the hidden states of these 6 to train on and the same 6 to score, of one step, of 6 scored ones.
-    measured = iter([60.0, 60.0, 30.0, 120.0])
+    # Of 6 answers; then for each recipe of the hidden states of these 6 to train on and the same 6 to score, of a
+    # training of one step, or three where blocks grow, and of 6 scored ones.
+    measured = iter([60.0, 60.0, 30.0, 120.0, 120.0, 30.0, 60.0])
     monkeypatch.setattr("dpace.studies.demo._seconds", lambda work: (work(), next(measured))[1])
-    taken = Mock(side_effect=[None, KeyboardInterrupt, KeyboardInterrupt])
+    taken = Mock(side_effect=[None] * 4 + [KeyboardInterrupt] * 2)
     monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", taken)
     # 6 prompts are held out, 5 validate and 49 train: 54 more answers, hidden states of 60 conversations, and for each
-    # of two drafters 4 steps and 11 scored answers.
-    minutes = round((54 * 10 + 60 * 5 + 2 * (4 * 30 + 11 * 20)) / 60)
+    # drafter some steps and 11 scored answers.
+    steps = demo.best_recipe(demo_recipe(DemoConfig())).train.max_steps
+    minutes = round((54 * 10 + 60 * (5 + 10) + 2 * (4 * 30 + 11 * 20) + steps * 10 + 11 * 10) / 60)
     said = run_line(["demo", *flags], 130).err
     assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
-    assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 3
+    assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 6
     assert "train.max_steps" in run_line(["demo", "--quick", *flags], 1).err
 
 
