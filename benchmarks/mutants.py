@@ -37,7 +37,7 @@ TESTS = {
     "decode/copies.py": "decode/test_copies.py decode/test_decode.py",
     "drafter/views.py": "drafter/test_views.py drafter/test_windows.py drafter/test_drafter.py",
     "drafter/selector.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
-    "drafter/markov_head.py": "drafter/test_selector.py training/test_selector.py",
+    "drafter/markov_head.py": "drafter/test_selector.py training/test_selector.py engines/test_selector.py",
     "drafter/lattice.py": "drafter/test_selector.py training/test_selector.py decode/test_sampling.py",
     "drafter/bigrams.py": "drafter/test_bigrams.py",
     "training/optimizer.py": "training/test_optimizer.py training/test_selector.py",

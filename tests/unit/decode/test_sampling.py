@@ -28,6 +28,7 @@ VOCAB = 6
 @pytest.mark.parametrize("filters", [{"temperature": 0.7}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9}])
 def test_filters_are_those_of_transformers(filters):
     """The distribution of the first token is the one that `model.generate` draws from."""
+    assert Sampler(0.0).probs(torch.tensor([[1.0, 3.0, 2.0]])).tolist() == [[0, 1, 0]]
     target = make_target("qwen3")
     ids = torch.tensor([[5, 6, 7]])
     kept = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None}

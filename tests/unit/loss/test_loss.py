@@ -156,6 +156,8 @@ def test_weights_of_an_objective_of_ones_own_that_are_wrong_become_nan():
     for _ in range(2):
         found = weigh(Slots(is_scored, torch.ones(1, 1, 4), is_scored, None))
         assert torch.equal(found.isnan(), is_scored) and not found[~is_scored].any()
+    with pytest.raises(ValueError, match=r"gives the shape \(3, 4\), expected a tensor \(2, 3, 4\)"):
+        make_weigh(LossConfig(), 4, lambda slots: slots.token_probs[0])
 
 
 def test_settings_that_do_not_fit_are_refused():
