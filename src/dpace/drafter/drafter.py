@@ -492,6 +492,6 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():
-        drafter.answers = read_tokens(answers, num_tokens)["token_ids"]
+        drafter.answers = read_tokens(answers, num_tokens).token_ids
     speed_up(drafter)
     return drafter

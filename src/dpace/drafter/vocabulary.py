@@ -9,17 +9,19 @@ The tokens stand in `draft_vocabulary.json` beside the weights: engines that do 
 Source: FR-Spec (arXiv 2502.14856), which takes the most frequent tokens.
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
+from dpace.config import CountOrZero, Positive, options
 from dpace.fast.packing import FastForm, Product, pack, weights_state
-from dpace.system.ledger import JsonObject, read_object, write_json
+from dpace.system.ledger import read_object, write_json
+from dpace.system.validation import read_as
 from dpace.target import Target
 from dpace.target.draft_rows import DraftRows
 
@@ -82,25 +84,26 @@ def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | No
     path = Path(folder) / VOCABULARY_FILE
     if not path.exists():
         return None
-    values = read_tokens(path, num_tokens)
-    temperature = values.get("confidence_temperature")
-    if type(temperature) is not float or not 0 < temperature < math.inf:
-        raise ValueError(f"{path} has the confidence_temperature {temperature!r:.50}, expected one above 0; {FIX}")
-    return DraftVocabulary(values["token_ids"], temperature)
+    return DraftVocabulary(**vars(read_tokens(path, num_tokens)))
 
 
-def read_tokens(path: Path, num_tokens: int) -> JsonObject:
+@options
+class TokenFile:
+    """A file of tokens: the draft vocabulary, or answers of the training."""
+
+    token_ids: Annotated[list[CountOrZero], Field(min_length=1)]
+    confidence_temperature: Positive = 1.0
+
+
+def read_tokens(path: Path, num_tokens: int) -> TokenFile:
     """Read a JSON file with a list of `token_ids`.
 
     Raises:
-        ValueError: it has no list of one or more token ids from 0 to `num_tokens - 1`.
+        ValueError: it has no list of one or more token ids from 0 to `num_tokens - 1`, or no temperature above 0.
     """
-    values = read_object(path, FIX)
-    token_ids = values.get("token_ids")
-    # The types are compared, since True would pass for 1; an empty list has none.
-    is_list = isinstance(token_ids, list) and set(map(type, token_ids)) == {int}
-    if not is_list or min(token_ids) < 0 or max(token_ids) >= num_tokens:
-        raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {FIX}")
+    values = read_as(TokenFile, read_object(path, FIX), path, FIX)
+    if max(values.token_ids) >= num_tokens:
+        raise ValueError(f"{path} has the token {max(values.token_ids)}, expected 0 .. {num_tokens - 1}; {FIX}")
     return values
 
 

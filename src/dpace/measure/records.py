@@ -31,7 +31,7 @@ from dpace.system.ledger import (
     write_text,
 )
 from dpace.system.provenance import hash_json
-from dpace.system.validation import from_json, to_json
+from dpace.system.validation import read_as, to_json
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 
@@ -170,10 +170,7 @@ class Records(Generic[Record]):
         ranks.from_first(self._collect)
         self.rows: dict[tuple[float, str], Record] = {}
         for number, line in list(read_jsonl(self.path))[1:]:  # the first line is the setup
-            try:
-                record = from_json(self.kind, line)
-            except ValueError as error:
-                raise ValueError(f"{self.path}:{number}: {error}; remove the line, and it is measured again") from error
+            record = read_as(self.kind, line, f"{self.path}:{number}", "remove the line, and it is measured again")
             self.rows[record.temperature, record.id] = record
 
     def _collect(self) -> None:

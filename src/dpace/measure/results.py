@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jinja2
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from dpace.config import CountOrZero, VerifyRule, Width, options as json_object
 from dpace.decode import Generation
@@ -26,8 +27,7 @@ RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
 MEASURE_AGAIN = "measure again with this version of dpace"
-LOG = TypeAdapter(list[dict[str, float]])
-"""What a training log is."""
+
 NOT_EMPTY = Field(min_length=1)
 Seconds = Annotated[float, Field(ge=0)]
 Estimate = tuple[float | None, float | None, float | None]
@@ -427,6 +427,13 @@ def read_heldout(folder: Path) -> Heldout:
     return read_as(Heldout, read_object(path, fix), path, fix)
 
 
+@dataclass
+class Log:
+    """What is read of `trainer_state.json`."""
+
+    log_history: list[dict[str, float]]
+
+
 def read_log(folder: str | Path) -> list[JsonObject]:
     """Read the training log of a drafter's folder: `log_history` of `trainer_state.json`.
 
@@ -436,11 +443,7 @@ def read_log(folder: str | Path) -> list[JsonObject]:
     """
     path = Path(folder) / "trainer_state.json"
     fix = "train again, in an empty folder"
-    log = read_object(path, fix).get("log_history")
-    try:
-        entries = LOG.validate_python(log, strict=True)
-    except ValidationError as error:
-        raise ValueError(f"{path}: log_history is no list of objects with numbers; {fix}") from error
+    entries = read_as(Log, read_object(path, fix), path, fix).log_history
     if not all("step" in entry for entry in entries):
         raise ValueError(f"{path}: an entry of log_history has no step; {fix}")
     return entries

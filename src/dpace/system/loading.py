@@ -30,15 +30,10 @@ def first_names(names: Sequence[str]) -> str:
     return text
 
 
-def _no_bar(_factory: object, args: Sequence[Any], _options: object) -> EmptyTqdm:
-    """Make a bar that shows nothing, as a hook of transformers."""
-    return EmptyTqdm(*args)
-
-
 @contextmanager
 def quiet_library() -> Iterator[None]:
     """Show no bar of transformers, and no warning to peft's authors, inside the `with` block; downloads keep theirs."""
-    previous_hook = set_tqdm_hook(_no_bar)
+    previous_hook = set_tqdm_hook(lambda _factory, args, _options: EmptyTqdm(*args))
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield

@@ -31,9 +31,8 @@ adapter = cache(TypeAdapter)
 """Makes what checks and writes the values of a class; making it takes milliseconds."""
 
 
-def to_json(value: object) -> Any:
-    """Return dataclasses as objects and tuples as lists; what `from_json` reads."""
-    return to_jsonable_python(value)
+to_json = to_jsonable_python
+"""Returns dataclasses as objects and tuples as lists; what `from_json` reads."""
 
 
 def from_json(kind: type[Kind], value: object) -> Kind:
@@ -58,7 +57,7 @@ def from_json(kind: type[Kind], value: object) -> Kind:
         raise ValueError(describe_invalid(error, kind)) from error
 
 
-def read_as(kind: type[Kind], value: object, path: Path, fix: str) -> Kind:
+def read_as(kind: type[Kind], value: object, path: str | Path, fix: str) -> Kind:
     """Return what a file holds as a dataclass; a fault names the file and the way out.
 
     Raises:

@@ -52,7 +52,10 @@ def test_training_writes_it_where_it_loses_no_tau(language_target, language_resp
     data = measured(parts[1])
     ((_, temperature),) = measure_and_calibrate(ours, language_target, data, [ours.vocabulary.token_ids])
     assert ours.confidence_temperature == written["confidence_temperature"] == temperature
-    for values, message in (({"token_ids": [3, 64]}, r"0 \.\. 63; copy"), ({"confidence_temperature": 0}, "above 0")):
+    for values, message in (
+        ({"token_ids": [3, 64]}, r"0 \.\. 63; copy"),
+        ({"confidence_temperature": 0}, "greater than 0"),
+    ):
         path.write_text(json.dumps(written | values))
         with pytest.raises(ValueError, match=message):
             load_vocabulary(tmp_path, 64)
