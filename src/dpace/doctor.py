@@ -212,14 +212,6 @@ def look_up(config: JsonObject, path: str) -> Any:
     return None if str(value) in NEUTRAL and key not in SAID else value
 
 
-def check_engine(spec: DrafterSpec, name: EngineName, target: Target) -> Diagnosis:
-    """Say what the engine that will serve the drafter does not read, of it or of its target."""
-    engine = engine_of(name)
-    message = engine.fault(spec) or engine.target_fault(target.model.config.model_type)
-    found, _, fix = message.partition("; ")
-    return Diagnosis(f"engine: {name}", "fails" if message else "passes", found, "", fix)
-
-
 @dataclass
 class Trial:
     """A drafter that is run, and what it is measured on."""
@@ -413,7 +405,10 @@ def diagnose(
     answers = read_responses(responses, len(target.head.weight)) if responses else []
     spec, diagnoses = check_files(folder, target)
     if spec and engine:
-        diagnoses.append(check_engine(spec, engine, target))
+        reader = engine_of(engine)
+        message = reader.fault(spec) or reader.target_fault(target.model.config.model_type)
+        found, _, fix = message.partition("; ")
+        diagnoses.append(Diagnosis(f"engine: {engine}", "fails" if message else "passes", found, "", fix))
     yield from diagnoses
     trial = Trial(target, folder, spec, answers) if spec else None
     for name, check in RUN.items():

@@ -164,22 +164,19 @@ class Speculation:
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:
         """Yield the first token, then the tokens that each verification emits."""
+        text = self.text
+        prompt = torch.tensor([text.token_ids], device=self.target.device)
+        hidden, features = self.target.read(prompt, self.cache, self.layer_ids)
+        self.unread.append(features)
+        step = text.take(0, text.draw(self.target.logits(hidden[0, -1:])).tolist(), width=0)
+        self.lookup.read()
         try:
-            yield self.read_prompt()
-            while not self.text.is_done:
+            yield step
+            while not text.is_done:
                 yield self.step()
         finally:  # also where the caller stops early
             if self.recall:
-                self.recall.add(self.text.token_ids, self.text.num_prompt)
-
-    def read_prompt(self) -> Step:
-        """Read the prompt and emit the first token."""
-        prompt = torch.tensor([self.text.token_ids], device=self.target.device)
-        hidden, features = self.target.read(prompt, self.cache, self.layer_ids)
-        self.unread.append(features)
-        step = self.text.take(0, self.text.draw(self.target.logits(hidden[0, -1:])).tolist(), width=0)
-        self.lookup.read()
-        return step
+                self.recall.add(text.token_ids, text.num_prompt)
 
     def step(self) -> Step:
         """Propose tokens, emit those that the target accepts and its own next one, and learn from the step."""

@@ -15,7 +15,7 @@ from typing import Any
 from dpace.config import BenchConfig, VerifyRule, Width
 from dpace.decode import Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.records import PLAIN, Job, Records, ask_in_turn, setup_of, speedup, tokens_per_second
+from dpace.measure.records import PLAIN, Records, ask_in_turn, setup_of, speedup, tokens_per_second
 from dpace.measure.results import (
     BenchRecord,
     BenchResults,
@@ -92,8 +92,10 @@ def bench(
     refuse_long_prompts(target, prompts, config.max_new_tokens)
     jobs = list(product(config.temperatures, prompts))
     missing = ranks.share(records.missing(jobs))
-    if missing:
-        _warm_up(target, ways, missing[0][1], config.max_new_tokens)
+    for _, (temperature, prompt) in missing[:1]:
+        token_ids = encode_chat(target, prompt.turns[0])
+        for decode in ways.values():  # each is warm then
+            decode(token_ids, max_new_tokens=min(WARM_UP_TOKENS, config.max_new_tokens), temperature=temperature)
     for number, (temperature, prompt) in track(missing, "decoding"):
         options = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
         responses = _decode_prompt(target, ways, prompt, rotation=number, seed=records.seeds[prompt.id], **options)
@@ -113,14 +115,6 @@ def hash_config(drafter: Drafter) -> str:
     if drafter.vocabulary is not None:
         spec["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()
     return hash_json(spec)
-
-
-def _warm_up(target: Target, ways: Ways, job: Job, max_new_tokens: int) -> None:
-    """Decode a prompt in every way."""
-    temperature, prompt = job
-    token_ids = encode_chat(target, prompt.turns[0])
-    for decode in ways.values():
-        decode(token_ids, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens), temperature=temperature)
 
 
 def _decode_prompt(target: Target, ways: Ways, prompt: Prompt, **options: Any) -> Iterator[ResponseRecord]:

@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,15 +61,20 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
                 "held-out prompts with --prompts.heldout-path"
             )
     else:
-        heldout = read_prompts(heldout_path)
-        for prompt in heldout:
+        heldout = []
+        ids = {prompt.id for prompt in prompts}
+        for prompt in read_prompts(heldout_path):
             if same := groups.get(hash_text(prompt)):
                 raise ValueError(
                     f"the held-out prompt {prompt.id!r} of {heldout_path} is also a training prompt, {same[0].id!r} of "
                     f"{path}; remove it from one of the files"
                 )
-        renamed = _rename(heldout, [prompt.id for prompt in prompts])
-        measured = list(group_by(renamed, hash_text).values())
+            new_id = prompt.id
+            while new_id in ids:  # it is another prompt's
+                new_id = f"heldout/{new_id}"
+            ids.add(new_id)
+            heldout.append(replace(prompt, id=new_id))
+        measured = list(group_by(heldout, hash_text).values())
     chosen = _take_out(groups, config.num_validation, seed=1)
     # What is measured or chosen by counts each text once; training keeps the copies that its file has.
     num_copies = sum(len(group) - 1 for group in (*measured, *chosen))
@@ -110,17 +115,6 @@ def _take_out(groups: dict[bytes, list[Prompt]], limit: int, *, seed: int) -> li
     return [groups.pop(keys[number]) for number in sorted(chosen)]
 
 
-def _rename(heldout: Iterable[Prompt], taken: Iterable[str]) -> Iterator[Prompt]:
-    """Give held-out prompts new ids where others have these."""
-    ids = set(taken)
-    for prompt in heldout:
-        new_id = prompt.id
-        while new_id in ids:
-            new_id = f"heldout/{new_id}"
-        ids.add(new_id)
-        yield replace(prompt, id=new_id)
-
-
 def prompts_line(parts: PromptParts) -> str:
     """Write how many prompts each part has."""
     train, validation, heldout = map(len, parts)
@@ -154,7 +148,7 @@ def find_prompt(text: str) -> list[JsonObject]:
         return [{"role": "user", "content": text}]
     prompts = read_heldout_prompts(name)
     for prompt in prompts:
-        if prompt_id in (prompt.id, f"heldout/{prompt.id}"):  # as `_rename` may have called it
+        if prompt_id in (prompt.id, f"heldout/{prompt.id}"):  # as `split_prompts` may have called it
             return prompt.turns[0]
     raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; name one that it has, such as {prompts[0].id!r}")
 

@@ -203,17 +203,13 @@ def _problem_of(output: str, verb: str) -> str:
     with their help.
     """
     lines = [line.strip("| ") for line in output.splitlines()][2:]
-    problem = " ".join(itertools.takewhile(_is_text, lines)).removesuffix(".")
-    options = [line.split()[0] for line in lines if line.startswith("--") and _is_text(line)]
+    texts = [line.strip("-") and line for line in lines]  # one that is drawn with hyphens is empty
+    problem = " ".join(itertools.takewhile(bool, texts)).removesuffix(".")
+    options = [text.split()[0] for text in texts if text.startswith("--")]
     hint = ""
     if options and options[0] not in problem:  # else it is the option whose value is wrong
         hint = f"did you mean {options[0]}? "
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
-
-
-def _is_text(line: str) -> bool:
-    """Return whether a line is neither empty nor drawn with hyphens."""
-    return bool(line.strip("-"))
 
 
 def _given_names(settings: JsonObject, flags: list[str]) -> set[str]:

@@ -7,7 +7,7 @@ continued where an earlier call was interrupted.
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,9 @@ def answer_prompts(
                     answers = servers.answers(rank_prompts)
                 else:
                     answers = answer_batches(target, rank_prompts, config, show)
-                _append_answers(answers, rank_file(path, ranks.rank()), show)
+                for batch in answers:
+                    append_lines(rank_file(path, ranks.rank()), map(asdict, batch))
+                    show(advance=len(batch), info="")
         # `gather` also waits until every rank has written its file.
         all_left_out = dict(sum(ranks.gather(left_out), Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, all_left_out))
@@ -176,10 +178,3 @@ def _collect(path: Path, prompts: Sequence[Prompt]) -> None:
         write_text(path, "".join(lines[prompt_id] for prompt_id in ids))
     for file in rank_files:  # only now, when their lines are on the disk a second time
         file.unlink()
-
-
-def _append_answers(answers: Iterator[Sequence[Response]], path: Path, show: Callable[..., object]) -> None:
-    """Append answers to a file, and wait for the disk whenever some came."""
-    for batch in answers:
-        append_lines(path, map(asdict, batch))
-        show(advance=len(batch), info="")

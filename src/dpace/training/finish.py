@@ -62,7 +62,11 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
     drafter.config.dpace = record  # `dpace doctor` compares with it; engines ignore it
     vocabulary = None
     if len(loop.validation):
-        seen = _seen_vocabulary(loop, init)
+        seen_ids = [*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids]
+        if init is not None and init.vocabulary is not None:  # what that one had seen
+            before = init.vocabulary.token_ids
+            seen_ids += before[before < len(target.head.weight)].tolist()
+        seen = DraftVocabulary(seen_ids)
         of_all, of_seen = measure_and_calibrate(drafter, target, loop.validation, [None, seen.token_ids])
         acceptance, record["confidence_temperature"] = of_all
         record |= {
@@ -101,15 +105,6 @@ def _provenance(loop: TrainingLoop, run: JsonObject, objective: JsonObject) -> J
         "init": loop.recipe.drafter.init,
         "init_sha256": run["init_sha256"],
     }
-
-
-def _seen_vocabulary(loop: TrainingLoop, init: Drafter | None) -> DraftVocabulary:
-    """Return the tokens of the training text, the stop tokens, and what the drafter to start from had seen before."""
-    token_ids = [*loop.dataset.seen_tokens.tolist(), *loop.target.stop_token_ids]
-    if init is not None and init.vocabulary is not None:
-        before = init.vocabulary.token_ids
-        token_ids += before[before < len(loop.target.head.weight)].tolist()
-    return DraftVocabulary(token_ids)
 
 
 def _find_answers(dataset: ResponseDataset) -> list[int]:

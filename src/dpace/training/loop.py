@@ -375,7 +375,9 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
-        self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        numbers = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "seconds": seconds}
+        self.log.steps.append(numbers)
 
     @contextlib.contextmanager
     def reduced_over_ranks(self, is_last: bool) -> Iterator[None]:

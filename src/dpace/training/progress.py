@@ -78,17 +78,14 @@ class StepLog:
     def __init__(self, block_size: int, device: torch.device):
         self._sums = torch.zeros(4, block_size, device=device)
         """Sums by slot: weights, right drafts, negative log-likelihoods, scored slots."""
-        self._steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, float]] = []
+        """Loss, gradient norm, learning rate and seconds of each optimizer step."""
 
     def add_batch(self, out: SlotScores, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
         numbers = (out.weights, out.is_match, out.nll, is_scored)  # each "batch block slot"
         sums = torch.stack([values.float().sum((0, 1)) for values in numbers])
         self._sums[:, : is_scored.shape[-1]] += sums  # blocks that grow are shorter at first
-
-    def add_step(self, **numbers: float) -> None:
-        """Add loss, gradient norm, learning rate and seconds of an optimizer step."""
-        self._steps.append(numbers)
 
     def entry(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the log's entry for these steps over all ranks, and begin anew.
@@ -99,10 +96,10 @@ class StepLog:
         """
         weights, matches, nll, slots = accelerator.reduce(self._sums, reduction="sum")
         entry = {
-            "loss": statistics.mean(step["loss"] for step in self._steps),
-            "grad_norm": self._steps[-1]["grad_norm"],
-            "learning_rate": self._steps[-1]["learning_rate"],
-            "step_seconds": statistics.median(step["seconds"] for step in self._steps),
+            "loss": statistics.mean(step["loss"] for step in self.steps),
+            "grad_norm": self.steps[-1]["grad_norm"],
+            "learning_rate": self.steps[-1]["learning_rate"],
+            "step_seconds": statistics.median(step["seconds"] for step in self.steps),
             "nll": float(nll.sum() / slots.sum().clamp_min(1)),
         }
         # Lists, since each number of a tensor would be a copy from the device.
@@ -112,7 +109,7 @@ class StepLog:
             entry[f"weight_share/{slot}"] = shares[slot]
             entry[f"slot_accuracy/{slot}"] = accuracy[slot]
         self._sums.zero_()
-        self._steps = []
+        self.steps = []
         return entry
 
 

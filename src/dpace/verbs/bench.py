@@ -41,17 +41,11 @@ def run(recipe: Recipe, given: Given) -> None:
         raise ValueError("--bench.depths compares with no drafter; name a server without one by --bench.plain-server")
     parts = None if config.sets else split_prompts(recipe.prompts)
     prompts = parts.heldout if parts else read_sets(config.sets, config.sets_dir)
-    if config.server:
-        _measure_servers(recipe, prompts)
-    else:
+    if not config.server:
         _measure_here(recipe, prompts, parts)
-
-
-def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]") -> None:
-    """Send the first prompts of each set to running servers."""
+        return
     from dpace.measure.servers import bench_servers
 
-    config = recipe.bench
     note_unread(config, IN_PROCESS, "the servers were started with their own")
     with lock_folder(recipe.output):
         results = bench_servers(load_chat(recipe), prompts, config, recipe.output)
@@ -82,7 +76,9 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", parts: "PromptPar
         places = (str(trained),)
     # Found and named before the target is loaded, which takes longer.
     folders = [find_drafter(place, "--bench.drafters") for place in places]
-    names = drafter_names(places)
+    names = [Path(place).resolve().name for place in places]
+    if len(set(names)) < len(names):  # folders of the same name are told apart by their paths
+        names = places
     with lock_folder(output):
         refuse_foreign_files(output, "results.json")
         target = load_target(recipe)
@@ -115,9 +111,3 @@ def _refuse_trained_prompts(recipe: Recipe, parts: "PromptParts", drafter: Path)
     # Where the prompts were split in the same way, the same conversations are left for training.
     train, validation = choose_conversations(*load_examples(responses, parts), training)
     same_run(run_facts, data_facts(train, validation), f"{drafter} holds a run", way_out)
-
-
-def drafter_names(folders: Sequence[str]) -> list[str]:
-    """Name drafters by their folders, without the path where the names differ."""
-    names = [Path(folder).resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else list(folders)
