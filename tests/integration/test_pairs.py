@@ -245,9 +245,9 @@ PAIRS |= {
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
-    "plan, an option of a selector, no selector": Pair(
-        f"plan {RECIPE} --loss.selector-penalty 0.5",
-        refused="--loss.selector-penalty is 0.5, and --drafter.selector is None, which does not read it",
+    "plan, an option of another selector": Pair(
+        f"plan {RECIPE} --drafter.selector candidate_selector --loss.selector-penalty 0.5",
+        refused="--loss.selector-penalty is 0.5, and --drafter.selector is candidate_selector, which does not read it",
     ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
     "bench in another dtype, card": Pair(

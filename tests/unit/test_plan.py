@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan import TrainingPlan, known_lengths, plan_recipe, training_lines
+from dpace.plan import TrainingPlan, known_lengths, plan_recipe
 from dpace.plan.lines import size
-from dpace.plan.speed import BESIDE_PRODUCTS, measure_flops
+from dpace.plan.speed import BESIDE_PRODUCTS
 from dpace.plan.training import UNCOUNTED_SHARE
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
@@ -223,19 +222,3 @@ def test_the_recipes_of_dpace_are_planned_without_a_network(recipe, run_line, tm
     assert f"  {'target':<28} {of_target:>10}\n" in printed
     with pytest.raises(ValueError, match="does not answer"):
         plan_recipe(read_recipe(RECIPES[recipe]), np.ones((2, 1)))
-
-
-def test_the_speed_follows_from_the_least_time(monkeypatch):
-    times = SimpleNamespace(times=[0.05, 0.02, 0.03])
-    monkeypatch.setattr("dpace.plan.speed.Timer.blocked_autorange", lambda *_, **__: times)
-    speed = measure_flops.__wrapped__(torch.device("cpu"), torch.float32)
-    assert speed == pytest.approx(2 * 512 * 2048 * 1024 * 50)
-
-
-def test_drafters_that_are_there_are_counted(tmp_path):
-    plan, _ = make_loop(SOFT, tmp_path)
-    folders = [tmp_path / name for name in "ab"]
-    folders[0].mkdir()
-    assert training_lines(plan, folders)[0] == "drafters: 0 kept, 2 to come", "one goes on"
-    (folders[0] / "provenance.json").touch()
-    assert training_lines(plan, folders[:1]) == ["drafters: 1 kept, 0 to come"]

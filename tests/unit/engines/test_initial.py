@@ -104,13 +104,6 @@ def test_the_drafter_to_start_from_gets_other_blocks_where_no_weight_depends_on_
         start(tmp_path, asked, block_size=9)
 
 
-def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(start, language_target, tmp_path):
-    spec = make_with_selector(language_target).spec
-    Drafter(replace(spec, selector=replace(spec.selector, candidate_topk=6)).config()).save_pretrained(tmp_path / "six")
-    with pytest.raises(ValueError, match="(?s)DrafterConfig.selector_candidates.*Input should be"):
-        start(tmp_path / "six")
-
-
 def test_a_recipe_is_causal_where_all_layers_are(start, language_target, tmp_path):
     """Not where the sliding ones alone are, which no option says."""
     windows = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 8}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpace.report.sections import comparison, depths, pairs, servers, slots, speeds, verdict
+from dpace.report.sections import comparison, depths, pairs, servers, slots, speeds
 from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
     make_bench,
@@ -109,8 +109,3 @@ def test_under_3_percent_one_seed_gets_no_verdict(seeds, gain, expected):
     table = comparison(make_compare(make_compared(gain=gain), seeds=seeds))
     assert table.rows[0]["verdict"] == expected
     assert "Student's t where there are several seeds. With one seed" in table.text
-
-
-def test_verdicts_follow_from_intervals():
-    ends = {"faster": (1.1, 1.3), "slower": (0.7, 0.9), "not clear": (0.9, 1.1), "too few prompts": (None, None)}
-    assert all(verdict((1.0, *interval)) == words for words, interval in ends.items())

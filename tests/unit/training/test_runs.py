@@ -122,13 +122,6 @@ def test_settings_that_change_no_result_may_change(unfinished, run, finished):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
 
 
-def test_files_of_others_are_not_touched(tmp_path, run):
-    (tmp_path / "checkpoints").write_text("mine")
-    with pytest.raises(ValueError, match="was not written by dpace"):
-        run(tmp_path)
-    assert (tmp_path / "checkpoints").read_text() == "mine"
-
-
 def test_a_checkpoint_that_is_not_whole_or_damaged_is_not_taken(unfinished, run, finished, capsys):
     last = unfinished / "checkpoints" / "checkpoint-4"
     os.truncate(last / "optimizer.safetensors", 100)

@@ -18,7 +18,7 @@ from dpace.measure.results import read_log
 from dpace.target.draft_rows import DraftRows
 from dpace.training.loop import score_blocks
 from dpace.training.optimizer import TABLE_DECAY, is_factor, make_optimizer
-from dpace.training.run import check_recipe, make_datasets, train
+from dpace.training.run import make_datasets, train
 from tests.support.models import (
     make_recipe,
     make_with_candidate_selector,
@@ -153,19 +153,6 @@ def test_the_loss_of_dsparks_head_is_that_of_all_logits(objective, language_targ
     assert grad is not None and not grad.any(), "ranks wait for each other's"
 
 
-def test_options_that_a_selector_does_not_read_are_refused():
-    recipe = make_recipe()
-    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="candidate_selector", selector_width=64))
-    check_recipe(recipe)
-    assert not recipe.needs_target_hidden
-    for selector in ("candidate_selector", None):
-        other = replace(
-            recipe, drafter=replace(recipe.drafter, selector=selector), loss=LossConfig(selector_penalty=0.5)
-        )
-        with pytest.raises(ValueError, match=f"and --drafter.selector is {selector}, which does not read it; leave --"):
-            check_recipe(other)
-
-
 def test_every_option_of_a_selector_is_read_by_one():
     options = {name.partition(".")[2] for name in Recipe().settings if ".selector_" in name}
     assert options == {option for sizes in SELECTORS.values() for option in sizes.reads}
@@ -209,13 +196,6 @@ def test_the_log_says_what_the_selector_could_gain(language_target, language_res
     names = ("eval_tau", "eval_tau_top", "eval_tau_oracle")
     assert [entry[name] for name in names] == pytest.approx([found.tau, *found.bounds], abs=0.01)
     assert found.bounds[1] > max(found.tau, found.bounds[0])
-
-
-def test_other_token_losses_are_refused():
-    recipe = make_recipe()
-    recipe = replace(recipe, drafter=replace(recipe.drafter, selector="lilicorr"), loss=LossConfig(token_loss="kl"))
-    with pytest.raises(ValueError, match="learns with nll and token only"):
-        check_recipe(recipe)
 
 
 def test_checkpointing_covers_the_layers_of_the_selector(language_target):
