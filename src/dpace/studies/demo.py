@@ -47,8 +47,6 @@ from dpace.training.run import Run, check_recipe, choose_conversations, keep_fea
 OBJECTIVES = ("dpace", "dflash")
 BEST = "best"
 """Name of the drafter of the best recipe, and folder of its seeds."""
-BEST_STEPS = 1.0
-"""Steps of the best recipe for each one of the others: about as many as take the same time."""
 DECODED = "decode"
 """Folder of the results of decoding."""
 KINDS = "kinds"
@@ -88,10 +86,9 @@ def demo_recipe(config: DemoConfig) -> CompareConfig:
 
 
 def best_recipe(recipe: CompareConfig) -> Recipe:
-    """Return the recipe `laptop`, for the demo's prompts and for about as long as one of its other trainings."""
+    """Return the recipe `laptop`, for the demo's prompts and in as many steps, which take about as long."""
     best = read_recipe(RECIPES["laptop"])
-    steps = round(BEST_STEPS * recipe.train.max_steps)
-    train = replace(best.train, max_steps=steps, eval_steps=steps, seed=recipe.train.seed)
+    train = replace(best.train, **{name: getattr(recipe.train, name) for name in ("max_steps", "eval_steps", "seed")})
     return replace(best, **{name: getattr(recipe, name) for name in ("target", "output", "respond")}, train=train)
 
 

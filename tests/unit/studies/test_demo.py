@@ -6,7 +6,6 @@ from unittest.mock import Mock
 import pytest
 
 from dpace.config import DemoConfig
-from dpace.studies import demo
 from dpace.studies.demo import demo_prompts, demo_recipe
 from tests.support.files import write_rows
 
@@ -37,8 +36,7 @@ def test_it_says_how_long_the_rest_takes_from_what_it_measured(flags, short_demo
     monkeypatch.setattr("dpace.training.loop.TrainingLoop.take_step", taken)
     # 6 prompts are held out, 5 validate and 49 train: 54 more answers, hidden states of 60 conversations, and for each
     # drafter some steps and 11 scored answers.
-    steps = demo.best_recipe(demo_recipe(DemoConfig())).train.max_steps
-    minutes = round((54 * 10 + 60 * (5 + 10) + 2 * (4 * 30 + 11 * 20) + steps * 10 + 11 * 10) / 60)
+    minutes = round((54 * 10 + 60 * (5 + 10) + 2 * (4 * 30 + 11 * 20) + 4 * 10 + 11 * 10) / 60)
     said = run_line(["demo", *flags], 130).err
     assert f"\nabout {minutes} minutes more, as measured in this run\n" in said
     assert " more, " not in run_line(["demo", *flags], 130).err and taken.call_count == 6
