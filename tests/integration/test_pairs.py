@@ -156,7 +156,10 @@ PAIRS = {
 TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
 THINKING = "{recipe} --output {out}/t --thinking"
 LIMIT = "{recipe} --output {out}/l --prompts.limit 12 --prompts.num-validation 2"
-LAPTOP = "laptop --target {target} --prompts.path {prompts} --output {out}/l --respond.max-new-tokens 24"
+LAPTOP = (
+    "laptop --target {target} --prompts.path {prompts} --output {out}/l --respond.max-new-tokens 24 "
+    "--drafter.num-features 3"
+)
 LILICORR = "--drafter.selector lilicorr --drafter.selector-candidates 4"
 ADAPTER = "{recipe} --target {adapter} --output {out}/new"
 SERVED = "{recipe} --target {served} --output {out}/new"
