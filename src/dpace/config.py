@@ -143,7 +143,7 @@ def _refuse_other_depth(depth: str) -> str:
 
 Depth = Count | Annotated[str, AfterValidator(_refuse_other_depth)]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
 SelectorName = Literal["lilicorr", "candidate_selector", "markov_head"]

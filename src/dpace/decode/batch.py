@@ -22,6 +22,7 @@ from dpace.decode.sampling import verify_draft
 from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import PackedRows
+from dpace.fast.attention import EXACT as EXACT_ATTENTION
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache, fill_places, is_full_attention
 from dpace.fast.packing import refresh_copies
@@ -44,7 +45,7 @@ def batch_fault(target: Target, lengths: Sequence[tuple[int, int]] = ()) -> str:
         The reason, and how to decode instead; empty where it can.
     """
     implementation = target.config._attn_implementation
-    if target.is_spread or implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
+    if target.is_spread or implementation not in ("sdpa", "eager", GROUPED_ATTENTION, EXACT_ATTENTION):
         return (
             f"the target's attention is {implementation}, or its layers are on several devices; a batch needs one "
             "device and a 4-D mask: load it with attn_implementation='sdpa' and on one, or decode one prompt "
@@ -254,6 +255,8 @@ class Decoder:
         max_length: int | None = None,
         recall_mib: float = 64.0,
     ):
+        if compile and target.dtype_name == "int8":
+            raise ValueError("a target in int8 has steps that cannot be compiled; leave compile out, or use float32")
         self.target = target
         self.drafter = drafter
         self.width: Width = width

@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "grouped_heads"
 """Name of this attention in transformers' registries."""
+EXACT = "grouped_heads_in_fp64"
+"""Name of the same in fp64."""
 MAX_QUERIES = 64
 """Largest number of queries handled here; more gain nothing, and their mask for all heads takes memory."""
 ALIGNMENT = 16
@@ -55,6 +57,24 @@ def grouped_attention(
     if groups == 1 or queries > MAX_QUERIES or not is_shared or has_more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend_in_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
+
+
+def exact_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Compute `grouped_attention` in fp64, and round its result to the dtype of the queries.
+
+    In fp32 the order of the sums, and so the rounding, depends on the number of tokens that are read together, and
+    layers in 8 bits make steps of such differences. Those of fp64 are a hundred million times smaller: the rounded
+    result is the same but for a rare last bit, which 8 bits round away nearly always.
+
+    Arguments as in `grouped_attention`.
+    """
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.double()
+    exact = (states.double() for states in (query, key, value))
+    attended, _ = grouped_attention(module, *exact, attention_mask, **kwargs)
+    return attended.to(query.dtype), None
 
 
 def make_causal_mask(rows: Tensor, num_keys: int) -> Tensor:
@@ -101,7 +121,7 @@ def attend_in_groups(
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     if mask is not None and mask.shape[2] > 1:
         mask = _repeat_mask(mask, heads // key.shape[1], query.dtype)
-    elif mask is not None and query.device.type != "cpu":
+    elif mask is not None and (query.device.type != "cpu" or mask.dtype not in (torch.bool, query.dtype)):
         mask = _repeat_mask(mask, 1, query.dtype)  # its one row is broadcast, but has to be aligned
     out = attend(rows, key, value, attn_mask=mask, scale=scale)
     if queries == 1:
@@ -125,6 +145,7 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
+        repeated = repeated.to(dtype)
         if mask.device.type != "cpu" and not is_compiling:
             # A view of padded rows: the columns are the same, and the rows are farther apart in memory.
             columns = mask.shape[3]
@@ -133,12 +154,13 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     return repeated_masks[num_groups]
 
 
-AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for name, attention in ((NAME, grouped_attention), (EXACT, exact_attention)):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def group_heads(model: PreTrainedModel) -> bool:
-    """Replace `sdpa` by `grouped_attention` in the decoder of a model; return whether it was done.
+def group_heads(model: PreTrainedModel, name: str = NAME) -> bool:
+    """Replace `sdpa` by `grouped_attention`, or `EXACT`, in the decoder of a model; return whether it was done.
 
     Left as they are: other implementations; models without a decoder of transformers, such as drafters; and models
     whose code asks for `sdpa` by name, as sparse attention does.
@@ -152,5 +174,5 @@ def group_heads(model: PreTrainedModel) -> bool:
         and '"sdpa"' not in inspect.getsource(sys.modules[type(decoder).__module__])
     )
     if is_possible:
-        decoder.set_attn_implementation(NAME)
+        decoder.set_attn_implementation(name)
     return is_possible

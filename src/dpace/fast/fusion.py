@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
+from dpace.fast.attention import EXACT, MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
 from dpace.fast.cache import is_full_attention
+from dpace.fast.eight_bits import EightBitLinear, join_eight_bits
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, unpack
 from dpace.modeling_dflash import DFlashLayer, Mask, Rope
 
@@ -64,7 +65,7 @@ def _can_be_fused(layer: Any) -> bool:
     """Return whether the linear layers are packed, or plain on a device where nothing is packed."""
     for linear in _linears(layer):
         is_unpacked = type(linear) is nn.Linear and is_plain(linear.weight) and linear.weight.device.type != "cpu"
-        if type(linear) is not PackedLinear and not is_unpacked:
+        if type(linear) not in (PackedLinear, EightBitLinear) and not is_unpacked:
             return False
     return True
 
@@ -75,7 +76,8 @@ def _fuse(layer: Any) -> None:
     layer.fast = FusedProducts(layer)
     # The class is exchanged, and not the module, so that names of parameters and references to it stay.
     layer.__class__ = FusedDraftLayer if kind is DFlashLayer else _fused_class(kind)
-    unpack(_linears(layer))
+    if not layer.fast.is_eight_bits:
+        unpack(_linears(layer))
 
 
 @functools.cache
@@ -127,17 +129,20 @@ class FusedProducts(FastForm):
 
     def __init__(self, layer: Any):
         query, key, value, out, gate, up, down = _linears(layer)
+        self.is_eight_bits = isinstance(query, EightBitLinear)
+        combine = join_eight_bits if self.is_eight_bits else join
         # Linear layers that read the same rows become one product.
-        self.qkv = join([query, key, value])
-        self.out = join([out])
-        self.gate_up = join([gate, up])
-        self.down = join([down])
+        self.qkv = combine([query, key, value])
+        self.out = combine([out])
+        self.gate_up = combine([gate, up])
+        self.down = combine([down])
         super().__init__(layer)  # only now, because joining may move weights to other addresses
         attention = layer.self_attn
         self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
         if "q_norm" in attention._modules:
             self.norms += [attention.q_norm.weight, attention.k_norm.weight]
         self.dtype = self.norms[0].dtype
+        self.attention_dtype = torch.float64 if self.is_eight_bits else self.dtype  # see `exact_attention`
         self.epsilon = layer.input_layernorm.variance_epsilon
         # As tensors too, because `torch.addcdiv` takes no numbers.
         self.epsilon_tensor = torch.tensor(self.epsilon)
@@ -168,8 +173,8 @@ class FusedProducts(FastForm):
             to_rotate = torch.rms_norm(to_rotate, to_rotate.shape[-1:], None, self.epsilon)
             for normalized, weight in zip(to_rotate.split(self.sizes, 2), self.norms[2:], strict=True):
                 normalized.mul_(weight)
-        query, key = rotation.rotate(to_rotate.transpose(1, 2)).split(self.sizes, 1)
-        return query, key, value.transpose(1, 2)
+        query, key = rotation.rotate(to_rotate.transpose(1, 2)).to(self.attention_dtype).split(self.sizes, 1)
+        return query, key, value.transpose(1, 2).to(self.attention_dtype)
 
     def norm(self, rows: Tensor, index: int) -> Tensor:
         """Apply one of the layer's RMSNorms; on a CPU it rounds twice in low precision, like transformers'."""
@@ -185,7 +190,7 @@ class FusedProducts(FastForm):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Add attention and feed-forward to `hidden`."""
-        hidden = hidden + self.out(attended.flatten(2))
+        hidden = hidden + self.out(attended.flatten(2).to(self.dtype))
         return hidden + self.feed_forward(self.norm(hidden, 1))
 
     def feed_forward(self, rows: Tensor) -> Tensor:
@@ -280,7 +285,7 @@ def run_layers(
         prompt.
     """
     num_new = token_ids.shape[1]
-    is_known = type(decoder).__name__ in DECODERS and decoder.config._attn_implementation == NAME
+    is_known = type(decoder).__name__ in DECODERS and decoder.config._attn_implementation in (NAME, EXACT)
     if not is_known or cache is None or num_new > MAX_QUERIES:
         return None
     layers: list[Any] = list(decoder.layers)

@@ -31,7 +31,6 @@ from dpace.metrics import Acceptance, tau_estimate, tau_gain
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
-from dpace.system.device import dtype_name
 from dpace.system.groups import group_by
 from dpace.system.ledger import JsonObject, register_files
 from dpace.system.progress import track
@@ -82,7 +81,7 @@ def bench(
         drafter_configs={name: hash_config(drafter) for name, drafter in drafters_by_row.items()},
         widths=list(config.widths),
         engine="dpace.decode",
-        dtype=dtype_name(target.model.dtype),
+        dtype=target.dtype_name,
         hardware=find_hardware(target.device),
         versions=find_versions(),
     )

@@ -83,7 +83,7 @@ def check(
     for number, prompt in enumerate(prompts, start=seed):
         questions.append(Question(prompt.id, Conversation(target, prompt, limits).ask(), number))
     findings, whole = check_texts(target, drafter, questions, max_new_tokens)
-    if target.model.dtype != torch.float32:
+    if target.dtype_name not in ("float32", "int8"):
         return findings
     responses = []
     for prompt, question, generation in zip(prompts, questions, whole, strict=True):
@@ -214,7 +214,7 @@ def distribution_values(
     text = torch.tensor([[*prompt, *response]], device=target.device)
     # The row of the token before predicts a token, from the prompt's last one on.
     hidden = target.hidden(text[:, :-1])[0, len(prompt) - 1 :]
-    probs = torch.softmax(target.head.logits(hidden).double(), dim=-1)  # (seq, vocab)
+    probs = torch.softmax(target.logits(hidden).double(), dim=-1)  # (seq, vocab)
     chosen = text[0, len(prompt) :, None]
     jump = probs.gather(1, chosen)
     # Tokens that are equally likely come in the order of their ids.

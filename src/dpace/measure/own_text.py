@@ -54,7 +54,7 @@ def greedy_share(target: Target, dataset: ResponseDataset) -> float:
         # The row of the token before predicts a token; nothing predicts the first one.
         is_answer = dataset.is_response(index)[1:].to(target.device)
         hidden = target.hidden(token_ids[None])[0, :-1][is_answer]
-        best = torch.cat([argmax(target.head.logits(rows).float()) for rows in hidden.split(READ_ROWS)])
+        best = torch.cat([argmax(target.logits(rows).float()) for rows in hidden.split(READ_ROWS)])
         is_greedy.append(best == token_ids[1:][is_answer])
     return float(torch.cat(is_greedy).float().mean())
 
@@ -89,12 +89,12 @@ def find_divergence(
     pairs = enumerate(itertools.zip_longest(found, expected))
     position, tokens = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
     text = torch.tensor([[*prompt, *expected[:position]]], device=target.device)
-    at_once = target.head.logits(target.hidden(text)[0, len(prompt) - 1 :]).float()  # (seq, vocab)
+    at_once = target.logits(target.hidden(text)[0, len(prompt) - 1 :]).float()  # (seq, vocab)
     cache = TextCache(target.config, text.shape[1])
     one_by_one = []
     for start, end in itertools.pairwise([0, *range(len(prompt), text.shape[1] + 1)]):
         hidden = target.hidden(text[:, start:end], cache=cache)
-        one_by_one.append(target.head.logits(hidden[0, -1:]).float())
+        one_by_one.append(target.logits(hidden[0, -1:]).float())
     rounding = float((at_once - torch.cat(one_by_one)).abs().max())
     margin = math.inf
     if None not in tokens:

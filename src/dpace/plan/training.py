@@ -285,7 +285,8 @@ def plan_recipe(
             memory = psutil.virtual_memory().available
         else:
             memory = torch.accelerator.get_memory_info(device)[0]
-    dtype = getattr(torch, recipe.dtype, default_dtype(device))  # `auto` is no dtype
+    # `auto` is no dtype, and a target in 8 bits gives fp32.
+    dtype = getattr(torch, recipe.dtype.replace("int8", "float32"), default_dtype(device))
     # Before the block below: a search may download weights and read them, which no meta device can.
     config = config or find_target_files(recipe.target).config
     fix = "name the folder or the Hub id of a causal LM"

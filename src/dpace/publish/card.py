@@ -188,7 +188,8 @@ def _measured(folder: Path, drafter: Drafter) -> BenchResults | None:
     results = _read_beside(folder.resolve().parent / "results.json", read_results)
     if not isinstance(results, BenchResults):
         return None
-    weights = fingerprint(drafter, dtype=results.dtype)  # they may have been loaded in another one here
+    # They may have been loaded in another one here; with a target in 8 bits they are in fp32.
+    weights = fingerprint(drafter, dtype=results.dtype.replace("int8", "float32"))
     rows_of_drafter = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
     if not rows_of_drafter:
         return None

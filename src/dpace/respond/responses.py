@@ -15,7 +15,6 @@ import pydantic
 
 from dpace.config import MAX_TOKENS, STRICT, Recipe, RespondConfig
 from dpace.prompts.prompts import Prompt, PromptParts
-from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import count, note, quoted
 from dpace.system.provenance import find_versions, hash_file, same_run
@@ -193,7 +192,7 @@ def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> JsonObje
     meta: JsonObject = {"target": target.name}
     if not config.server and isinstance(target, Target):
         meta["revision"] = getattr(target.model.config, "_commit_hash", None)
-        meta["dtype"] = dtype_name(target.model.dtype)
+        meta["dtype"] = target.dtype_name
         meta["target_sha256"] = target.sha256
     # The order of the keys is the order in which `check_meta` looks for the first difference.
     meta |= tokenizer_hashes(target)

@@ -13,17 +13,30 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from dpace.config import Device, DeviceMap, TargetShard
 from dpace.fast.cache import probe_cache
+from dpace.fast.eight_bits import EightBitLinear, is_in_eight_bits, to_eight_bits
 from dpace.fast.fusion import LayerOutputs, run_layers
 from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
 from dpace.system import ranks
-from dpace.system.device import default_dtype, find_device
+from dpace.system.device import default_dtype, dtype_name, find_device
 from dpace.system.progress import quoted
 from dpace.system.provenance import FINGERPRINT_VALUES, fingerprint
 from dpace.target.files import full_name, gather_tables, open_target
 from dpace.target.head import LmHead
 from dpace.target.probe import find_layers, find_tables
 
+SAMPLE = """Question: A shop sells 12 boxes of 24 pencils for $3.50 each. How much is one pencil?
+Answer: One box has 24 pencils, so a pencil costs 3.50 / 24 = 0.15 dollars. **The answer is $0.15.**
+
+def mean(values: list[float]) -> float:
+    # An empty list has no mean.
+    return sum(values) / len(values) if values else 0.0
+
+{"name": "Ada Lovelace", "born": 1815, "city": "London", "fields": ["mathematics", "computing"]}
+
+The river rises in the mountains, and in spring it carries so much water that the old bridge has to be closed. Wir gehen
+heute nach Hause; il fait beau, y mañana también. Dear Dr. Smith, thank you for your letter of 3 May!"""
+"""Prose, arithmetic, code and data, for which the channels of a target in 8 bits are scaled."""
 MIN_SHARED = 16
 """Least number of shared first tokens that are worth a forward pass of their own."""
 MIN_SAVED = 1 / 8
@@ -132,6 +145,14 @@ class Target:
             ValueError: see `dpace.target.files.open_target`.
         """
         place = find_device(device)
+        in_eight_bits = dtype == torch.int8
+        if in_eight_bits:
+            dtype = torch.float32
+            if place.type != "cpu" or shard != "none":
+                raise ValueError(
+                    f"--dtype int8 is for one process on a CPU, and this is {place.type} with --train.target-shard "
+                    f"{shard}; use bfloat16"
+                )
         model, tokenizer = open_target(
             name, dtype=dtype or default_dtype(place), device=place, device_map=device_map, shard=shard
         )
@@ -139,6 +160,8 @@ class Target:
             target = ShardedTarget(model, tokenizer)
         else:
             target = cls(model, tokenizer)
+            if in_eight_bits:
+                to_eight_bits(model, target.layers, tokenizer(SAMPLE, return_tensors="pt").input_ids)
             speed_up(model)
         target.thinking = thinking
         return target
@@ -152,6 +175,11 @@ class Target:
     def short_name(self) -> str:
         """The model's own name, without owner or folder; empty for a model made in memory."""
         return Path(self.name).name
+
+    @property
+    def dtype_name(self) -> str:
+        """Dtype of what it multiplies with, as configs have it: `int8`, or that of its weights."""
+        return "int8" if is_in_eight_bits(self.model) else dtype_name(self.model.dtype)
 
     @property
     def norm_mean(self) -> float:
@@ -262,7 +290,7 @@ class Target:
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
         layer = self.model.get_output_embeddings()
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, (PackedLinear, EightBitLinear)):
             return self.head.logits(hidden)
         return self.head.finish(layer(hidden.to(self.head.weight.dtype)))
 

@@ -14,7 +14,6 @@ from dpace.measure.heldout import measure_vocabularies
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
 from dpace.system import ranks
-from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
@@ -53,7 +52,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: JsonObject, init: Draf
         objective["objective_sha256"] = run["loss.objective_sha256"]
     record = {
         "target": target.short_name,
-        "dtype": dtype_name(target.model.dtype),
+        "dtype": target.dtype_name,
         "thinking": loop.recipe.thinking,
         **tokenizer_hashes(target),
         **objective,

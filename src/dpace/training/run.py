@@ -24,7 +24,6 @@ from dpace.loss.objective import load_custom, make_weigh, name_of, source_sha256
 from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Example, Response
 from dpace.system import ranks
-from dpace.system.device import dtype_name
 from dpace.system.ledger import JsonObject, lock_folder, read_object, refuse_link, register_files, write_json
 from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
@@ -176,7 +175,7 @@ def target_facts(target: Target, recipe: Recipe) -> JsonObject:
         "drafter.norm_scale": drafter.norm_scale,
         "drafter.intermediate_size": drafter.intermediate_size,
         "thinking": target.thinking,
-        "dtype": dtype_name(target.model.dtype),
+        "dtype": target.dtype_name,
     }
     return facts | tokenizer_hashes(target) | {"target_sha256": target.sha256}
 

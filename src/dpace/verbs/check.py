@@ -31,7 +31,7 @@ class CheckConfig:
     """Prompts to take from each dataset of the file."""
     max_new_tokens: Annotated[int, integer(3)] = 64
     """Longest response in tokens."""
-    dtypes: OneOrMore[Literal["float32", "bfloat16", "float16"]] = ("float32",)
+    dtypes: OneOrMore[Literal["float32", "bfloat16", "float16", "int8"]] = ("float32",)
     """Precisions of the weights to check in."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
