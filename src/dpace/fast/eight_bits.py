@@ -8,7 +8,6 @@ Channels whose values are large are divided before the product, and the weight i
 2211.10438). These divisors follow from the weights and from the values that the text gave.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ class EightBitProduct(NamedTuple):
     def __call__(self, rows: Tensor) -> Tensor:
         """Round rows to 8 bits, multiply and scale; a row of zeros gives zeros."""
         rows = rows * self.factors
-        largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True)
+        largest = rows.abs().amax(-1, keepdim=True)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
         out = multiply(rows.div_(largest), 1 / LARGEST, ZERO, self.packed).mul_(largest)
         return out if self.bias is None else out.add_(self.bias)
@@ -112,26 +111,47 @@ def to_eight_bits(model: PreTrainedModel, layers: nn.ModuleList, token_ids: Int[
 
     Attention is computed in fp64, see `dpace.fast.attention.exact_attention`.
 
-    Memory: one byte a weight of the layers and of the head, in place of four for the layers; the tables of embedding
-    and head stay as they are. Until it returns, the model in fp32 and one weight more.
+    Memory: one byte a weight of layers and head. The layers' own weights are freed; the tables of embedding and head
+    stay, as drafters read them.
 
     Args:
-        model: its layers have no weights but those of `nn.Linear`, and vectors.
+        model: decoder, norm and head.
         layers: its decoder layers.
-        token_ids: a text, whose values the divisors follow.
+        token_ids: a text, whose largest values decide about the divisors.
 
     Raises:
-        ValueError: the CPU has no kernel that sums exactly, or the model has other layers.
+        ValueError: the CPU has no kernel that sums without rounding, layers have other weights than those of `nn.Linear`
+            and vectors, or the model does not take attention by name.
     """
     if not sums_exactly():
-        raise ValueError(f"--dtype int8 needs a CPU with AVX-512 VNNI or AVX VNNI, whose sums of 8 bits are exact; {USE}")
+        raise ValueError(f"--dtype int8 needs sums of 8 bits without rounding, which CPUs with VNNI have; {USE}")
     head: Any = model.get_output_embeddings()
     modules = [*layers.modules(), head]
-    others = {type(module).__name__ for module in modules for weight in module.parameters(recurse=False) if weight.dim() > 1 and type(module) is not nn.Linear}
-    if others or not group_heads(model, EXACT):
-        reason = f"{type(model).__name__} has {', '.join(sorted(others))}" if others else "attention of its own"
-        raise ValueError(f"--dtype int8 needs nn.Linear ... {reason}; {USE}")
-    # Layers that read the same rows, with the largest value of each channel.
+    linears = [module for module in modules if type(module) is nn.Linear]
+    known = {id(linear.weight) for linear in linears}
+    has_others = any(weight.dim() > 1 and id(weight) not in known for weight in layers.parameters())
+    if has_others or head not in linears or not group_heads(model, EXACT):
+        raise ValueError(
+            f"--dtype int8 needs layers of nn.Linear and attention by name, and {type(model).__name__} has others; {USE}"
+        )
+    for largest, group in _find_groups(model, linears, token_ids):
+        columns = torch.stack([linear.weight.abs().amax(0) for linear in group]).amax(0)
+        ratios = largest.clamp(min=TINY) / columns.clamp(min=TINY)
+        # Their squares are powers of two: another machine, where values are rounded otherwise, has the same ones.
+        divisors = ratios.log2().round().exp2().sqrt()
+        for linear in group:
+            integers, scales = round_weight(linear.weight * divisors)
+            linear.product = EightBitProduct(pack_eight_bits(integers, scales), 1 / divisors, linear.bias)
+            linear.register_buffer("scales", scales)  # for the fingerprint of the weights
+            if linear is not head:
+                linear.weight = None
+            linear.__class__ = EightBitLinear
+
+
+def _find_groups(
+    model: PreTrainedModel, linears: Sequence[nn.Module], token_ids: Int[Tensor, "1 seq"]
+) -> list[tuple[Float[Tensor, " in"], list[Any]]]:
+    """Let a model read a text; return the layers that read the same rows, with the largest value of each channel."""
     groups: list[tuple[Tensor, list[Any]]] = []
     last_rows = None
 
@@ -143,19 +163,8 @@ def to_eight_bits(model: PreTrainedModel, layers: nn.ModuleList, token_ids: Int[
             groups.append((last_rows.abs().flatten(0, -2).amax(0), []))
         groups[-1][1].append(linear)
 
-    hooks = [module.register_forward_pre_hook(read) for module in modules if type(module) is nn.Linear]
+    hooks = [linear.register_forward_pre_hook(read) for linear in linears]
     model(token_ids)
     for hook in hooks:
         hook.remove()
-    for largest, linears in groups:
-        columns = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
-        # Their squares are powers of two, so that rounding elsewhere hardly ever gives others.
-        ratios = largest.clamp(min=TINY) / columns.clamp(min=TINY)
-        divisors = ratios.log2().round().exp2().sqrt()
-        for linear in linears:
-            integers, scales = round_weight(linear.weight * divisors)
-            linear.product = EightBitProduct(pack_eight_bits(integers, scales), 1 / divisors, linear.bias)
-            linear.register_buffer("scales", scales)  # part of the model's fingerprint
-            if linear is not head:
-                linear.weight = None
-            linear.__class__ = EightBitLinear
+    return groups
