@@ -22,8 +22,7 @@ from dpace.decode.sampling import verify_draft
 from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import PackedRows
-from dpace.fast.attention import EXACT as EXACT_ATTENTION
-from dpace.fast.attention import NAME as GROUPED_ATTENTION
+from dpace.fast.attention import EXACT as EXACT_ATTENTION, NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache, fill_places, is_full_attention
 from dpace.fast.packing import refresh_copies
 from dpace.fast.top import argmax

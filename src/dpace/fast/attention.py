@@ -72,8 +72,7 @@ def exact_attention(
     """
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.double()
-    exact = (states.double() for states in (query, key, value))
-    attended, _ = grouped_attention(module, *exact, attention_mask, **kwargs)
+    attended, _ = grouped_attention(module, query.double(), key.double(), value.double(), attention_mask, **kwargs)
     return attended.to(query.dtype), None
 
 

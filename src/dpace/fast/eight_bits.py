@@ -77,7 +77,7 @@ def pack_eight_bits(integers: Int[Tensor, "out in"], scales: Float[Tensor, " out
     """
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         zeros = torch.zeros(len(scales), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(integers, scales.double(), zeros, 0)
+        weight: Any = torch.ops.aten._make_per_channel_quantized_tensor(integers, scales.double(), zeros, 0)
     return torch.ops.quantized.linear_prepack(weight, None)
 
 
@@ -88,7 +88,7 @@ def join_eight_bits(linears: Sequence[EightBitLinear]) -> Product:
         torch.cat([weight.int_repr() for weight in weights]),
         torch.cat([weight.q_per_channel_scales() for weight in weights]),
     )
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     joined = EightBitProduct(packed, linears[0].product.factors, torch.cat(biases) if biases else None)
     end = 0
     for linear in linears:
@@ -101,8 +101,9 @@ def sums_exactly() -> bool:
     """Find out whether this CPU's kernel sums products of 8 bits without rounding; some saturate at 16 bits."""
     if torch.backends.quantized.engine not in FBGEMM:
         return False
-    product = EightBitProduct(pack_eight_bits(torch.full((1, 64), LARGEST, dtype=torch.int8), torch.ones(1)), torch.ones(64), None)
-    return float(product(torch.ones(1, 64))) == 64 * LARGEST
+    ones = torch.ones(1, 64)
+    product = EightBitProduct(pack_eight_bits(LARGEST * ones.to(torch.int8), ones[0, :1]), ones[0], None)
+    return float(product(ones)) == 64 * LARGEST
 
 
 @torch.no_grad()
@@ -120,8 +121,8 @@ def to_eight_bits(model: PreTrainedModel, layers: nn.ModuleList, token_ids: Int[
         token_ids: a text, whose largest values decide about the divisors.
 
     Raises:
-        ValueError: the CPU has no kernel that sums without rounding, layers have other weights than those of `nn.Linear`
-            and vectors, or the model does not take attention by name.
+        ValueError: the CPU has no kernel that sums without rounding, layers have other weights than those of
+            `nn.Linear` and vectors, or the model does not take attention by name.
     """
     if not sums_exactly():
         raise ValueError(f"--dtype int8 needs sums of 8 bits without rounding, which CPUs with VNNI have; {USE}")
@@ -132,7 +133,7 @@ def to_eight_bits(model: PreTrainedModel, layers: nn.ModuleList, token_ids: Int[
     has_others = any(weight.dim() > 1 and id(weight) not in known for weight in layers.parameters())
     if has_others or head not in linears or not group_heads(model, EXACT):
         raise ValueError(
-            f"--dtype int8 needs layers of nn.Linear and attention by name, and {type(model).__name__} has others; {USE}"
+            f"--dtype int8 needs layers of nn.Linear and attention by name; {type(model).__name__} has others; {USE}"
         )
     for largest, group in _find_groups(model, linears, token_ids):
         columns = torch.stack([linear.weight.abs().amax(0) for linear in group]).amax(0)
