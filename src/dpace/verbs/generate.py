@@ -3,11 +3,9 @@
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpace.config import DeviceMap, Dtype, Recipe, SamplingConfig, Text, Width, options
 from dpace.recipes.flags import Arguments, Given, command
@@ -17,9 +15,6 @@ from dpace.verbs import load_target
 
 if TYPE_CHECKING:
     from dpace.decode import Generation
-    from dpace.decode.generation import Step
-    from dpace.drafter import Drafter
-    from dpace.target import Target
 
 
 @options
@@ -32,12 +27,12 @@ class GenerateConfig(SamplingConfig):
     """Text to answer, or FILE.jsonl#ID for the first turn of a file's prompt (demo#ID: the demo's).
     It may stand first or last without the flag, or come from standard input. --stream without it is a chat."""
     drafter: Text | None = None
-    """Folder or Hub id of the drafter, or smollm2-135m, which comes with dpace. Without it the target decodes alone."""
+    """Folder or Hub id of the drafter, or smollm2-135m, which comes with dpace. Without it earlier text is copied."""
     stream: bool = False
-    """Show the text while it is written; needs a drafter."""
+    """Show the text while it is written."""
     json: bool = False
     """Print one JSON object when the answer is whole, also with --stream.
-    It has text, token_ids, tau (null without a drafter), prefill_seconds and decode_seconds."""
+    It has text, token_ids, tau, prefill_seconds and decode_seconds."""
     thinking: bool = False
     """Turn thinking on, for chat templates that offer it."""
     dtype: Dtype = "auto"
@@ -54,14 +49,12 @@ ARGUMENTS = Arguments(GenerateConfig, first="prompt")
 
 def run(config: GenerateConfig, given: Given) -> None:
     """Run `dpace generate`."""
-    if config.drafter is None and given.names & {"stream", "width"}:
-        raise ValueError("--stream and --width need a drafter, and none is named; name its folder with --drafter")
     prompt = config.prompt
     is_streamed = config.stream and not config.json
     if not (prompt or is_streamed or sys.stdin is None or sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
     if not (prompt or is_streamed):
-        raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
+        raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream")
     from dpace.decode import Decoder
     from dpace.decode.generation import SamplingOptions
     from dpace.drafter import load_drafter
@@ -76,20 +69,29 @@ def run(config: GenerateConfig, given: Given) -> None:
     sampling = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
     drafter = load_drafter(folder, target) if folder else None
     decoder = Decoder(target, drafter, width=config.width)
-    if drafter is not None and is_streamed:
-        drafting = {"width": config.width, "paces": decoder.paces, **sampling}
-        show_answer = partial(_show_answer, target, drafter, drafting)
-        if messages:
-            show_answer(messages)
-        else:
-            _chat(show_answer)
-        return
-    generation = decoder.generate(encode_chat(target, messages), **sampling)
-    text = target.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
-    if config.json:
-        text = json.dumps({"text": text, "tau": defined(generation.acceptance.tau), **vars(generation)})
-    print_text(text)
-    _print_speed(generation)
+
+    def show_answer(messages: list[JsonObject]) -> str:
+        """Print an answer while it is written, and on stderr how fast it came; return it."""
+        text = ""
+        generations: list[Generation] = []
+        for piece in decoder.stream(encode_chat(target, messages), on_end=generations.append, **sampling):
+            text += piece
+            print_text(piece, end="")
+        print()
+        _print_speed(*generations)
+        return text
+
+    if is_streamed and messages:
+        show_answer(messages)
+    elif is_streamed:
+        _chat(show_answer)
+    else:
+        generation = decoder.generate(encode_chat(target, messages), **sampling)
+        text = target.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+        if config.json:
+            text = json.dumps({"text": text, "tau": defined(generation.acceptance.tau), **vars(generation)})
+        print_text(text)
+        _print_speed(generation)
     if folder is None:
         first_step = command("demo")  # it trains for the default target
         if config.target != Recipe().target:
@@ -116,34 +118,3 @@ def _chat(show_answer: Callable[[list[JsonObject]], str]) -> None:
             if line := input("> ").strip():
                 messages.append({"role": "user", "content": line})
                 messages.append({"role": "assistant", "content": show_answer(messages)})
-
-
-def _show_answer(target: "Target", drafter: "Drafter", options: dict[str, Any], messages: list[JsonObject]) -> str:
-    """Print an answer while it is written, and on stderr how fast it came; return it.
-
-    Args:
-        target: it answers.
-        drafter: it proposes.
-        options: of `dpace.decode.stream`.
-        messages: the prompt, or the chat so far.
-    """
-    from dpace.decode import Generation, stream
-    from dpace.decode.pace import widest_step
-    from dpace.target.chat import encode_chat
-
-    steps: list[Step] = []
-    times: list[float] = []
-    text = ""
-
-    def on_step(step: "Step") -> None:  # some steps give no piece of text, so pieces cannot be counted
-        steps.append(step)
-        times.append(time.perf_counter())
-
-    for piece in stream(target, drafter, encode_chat(target, messages), on_step=on_step, **options):
-        text += piece
-        print_text(piece, end="")
-    print()
-    seconds = times[-1] - times[0]  # from the first token on, as speeds are given everywhere
-    widest = widest_step(drafter, options["width"])
-    _print_speed(Generation.from_steps(steps, widest, prefill_seconds=0.0, decode_seconds=seconds))
-    return text
