@@ -6,7 +6,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Unpack
 
@@ -277,7 +277,7 @@ class Decoder:
         on_end: Callable[[Generation], None],
         on_step: Callable[[Step], None] = lambda step: None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Decode one prompt piece by piece, as `stream`.
 
         `on_end` gets what was decoded, also where the caller stops early.

@@ -179,6 +179,11 @@ class Generation:
         return len(self.token_ids) - 1
 
     @property
+    def tokens_per_second(self) -> float:
+        """Rate after the first token."""
+        return self.num_decode_tokens / max(self.decode_seconds, 1e-9)
+
+    @property
     def acceptance(self) -> Acceptance:
         """Statistics of the verifications."""
         lengths = zip(self.accepted_lengths, self.emitted_lengths, strict=True)
