@@ -5,8 +5,7 @@
 """
 
 import math
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Unpack
 
@@ -16,9 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dpace.config import Width
-from dpace.decode.generation import Continuation, Generation, SamplingOptions, Step, collect, make_continuation
-from dpace.decode.loop import generate, stream
-from dpace.decode.pace import Paces, widest_step
+from dpace.decode.generation import Continuation, Generation, SamplingOptions, collect, make_continuation
+from dpace.decode.loop import generate
+from dpace.decode.pace import Paces
 from dpace.decode.sampling import verify_draft
 from dpace.decode.steps import State, draft_step, verify_step
 from dpace.drafter import Drafter
@@ -269,34 +268,6 @@ class Decoder:
         if self.compile:
             return self.generate_batch([token_ids], **options)[0]
         return generate(self.target, self.drafter, token_ids, width=self.width, paces=self.paces, **options)
-
-    def stream(
-        self,
-        token_ids: Sequence[int],
-        *,
-        on_end: Callable[[Generation], None],
-        on_step: Callable[[Step], None] = lambda step: None,
-        **options: Unpack[SamplingOptions],
-    ) -> Generator[str]:
-        """Decode one prompt piece by piece, as `stream`.
-
-        `on_end` gets what was decoded, also where the caller stops early.
-        """
-        steps: list[Step] = []
-        times = [time.perf_counter()]
-
-        def count_step(step: Step) -> None:
-            steps.append(step)
-            times.append(time.perf_counter())
-            on_step(step)
-
-        drafting: Any = {"width": self.width, "paces": self.paces, "on_step": count_step, **options}
-        try:
-            yield from stream(self.target, self.drafter, token_ids, **drafting)
-        finally:
-            first = times[:2][-1]  # of the first token
-            seconds: Any = {"prefill_seconds": first - times[0], "decode_seconds": times[-1] - first}
-            on_end(Generation.from_steps(steps, widest_step(self.drafter, self.width), **seconds))
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Decode several prompts at once; arguments and errors as in `generate_batch`."""

@@ -71,8 +71,8 @@ def generate(
     Source: DFlash (arXiv 2602.06036), `dflash_generate` of z-lab/dflash.
     """
     text = make_continuation(target, token_ids, **options)
-    steps = make_steps(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
-    return collect([text], steps, widest_step(drafter, width), target.device)[0]
+    speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
+    return collect([text], speculation.steps(), widest_step(drafter, width), target.device)[0]
 
 
 def generate_plain(
@@ -98,13 +98,6 @@ def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
         inputs = text.draw(target.logits(hidden[0, -1:]))[None]
         yield text.take(0, inputs[0].tolist(), width=width)
         width = 1
-
-
-def make_steps(target: Target, drafter: Drafter | None, text: Continuation, **options: Any) -> Iterator[Step]:
-    """Start the steps of `Speculation`, or plain ones without a drafter where the target can verify no copies."""
-    if drafter is None and not target.can_take_back:
-        return plain_steps(target, text)
-    return Speculation(target, drafter, text, **options).steps()
 
 
 class Speculation:
@@ -134,33 +127,33 @@ class Speculation:
         verify_rule: VerifyRule = "equality",
         paces: Paces | None = None,
     ):
-        self.target = target
-        self.drafter = drafter
-        self.text = text
-        self.widest = widest_step(drafter, width)
-        # The text ends at position `limit`; after it there is room for the tokens of a step.
-        capacity = text.limit + 1 + self.widest
-        widths: list[Width] = ["auto", "copies"]
-        self.can_draft = False
-        self.layer_ids: Sequence[int] = ()
-        self.num_context = 0
         if drafter is not None:
             drafter.check_target(target)
             refresh_copies(drafter)
-            widths += ["full", *range(2, drafter.block_size + 1)]
-            self.max_width = width if isinstance(width, int) else drafter.block_size
-            self.can_draft = width != "copies"
-            self.layer_ids = drafter.target_layer_ids if self.can_draft else ()
+        elif not target.can_take_back:
+            width = "full"  # of a block of one token: plain decoding
+        size = widest_step(drafter, "full")
+        rules = get_args(VerifyRule)
+        if width not in ("full", "auto", "copies", *range(2, size + 1)) or verify_rule not in rules:
+            raise ValueError(
+                f"width is {width} and verify_rule {verify_rule}; a block of {size} has 2 to {size} tokens to verify: "
+                f"give such a number, 'full', 'auto' or 'copies', and one of the rules {', '.join(rules)}"
+            )
+        self.target = target
+        self.drafter = drafter
+        self.text = text
+        self.max_width = width if isinstance(width, int) else size
+        self.can_draft = drafter is not None and width != "copies"
+        self.widest = widest_step(drafter, width)
+        # The text ends at position `limit`; after it there is room for the tokens of a step.
+        capacity = text.limit + 1 + self.widest
+        self.layer_ids: Sequence[int] = ()
+        self.num_context = 0
+        if drafter is not None:
             self.num_context = drafter.num_context
+            self.layer_ids = drafter.target_layer_ids if self.can_draft else ()
             self.draft_rows = PackedRows(target, drafter.vocabulary, text.token_ids)
             self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
-        rules = get_args(VerifyRule)
-        if width not in widths or verify_rule not in rules:
-            raise ValueError(
-                f"width is {width} and verify_rule {verify_rule}; give one of the widths "
-                f"{', '.join(map(str, widths))}, a number being of tokens of a block, and one of the rules "
-                f"{', '.join(rules)}"
-            )
         self.pace = self.recall = None
         if width in ("auto", "copies"):
             paces = paces or Paces()
@@ -220,7 +213,7 @@ class Speculation:
     def plan(self) -> Plan:
         """Choose between a draft, a copy of the tokens that followed the last ones before, and a plain step."""
         if self.pace is None:
-            return Plan(is_drafted=True)
+            return Plan(is_drafted=self.can_draft)
         # The target adds a token of its own to those that are copied.
         count = min(self.widest, self.text.remaining) - 1
         copies = [self.lookup.propose(count)]
@@ -305,11 +298,12 @@ def stream(
     each `Step` before its text is yielded.
     """
     text = make_continuation(target, token_ids, **options)
+    speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
     decode = partial(target.tokenizer.decode, skip_special_tokens=True)
     # The text up to `end` is out. Tokens from `start` on are decoded again with the next piece, because their text may
     # depend on the tokens before them.
     start = end = text.num_prompt
-    for step in make_steps(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces):
+    for step in speculation.steps():
         on_step(step)
         new = decode(text.token_ids[start:])
         piece = ""

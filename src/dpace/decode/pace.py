@@ -55,7 +55,7 @@ class StepCosts(NamedTuple):
 
 def widest_step(drafter: Drafter | None, width: int | str) -> int:
     """Return the largest number of tokens that a step with this `width` of `generate` may verify."""
-    size = drafter.block_size if drafter is not None else 1
+    size = drafter.block_size if drafter else 1
     return max(size, COPY_WIDTH) if width in ("auto", "copies") else size
 
 
@@ -77,11 +77,10 @@ def measure_costs(target: Target, drafter: Drafter | None, is_sampled: bool) -> 
     widths = [width for width in TIMED_WIDTHS if width < size]
     widths.append(size)
     sampler = Sampler(float(is_sampled), seed=0, device=target.device)
-    mask, layer_ids = (0, ()) if drafter is None else (drafter.mask_token_id, drafter.target_layer_ids)
-    filler = torch.full((1, max(FILLER_TOKENS, size)), mask, device=target.device)
+    filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id if drafter else 0, device=target.device)
     text = TextCache(target.config, filler.shape[1] + size)
     text.record(size)
-    _, features = target.read(filler, text, layer_ids)
+    _, features = target.read(filler, text, drafter.target_layer_ids if drafter else ())
 
     def verify(width: int) -> None:
         """Verify a number of tokens after the filler."""
@@ -89,18 +88,19 @@ def measure_costs(target: Target, drafter: Drafter | None, is_sampled: bool) -> 
         sampler.draw(sampler.scores(logits), 0).tolist()  # waits for the device
         text.crop(-width)
 
-    def draft(drafter: Drafter, rows: PackedRows, unread: Tensor) -> None:
-        """Read features and draft a block."""
-        drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
-        hidden = to_predicted(drafted.hidden, drafter.first_slot)
-        block_size = drafter.block_size
-        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], drafted.context[:, -1], block_size)
-        drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
-
     steps = [partial(verify, width) for width in widths]
-    if drafter is not None:
+    if drafter:
         rows = PackedRows(target, drafter.vocabulary)
-        steps += [partial(draft, drafter, rows, features[:, :4]), partial(draft, drafter, rows, features)]
+
+        def draft(unread: Tensor) -> None:
+            """Read features and draft a block."""
+            drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
+            hidden = to_predicted(drafted.hidden, drafter.first_slot)
+            block_size = drafter.block_size
+            proposed = drafter.selector.propose(rows, hidden, filler[:, 0], drafted.context[:, -1], block_size)
+            drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
+
+        steps += [partial(draft, features[:, :4]), partial(draft, features)]
     rounds = []
     for _ in range(NUM_ROUNDS + 1):
         rounds.append([timeit.timeit(step, number=1) for step in steps])
@@ -362,6 +362,6 @@ class Paces:
         """Return the memory of the drafter's answers; None where none are kept."""
         if self.recall_mib > 0 and drafter not in self._recalls:
             self._recalls[drafter] = Recall(self.recall_mib)
-            if drafter is not None:
+            if drafter:
                 self._recalls[drafter].add(drafter.answers)
         return self._recalls.get(drafter)

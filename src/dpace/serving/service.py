@@ -10,10 +10,9 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 from starlette.requests import Request
@@ -21,8 +20,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 import dpace
 from dpace.config import Count, CountOrZero, Entries, PositiveOrZero, SamplingConfig, options
-from dpace.decode import Decoder, Generation
-from dpace.decode.generation import make_continuation
+from dpace.decode import Decoder, stream
+from dpace.decode.generation import Step, make_continuation
 from dpace.prompts.formats import parse_row
 from dpace.system.validation import from_json
 from dpace.target.chat import encode_chat
@@ -30,22 +29,12 @@ from dpace.target.chat import encode_chat
 MAX_BYTES = 4 * 2**20
 """Largest body of a request."""
 NO_EFFECT = ("model", "user", "store", "metadata", "stream_options", "cache_salt", "return_token_ids")
-"""Fields that change no text: there is one model, and the last event always has the usage, and each its token ids."""
-NEUTRAL = {
-    "n": 1,
-    "logprobs": False,
-    "logit_bias": {},
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "tool_choice": "auto",
-}
-"""Fields that would change the text, each with the value that does not."""
+"""Fields that change no text: there is one model, and all answers have their usage and their token ids."""
 
 
 @options
 class Ask(SamplingConfig):
-    """The fields of a request that are honoured."""
+    """The fields of a request that are honoured, and those of which one value changes no text."""
 
     messages: Any = None
     tools: Any = None
@@ -54,6 +43,13 @@ class Ask(SamplingConfig):
     temperature: PositiveOrZero = 1.0
     stop: Entries[str] = ()
     stream: bool = False
+    n: Literal[1] = 1
+    logprobs: Literal[False] = False
+    logit_bias: dict[str, None] | None = None
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
+    repetition_penalty: Literal[1] = 1
+    tool_choice: Literal["auto"] = "auto"
 
 
 def refuse(message: str, status: int = 400) -> Response:
@@ -99,32 +95,26 @@ class Service:
         """
         place = self.num_open - 1
         target = self.decoder.target
-        key = request.headers.get("authorization", "").removeprefix("Bearer ")
         path = request.url.path
         if path == "/health":
             return Response()
+        key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not secrets.compare_digest(key.encode(), self.api_key.encode()):
             return refuse("the key is missing or wrong; send it as a Bearer token", 401)
-        match path:
-            case "/version":
-                return JSONResponse({"version": dpace.__version__})
-            case "/v1/models":
-                return JSONResponse({"object": "list", "data": [{"id": target.short_name, "object": "model"}]})
-            case "/metrics":
-                return PlainTextResponse("".join(f"vllm:{name}_total {n}\n" for name, n in self.totals.items()))
-            case "/v1/chat/completions" | "/v1/completions":
-                pass
-            case _:
-                return refuse(f"there is no {path}", 404)
+        if path == "/version":
+            return JSONResponse({"version": dpace.__version__})
+        if path == "/v1/models":
+            return JSONResponse({"object": "list", "data": [{"id": target.short_name, "object": "model"}]})
+        if path == "/metrics":
+            return PlainTextResponse("".join(f"vllm:{name}_total {total}\n" for name, total in self.totals.items()))
+        if path not in ("/v1/chat/completions", "/v1/completions"):
+            return refuse(f"there is no {path}", 404)
         if place > self.max_waiting:
             return refuse(f"{place} requests wait already; ask again later", 429)
         if int(request.headers.get("content-length", MAX_BYTES + 1)) > MAX_BYTES:
             return refuse(f"the body has more than {MAX_BYTES} bytes, or does not say how many", 413)
-        asked = {}
-        for name, value in from_json(dict, await request.json()).items():
-            if name not in NO_EFFECT and value not in (None, NEUTRAL.get(name)):
-                asked[name] = value
-        ask = from_json(Ask, asked)
+        asked = from_json(dict, await request.json())
+        ask = from_json(Ask, {k: value for k, value in asked.items() if value is not None and k not in NO_EFFECT})
         token_ids: Any = ask.prompt
         if ask.messages is not None:
             prompt = parse_row({"messages": ask.messages, "tools": ask.tools}, "request", "request")
@@ -137,59 +127,60 @@ class Service:
         kind = "text/event-stream" if ask.stream else "application/json"
         return StreamingResponse(self.lines(ask, token_ids), 200, {"x-dpace-waiting": str(place)}, kind)
 
-    async def lines(self, ask: Ask, token_ids: Sequence[int]) -> AsyncIterator[str]:
+    async def lines(self, ask: Ask, token_ids: list[int]) -> AsyncIterator[str]:
         """Decode an answer when its turn has come, and yield its events, or its only object."""
-        text = ""
-        found: list[int] = []
-        new: list[int] = []
-        ends: list[Generation] = []
-        role = {"role": "assistant"}
+        target = self.decoder.target
         now = time.time_ns()
-        head = {"id": f"dpace-{now}", "created": now // 10**9, "model": self.decoder.target.short_name}
+        head = {"id": f"dpace-{now}", "created": now // 10**9, "model": target.short_name}
+        role = {"role": "assistant"}
+        new: list[int] = []
 
         def write(piece: str, end: str | None = None, **usage: Any) -> str:
-            choice: Any = {"index": 0, "finish_reason": end, "token_ids": new.copy(), "text": piece}
+            choice = {"index": 0, "finish_reason": end, "token_ids": new, "text": piece}
             kind = "text_completion"
             if ask.messages is not None:
                 kind = "chat.completion.chunk" if ask.stream else "chat.completion"
                 choice["delta" if ask.stream else "message"] = {**role, "content": choice.pop("text")}
-                role.clear()  # clients put together what deltas have, so it stands in the first one
-            new.clear()
             line = json.dumps({**head, "object": kind, "choices": [choice], **usage})
+            role.clear()  # clients put together what the deltas have, so it stands in the first one
+            new.clear()
             return f"data: {line}\n\n" if ask.stream else line
 
+        steps: list[Step] = []
+        text = ""
+        found: list[int] = []
         num_held = max(map(len, ask.stop), default=1) - 1  # characters that may be the beginning of a stop text
+        sampling: Any = ask.sampling
         async with self.turn:
-            sampling: Any = ask.sampling
-            pieces = self.decoder.stream(
-                token_ids, on_step=lambda step: new.extend(step.token_ids), on_end=ends.append, **sampling
-            )
-            take = partial(asyncio.get_running_loop().run_in_executor, self.thread, next, pieces, None)
-            while not found and (piece := await take()) is not None:
+            loop = asyncio.get_running_loop()
+            drafting: Any = {"paces": self.decoder.paces, "on_step": steps.append}
+            pieces = stream(target, self.decoder.drafter, token_ids, **drafting, **sampling)
+            while (
+                not found and (piece := await loop.run_in_executor(self.thread, lambda: next(pieces, None))) is not None
+            ):
                 text += piece
+                new += steps[-1].token_ids
                 found = [text.find(stop) for stop in ask.stop if stop in text]
                 if ask.stream and not found:
                     place = max(0, len(text) - num_held)
                     yield write(text[:place])
                     text = text[place:]
-            pieces.close()
-        generation = ends[0]
-        num_passes = len(generation.widths)
+        num_new = sum(len(step.token_ids) for step in steps)
+        seconds = steps[-1].ended - steps[0].ended
         counts = {
             "prompt_tokens": len(token_ids),
-            "completion_tokens": len(generation.token_ids),
-            "spec_decode_num_drafts": num_passes,
-            "spec_decode_num_draft_tokens": sum(generation.widths) - num_passes,
-            "spec_decode_num_accepted_tokens": sum(generation.accepted_lengths),
-            "decode_seconds": generation.decode_seconds,
+            "completion_tokens": num_new,
+            "spec_decode_num_drafts": len(steps) - 1,
+            "spec_decode_num_accepted_tokens": sum(step.accepted for step in steps),
+            "decode_seconds": seconds,
         }
         self.totals.update(counts)
         usage = counts | {
-            "total_tokens": len(token_ids) + len(generation.token_ids),
-            "tau": generation.num_decode_tokens / max(1, num_passes),
-            "tokens_per_second": generation.tokens_per_second,
+            "total_tokens": len(token_ids) + num_new,
+            "tau": (num_new - 1) / max(1, len(steps) - 1),
+            "tokens_per_second": (num_new - 1) / max(1e-9, seconds),
         }
-        is_stopped = found or generation.token_ids[-1] in self.decoder.target.stop_token_ids
+        is_stopped = found or steps[-1].token_ids[-1] in target.stop_token_ids
         yield write(text[: min(found, default=None)], "stop" if is_stopped else "length", usage=usage)
         if ask.stream:
             yield "data: [DONE]\n\n"

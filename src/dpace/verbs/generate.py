@@ -3,8 +3,9 @@
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpace.config import Recipe, SamplingConfig, Text, Width, options
 from dpace.recipes.flags import Arguments, Given, command
@@ -44,7 +45,9 @@ def run(config: GenerateConfig, given: Given) -> None:
         prompt = sys.stdin.read().strip()
     if not (prompt or is_streamed):
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream")
-    from dpace.decode.generation import SamplingOptions
+    from dpace.decode import Generation, stream
+    from dpace.decode.generation import Step
+    from dpace.decode.pace import widest_step
     from dpace.measure.results import defined
     from dpace.prompts.prompts import find_prompt
     from dpace.target.chat import encode_chat
@@ -52,17 +55,20 @@ def run(config: GenerateConfig, given: Given) -> None:
     messages = find_prompt(prompt) if prompt else []
     decoder = load_decoder(config, width=config.width)
     target = decoder.target
-    sampling = SamplingOptions(**config.sampling)
 
     def show_answer(messages: list[JsonObject]) -> str:
         """Print an answer, and on stderr how fast it came; return it."""
         text = ""
-        generations: list[Generation] = []
-        for piece in decoder.stream(encode_chat(target, messages), on_end=generations.append, **sampling):
+        steps: list[Step] = []
+        drafting: Any = {"width": config.width, "paces": decoder.paces, "on_step": steps.append, **config.sampling}
+        started = time.perf_counter()
+        for piece in stream(target, decoder.drafter, encode_chat(target, messages), **drafting):
             text += piece
             if is_streamed:
                 print_text(piece, end="")
-        (generation,) = generations
+        ends = [step.ended for step in steps]
+        seconds = {"prefill_seconds": ends[0] - started, "decode_seconds": ends[-1] - ends[0]}
+        generation = Generation.from_steps(steps, widest_step(decoder.drafter, config.width), **seconds)
         shown = "" if is_streamed else text
         if config.json:
             shown = json.dumps({"text": text, "tau": defined(generation.acceptance.tau), **vars(generation)})
@@ -84,8 +90,9 @@ def run(config: GenerateConfig, given: Given) -> None:
 def _print_speed(generation: "Generation") -> None:
     """Print on stderr, in one sentence, how long the answer was and how fast it came after its first token."""
     sentence = count(len(generation.token_ids), "token")
-    if generation.num_decode_tokens:  # more than the first one
-        sentence += f" at {generation.tokens_per_second:.1f} tokens/s"
+    num_timed = generation.num_decode_tokens
+    if num_timed:  # more than the first one
+        sentence += f" at {num_timed / max(generation.decode_seconds, 1e-9):.1f} tokens/s"
     if generation.accepted_lengths:
         sentence += f"; each pass of the target gave {generation.acceptance.tau:.2f} (tau)"
     print(sentence, file=sys.stderr)

@@ -122,10 +122,10 @@ def test_copies_alone_never_draft(is_drafter, monkeypatch):
         ([], {}, "empty"),
         (torch.tensor([[5, 6], [7, 8]]), {}, "not one row"),
         ([5] * 250, {"max_new_tokens": 7}, "limit of 256"),
-        ([5], {"width": 1}, "auto, copies, full, 2, 3, 4, a number"),
+        ([5], {"width": 1}, "2 to 4 tokens to verify"),
         ([5], {"width": 5}, "width is 5"),
         ([5], {"verify_rule": "Equality"}, "equality, speculative"),
-        ([5], {"width": "full", "drafter": None}, "one of the widths auto, copies, a"),
+        ([5], {"width": 2, "drafter": None}, "width is 2"),
     ],
 )
 def test_bad_requests(token_ids, options, match):
