@@ -99,7 +99,7 @@ class Service:
         if path == "/health":
             return Response()
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not secrets.compare_digest(key.encode(), self.api_key.encode()):
+        if self.api_key and not secrets.compare_digest(key.encode(), self.api_key.encode()):
             return refuse("the key is missing or wrong; send it as a Bearer token", 401)
         if path == "/version":
             return JSONResponse({"version": dpace.__version__})
