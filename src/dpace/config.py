@@ -7,7 +7,7 @@ The classes are pydantic's: a value of another type, outside its range, or of an
 
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -324,6 +324,11 @@ class SamplingConfig:
     """Sample only from tokens with at least this fraction of the highest probability, 0 to 1; 0 keeps all."""
     seed: Annotated[int, integer(0, 2**63 - 1)] | None = None
     """Seed for sampling at a temperature above 0; torch's global random generator by default."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The values, without those of a subclass, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
 
 
 @options

@@ -94,7 +94,7 @@ def test_from_prompts_to_an_exported_drafter(
     answer = json.loads(run(f"{words} {flags} --json")[0])
     assert f"{answer['text']}\n" == plain and answer["tau"] >= 1 and answer["decode_seconds"] > 0
     assert "no prompt to answer" in run(f"{words} --json", code=1)[1]
-    assert json.loads(run(f"{words} --max-new-tokens 4 --json '{prompt}'")[0])["tau"] is None
+    assert json.loads(run(f"{words} --max-new-tokens 4 --json '{prompt}'")[0])["tau"] >= 1
     assert re.search(r"--spec-draft-n-max [1-5]\b", (tmp_path / "served" / "README.md").read_text())
 
 

@@ -170,7 +170,6 @@ PATHS = {
     "plan --output spans": r"response_spans is \[\[0, 9\]\]",
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
-    f"generate --target {TARGET} --stream": "--width need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
 }

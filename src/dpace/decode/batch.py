@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from dpace.config import Width
 from dpace.decode.generation import Continuation, Generation, SamplingOptions, collect, make_continuation
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode.loop import generate
 from dpace.decode.pace import Paces
 from dpace.decode.sampling import verify_draft
 from dpace.decode.steps import State, draft_step, verify_step
@@ -234,7 +234,7 @@ class Decoder:
 
     Args:
         target: the model whose text is kept.
-        drafter: trained for this target; None decodes plainly.
+        drafter: trained for this target; without it single prompts copy, and batches are decoded plainly.
         width: verification length of single prompts, as in `generate`; compiled steps verify whole blocks.
         compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs, and keep them
             and the caches that these refer to. Compiling takes a minute or more.
@@ -269,8 +269,6 @@ class Decoder:
         """Decode one prompt; arguments and errors as in `generate`."""
         if self.compile:
             return self.generate_batch([token_ids], **options)[0]
-        if self.drafter is None:
-            return generate_plain(self.target, token_ids, **options)
         return generate(self.target, self.drafter, token_ids, width=self.width, paces=self.paces, **options)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[Generation]:

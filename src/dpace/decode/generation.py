@@ -40,6 +40,8 @@ class Step(NamedTuple):
     """Number of tokens that the target read: the last token and the verified draft tokens; 0 for the prompt."""
     copied: int
     """Number of accepted tokens that were copied, from the text or from earlier answers, and not drafted."""
+    ended: float
+    """When it ended, by `time.perf_counter`."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Continuation:
         emitted = emitted[: answer_end(emitted, self.stops)]
         accepted = min(accepted, len(emitted))
         self.token_ids += emitted
-        step = Step(emitted, accepted, width, copied=accepted if is_copied else 0)
+        step = Step(emitted, accepted, width, accepted if is_copied else 0, time.perf_counter())
         self.steps.append(step)
         return step
 

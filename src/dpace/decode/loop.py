@@ -31,7 +31,7 @@ from dpace.target import Target, stop_tokens
 
 def generate(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     token_ids: Sequence[int] | Int[Tensor, "..."],
     *,
     width: Width = "auto",
@@ -39,7 +39,7 @@ def generate(
     paces: Paces | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Generation:
-    """Decode with a drafter, which gives the target's own text in fewer forward passes of the target.
+    """Decode with a drafter or copies, which give the target's own text in fewer forward passes of the target.
 
     A step drafts a block after the last token. With width `auto` it sometimes copies the tokens that followed the last
     ones before instead, in the text (`PromptLookup`) or in earlier answers (`Recall`). The target reads the last token
@@ -50,7 +50,7 @@ def generate(
 
     Args:
         target: the model whose text is kept.
-        drafter: trained for this target.
+        drafter: trained for this target; without it steps copy only.
         token_ids: the prompt, one row.
         width: the verification length. `full` verifies the whole block; a number from 2 to the drafter's block size
             verifies that number of tokens, the last one included; `auto` chooses the fastest length at each step, after
@@ -120,16 +120,19 @@ class Speculation:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter,
+        drafter: Drafter | None,
         text: Continuation,
         *,
         width: Width = "auto",
         verify_rule: VerifyRule = "equality",
         paces: Paces | None = None,
     ):
-        drafter.check_target(target)
-        refresh_copies(drafter)
-        size = drafter.block_size
+        if drafter is not None:
+            drafter.check_target(target)
+            refresh_copies(drafter)
+        elif not target.can_take_back:
+            width = "full"  # of a block of one token: plain decoding
+        size = widest_step(drafter, "full")
         rules = get_args(VerifyRule)
         if width not in ("full", "auto", "copies", *range(2, size + 1)) or verify_rule not in rules:
             raise ValueError(
@@ -138,24 +141,27 @@ class Speculation:
             )
         self.target = target
         self.drafter = drafter
-        self.num_context = drafter.num_context
         self.text = text
         self.max_width = width if isinstance(width, int) else size
-        self.can_draft = width != "copies"
-        self.layer_ids = drafter.target_layer_ids if self.can_draft else ()
+        self.can_draft = drafter is not None and width != "copies"
+        self.widest = widest_step(drafter, width)
+        # The text ends at position `limit`; after it there is room for the tokens of a step.
+        capacity = text.limit + 1 + self.widest
+        self.layer_ids: Sequence[int] = ()
+        self.num_context = 0
+        if drafter is not None:
+            self.num_context = drafter.num_context
+            self.layer_ids = drafter.target_layer_ids if self.can_draft else ()
+            self.draft_rows = PackedRows(target, drafter.vocabulary, text.token_ids)
+            self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
         self.pace = self.recall = None
         if width in ("auto", "copies"):
             paces = paces or Paces()
             self.pace = paces.get(target, drafter, text.sampler.temperature)
             self.recall = paces.recall(drafter)
         self.samples_draft = verify_rule != "equality" and text.sampler.temperature > 0
-        self.draft_rows = PackedRows(target, drafter.vocabulary, text.token_ids)
-        self.widest = widest_step(drafter, width)
-        # The text ends at position `limit`; after it there is room for the tokens of a step.
-        capacity = text.limit + 1 + self.widest
         self.cache = TextCache(target.config, capacity)
         self.cache.record(self.widest)
-        self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
         self.limits = torch.tensor([[text.limit]], device=target.device)
         self.unread: list[Float[Tensor, "1 new feature"]] = []
         self.num_read = 0
@@ -207,7 +213,7 @@ class Speculation:
     def plan(self) -> Plan:
         """Choose between a draft, a copy of the tokens that followed the last ones before, and a plain step."""
         if self.pace is None:
-            return Plan(is_drafted=True)
+            return Plan(is_drafted=self.can_draft)
         # The target adds a token of its own to those that are copied.
         count = min(self.widest, self.text.remaining) - 1
         copies = [self.lookup.propose(count)]
@@ -225,6 +231,8 @@ class Speculation:
             The plan with this width; the last token and the draft tokens; and the distributions that these were drawn
             from, None where they are not draws.
         """
+        drafter = self.drafter
+        assert drafter is not None
         start = self.text.start
         features = self.unread[0]
         if len(self.unread) > 1:  # since the last draft there were steps without one
@@ -234,11 +242,11 @@ class Speculation:
         positions = torch.arange(start - features.shape[1], start, device=features.device)[None]
         state = State(last_ids, starts, self.limits, features, positions)
         width = min(self.text.remaining + 1, self.max_width)
-        block, draft = draft_step(self.drafter, self.draft_rows, self.drafter_cache, state, width)
+        block, draft = draft_step(drafter, self.draft_rows, self.drafter_cache, state, width)
         self.unread.clear()
         self.num_read = start
         if self.pace is not None:
-            plan = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
+            plan = self.pace.choose_width(plan, drafter.confidences(draft.scores[0]).tolist())
             block = block[:, : plan.width]
         num_draft = block.shape[1] - 1
         if not self.samples_draft or not num_draft:
@@ -274,7 +282,7 @@ class Speculation:
 
 def stream(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     token_ids: Sequence[int] | Int[Tensor, "..."],
     *,
     width: Width = "auto",
@@ -286,8 +294,8 @@ def stream(
     """Yield the response's text as it is emitted, a piece for each pass of the target.
 
     Joined, the pieces are the text of `generate` with the same arguments. A character whose bytes are spread over
-    tokens is held back until it is whole. Arguments as in `generate`; `on_step` is called with each `Step` before its
-    text is yielded.
+    tokens is held back until it is whole, so a piece may be empty. Arguments as in `generate`; `on_step` is called with
+    each `Step` before its text is yielded.
     """
     text = make_continuation(target, token_ids, **options)
     speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
@@ -298,13 +306,13 @@ def stream(
     for step in speculation.steps():
         on_step(step)
         new = decode(text.token_ids[start:])
-        if new.endswith("\ufffd") and not text.is_done:  # which stands for a character whose bytes are not whole
-            continue
-        piece = new[len(decode(text.token_ids[start:end])) :]
-        if piece:  # tokens without text do not keep the space that the next ones begin with
-            start = end
-            yield piece
-        end = len(text.token_ids)
+        piece = ""
+        if text.is_done or not new.endswith("\ufffd"):  # which stands for a character whose bytes are not whole
+            piece = new[len(decode(text.token_ids[start:end])) :]
+            if piece:  # tokens without text do not keep the space that the next ones begin with
+                start = end
+            end = len(text.token_ids)
+        yield piece
 
 
 def custom_generate(

@@ -53,13 +53,14 @@ class StepCosts(NamedTuple):
     """Seconds of the drafter for each token whose features it reads before it drafts."""
 
 
-def widest_step(drafter: Drafter, width: int | str) -> int:
+def widest_step(drafter: Drafter | None, width: int | str) -> int:
     """Return the largest number of tokens that a step with this `width` of `generate` may verify."""
-    return max(drafter.block_size, COPY_WIDTH) if width in ("auto", "copies") else drafter.block_size
+    size = drafter.block_size if drafter else 1
+    return max(size, COPY_WIDTH) if width in ("auto", "copies") else size
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCosts:
+def measure_costs(target: Target, drafter: Drafter | None, is_sampled: bool) -> StepCosts:
     """Measure the seconds of decoding steps on this machine; takes about a second for a small model.
 
     Widths that are not timed are interpolated. A width counts as no slower than a wider one. Steps take turns, and the
@@ -69,18 +70,17 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
 
     Args:
         target: timed while it reads the tokens of steps with width `auto`.
-        drafter: timed while it drafts a block, after reading a few tokens and after reading all.
+        drafter: timed while it drafts a block, after reading a few tokens and after reading all; None takes no time.
         is_sampled: tokens are drawn, which takes longer than choosing the most likely ones.
     """
     size = widest_step(drafter, "auto")
     widths = [width for width in TIMED_WIDTHS if width < size]
     widths.append(size)
     sampler = Sampler(float(is_sampled), seed=0, device=target.device)
-    filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
+    filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id if drafter else 0, device=target.device)
     text = TextCache(target.config, filler.shape[1] + size)
     text.record(size)
-    _, features = target.read(filler, text, drafter.target_layer_ids)
-    rows = PackedRows(target, drafter.vocabulary)
+    _, features = target.read(filler, text, drafter.target_layer_ids if drafter else ())
 
     def verify(width: int) -> None:
         """Verify a number of tokens after the filler."""
@@ -88,21 +88,25 @@ def measure_costs(target: Target, drafter: Drafter, is_sampled: bool) -> StepCos
         sampler.draw(sampler.scores(logits), 0).tolist()  # waits for the device
         text.crop(-width)
 
-    def draft(unread: Tensor) -> None:
-        """Read features and draft a block."""
-        drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
-        hidden = to_predicted(drafted.hidden, drafter.first_slot)
-        block_size = drafter.block_size
-        proposed = drafter.selector.propose(rows, hidden, filler[:, 0], drafted.context[:, -1], block_size)
-        drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
-
     steps = [partial(verify, width) for width in widths]
-    steps += [partial(draft, features[:, :4]), partial(draft, features)]
+    if drafter:
+        rows = PackedRows(target, drafter.vocabulary)
+
+        def draft(unread: Tensor) -> None:
+            """Read features and draft a block."""
+            drafted = draft_block(drafter, target, filler[:, : drafter.num_slots], unread)
+            hidden = to_predicted(drafted.hidden, drafter.first_slot)
+            block_size = drafter.block_size
+            proposed = drafter.selector.propose(rows, hidden, filler[:, 0], drafted.context[:, -1], block_size)
+            drafter.confidences(proposed.scores[0]).tolist()  # waits for the device
+
+        steps += [partial(draft, features[:, :4]), partial(draft, features)]
     rounds = []
     for _ in range(NUM_ROUNDS + 1):
         rounds.append([timeit.timeit(step, number=1) for step in steps])
-    *passes, short_draft, long_draft = np.min(rounds[1:], axis=0).tolist()
-    verify_seconds = np.interp(range(1, size + 1), widths, passes)
+    seconds = np.min(rounds[1:], axis=0).tolist()
+    short_draft, long_draft = seconds[len(widths) :] or (0.0, 0.0)
+    verify_seconds = np.interp(range(1, size + 1), widths, seconds[: len(widths)])
     # From the widest to the narrowest, the least so far: noise never makes a narrow pass look slower than a wide one.
     verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
     read_seconds = max(0.0, long_draft - short_draft) / FILLER_TOKENS
@@ -343,20 +347,21 @@ class Paces:
     def __init__(self, recall_mib: float = 0.0):
         self.recall_mib = recall_mib
         self._measure = cache(measure_costs)
-        self._paces: dict[tuple[Drafter, float], Pace] = {}
-        self._recalls: dict[Drafter, Recall] = {}
+        self._paces: dict[tuple[Drafter | None, float], Pace] = {}
+        self._recalls: dict[Drafter | None, Recall] = {}
 
-    def get(self, target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
+    def get(self, target: Target, drafter: Drafter | None, temperature: float = 0.0) -> Pace:
         """Return the drafter's pace at a temperature; at the first call, measure the machine."""
         key = drafter, temperature
         if key not in self._paces:
             costs = self._measure(target, drafter, temperature > 0)
-            self._paces[key] = Pace(costs, drafter.block_size)
+            self._paces[key] = Pace(costs, widest_step(drafter, "full"))
         return self._paces[key]
 
-    def recall(self, drafter: Drafter) -> Recall | None:
+    def recall(self, drafter: Drafter | None) -> Recall | None:
         """Return the memory of the drafter's answers; None where none are kept."""
         if self.recall_mib > 0 and drafter not in self._recalls:
             self._recalls[drafter] = Recall(self.recall_mib)
-            self._recalls[drafter].add(drafter.answers)
+            if drafter:
+                self._recalls[drafter].add(drafter.answers)
         return self._recalls.get(drafter)

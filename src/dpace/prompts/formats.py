@@ -74,7 +74,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         try:
             if is_table:
                 row = _take_filled(row)
-            prompt = _parse(row, str(number), default_set)
+            prompt = parse_row(row, str(number), default_set)
             if prompt.id in prompts:
                 if not is_table:
                     raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
@@ -177,8 +177,12 @@ def _without_null(value: object) -> Any:
     return value
 
 
-def _parse(row: object, default_id: str, default_set: str) -> Prompt:
-    """Turn a row into a prompt."""
+def parse_row(row: object, default_id: str, default_set: str) -> Prompt:
+    """Turn a row into a prompt.
+
+    Raises:
+        ValueError: it has no prompt, or an empty one.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     kinds = [key for key in KINDS if key in row]

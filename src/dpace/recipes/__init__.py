@@ -12,6 +12,7 @@ MAIN_VERBS = {
     "train": "train a drafter on the responses",
     "bench": "measure drafters against no drafter, on held-out prompts",
     "generate": "answer one prompt, or chat",
+    "serve": "answer over HTTP, as OpenAI's API does",
     "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
 }
 """One line of help for each verb on the way from prompts to a served drafter, in its order."""

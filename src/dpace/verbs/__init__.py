@@ -8,11 +8,12 @@ refusals come at once. The class of the options stands in this file, or in `dpac
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dpace.config import BenchConfig, Recipe, TargetShard
+from dpace.config import BenchConfig, DeviceMap, Dtype, Recipe, TargetShard, Text, Width, options
 from dpace.recipes.flags import command
 from dpace.system.progress import note
 
 if TYPE_CHECKING:
+    from dpace.decode import Decoder
     from dpace.measure.results import Results
     from dpace.target import Target
     from dpace.target.chat import ChatTokenizer
@@ -23,6 +24,37 @@ LEAST_TAU = 1.05
 """Mean acceptance length below which a drafter has learned nothing that counts; without one it is 1."""
 PROMPT = "Write a Python function to check whether a number is even."
 """The prompt of commands that are shown to be copied, where no held-out one has a name."""
+
+
+@options
+class DecoderConfig:
+    """What decodes."""
+
+    target: Text
+    """Folder, Hub id or GGUF file of the target."""
+    drafter: Text | None = None
+    """Folder or Hub id of the drafter, or smollm2-135m, which comes with dpace. Without it earlier text is copied."""
+    thinking: bool = False
+    """Turn thinking on, for chat templates that offer it."""
+    dtype: Dtype = "auto"
+    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+
+
+def load_decoder(config: DecoderConfig, width: Width = "auto") -> "Decoder":
+    """Find and load the target and the drafter that the options of a verb name.
+
+    Raises:
+        ValueError: see `load_target` and `load_drafter`.
+    """
+    from dpace.decode import Decoder
+    from dpace.drafter import load_drafter
+    from dpace.target.locate import find_drafter
+
+    folder = config.drafter and find_drafter(config.drafter)  # before the target, which takes longer
+    target = load_target(config)
+    return Decoder(target, load_drafter(folder, target) if folder else None, width=width)
 
 
 def load_target(config: Any, *, shard: TargetShard = "none") -> "Target":

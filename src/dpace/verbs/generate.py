@@ -5,45 +5,30 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpace.config import DeviceMap, Dtype, Recipe, SamplingConfig, Text, Width, options
+from dpace.config import Recipe, SamplingConfig, Text, Width, options
 from dpace.recipes.flags import Arguments, Given, command
 from dpace.system.ledger import JsonObject
 from dpace.system.progress import count, print_text
-from dpace.verbs import load_target
+from dpace.verbs import DecoderConfig, load_decoder
 
 if TYPE_CHECKING:
     from dpace.decode import Generation
-    from dpace.decode.generation import Step
-    from dpace.drafter import Drafter
-    from dpace.target import Target
 
 
 @options
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(SamplingConfig, DecoderConfig):
     """Answer one prompt, or chat, with or without a drafter."""
 
-    target: Text
-    """Folder, Hub id or GGUF file of the target."""
     prompt: Text | None = None
     """Text to answer, or FILE.jsonl#ID for the first turn of a file's prompt (demo#ID: the demo's).
     It may stand first or last without the flag, or come from standard input. --stream without it is a chat."""
-    drafter: Text | None = None
-    """Folder or Hub id of the drafter, or smollm2-135m, which comes with dpace. Without it the target decodes alone."""
     stream: bool = False
-    """Show the text while it is written; needs a drafter."""
+    """Show the text while it is written."""
     json: bool = False
     """Print one JSON object when the answer is whole, also with --stream.
-    It has text, token_ids, tau (null without a drafter), prefill_seconds and decode_seconds."""
-    thinking: bool = False
-    """Turn thinking on, for chat templates that offer it."""
-    dtype: Dtype = "auto"
-    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
-    device_map: DeviceMap = None
-    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    It has text, token_ids, tau, prefill_seconds and decode_seconds."""
     width: Width = "auto"
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts, copies never drafts; or
     a number of tokens, the anchor included."""
@@ -54,43 +39,48 @@ ARGUMENTS = Arguments(GenerateConfig, first="prompt")
 
 def run(config: GenerateConfig, given: Given) -> None:
     """Run `dpace generate`."""
-    if config.drafter is None and given.names & {"stream", "width"}:
-        raise ValueError("--stream and --width need a drafter, and none is named; name its folder with --drafter")
     prompt = config.prompt
     is_streamed = config.stream and not config.json
     if not (prompt or is_streamed or sys.stdin is None or sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
     if not (prompt or is_streamed):
-        raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
-    from dpace.decode import Decoder
-    from dpace.decode.generation import SamplingOptions
-    from dpace.drafter import load_drafter
+        raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream")
+    from dpace.decode import Generation, stream
+    from dpace.decode.generation import Step
+    from dpace.decode.pace import widest_step
     from dpace.measure.results import defined
     from dpace.prompts.prompts import find_prompt
     from dpace.target.chat import encode_chat
-    from dpace.target.locate import find_drafter
 
     messages = find_prompt(prompt) if prompt else []
-    folder = find_drafter(config.drafter) if config.drafter else None
-    target = load_target(config)
-    sampling = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
-    drafter = load_drafter(folder, target) if folder else None
-    decoder = Decoder(target, drafter, width=config.width)
-    if drafter is not None and is_streamed:
-        drafting = {"width": config.width, "paces": decoder.paces, **sampling}
-        show_answer = partial(_show_answer, target, drafter, drafting)
-        if messages:
-            show_answer(messages)
-        else:
-            _chat(show_answer)
-        return
-    generation = decoder.generate(encode_chat(target, messages), **sampling)
-    text = target.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
-    if config.json:
-        text = json.dumps({"text": text, "tau": defined(generation.acceptance.tau), **vars(generation)})
-    print_text(text)
-    _print_speed(generation)
-    if folder is None:
+    decoder = load_decoder(config, width=config.width)
+    target = decoder.target
+
+    def show_answer(messages: list[JsonObject]) -> str:
+        """Print an answer, and on stderr how fast it came; return it."""
+        text = ""
+        steps: list[Step] = []
+        drafting: Any = {"width": config.width, "paces": decoder.paces, "on_step": steps.append, **config.sampling}
+        started = time.perf_counter()
+        for piece in stream(target, decoder.drafter, encode_chat(target, messages), **drafting):
+            text += piece
+            if is_streamed:
+                print_text(piece, end="")
+        ends = [step.ended for step in steps]
+        seconds = {"prefill_seconds": ends[0] - started, "decode_seconds": ends[-1] - ends[0]}
+        generation = Generation.from_steps(steps, widest_step(decoder.drafter, config.width), **seconds)
+        shown = "" if is_streamed else text
+        if config.json:
+            shown = json.dumps({"text": text, "tau": defined(generation.acceptance.tau), **vars(generation)})
+        print_text(shown)
+        _print_speed(generation)
+        return text
+
+    if messages:
+        show_answer(messages)
+    else:
+        _chat(show_answer)
+    if decoder.drafter is None:
         first_step = command("demo")  # it trains for the default target
         if config.target != Recipe().target:
             first_step = command("respond", target=config.target, **{"prompts.path": "prompts.jsonl"})
@@ -116,34 +106,3 @@ def _chat(show_answer: Callable[[list[JsonObject]], str]) -> None:
             if line := input("> ").strip():
                 messages.append({"role": "user", "content": line})
                 messages.append({"role": "assistant", "content": show_answer(messages)})
-
-
-def _show_answer(target: "Target", drafter: "Drafter", options: dict[str, Any], messages: list[JsonObject]) -> str:
-    """Print an answer while it is written, and on stderr how fast it came; return it.
-
-    Args:
-        target: it answers.
-        drafter: it proposes.
-        options: of `dpace.decode.stream`.
-        messages: the prompt, or the chat so far.
-    """
-    from dpace.decode import Generation, stream
-    from dpace.decode.pace import widest_step
-    from dpace.target.chat import encode_chat
-
-    steps: list[Step] = []
-    times: list[float] = []
-    text = ""
-
-    def on_step(step: "Step") -> None:  # some steps give no piece of text, so pieces cannot be counted
-        steps.append(step)
-        times.append(time.perf_counter())
-
-    for piece in stream(target, drafter, encode_chat(target, messages), on_step=on_step, **options):
-        text += piece
-        print_text(piece, end="")
-    print()
-    seconds = times[-1] - times[0]  # from the first token on, as speeds are given everywhere
-    widest = widest_step(drafter, options["width"])
-    _print_speed(Generation.from_steps(steps, widest, prefill_seconds=0.0, decode_seconds=seconds))
-    return text

@@ -101,18 +101,19 @@ def test_copies_of_the_text_keep_it(turns, rule, monkeypatch):
     assert [inputs["context_hidden_states"].shape[1] for inputs in seen] == unread and sum(unread) == end
 
 
-def test_copies_alone_never_draft(monkeypatch):
+@pytest.mark.parametrize("is_drafter", [True, False])
+def test_copies_alone_never_draft(is_drafter, monkeypatch):
+    """Beside a drafter whose blocks are shorter than a copy, and without one."""
     target = make_target("qwen3")
-    drafter = make_drafter(target, block_size=2)
+    drafter = make_drafter(target, block_size=2) if is_drafter else None
     options = {"max_new_tokens": 40, "stop_token_ids": []}
     plain = generate_plain(target, PROMPT[:5] * 4, **options)
     costs = StepCosts([1.0 + 0.1 * k for k in range(16)], 0.3)  # of a quiet machine, where copies pay
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_: costs)
     monkeypatch.setattr("dpace.decode.loop.draft_step", lambda *_: pytest.fail("a block was drafted"))
-    ours = generate(target, drafter, PROMPT[:5] * 4, width="copies", **options)
+    ours = generate(target, drafter, PROMPT[:5] * 4, width="copies" if is_drafter else "auto", **options)
     assert ours.token_ids == plain.token_ids and ours.num_copied == sum(ours.accepted_lengths) > 0
-    # A copy may be longer than a block of the drafter.
-    assert max(ours.widths) > drafter.block_size and len(ours.acceptance.histogram) == ours.block_size == 16
+    assert max(ours.widths) > 2 and len(ours.acceptance.histogram) == ours.block_size == 16
 
 
 @pytest.mark.parametrize(
@@ -124,9 +125,10 @@ def test_copies_alone_never_draft(monkeypatch):
         ([5], {"width": 1}, "2 to 4 tokens to verify"),
         ([5], {"width": 5}, "width is 5"),
         ([5], {"verify_rule": "Equality"}, "equality, speculative"),
+        ([5], {"width": 2, "drafter": None}, "width is 2"),
     ],
 )
 def test_bad_requests(token_ids, options, match):
     target = make_target("qwen3")
     with pytest.raises(ValueError, match=match):
-        generate(target, make_drafter(target), token_ids, **{"max_new_tokens": 5, **options})
+        generate(target, token_ids=token_ids, **{"drafter": make_drafter(target), "max_new_tokens": 5, **options})

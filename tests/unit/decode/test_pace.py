@@ -176,6 +176,8 @@ def test_what_was_learned_is_the_callers(monkeypatch):
 
 def test_costs_of_steps():
     target = make_target("qwen3")
-    costs = measure_costs(target, make_drafter(target, block_size=6), is_sampled=True)
-    assert len(costs.verify_seconds) == COPY_WIDTH and min(costs.verify_seconds) > 0 < costs.draft_seconds
-    assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
+    for drafter in (make_drafter(target, block_size=6), None):
+        costs = measure_costs(target, drafter, is_sampled=True)
+        assert len(costs.verify_seconds) == COPY_WIDTH and min(costs.verify_seconds) > 0
+        assert (costs.draft_seconds > 0) == (drafter is not None)
+        assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one

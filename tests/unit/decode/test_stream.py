@@ -57,7 +57,7 @@ def pieces_of(monkeypatch):
 
         monkeypatch.setattr("dpace.decode.loop.make_continuation", lambda *_: text)
         monkeypatch.setattr("dpace.decode.loop.Speculation", lambda *_, **__: SimpleNamespace(steps=steps))
-        return list(stream(Mock(spec=Target, tokenizer=tokenizer), Mock(spec=Drafter), []))
+        return list(filter(None, stream(Mock(spec=Target, tokenizer=tokenizer), Mock(spec=Drafter), [])))
 
     return pieces
 

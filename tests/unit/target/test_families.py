@@ -84,6 +84,7 @@ def test_plain_and_drafted_text_is_the_targets(family, target):
         text = own_text(target, prompt)
         assert len(set(text)) > 3, "a text that repeats itself shows nothing"
         assert generate_plain(target, prompt, max_new_tokens=LENGTH).token_ids == text
+        assert generate(target, None, prompt, max_new_tokens=LENGTH).token_ids == text
         if family in NOT_DRAFTED_FOR:
             with pytest.raises(ValueError, match=NOT_DRAFTED_FOR[family]):
                 make_drafter(target, target_layer_ids=[0, 2])

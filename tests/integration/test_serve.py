@@ -1,0 +1,194 @@
+"""`dpace serve`: texts, streams, waiting, refusals and ends, over HTTP on this machine."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import tenacity
+import uvicorn
+
+from dpace.decode import Decoder, generate_plain
+from dpace.measure.results import read_results
+from dpace.serving import service
+from dpace.target.chat import encode_chat
+from tests.support.files import write_prompts
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ASK = {"messages": [{"role": "user", "content": "w3 w51"}], "max_tokens": 24, "temperature": 0}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def serve(language_target, language_drafter):
+    """Start a server in this process, and give a client of it."""
+    started = []
+
+    def start(drafter=language_drafter, max_waiting: int = 32, api_key: str = "") -> httpx.Client:
+        app = service.Service(lambda: Decoder(language_target, drafter), max_waiting, api_key)
+        server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="critical", lifespan="off"))
+        client = httpx.Client(base_url=f"http://127.0.0.1:{server.config.port}", timeout=60)
+        thread = threading.Thread(target=server.run)
+        started.append((client, server, thread))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        return client
+
+    yield start
+    for client, server, thread in started:
+        client.close()
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Steps that take a while; gives a list that grows by each."""
+    taken = []
+    decode = service.stream
+
+    def stream(*args, **options):
+        for piece in decode(*args, **options):
+            taken.append(piece)
+            time.sleep(0.05)
+            yield piece
+
+    monkeypatch.setattr(service, "stream", stream)
+    return taken
+
+
+def read(response: httpx.Response) -> tuple[str, list[int], str]:
+    """Text, tokens and end of an answer in one piece, or of a stream, which ends as OpenAI's do."""
+    lines = response.raise_for_status().text.replace("data: ", "").split("\n\n")
+    assert lines[1:][-2:] in ([], ["[DONE]", ""])
+    choices = [json.loads(line)["choices"][0] for line in lines[:-2] or lines]
+    parts = [choice.get("delta") or choice.get("message") or {"content": choice["text"]} for choice in choices]
+    assert not any("role" in part for part in parts[1:])
+    tokens = [token for choice in choices for token in choice["token_ids"]]
+    return "".join(part["content"] for part in parts), tokens, choices[-1]["finish_reason"]
+
+
+@pytest.mark.parametrize("is_drafter", [True, False])
+def test_eight_clients_at_once_get_the_text_of_plain_decoding(serve, language_target, language_drafter, is_drafter):
+    """Greedy and with a seed, whole and in events, from messages, text and tokens; none lost or mixed."""
+    client = serve(language_drafter if is_drafter else None)
+
+    def ask(number: int) -> int:
+        messages = [{"role": "user", "content": f"w{number} w{51 + number % 3}"}]
+        token_ids = encode_chat(language_target, messages)
+        options = {"temperature": number % 2, "seed": number}
+        tokens = generate_plain(language_target, token_ids, max_new_tokens=24, **options).token_ids
+        prompt = token_ids if number % 4 else language_target.tokenizer.decode(token_ids)
+        body = {**options, "max_tokens": 24, "stream": number % 5 < 2}
+        body |= {"messages": messages} if number % 3 else {"prompt": prompt}
+        response = client.post(CHAT if number % 3 else TEXT, json=body)
+        text = language_target.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert read(response) == (text, tokens, "stop" if tokens[-1] == 1 else "length")
+        return int(response.headers["x-dpace-waiting"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert 1 <= max(pool.map(ask, range(24))) < 8
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_stop_text_ends_the_answer_before_it(serve, is_streamed):
+    """Also where it begins in one piece and ends in another, and of two the first."""
+    client = serve()
+    whole = read(client.post(CHAT, json=ASK))[0]
+    stop = whole[len(whole) // 2 :][:5]
+    text, _, end = read(client.post(CHAT, json=ASK | {"stop": [whole[-3:], stop], "stream": is_streamed}))
+    assert text == whole[: whole.index(stop)] and end == "stop"
+
+
+def test_a_client_that_leaves_frees_the_machine(serve, slow):
+    """In the middle of a stream, and while it waits for a whole answer."""
+    client = serve(None)
+    with client.stream("POST", CHAT, json=ASK | {"stream": True}) as response:
+        next(response.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json=ASK, timeout=0.2)
+    time.sleep(0.2)
+    taken = len(slow)
+    time.sleep(0.2)
+    assert 0 < taken == len(slow) and client.post(CHAT, json=ASK).headers["x-dpace-waiting"] == "0"
+
+
+def test_more_than_may_wait_are_refused(serve, slow):
+    client = serve(max_waiting=1)
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(pool.map(lambda _: client.post(CHAT, json=ASK).status_code, range(3))) == [200, 200, 429]
+
+
+REFUSED = {
+    "[]": "an object",
+    '{"messages": 5}': "`messages` is 5, expected a list",
+    '{"prompt": [64]}': "has the token 64",
+    '{"prompt": "w1", "max_tokens": 256}': "prompt of 1 tokens the text may have 257, over .* 256",
+    '{"max_tokens": 0}': "max_tokens is 0, expected greater",
+    '{"n": 2}': "n is 2, expected 1",
+    '{"logit_bias": {"5": 1}}': "logit_bias is 1",
+    '{"bset_of": 1}': "no key 'bset_of'",
+}
+
+
+def test_what_cannot_be_done_is_refused_with_the_reason(serve):
+    """And what would change nothing is taken; a page is only for those with the key."""
+    client = serve(api_key="key")
+    assert client.get("/health").status_code == 200 and client.get("/metrics").status_code == 401
+    client.headers["Authorization"] = "Bearer key"
+    assert client.post("/load_model").status_code == 404
+    assert client.post(TEXT, content=b" " * (service.MAX_BYTES + 1)).status_code == 413
+    for body, reason in REFUSED.items():
+        response = client.post(TEXT, content=body)
+        assert response.status_code == 400 and re.search(reason, response.json()["error"]["message"])
+    assert client.post(CHAT, json=ASK | {"n": 1, "logit_bias": {}, "presence_penalty": 0.0, "user": "me"}).is_success
+
+
+def test_bench_measures_it_as_vllm(serve, language_folder, language_prompts, run_line, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", language_prompts[:20])
+    command = f"bench --target {language_folder} --prompts.path {prompts} --output {tmp_path} --num-prompts 2"
+    command += f" --bench.max-new-tokens 24 --server {serve().base_url} --plain-server {serve(None).base_url}"
+    run_line(command)
+    for row in read_results(tmp_path / "servers.json").rows:
+        assert row.tau[0] > 1 and row.num_same_text == row.control_same_text == row.num_responses == 2
+
+
+def test_sigterm_lets_answers_under_way_end(endless_folder):
+    port = str(free_port())
+    command = [sys.executable, "-m", "dpace.cli", "serve", "--target", str(endless_folder), "--port", port]
+    address = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as pool:
+        wait = tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(120))
+        wait(httpx.get, f"{address}/health")
+        asked = pool.submit(httpx.post, address + CHAT, json=ASK | {"max_tokens": 240}, timeout=60)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert len(read(asked.result())[1]) == 240
+        assert process.wait(60) == 143 and "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_the_client_of_openai(serve):
+    from openai import BadRequestError, OpenAI
+
+    client = OpenAI(base_url=f"{serve().base_url}/v1", api_key="any")
+    options = {"model": client.models.list().data[0].id, **ASK}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    parts = list(client.chat.completions.create(**options, stream=True))
+    assert whole == "".join(part.choices[0].delta.content for part in parts) and parts[-1].usage.total_tokens > 24
+    with pytest.raises(BadRequestError, match="n is 2"):
+        client.chat.completions.create(**options, n=2)
+    client.close()
