@@ -174,9 +174,8 @@ def random_target(family) -> Target:
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
-    """Each test has its own random numbers. What is timed is timed for short, and `dpace doctor` decodes little."""
+    """Each test has its own random numbers. What is timed is timed for short."""
     torch.manual_seed(0)
-    monkeypatch.setattr("dpace.doctor.MAX_NEW_TOKENS", 4)
     monkeypatch.setattr("dpace.decode.pace.NUM_ROUNDS", 1)
     monkeypatch.setattr("dpace.plan.speed.TIMING_SECONDS", 0.02)
 

@@ -15,8 +15,8 @@ class DoctorConfig:
 
     The drafter may stand first: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
 
-    It reads the files strictly, compares the config with the published layout, decodes three prompts, and measures tau
-    as the config says and as other values would have it. docs/serve.md explains some of the checks.
+    It reads the files strictly, compares the config with the published layout, loads the drafter, and measures tau as
+    the config says and as other values would have it. docs/serve.md explains some of the checks.
     """
 
     drafter: Text

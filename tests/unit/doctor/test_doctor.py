@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.doctor import DECODES, NEEDED, RUN, Trial, accept_drafts, diagnose, read_as
+from dpace.doctor import LOADS, NEEDED, RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
 from dpace.drafter.spec import read_folder
 from dpace.measure.heldout import heldout_acceptance
@@ -79,10 +79,10 @@ CONFIGS = [
     ({"block_size": "8"}, CONFIG),
     ({"block_size": None}, "block_size"),
     ({"dflash_config": None}, f"{IDS}, dflash_config.mask_token_id"),
-    ({"mask_token_id": 0, "dflash_config.mask_token_id": 0}, DECODES),
+    ({"mask_token_id": 0, "dflash_config.mask_token_id": 0}, LOADS),
     ({"use_sliding_window": True, "sliding_window": 2048}, "sliding_window, use_sliding_window"),
     ({"hidden_size": 64}, f"hidden_size, {WEIGHTS}"),
-    ({"vocab_size": 65}, f"vocab_size, {DECODES}"),
+    ({"vocab_size": 65}, f"vocab_size, {LOADS}"),
 ]
 """Values of the config, and the checks that name them."""
 
@@ -108,7 +108,7 @@ def check_faults(folder, target, expected: str, **options) -> None:
     assert wrong.keys() == set(filter(None, expected.split(", ")))
     assert all(d.found and d.fix for d in wrong.values())
     if NEEDED & wrong.keys():
-        assert {d.check for d in diagnoses if d.result == "skipped"} >= RUN.keys() - {DECODES}
+        assert {d.check for d in diagnoses if d.result == "skipped"} >= RUN.keys() - {LOADS}
 
 
 @pytest.mark.parametrize(("values", "expected"), CONFIGS, ids=str)
@@ -314,7 +314,7 @@ def test_the_verb_passes_a_trained_drafter(folder, language_folder, language_res
     printed = run_line(f"{command} --engine vllm")
     parts = '"num_speculative_tokens": 5', "next: dpace check", "on the responses of the training"
     assert all(text in printed.out for text in (*RUN, *parts))
-    assert all(words in printed.err for words in ("decoding prompts: 3 of 3", "measuring tau: 1 of "))
+    assert "measuring tau: 1 of " in printed.err
     assert "fails" not in printed.out.lower() and "warns" not in printed.out
     change_config(folder, is_causal=True)
     printed = run_line(f"{command} --responses {responses.rename(folder.parent / 'mine.jsonl')}", 1)
