@@ -158,46 +158,10 @@ def run_speculators(request: dict) -> dict:
     return {"version": importlib.metadata.version("speculators"), "equal": equal, "tensors": len(weights)}
 
 
-def run_vllm_lilicorr(request: dict) -> dict:
-    """Compute the scores of LiLiCorr with vLLM's own module, which runs on a CPU although its runner does not."""
-    import vllm
-    from safetensors.torch import load_file
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.model_executor.models.lilicorr import LiLiCorrHead
-    from vllm.model_executor.models.utils import AutoWeightsLoader
-
-    folder = Path(request["drafter"])
-    config = json.loads((folder / "config.json").read_text())
-    weights = load_file(folder / "model.safetensors")
-    settings = vllm.config.VllmConfig()
-    settings.compilation_config.mode = 0
-    with set_current_vllm_config(settings):
-        init_distributed_environment(1, 0, f"file://{folder / 'rendezvous'}", 0, "gloo")
-        initialize_model_parallel(1)
-        head = LiLiCorrHead(
-            model_hidden_size=config["hidden_size"],
-            block_size=config["block_size"],
-            rms_norm_eps=config["rms_norm_eps"],
-            config=config["dflash_config"],
-        )
-        own = {name.removeprefix("lilicorr."): x.float() for name, x in weights.items() if name.startswith("lilicorr.")}
-        AutoWeightsLoader(head).load_weights(own.items())
-        weight = head.slot_embedding
-        head.materialize_inference_buffers(weight.device, weight.dtype)
-        for layer in head.modules():
-            if hasattr(layer, "quant_method"):
-                layer.quant_method.process_weights_after_loading(layer)
-        start, pairs = head.score(**load_file(request["inputs"]))
-    scale = head.logit_scale
-    return {"version": vllm.__version__, "start": (scale * start).tolist(), "pairs": (scale * pairs).tolist()}
-
-
 if __name__ == "__main__":
     _, engine, asked, answered = sys.argv
     runs = {
         "vllm": run_vllm,
-        "vllm-lilicorr": run_vllm_lilicorr,
         "mlx": run_mlx,
         "openvino": run_openvino,
         "speculators": run_speculators,

@@ -21,8 +21,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from dpace.config import EngineName, ExportConfig
 from dpace.drafter import load_drafter
@@ -32,7 +30,7 @@ from dpace.engines.openvino import ENGINE as OPENVINO, INT4
 from dpace.publish.export import export, import_drafter
 from dpace.target import Target
 from tests.support.files import change_config, read_json
-from tests.support.models import decode_whole, make_with_selector
+from tests.support.models import decode_whole
 
 SETTINGS = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
@@ -40,7 +38,7 @@ CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
 
 def python_of(engine: str) -> str:
     """The engine's environment; skips the test where none is named."""
-    variable = f"DPACE_{engine.partition('-')[0].upper()}_PYTHON"
+    variable = f"DPACE_{engine.upper()}_PYTHON"
     if variable not in os.environ:
         pytest.skip(f"{variable} does not name an environment with {engine}")
     return os.environ[variable]
@@ -135,25 +133,3 @@ def test_vllm_drafts_with_our_draft_vocabulary_as_we_do(
     # vLLM drafts once more, or not, where a response ends
     assert all(abs(a - b) <= 1 for a, b in zip(found["steps"], steps[0], strict=True))
     assert sum(steps[0]) > sum(steps[1]) + len(questions)
-
-
-@pytest.mark.slow
-def test_vllms_own_head_gives_our_scores(language_target, language_folder, tmp_path):
-    """Its module loads every tensor that we write, by name, and scores as ours does; its runner wants a GPU."""
-    python_of("vllm")
-    drafter = make_with_selector(language_target, block_size=5)
-    drafter.save_pretrained(tmp_path / "made")
-    out = write("vllm", tmp_path / "made", language_target, tmp_path / "dflash-lilicorr", str(language_folder))
-    inputs = {
-        "token_embeddings": torch.randn(3, 4, 4, 48),
-        "candidate_log_probs": -torch.rand(3, 4, 4).cumsum(-1),
-        "pass_hidden": torch.randn(3, 4, 48),
-        "anchor_hidden": torch.randn(3, 48),
-        "anchor_valid": torch.tensor([True, False, True]),
-    }
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    found = ask("vllm-lilicorr", tmp_path, drafter=str(out), inputs=str(tmp_path / "inputs.safetensors"))
-    with torch.inference_mode():
-        ours = load_drafter(out, language_target).lilicorr(*inputs.values())
-    for mine, name in zip(ours, ("start", "pairs"), strict=True):
-        torch.testing.assert_close(torch.tensor(found[name]), mine, rtol=0, atol=1e-4)
