@@ -129,24 +129,6 @@ def test_the_time_of_a_training_is_that_of_its_steps_and_of_hidden_states(tmp_pa
         assert planned.seconds == pytest.approx((in_steps + num_read * reading) / FLOPS)
 
 
-def test_memory_grows_with_the_text_and_checkpointing_saves_it_for_more_operations(tmp_path):
-    plan, _ = make_loop(SOFT, tmp_path)
-    parts = plan.memory(2)
-    texts = torch.zeros(2, NUM_TOKENS, dtype=torch.long)
-    read = plan.target.read_features(texts, plan.drafter.target_layer_ids, with_head_input=True)
-    assert parts["hidden states"] == sum(part.nbytes for part in read)
-    longer = replace(plan, lengths=plan.lengths * [[2], [1]]).memory(2)
-    assert {name for name in parts if longer[name] > parts[name]} == {
-        "hidden states",
-        "hidden states that are kept",
-        "activations of the drafter",
-        "what is not counted",
-    }
-    without = replace(plan, recipe=replace(plan.recipe, train=replace(plan.recipe.train, gradient_checkpointing=False)))
-    assert sum(without.memory(2).values()) > sum(parts.values())
-    assert without.flops()[0] == plan.flops()[0] and without.flops()[1] < plan.flops()[1]
-
-
 def test_a_gpu_that_is_not_at_hand_holds_no_copies_and_no_kept_features(tmp_path):
     plan, _ = make_loop(SOFT, tmp_path)
     parts = replace(plan, device=torch.device("cuda")).memory(plan.batch_size)
