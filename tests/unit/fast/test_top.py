@@ -1,10 +1,5 @@
 """The highest numbers of rows are those that PyTorch finds."""
 
-import re
-import shlex
-import timeit
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -32,10 +27,3 @@ def test_of_equal_numbers_the_first_is_the_highest_and_several_are_among_the_top
     assert len(set(places[1].tolist())) == 3
     rows[0, 5] = torch.nan
     assert argmax(rows)[0] == 5
-
-
-def test_the_command_of_the_page_runs(capsys):
-    page = Path(__file__).parents[3] / "docs" / "results.md"
-    (command,) = re.findall(r"`python -m timeit (.*?)`", page.read_text())
-    timeit.main(["-n", "1", "-r", "1", *shlex.split(command)])
-    assert "1 loop" in capsys.readouterr().out
