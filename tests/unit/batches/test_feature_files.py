@@ -14,7 +14,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import FeatureFiles, keep_on_disk
 from dpace.config import TrainConfig
 from dpace.target import Target
-from dpace.training.run import check_recipe, make_datasets
+from dpace.training.run import make_datasets
 from tests.support.crash import kill, operations_of
 from tests.support.models import make_recipe
 from tests.support.stub_server import PAGES, StubServer, pages
@@ -109,11 +109,6 @@ def test_more_than_the_disk_has_is_refused_before_any_work(keep, no_target, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match=r"need .* GiB, and 0.0 GiB are free"):
         keep()
-
-
-def test_servers_without_a_folder_are_refused():
-    with pytest.raises(ValueError, match="name a folder for them with --train.feature-files"):
-        check_recipe(make_recipe(feature_servers=("http://localhost:1",)))
 
 
 class Vllm(StubServer):
