@@ -97,7 +97,7 @@ def test_a_damaged_file_is_named(keep):
     path.unlink()
     kept = keep().features
     assert len(list(kept)) == 10
-    row = dataset.features[0].layers.clone()  # the file is read where it lies, and is written over
+    row = kept[0].layers.clone()  # the file is read where it lies, and is written over
     for spoil in (lambda rows: rows[:, 1:], lambda rows: rows * torch.nan):
         save_file({dataset.features.names[0]: spoil(row).contiguous()}, path)
         with pytest.raises(ValueError, match="expected finite ones of shape"):

@@ -15,6 +15,7 @@ from dpace.cli import main
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines import all_engines
+from dpace.target import Target
 from tests.support.files import change_config, changed_weights
 
 ESC = "\x1b[31m"
@@ -22,9 +23,9 @@ ESC = "\x1b[31m"
 
 @pytest.fixture(autouse=True)
 def _known_target(monkeypatch, language_target):
-    """The verbs load the target from memory."""
-    for verb in ("doctor", "export", "generate"):
-        monkeypatch.setattr(f"dpace.verbs.{verb}.load_target", lambda *_, **__: language_target)
+    """The target `t` comes from memory."""
+    load = Target.load
+    monkeypatch.setattr(Target, "load", lambda name, **kwargs: language_target if name == "t" else load(name, **kwargs))
 
 
 @pytest.fixture

@@ -155,6 +155,7 @@ def test_a_tie_is_told_from_a_bug(is_twin, language_target, questions):
         with torch.no_grad():
             for table in (target.model.get_input_embeddings(), target.model.get_output_embeddings()):
                 table.weight[twin] = table.weight[own[1]]
+        target.refresh_copies()
     divergence = find_divergence(target, "here", questions[0], [own[0], twin, *own[2:]], own)
     assert divergence.is_tie is is_twin and divergence.line.startswith("here, token 1: ")
     assert divergence.line.endswith(": tie" if is_twin else ": NOT A TIE")
