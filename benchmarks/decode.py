@@ -13,6 +13,9 @@ Width `auto` must not lose to a part of itself; to see only that:
 The column `auto over it` has its speed over those of plain decoding, of drafts alone, and of copies alone, which is a
 random drafter; the bar is 0.97.
 
+With --eight-bits a target in 8 bits decodes in the same rounds. Its texts are compared with its own plain decoding, and
+its speeds with that of the other target.
+
 On an accelerator, and with --compile, plain decoding with `torch.compile` is a second baseline: a drafter that beats
 only plain decoding in eager mode saves what compiling saves too.
 """
@@ -43,6 +46,7 @@ COMPILED = "plain, compiled"
 AUTO = "dpace, auto"
 DRAFTS = "dpace, auto, drafts alone"
 COPIES = "random drafter, auto"
+EIGHT_BITS = ", 8 bits"
 
 
 def compiled_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
@@ -148,7 +152,8 @@ def rows_of(results: dict, set_name: str) -> list[dict[str, str]]:
     for name, speed in speeds.items():
         is_sampled = name.startswith("T=1")
         plain = SAMPLED if is_sampled else PLAIN
-        texts, expected = (results[way][set_name]["texts"] for way in (name, plain))
+        own_plain = plain + EIGHT_BITS if name.endswith(EIGHT_BITS) else plain
+        texts, expected = (results[way][set_name]["texts"] for way in (name, own_plain))
         rows.append(
             {
                 "way": name,
@@ -171,6 +176,7 @@ def main(
     ways: tuple[str, ...] = ("",),
     dtype: str = "float32",
     compile: bool = False,
+    eight_bits: bool = False,
 ) -> None:
     """Run all ways of decoding and print the tables.
 
@@ -183,13 +189,18 @@ def main(
         ways: run only ways whose names contain one of these, and the ways they are compared with.
         dtype: bfloat16 for GPUs, and for CPUs with bf16 instructions.
         compile: compiled steps too; always on an accelerator.
+        eight_bits: our ways with a target in 8 bits too.
     """
     loaded = Target.load(target, dtype=getattr(torch, dtype))
     trained = load_drafter(drafter, loaded)
     found = our_ways(loaded, trained) | other_ways(loaded, trained, drafter)
     if compile or loaded.device.type != "cpu":
         found |= compiled_ways(loaded, trained)
-    always = (PLAIN, COMPILED, SAMPLED, AUTO)
+    if eight_bits:
+        rounded = Target.load(target, dtype=torch.int8)
+        ours = our_ways(rounded, load_drafter(drafter, rounded))
+        found |= {name + EIGHT_BITS: way for name, way in ours.items()}
+    always = (PLAIN, COMPILED, SAMPLED, AUTO, PLAIN + EIGHT_BITS, SAMPLED + EIGHT_BITS)
     chosen = {name: way for name, way in found.items() if name in always or any(part in name for part in ways)}
     questions = demo_questions(loaded, prompts)
     results = measure(chosen, questions, rounds, tokens)
