@@ -436,7 +436,7 @@ class PromptsWriterConfig:
     seed: Seed = 0
     """Seed of the draws."""
     dtype: Dtype = "auto"
-    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, int8 rounds them for a CPU with VNNI."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     output: Text = "dpace-prompts"
@@ -509,7 +509,8 @@ class Recipe:
     """Turn thinking on, for chat templates that offer it; the paper's numbers are without."""
     dtype: Dtype = "auto"
     """Precision of the target's weights.
-    auto: bf16 on an accelerator; fp32 on a CPU, where texts are equal token for token."""
+    auto: bf16 on an accelerator; fp32 on a CPU, where texts are equal token for token. int8, on a CPU with VNNI: a
+    rounded target; a drafter keeps its text, not that of fp32."""
     device: Device = "auto"
     """Where to compute.
     auto: the accelerator that torch finds, else the CPU. Choose one of several with CUDA_VISIBLE_DEVICES."""

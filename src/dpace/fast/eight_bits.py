@@ -77,7 +77,9 @@ def pack_eight_bits(integers: Int[Tensor, "out in"], scales: Float[Tensor, " out
     """
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         zeros = torch.zeros(len(scales), dtype=torch.long)
-        weight: Any = torch.ops.aten._make_per_channel_quantized_tensor(integers, scales.double(), zeros, 0)
+        weight: Any = torch._make_per_channel_quantized_tensor(  # pyright: ignore[reportPrivateImportUsage]
+            integers, scales.double(), zeros, 0
+        )
     return torch.ops.quantized.linear_prepack(weight, None)
 
 

@@ -37,7 +37,8 @@ class DecoderConfig:
     thinking: bool = False
     """Turn thinking on, for chat templates that offer it."""
     dtype: Dtype = "auto"
-    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
+    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token.
+    int8, on a CPU with VNNI: a rounded target; a drafter keeps its text, not that of fp32."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
 

@@ -16,7 +16,7 @@ needs_kernel = pytest.mark.skipif(not sums_exactly(), reason="this CPU's kernel 
 
 @pytest.fixture
 def target(language_folder):
-    return Target.load(language_folder, dtype=torch.int8)
+    return Target.load(str(language_folder), dtype=torch.int8)
 
 
 @needs_kernel
@@ -89,4 +89,4 @@ def test_what_it_cannot_compute_is_refused(change, language_folder, monkeypatch)
     else:
         options["shard"] = "fsdp"
     with pytest.raises(ValueError, match=r"--dtype int8 .*(VNNI|nn.Linear|one process).*bfloat16"):
-        Target.load(language_folder, **options)
+        Target.load(str(language_folder), **options)
