@@ -11,14 +11,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 import tenacity
 import uvicorn
 
 from dpace.decode import Decoder, generate_plain
 from dpace.measure.results import read_results
-from dpace.serving import service
+from dpace.recipes import RECIPES
+from dpace.respond.responses import read_responses
+from dpace.serving import learner, service
+from dpace.serving.learner import Learner, find_taken, read_rounds
+from dpace.system.ledger import read_jsonl
 from dpace.target.chat import encode_chat
+from dpace.verbs.serve import ServeConfig, _make_learner
 from tests.support.files import write_prompts
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -36,8 +42,9 @@ def serve(language_target, language_drafter):
     """Start a server in this process, and give a client of it."""
     started = []
 
-    def start(drafter=language_drafter, max_waiting: int = 32, api_key: str = "") -> httpx.Client:
+    def start(drafter=language_drafter, max_waiting: int = 32, api_key: str = "", learner=None) -> httpx.Client:
         app = service.Service(lambda: Decoder(language_target, drafter), max_waiting, api_key)
+        app.learner = learner
         server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="critical", lifespan="off"))
         client = httpx.Client(base_url=f"http://127.0.0.1:{server.config.port}", timeout=60)
         thread = threading.Thread(target=server.run)
@@ -52,6 +59,28 @@ def serve(language_target, language_drafter):
         client.close()
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def learn(serve, language_folder, language_target, tmp_path, monkeypatch):
+    """Start a server that learns in the folder `kept`, with a short recipe; give a client and the service."""
+    recipe = tmp_path / "laptop.yaml"
+    recipe.write_text(
+        "drafter: {num_layers: 1, block_size: 4, causal: true, selector: markov_head, selector_width: 8}\n"
+        "train: {learning_rate: 0.01, batch_size: 8, num_anchors: 16}\n"
+        "bench: {temperatures: [0.0], widths: [auto], max_new_tokens: 8, num_prompts: 2}\n"
+    )
+    monkeypatch.setitem(RECIPES, "laptop", recipe)
+    learners = []
+
+    def start(**options) -> tuple[httpx.Client, Learner]:
+        config = ServeConfig(target=str(language_folder), learn=str(tmp_path / "kept"), **options)
+        learners.append(_make_learner(config, language_target))
+        return serve(None, learner=learners[-1]), learners[-1]
+
+    yield start
+    for started in learners:
+        started.close()
 
 
 @pytest.fixture
@@ -178,6 +207,105 @@ def test_sigterm_lets_answers_under_way_end(endless_folder):
         process.send_signal(signal.SIGTERM)
         assert len(read(asked.result())[1]) == 240
         assert process.wait(60) == 143 and "Traceback" not in process.stderr.read()
+
+
+def ask_all(client: httpx.Client, texts: list[str]) -> list[float]:
+    """Ask for short greedy answers; give tau of each."""
+    taus = []
+    for text in texts:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 24, "temperature": 0}
+        taus.append(client.post(CHAT, json=body).raise_for_status().json()["usage"]["tau"])
+    return taus
+
+
+def wait_for(is_there) -> None:
+    wait = tenacity.Retrying(retry=tenacity.retry_if_result(lambda found: not found))
+    wait.copy(wait=tenacity.wait_fixed(0.1), stop=tenacity.stop_after_delay(120))(is_there)
+
+
+def test_a_drafter_is_learned_from_what_was_asked(learn, language_target, language_prompts, run_line, capsys):
+    """It takes its place, texts stay, the next start has it, and the folder is one that other verbs take."""
+    client, kept = learn()
+    before = ask_all(client, language_prompts)
+    wait_for(lambda: find_taken(kept.folder) and kept.process is None)
+    assert "round-1: " in capsys.readouterr().err
+    answers = {response.id: response for response in read_responses(kept.path)}
+    for response in list(answers.values())[:8]:
+        [[start, _]] = response.response_spans
+        prompt, tokens = response.token_ids[:start], response.token_ids[start:]
+        assert generate_plain(language_target, prompt, max_new_tokens=24).token_ids == tokens
+    metrics = dict(line.split() for line in client.get("/metrics").text.splitlines())
+    assert metrics["dpace:answers_kept"] == str(len(answers)) and metrics["dpace:rounds_taken"] == "1"
+    assert float(metrics["dpace:heldout_tau"]) > learner.LEAST_TAU and len(before) == 60
+    kept.close()
+    folder = find_taken(kept.folder)
+    run_line(f"bench {kept.folder}/recipe.yaml")
+    run_line(f"train {kept.folder}/recipe.yaml --drafter.init {folder} --train.max-steps 2")
+    run_line(f"report {kept.folder}")
+
+
+def test_what_is_kept(learn, language_target, monkeypatch):
+    """Whole answers to chats, once for each prompt, that were not asked to be forgotten; the oldest go first."""
+    client, kept = learn()
+    ask_all(client, ["w3 w51", "w3 w51"])
+    client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w4"}], "store": False})
+    client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w5"}]}, headers={"store": "false"})
+    client.post(TEXT, json={"prompt": "w6", "max_tokens": 8})
+    whole = client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w7 w52"}]})
+    text = read(whole)[0]
+    client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w8 w52"}], "stop": text[2:5]})
+    asked = [row["messages"][0]["content"] for _, row in read_jsonl(kept.path)]
+    assert asked[:2] == ["w3 w51", "w7 w52"] and len(kept.heldout) == len(asked) <= 3
+    kept.max_bytes = kept.path.stat().st_size
+    ask_all(client, ["w9 w53"])
+    asked = [row["messages"][0]["content"] for _, row in read_jsonl(kept.path)]
+    assert "w3 w51" not in asked and asked[-1] == "w9 w53" and len(kept.heldout) == len(asked)
+
+
+def test_a_request_stops_the_round(learn, language_prompts, slow):
+    """And at the end of the service it is lost, with nothing else; the folder refuses another target's answers."""
+    client, kept = learn()
+    ask_all(client, language_prompts)
+    assert kept.process
+    process = psutil.Process(kept.process.pid)
+    with client.stream("POST", CHAT, json=ASK | {"stream": True}) as response:
+        next(response.iter_lines())
+        assert process.status() == psutil.STATUS_STOPPED
+    wait_for(lambda: process.status() != psutil.STATUS_STOPPED)
+    kept.close()
+    assert not process.is_running() and len(read_responses(kept.path)) == 60 and not read_rounds(kept.folder)
+
+
+def test_a_drafter_that_is_not_better_is_not_taken(learn, language_prompts, language_drafter_folder):
+    """One that did not learn is as good as the one that it started from."""
+    RECIPES["laptop"].write_text("train: {max_steps: 1, learning_rate: 1.0e-12}")
+    client, kept = learn(drafter=str(language_drafter_folder))
+    ask_all(client, language_prompts)
+    wait_for(lambda: read_rounds(kept.folder) and kept.process is None)
+    [row] = read_rounds(kept.folder)
+    assert row["tau"] == row["tau_before"] and find_taken(kept.folder) is None
+    assert kept.recipe.drafter.init == str(language_drafter_folder) and not (kept.folder / "round-1").exists()
+
+
+def test_the_end_of_a_server_that_learns(language_folder, language_prompts, tmp_path):
+    """Nothing that was kept is lost, only the user can read it, no process stays, and the next start goes on."""
+    kept, port = tmp_path / "kept", str(free_port())
+    command = [sys.executable, "-m", "dpace.cli", "serve", "--target", str(language_folder), "--port", port]
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    wait = tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(120))
+    for num_kept, number, code in ((40, signal.SIGKILL, -9), (41, signal.SIGTERM, 143)):
+        with subprocess.Popen([*command, "--learn", str(kept)], stderr=subprocess.PIPE, text=True) as process:
+            wait(client.get, "/health")
+            ask_all(client, language_prompts[:num_kept])
+            rounds = psutil.Process(process.pid).children()
+            process.send_signal(number)
+            assert process.wait(60) == code
+            assert "Traceback" not in process.stderr.read()
+        assert rounds and len(read_responses(kept / "responses.jsonl")) == num_kept
+        psutil.wait_procs(rounds, 20)
+        assert not any(learning.is_running() for learning in rounds)
+    assert {path.stat().st_mode & 0o077 for path in [kept, *kept.rglob("*")]} == {0}
+    client.close()
 
 
 @pytest.mark.slow

@@ -365,3 +365,9 @@ class Paces:
             if drafter:
                 self._recalls[drafter].add(drafter.answers)
         return self._recalls.get(drafter)
+
+    def for_other(self, drafter: Drafter | None, other: Drafter) -> "Paces":
+        """Return the paces of another drafter in the place of one, with the answers to copy from of that."""
+        paces = Paces(self.recall_mib)
+        paces._recalls[other] = self._recalls.get(drafter, Recall(self.recall_mib))
+        return paces

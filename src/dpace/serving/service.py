@@ -2,7 +2,7 @@
 
 A request comes in as JSON; its answer goes out whole or as server-sent events. What a request asks for is done, or
 changes no text, or is refused. The event loop only queues: one thread loads the models and takes all steps, since a
-second team of OpenMP threads would slow both down.
+second team of OpenMP threads would slow both down. A `Learner` keeps the answers where one is given.
 """
 
 import asyncio
@@ -22,7 +22,9 @@ import dpace
 from dpace.config import Count, CountOrZero, Entries, PositiveOrZero, SamplingConfig, options
 from dpace.decode import Decoder, stream
 from dpace.decode.generation import Step, make_continuation
-from dpace.prompts.formats import parse_row
+from dpace.drafter import load_drafter
+from dpace.prompts.formats import Prompt, parse_row
+from dpace.serving.learner import Learner
 from dpace.system.validation import from_json
 from dpace.target.chat import encode_chat
 
@@ -75,10 +77,13 @@ class Service:
         self.turn = asyncio.Lock()
         self.num_open = 0
         self.totals: Any = Counter()
+        self.learner: Learner | None = None
+        self.round: asyncio.Task | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request."""
         self.num_open += 1
+        self.make_way()
         try:
             response = await self.respond(Request(scope, receive))
             await response(scope, receive, send)
@@ -86,6 +91,33 @@ class Service:
             await refuse(str(error))(scope, receive, send)
         finally:
             self.num_open -= 1
+            self.make_way()
+
+    def make_way(self) -> None:
+        """Let the round of learning go on, or begin one, where no request is open; stop it where one is."""
+        if self.learner is None:
+            return
+        self.learner.pause(bool(self.num_open))
+        if not self.num_open and self.learner.is_due:
+            self.round = asyncio.create_task(self.learn())
+
+    async def learn(self) -> None:
+        """Have a drafter trained on the answers, and take it between two requests where it is better."""
+        assert self.learner is not None
+        process = self.learner.begin()
+        while process.poll() is None:
+            await asyncio.sleep(0.1)
+        if folder := self.learner.end():
+            async with self.turn:
+                await asyncio.get_running_loop().run_in_executor(self.thread, self.take, folder)
+
+    def take(self, folder: str) -> None:
+        """Draft with another drafter from now on, and measure its costs before a request waits for it."""
+        decoder = self.decoder
+        drafter = load_drafter(folder, decoder.target)
+        decoder.paces = decoder.paces.for_other(decoder.drafter, drafter)
+        decoder.paces.get(decoder.target, drafter)
+        decoder.drafter = drafter
 
     async def respond(self, request: Request) -> Response:
         """Return a page, or begin an answer, which waits for its turn.
@@ -106,7 +138,9 @@ class Service:
         if path == "/v1/models":
             return JSONResponse({"object": "list", "data": [{"id": target.short_name, "object": "model"}]})
         if path == "/metrics":
-            return PlainTextResponse("".join(f"vllm:{name}_total {total}\n" for name, total in self.totals.items()))
+            numbers = {f"vllm:{name}_total": total for name, total in self.totals.items()}
+            numbers |= self.learner.numbers if self.learner else {}
+            return PlainTextResponse("".join(f"{name} {number}\n" for name, number in numbers.items()))
         if path not in ("/v1/chat/completions", "/v1/completions"):
             return refuse(f"there is no {path}", 404)
         if place > self.max_waiting:
@@ -116,19 +150,25 @@ class Service:
         asked = from_json(dict, await request.json())
         ask = from_json(Ask, {k: value for k, value in asked.items() if value is not None and k not in NO_EFFECT})
         token_ids: Any = ask.prompt
+        kept = None
         if ask.messages is not None:
             prompt = parse_row({"messages": ask.messages, "tools": ask.tools}, "request", "request")
             token_ids = encode_chat(target, [*prompt.turns[0], *filter(None, [prompt.answer])])
+            is_kept = asked.get("store") is not False and request.headers.get("store", "").lower() != "false"
+            kept = prompt if is_kept and prompt.answer is None else None
         elif isinstance(token_ids, str):
             token_ids = target.tokenizer(token_ids)["input_ids"]
         if max(token_ids, default=0) >= len(target.head.weight):
             raise ValueError(f"prompt has the token {max(token_ids)}, which the target does not have")
         make_continuation(target, token_ids, **ask.sampling)  # which refuses what cannot be decoded
         kind = "text/event-stream" if ask.stream else "application/json"
-        return StreamingResponse(self.lines(ask, token_ids), 200, {"x-dpace-waiting": str(place)}, kind)
+        return StreamingResponse(self.lines(ask, token_ids, kept), 200, {"x-dpace-waiting": str(place)}, kind)
 
-    async def lines(self, ask: Ask, token_ids: list[int]) -> AsyncIterator[str]:
-        """Decode an answer when its turn has come, and yield its events, or its only object."""
+    async def lines(self, ask: Ask, token_ids: list[int], kept: Prompt | None) -> AsyncIterator[str]:
+        """Decode an answer when its turn has come, and yield its events, or its only object.
+
+        Where there is a learner, it keeps the whole answer to the prompt `kept`.
+        """
         target = self.decoder.target
         now = time.time_ns()
         head = {"id": f"dpace-{now}", "created": now // 10**9, "model": target.short_name}
@@ -180,6 +220,10 @@ class Service:
             "tau": (num_new - 1) / max(1, len(steps) - 1),
             "tokens_per_second": (num_new - 1) / max(1e-9, seconds),
         }
+        if self.learner and kept and not found:
+            speed = {name: usage[name] for name in ("tau", "tokens_per_second")}
+            answer = [token_id for step in steps for token_id in step.token_ids]
+            self.learner.keep(kept, token_ids, answer, time=now // 10**9, temperature=ask.temperature, **speed)
         is_stopped = found or steps[-1].token_ids[-1] in target.stop_token_ids
         yield write(text[: min(found, default=None)], "stop" if is_stopped else "length", usage=usage)
         if ask.stream:

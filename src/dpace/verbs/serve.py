@@ -1,13 +1,19 @@
 """Answer over HTTP, as OpenAI's API does."""
 
 import os
+from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from dpace.config import CountOrZero, Text, integer, options
+from dpace.config import CountOrZero, Positive, Text, integer, options
 from dpace.recipes.flags import Arguments, Given
 from dpace.servers.transport import API_KEY
 from dpace.verbs import DecoderConfig, load_decoder
+
+if TYPE_CHECKING:
+    from dpace.serving.learner import Learner
+    from dpace.target import Target
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine reaches."""
@@ -28,9 +34,16 @@ class ServeConfig(DecoderConfig):
     """Key that requests must bring; by default the environment variable DPACE_API_KEY has it, or none is asked for."""
     max_waiting: CountOrZero = 32
     """Requests that may wait while one is answered; more are refused with the status 429."""
+    learn: Text | None = None
+    """Folder to keep the answers to chats in, and to train drafters on them while nothing is asked.
+    A request with `store: false` is not kept."""
+    learn_mib: Positive = 64.0
+    """With --learn: most MiB of answers; the oldest ones go first."""
 
 
 ARGUMENTS = Arguments(ServeConfig)
+STEPS = 100
+"""Steps of a round of learning."""
 
 
 def run(config: ServeConfig, given: Given) -> None:
@@ -40,7 +53,43 @@ def run(config: ServeConfig, given: Given) -> None:
         raise ValueError(f"--host {config.host} may be reached by others, and there is no key; set {API_KEY}")
     import uvicorn
 
+    if config.learn:
+        from dpace.serving.learner import find_taken
+
+        os.umask(0o077)  # what people ask is for nobody else's eyes
+        config = replace(config, drafter=find_taken(config.learn) or config.drafter)
     from dpace.serving.service import Service
 
     service = Service(partial(load_decoder, config), config.max_waiting, key)
-    uvicorn.Server(uvicorn.Config(service, config.host, config.port, access_log=False, lifespan="off")).run()
+    if config.learn:
+        service.learner = _make_learner(config, service.decoder.target)
+    try:
+        uvicorn.Server(uvicorn.Config(service, config.host, config.port, access_log=False, lifespan="off")).run()
+    finally:
+        if service.learner:
+            service.learner.close()
+
+
+def _make_learner(config: ServeConfig, target: "Target") -> "Learner":
+    """Make what keeps answers and learns from them, as the recipe `laptop` does."""
+    from dpace.recipes import RECIPES
+    from dpace.recipes.recipe_file import read_recipe
+    from dpace.serving.learner import PROMPTS, Learner, with_drafter
+
+    assert config.learn is not None
+    folder = Path(config.learn)
+    recipe = read_recipe(RECIPES["laptop"])
+    path, heldout_path = (str(folder / name) for name in PROMPTS)
+    recipe = replace(
+        recipe,
+        target=config.target,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        thinking=config.thinking,
+        output=str(folder),
+        # Their replies are the answers that were given.
+        prompts=replace(recipe.prompts, path=path, heldout_path=heldout_path, num_validation=0),
+        respond=replace(recipe.respond, source="own"),
+        train=replace(recipe.train, max_steps=STEPS, eval_steps=STEPS),
+    )
+    return Learner(with_drafter(recipe, config.drafter), config.learn_mib, target)
