@@ -220,7 +220,7 @@ def ask_all(client: httpx.Client, texts: list[str]) -> list[float]:
 
 def wait_for(is_there) -> None:
     wait = tenacity.Retrying(retry=tenacity.retry_if_result(lambda found: not found))
-    wait.copy(wait=tenacity.wait_fixed(0.1), stop=tenacity.stop_after_delay(120))(is_there)
+    wait.copy(wait=tenacity.wait_fixed(0.02), stop=tenacity.stop_after_delay(120))(is_there)
 
 
 def test_a_drafter_is_learned_from_what_was_asked(learn, language_target, language_prompts, run_line, capsys):
@@ -270,7 +270,7 @@ def test_a_request_stops_the_round(learn, language_prompts, slow):
     process = psutil.Process(kept.process.pid)
     with client.stream("POST", CHAT, json=ASK | {"stream": True}) as response:
         next(response.iter_lines())
-        assert process.status() == psutil.STATUS_STOPPED
+        wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
     wait_for(lambda: process.status() != psutil.STATUS_STOPPED)
     kept.close()
     assert not process.is_running() and len(read_responses(kept.path)) == 60 and not read_rounds(kept.folder)
