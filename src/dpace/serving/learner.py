@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -113,7 +112,7 @@ class Learner:
             cut_unfinished_line(path)
         self.path.touch()
         write_meta(self.path, meta, is_complete=False)
-        self.heldout = {response.id: is_held_out(response) for response in iterate_responses(self.path)}
+        self.heldout = {response.id: is_held_out(response.id) for response in iterate_responses(self.path)}
         """For each answer that was kept, whether it is held out."""
         self.num_before = max((row["answers"] for row in read_rounds(self.folder)), default=0)
         """Answers that were there at the last round."""
@@ -135,7 +134,7 @@ class Learner:
         span = [len(token_ids), len(token_ids) + len(new)]
         response = Response(prompt_id, "served", messages, [*token_ids, *new], [span])
         append_lines(self.path, [asdict(response) | notes])
-        self.heldout[prompt_id] = is_held_out(response)
+        self.heldout[prompt_id] = is_held_out(prompt_id)
         if self.path.stat().st_size > self.max_bytes:
             self._drop_oldest()
 
@@ -229,10 +228,9 @@ class Learner:
         }
 
 
-def is_held_out(response: Response) -> bool:
-    """Return whether a conversation is held out: all with the same first message of the user are, or none."""
-    asked = [message["content"] for message in response.messages if message["role"] == "user"]
-    return zlib.crc32(asked[0].strip().encode()) % HELD_OUT == 0
+def is_held_out(prompt_id: str) -> bool:
+    """Return whether the answer to a prompt is held out; the id is the prompt's hash."""
+    return int(prompt_id, 16) % HELD_OUT == 0
 
 
 def with_drafter(recipe: Recipe, folder: str | None) -> Recipe:
@@ -246,7 +244,7 @@ def write_prompts(folder: Path, path: Path) -> None:
     lines: dict[bool, list[str]] = {False: [], True: []}
     for response in iterate_responses(path):
         row = {"id": response.id, "set": response.set, "messages": response.messages}
-        lines[is_held_out(response)].append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines[is_held_out(response.id)].append(json.dumps(row, ensure_ascii=False) + "\n")
     for name, rows in zip(PROMPTS, lines.values(), strict=True):
         write_text(folder / name, "".join(rows))
 
