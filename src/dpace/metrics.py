@@ -14,6 +14,8 @@ import numpy as np
 
 NUM_RESAMPLES = 2000
 """Bootstrap samples of an interval."""
+LEAST_TAU = 1.05
+"""Mean acceptance length below which a drafter has learned nothing that counts; without one it is 1."""
 MIN_PROMPTS = 6
 """Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
 NORMAL = 1.959964

@@ -1,6 +1,8 @@
 """`dpace serve`: texts, streams, waiting, refusals and ends, over HTTP on this machine."""
 
+import errno
 import json
+import os
 import re
 import signal
 import socket
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import psutil
@@ -16,15 +19,17 @@ import pytest
 import tenacity
 import uvicorn
 
+from dpace.config import RespondConfig
 from dpace.decode import Decoder, generate_plain
 from dpace.measure.results import read_results
+from dpace.metrics import LEAST_TAU
 from dpace.recipes import RECIPES
 from dpace.respond.responses import read_responses
-from dpace.serving import learner, service
+from dpace.serving import service
 from dpace.serving.learner import Learner, find_taken, read_rounds
 from dpace.system.ledger import read_jsonl
 from dpace.target.chat import encode_chat
-from dpace.verbs.serve import ServeConfig, _make_learner
+from dpace.verbs.serve import ServeConfig, make_learner
 from tests.support.files import write_prompts
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -75,7 +80,7 @@ def learn(serve, language_folder, language_target, tmp_path, monkeypatch):
 
     def start(**options) -> tuple[httpx.Client, Learner]:
         config = ServeConfig(target=str(language_folder), learn=str(tmp_path / "kept"), **options)
-        learners.append(_make_learner(config, language_target))
+        learners.append(make_learner(config, language_target))
         return serve(None, learner=learners[-1]), learners[-1]
 
     yield start
@@ -209,13 +214,11 @@ def test_sigterm_lets_answers_under_way_end(endless_folder):
         assert process.wait(60) == 143 and "Traceback" not in process.stderr.read()
 
 
-def ask_all(client: httpx.Client, texts: list[str]) -> list[float]:
-    """Ask for short greedy answers; give tau of each."""
-    taus = []
+def ask_all(client: httpx.Client, texts: list[str], **options) -> None:
+    """Ask for greedy answers of at most 24 tokens."""
     for text in texts:
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 24, "temperature": 0}
-        taus.append(client.post(CHAT, json=body).raise_for_status().json()["usage"]["tau"])
-    return taus
+        body = ASK | {"messages": [{"role": "user", "content": text}]} | options
+        client.post(CHAT, json=body).raise_for_status()
 
 
 def wait_for(is_there) -> None:
@@ -223,47 +226,80 @@ def wait_for(is_there) -> None:
     wait.copy(wait=tenacity.wait_fixed(0.02), stop=tenacity.stop_after_delay(120))(is_there)
 
 
-def test_a_drafter_is_learned_from_what_was_asked(learn, language_target, language_prompts, run_line, capsys):
-    """It takes its place, texts stay, the next start has it, and the folder is one that other verbs take."""
+def test_a_drafter_is_learned_from_what_was_asked(
+    learn, language_folder, language_target, language_prompts, run_line, monkeypatch, capsys
+):
+    """It takes its place, texts stay, and the folder is one that other verbs take, as the page shows."""
     client, kept = learn()
-    before = ask_all(client, language_prompts)
+    ask_all(client, language_prompts)
     wait_for(lambda: find_taken(kept.folder) and kept.process is None)
     assert "round-1: " in capsys.readouterr().err
-    answers = {response.id: response for response in read_responses(kept.path)}
-    for response in list(answers.values())[:8]:
+    drafters = []
+    decode = service.stream
+
+    def stream(target, drafter, *args, **options):
+        drafters.append(drafter)
+        return decode(target, drafter, *args, **options)
+
+    monkeypatch.setattr(service, "stream", stream)
+    ask_all(client, ["w3 w51 w4"])
+    answers = read_responses(kept.path)
+    for response in [*answers[:8], answers[-1]]:
         [[start, _]] = response.response_spans
         prompt, tokens = response.token_ids[:start], response.token_ids[start:]
         assert generate_plain(language_target, prompt, max_new_tokens=24).token_ids == tokens
+    assert len(drafters) == 1 and drafters[0] is not None
     metrics = dict(line.split() for line in client.get("/metrics").text.splitlines())
     assert metrics["dpace:answers_kept"] == str(len(answers)) and metrics["dpace:rounds_taken"] == "1"
-    assert float(metrics["dpace:heldout_tau"]) > learner.LEAST_TAU and len(before) == 60
+    assert float(metrics["dpace:heldout_tau"]) > LEAST_TAU
     kept.close()
-    folder = find_taken(kept.folder)
     run_line(f"bench {kept.folder}/recipe.yaml")
-    run_line(f"train {kept.folder}/recipe.yaml --drafter.init {folder} --train.max-steps 2")
+    run_line(f"train {kept.folder}/recipe.yaml")
+    run_line(f"export {kept.folder}/round-1 --target {language_folder} --to vllm --output {kept.folder}-vllm")
     run_line(f"report {kept.folder}")
 
 
-def test_what_is_kept(learn, language_target, monkeypatch):
+def test_what_is_kept(learn):
     """Whole answers to chats, once for each prompt, that were not asked to be forgotten; the oldest go first."""
     client, kept = learn()
-    ask_all(client, ["w3 w51", "w3 w51"])
-    client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w4"}], "store": False})
+
+    def asked() -> list[str]:
+        return [row["messages"][0]["content"] for _, row in read_jsonl(kept.path)]
+
+    ask_all(client, ["w3 w51", "w3 w51", "w7 w52"])
+    ask_all(client, ["w4"], store=False)
     client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w5"}]}, headers={"store": "false"})
     client.post(TEXT, json={"prompt": "w6", "max_tokens": 8})
-    whole = client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w7 w52"}]})
-    text = read(whole)[0]
-    client.post(CHAT, json=ASK | {"messages": [{"role": "user", "content": "w8 w52"}], "stop": text[2:5]})
-    asked = [row["messages"][0]["content"] for _, row in read_jsonl(kept.path)]
-    assert asked[:2] == ["w3 w51", "w7 w52"] and len(kept.heldout) == len(asked) <= 3
+    begun = [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w53"}]
+    assert client.post(CHAT, json=ASK | {"messages": begun}).is_success
+    question = {"messages": [{"role": "user", "content": "w8 w52"}], "store": False}
+    stop = read(client.post(CHAT, json=ASK | question))[0][2:5]
+    ask_all(client, ["w8 w52"], stop=stop)
+    assert asked() == ["w3 w51", "w7 w52"] and len(kept.heldout) == 2
     kept.max_bytes = kept.path.stat().st_size
     ask_all(client, ["w9 w53"])
-    asked = [row["messages"][0]["content"] for _, row in read_jsonl(kept.path)]
-    assert "w3 w51" not in asked and asked[-1] == "w9 w53" and len(kept.heldout) == len(asked)
+    assert asked()[-1] == "w9 w53" and "w3 w51" not in asked() and len(kept.heldout) == len(asked())
+
+
+def test_an_answer_without_room_is_given(learn, monkeypatch, capsys):
+    """It is not kept, which is said, and no half of a line stays."""
+    client, kept = learn()
+
+    def fail(path, rows):
+        path.write_bytes(path.read_bytes() + b"{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    ask_all(client, ["w3 w51"])
+    with monkeypatch.context() as full:
+        full.setattr("dpace.serving.learner.append_lines", fail)
+        ask_all(client, ["w7 w52"])
+    assert "not kept: OSError: [Errno 28]" in capsys.readouterr().err
+    ask_all(client, ["w7 w52"])
+    assert len(read_responses(kept.path)) == len(kept.heldout) == 2
 
 
 def test_a_request_stops_the_round(learn, language_prompts, slow):
-    """And at the end of the service it is lost, with nothing else; the folder refuses another target's answers."""
+    """And at the end of the service it is lost, with nothing else; other answers do not come into the folder."""
     client, kept = learn()
     ask_all(client, language_prompts)
     assert kept.process
@@ -274,6 +310,8 @@ def test_a_request_stops_the_round(learn, language_prompts, slow):
     wait_for(lambda: process.status() != psutil.STATUS_STOPPED)
     kept.close()
     assert not process.is_running() and len(read_responses(kept.path)) == 60 and not read_rounds(kept.folder)
+    with pytest.raises(ValueError, match="was made by"):
+        Learner(replace(kept.recipe, respond=RespondConfig()), 64, kept.target)
 
 
 def test_a_drafter_that_is_not_better_is_not_taken(learn, language_prompts, language_drafter_folder):

@@ -64,7 +64,7 @@ def test_from_prompts_to_an_exported_drafter(
     assert read.call_count == checked.call_count == 1
     assert "training, dpace: 1 of 10" in printed[1]
     for least, is_told in ((1.0, False), (99.0, True)):
-        monkeypatch.setattr("dpace.verbs.LEAST_TAU", least)
+        monkeypatch.setattr("dpace.metrics.LEAST_TAU", least)
         printed = run(train)[1]
         assert "drafters: 1 kept, 0 to come" in printed
         assert bool(re.search(r"no drafter accepts anything yet \(tau \d.\d\d\)", printed)) == is_told, printed

@@ -98,7 +98,9 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         run = mock.Mock()
         monkeypatch.setattr(f"dpace.verbs.{'import_' if words[1] == 'import' else words[1]}.run", run)
         monkeypatch.chdir(tmp_path)
-        write_recipe(tmp_path)
+        (tmp_path / "dpace-served").mkdir()  # as `dpace serve --learn` writes it
+        for folder in (tmp_path, tmp_path / "dpace-served"):
+            write_recipe(folder)
         assert main(words[1:]) == 0
         run.assert_called_once()
     assert all((ROOT / word).exists() for word in words if word.startswith(("benchmarks/", "examples/")))
@@ -134,7 +136,7 @@ def test_lines_of_prompts_are_read(tmp_path):
 def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path, monkeypatch, capsys):
     """All blocks of the README and then of docs/, each with what those before it wrote."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dpace.verbs.LEAST_TAU", 99.0)  # train and compare then say so in any case
+    monkeypatch.setattr("dpace.metrics.LEAST_TAU", 99.0)  # train and compare then say so in any case
     write_recipe(tmp_path, target=str(language_folder))
     for name in ("prompts", "heldout"):
         write_prompts(tmp_path / f"{name}.jsonl", language_prompts[:30])

@@ -21,7 +21,7 @@ import torch
 from dpace.config import Recipe
 from dpace.drafter import load_drafter
 from dpace.measure.heldout import heldout_acceptance
-from dpace.metrics import tau_estimate, tau_gain
+from dpace.metrics import LEAST_TAU, tau_estimate, tau_gain
 from dpace.prompts.formats import Prompt
 from dpace.prompts.prompts import hash_text, split_prompts
 from dpace.recipes.recipe_file import read_recipe, write_recipe
@@ -45,7 +45,7 @@ from dpace.system.ledger import (
     register_files,
     write_text,
 )
-from dpace.system.progress import count, note
+from dpace.system.progress import count, describe_error, note
 from dpace.target import Target
 from dpace.training.initial import start_from
 from dpace.training.run import choose_conversations, train
@@ -61,8 +61,6 @@ NUM_TRAINED = 256
 """Newest answers that a round trains on."""
 NUM_MEASURED = 64
 """Newest held-out answers that both drafters are measured on."""
-LEAST_TAU = 1.05
-"""What the low end of tau's interval has to pass where there is no drafter yet."""
 RECIPE, ROUNDS, LOG = "recipe.yaml", "rounds.jsonl", "round.log"
 PROMPTS = ("prompts.jsonl", "heldout.jsonl")
 
@@ -114,11 +112,14 @@ class Learner:
         write_meta(self.path, meta, is_complete=False)
         self.heldout = {response.id: is_held_out(response.id) for response in iterate_responses(self.path)}
         """For each answer that was kept, whether it is held out."""
-        self.num_before = max((row["answers"] for row in read_rounds(self.folder)), default=0)
-        """Answers that were there at the last round."""
+        self.num_before = 0
+        """How many of them the last round had."""
+        rounds = read_rounds(self.folder)
+        if rounds and (newest := rounds[-1]["newest"]) in self.heldout:
+            self.num_before = [*self.heldout].index(newest) + 1
 
     def keep(self, prompt: Prompt, token_ids: list[int], new: list[int], **notes: object) -> None:
-        """Keep an answer, unless there is one to the same prompt.
+        """Keep an answer, unless there is one to the same prompt; where the disk has no room, say that it is lost.
 
         Args:
             prompt: what was asked.
@@ -133,41 +134,48 @@ class Learner:
         messages = [*prompt.turns[0], {"role": "assistant", "content": text}]
         span = [len(token_ids), len(token_ids) + len(new)]
         response = Response(prompt_id, "served", messages, [*token_ids, *new], [span])
-        append_lines(self.path, [asdict(response) | notes])
-        self.heldout[prompt_id] = is_held_out(prompt_id)
-        if self.path.stat().st_size > self.max_bytes:
-            self._drop_oldest()
+        try:
+            append_lines(self.path, [asdict(response) | notes])
+            self.heldout[prompt_id] = is_held_out(prompt_id)
+            if self.path.stat().st_size > self.max_bytes:
+                self._drop_oldest()
+        except OSError as error:
+            note(f"an answer is not kept: {describe_error(error)}")
+            cut_unfinished_line(self.path)
 
     def _drop_oldest(self) -> None:
         """Drop the oldest lines, and a tenth more than needed, so that this is rarely done."""
         lines = self.path.read_bytes().splitlines(keepends=True)
-        num_bytes = 0
-        num_kept = 0
-        for line in reversed(lines):
-            num_bytes += len(line)
-            if num_bytes > 0.9 * self.max_bytes:
-                break
-            num_kept += 1
-        write_text(self.path, b"".join(lines[len(lines) - num_kept :]).decode())
-        self.heldout = dict([*self.heldout.items()][len(lines) - num_kept :])
-        self.num_before = min(self.num_before, num_kept)
+        num_bytes = sum(map(len, lines))
+        num_dropped = 0
+        while num_bytes > 0.9 * self.max_bytes:
+            num_bytes -= len(lines[num_dropped])
+            num_dropped += 1
+        write_text(self.path, b"".join(lines[num_dropped:]).decode())
+        self.heldout = dict([*self.heldout.items()][num_dropped:])
+        self.num_before = max(0, self.num_before - num_dropped)
 
     @property
     def is_due(self) -> bool:
         """Whether a round has enough to learn from that is new, and none is under way."""
         num_kept = len(self.heldout)
-        is_new = num_kept - self.num_before >= max(LEAST_NEW, LEAST_SHARE * num_kept)
-        return self.process is None and is_new and sum(self.heldout.values()) >= LEAST_HELDOUT
+        has_new = num_kept - self.num_before >= max(LEAST_NEW, LEAST_SHARE * num_kept)
+        return self.process is None and has_new and sum(self.heldout.values()) >= LEAST_HELDOUT
 
     def begin(self) -> subprocess.Popen:
-        """Start a round, a process that writes a line of `rounds.jsonl` at its end."""
+        """Start a round, a process that writes a line of `rounds.jsonl` at its end.
+
+        Raises:
+            ValueError: the folder that its drafter gets is there, and is not dpace's.
+            OSError: the disk has no room.
+        """
+        self.num_before = len(self.heldout)  # first, so that a failure is not tried again at once
         name = f"round-{len(read_rounds(self.folder)) + 1}"
         # A killed round may have left it; another's folder of this name is refused.
         if name in refuse_foreign_files(self.folder, name):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         register_files(self.folder, name)
         write_recipe(self.recipe, self.folder / RECIPE)
-        self.num_before = len(self.heldout)
         words = [sys.executable, "-m", "dpace.serving.learner", str(self.folder), name]
         with (self.folder / LOG).open("wb") as log:
             # A group of its own: Ctrl-C does not reach it, and where the service is killed, the system ends it.
@@ -217,7 +225,7 @@ class Learner:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """For `/metrics`: answers that are kept, rounds, those that gave a better drafter, and the last tau."""
+        """For `/metrics`: answers that are kept, rounds, rounds with a better drafter, and tau of what serves."""
         rounds = read_rounds(self.folder)
         taus = [row["tau" if row["is_taken"] else "tau_before"][0] for row in rounds[-1:]]
         return {
@@ -239,14 +247,21 @@ def with_drafter(recipe: Recipe, folder: str | None) -> Recipe:
     return replace(recipe, drafter=replace(recipe.drafter, init=folder), bench=bench)
 
 
-def write_prompts(folder: Path, path: Path) -> None:
-    """Write the prompts of the answers, with these as their replies, into two files: to train on, and held out."""
+def write_prompts(folder: Path, path: Path) -> str | None:
+    """Write the prompts of the answers, with these as their replies, into two files: to train on, and held out.
+
+    Returns:
+        The id of the newest answer; None where there is none.
+    """
+    newest = None
     lines: dict[bool, list[str]] = {False: [], True: []}
     for response in iterate_responses(path):
         row = {"id": response.id, "set": response.set, "messages": response.messages}
         lines[is_held_out(response.id)].append(json.dumps(row, ensure_ascii=False) + "\n")
+        newest = response.id
     for name, rows in zip(PROMPTS, lines.values(), strict=True):
         write_text(folder / name, "".join(rows))
+    return newest
 
 
 def describe_round(row: JsonObject) -> str:
@@ -271,7 +286,7 @@ def learn(recipe: Recipe, name: str) -> None:
     started = time.monotonic()
     folder = Path(recipe.output)
     path = recipe.responses_path
-    write_prompts(folder, path)
+    newest = write_prompts(folder, path)
     init_folder = recipe.drafter.init
     recipe, init = start_from(recipe, ())
     dtype = getattr(torch, recipe.dtype, None)  # None for auto
@@ -291,7 +306,7 @@ def learn(recipe: Recipe, name: str) -> None:
     shutil.rmtree(folder / name / "checkpoints", ignore_errors=True)
     row = {
         "folder": name,
-        "answers": len(trained) + len(measured),
+        "newest": newest,
         "trained": len(dataset),
         "measured": len(heldout),
         "steps": recipe.train.max_steps,

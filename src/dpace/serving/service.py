@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import Popen
 from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
@@ -25,6 +26,7 @@ from dpace.decode.generation import Step, make_continuation
 from dpace.drafter import load_drafter
 from dpace.prompts.formats import Prompt, parse_row
 from dpace.serving.learner import Learner
+from dpace.system.progress import describe_error, note
 from dpace.system.validation import from_json
 from dpace.target.chat import encode_chat
 
@@ -99,12 +101,17 @@ class Service:
             return
         self.learner.pause(bool(self.num_open))
         if not self.num_open and self.learner.is_due:
-            self.round = asyncio.create_task(self.learn())
+            try:
+                # At once: in a task, a request might come before it.
+                process = self.learner.begin()
+            except (ValueError, OSError) as error:
+                note(f"nothing is learned from the newest answers: {describe_error(error)}")
+            else:
+                self.round = asyncio.create_task(self.take_over(process))
 
-    async def learn(self) -> None:
-        """Have a drafter trained on the answers, and take it between two requests where it is better."""
+    async def take_over(self, process: Popen) -> None:
+        """Wait for the end of a round, and draft with its drafter from then on where that is better."""
         assert self.learner is not None
-        process = self.learner.begin()
         while process.poll() is None:
             await asyncio.sleep(0.1)
         if folder := self.learner.end():

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 TARGET_OPTIONS = ("target", "dtype", "device", "device_map", "thinking")
 """Options that say which target is loaded, and how."""
-LEAST_TAU = 1.05
-"""Mean acceptance length below which a drafter has learned nothing that counts; without one it is 1."""
 PROMPT = "Write a Python function to check whether a number is even."
 """The prompt of commands that are shown to be copied, where no held-out one has a name."""
 
@@ -95,6 +93,8 @@ def load_chat(config: Any) -> "ChatTokenizer":
 
 def note_untrained(tau: float | None) -> None:
     """Say that a drafter is not trained yet where nothing of it is accepted."""
+    from dpace.metrics import LEAST_TAU
+
     if tau and tau < LEAST_TAU:
         note(f"no drafter accepts anything yet (tau {tau:.2f}): train for more steps, see docs/laptop.md")
 

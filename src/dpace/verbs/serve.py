@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from dpace.config import CountOrZero, Positive, Text, integer, options
 from dpace.recipes.flags import Arguments, Given
 from dpace.servers.transport import API_KEY
+from dpace.system.progress import note
 from dpace.verbs import DecoderConfig, load_decoder
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ServeConfig(DecoderConfig):
     """Requests that may wait while one is answered; more are refused with the status 429."""
     learn: Text | None = None
     """Folder to keep the answers to chats in, and to train drafters on them while nothing is asked.
-    A request with `store: false` is not kept."""
+    The last drafter that it learned is used in place of --drafter. A request with `store: false` is not kept."""
     learn_mib: Positive = 64.0
     """With --learn: most MiB of answers; the oldest ones go first."""
 
@@ -57,12 +58,14 @@ def run(config: ServeConfig, given: Given) -> None:
         from dpace.serving.learner import find_taken
 
         os.umask(0o077)  # what people ask is for nobody else's eyes
-        config = replace(config, drafter=find_taken(config.learn) or config.drafter)
+        if taken := find_taken(config.learn):
+            note(f"drafting with {taken}, the last drafter that was learned")
+            config = replace(config, drafter=taken)
     from dpace.serving.service import Service
 
     service = Service(partial(load_decoder, config), config.max_waiting, key)
     if config.learn:
-        service.learner = _make_learner(config, service.decoder.target)
+        service.learner = make_learner(config, service.decoder.target)
     try:
         uvicorn.Server(uvicorn.Config(service, config.host, config.port, access_log=False, lifespan="off")).run()
     finally:
@@ -70,7 +73,7 @@ def run(config: ServeConfig, given: Given) -> None:
             service.learner.close()
 
 
-def _make_learner(config: ServeConfig, target: "Target") -> "Learner":
+def make_learner(config: ServeConfig, target: "Target") -> "Learner":
     """Make what keeps answers and learns from them, as the recipe `laptop` does."""
     from dpace.recipes import RECIPES
     from dpace.recipes.recipe_file import read_recipe
